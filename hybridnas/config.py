@@ -8,10 +8,10 @@ class Config(FrozenConfig):
 from __future__ import annotations
 
 import dataclasses
+import operator
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, TypeVar
 
 from hybridnas.errors import ConfigError, suggest
@@ -118,19 +118,19 @@ def _check(config: FrozenConfig, field: dataclasses.Field[Any]) -> None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if value != value:
             raise ConfigError(f"{where} must be a number, got nan")
-        for key, holds, word in (
-            ("ge", lambda bound: value >= bound, ">="),
-            ("gt", lambda bound: value > bound, ">"),
-            ("le", lambda bound: value <= bound, "<="),
-        ):
+        for key, holds, word in (("ge", operator.ge, ">="), ("gt", operator.gt, ">"), ("le", operator.le, "<=")):
             bound = rules.get(key)
-            if bound is not None and not holds(bound):
+            if bound is not None and not holds(value, bound):
                 raise ConfigError(f"{where} must be {word} {bound}")
 
 
-@cache
-def _hints(cls: type[Any]) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+_HINTS: dict[type, dict[str, Any]] = {}  # get_type_hints is slow and configs are made by the thousand
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
