@@ -1,0 +1,1 @@
+"""Architectures: pattern string, resolved layers, graph, model, presets, matching."""

@@ -1,0 +1,244 @@
+"""An architecture, resolved: every layer's config filled in, its cost known, its identity a fingerprint.
+
+The order in which a field gets its value: the block's default, then what the preset, space or caller gives for all
+blocks (or for one letter), then the slot's own ``{args}``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from hybridnas.arch.pattern import Parallel, Pattern, Slot, parse
+from hybridnas.blocks.base import BlockConfig
+from hybridnas.config import FrozenConfig, option
+from hybridnas.cost import Cost
+from hybridnas.errors import ConfigError, suggest
+from hybridnas.registry import BLOCKS
+
+BlockFields = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]  # letter -> its fields, sorted and hashable
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(FrozenConfig):
+    """What surrounds the blocks; the defaults are the MoE-Mamba code's (paper-version 2, its released branch)."""
+
+    d_model: int = option(doc="width of the residual stream [channels]", ge=1)
+    vocab_size: int = option(doc="rows of the embedding and columns of the head [tokens]", ge=1)
+    norm: str = option("layernorm", "norm before each sub-layer", choices=("layernorm", "rmsnorm"))
+    norm_eps: float = option(1e-5, "added to the variance inside the norm [1]", gt=0)
+    final_norm: bool = option(False, "whether a norm stands before the head [yes/no]")
+    tie_embeddings: bool = option(False, "whether head and embedding share one matrix [yes/no]")
+    init_scale: float = option(0.1, "s of the truncated normal with std sqrt(s / fan_in) [1]", gt=0)
+
+    @classmethod
+    def label(cls) -> str:
+        return "architecture"
+
+    @property
+    def norm_params(self) -> int:
+        """Weights of one norm: scale and shift for LayerNorm, scale alone for RMSNorm [count]."""
+        return self.d_model * (2 if self.norm == "layernorm" else 1)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One block at its place: layer, branch of a parallel layer, position in the branch, and whose weights it uses."""
+
+    layer: int
+    branch: int
+    position: int
+    slot: Slot
+    config: BlockConfig
+    module: str  # two nodes with the same module share weights
+
+    @property
+    def where(self) -> str:
+        """Words by which errors and tables name the node."""
+        return f"layer {self.layer} ({self.slot.letter} {BLOCKS.get(self.slot.letter).name})"
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A frozen, complete description of a model; make one with :meth:`from_pattern`, :meth:`from_dict` or a preset."""
+
+    pattern: Pattern
+    model: ModelConfig
+    blocks: BlockFields = ()
+
+    @classmethod
+    def from_pattern(cls, pattern: str | Pattern, **fields: Any) -> Arch:
+        """Resolve a pattern. ``fields``: those of the model (``d_model``, ``vocab_size``, ``norm`` ...), a field for every
+        block that has it (``n_experts=32``), or the fields of one letter (``E={"d_expert": 1536}``).
+
+        Raises PatternError, and ConfigError for a field that nothing in the pattern has.
+        """
+        parsed = parse(pattern) if isinstance(pattern, str) else pattern
+        names = ModelConfig.field_names()
+        model = ModelConfig.from_dict({k: v for k, v in fields.items() if k in names})
+        rest = {k: v for k, v in fields.items() if k not in names}
+        arch = cls(parsed, model, _distribute(parsed, rest))
+        _ = arch.layers  # resolve now: a wrong field is reported here and not at first use
+        return arch
+
+    def replace(self, **fields: Any) -> Arch:
+        """Return a copy with some fields of :meth:`from_pattern` (``pattern`` included) changed, the others kept."""
+        pattern = fields.pop("pattern", self.pattern)
+        parsed = parse(pattern) if isinstance(pattern, str) else pattern
+        kept: dict[str, Any] = {letter: dict(own) for letter, own in self.blocks if letter in _letters(parsed)}
+        for key, value in fields.items():
+            if key in kept and isinstance(value, Mapping):
+                kept[key] = {**kept[key], **value}
+            elif key in ModelConfig.field_names() or key in BLOCKS:
+                kept[key] = value
+            else:
+                owners = _owners(parsed, key)
+                for letter in owners:
+                    kept[letter] = {**kept.get(letter, {}), key: value}
+        return Arch.from_pattern(parsed, **{**self.model.to_dict(), **kept})
+
+    @cached_property
+    def layers(self) -> tuple[tuple[tuple[Node, ...], ...], ...]:
+        """Layers, each a tuple of branches, each a tuple of nodes; a plain layer is one branch of one node."""
+        given = {letter: dict(own) for letter, own in self.blocks}
+        layers = []
+        for index, layer in enumerate(self.pattern.layers):
+            branches = layer.branches if isinstance(layer, Parallel) else ((layer,),)
+            layers.append(
+                tuple(
+                    tuple(self._node(index, b, position, slot, given) for position, slot in enumerate(branch))
+                    for b, branch in enumerate(branches)
+                )
+            )
+        return tuple(layers)
+
+    def _node(self, layer: int, branch: int, position: int, slot: Slot, given: dict[str, dict[str, Any]]) -> Node:
+        block = BLOCKS.get(slot.letter)
+        where = f"layer {layer} ({slot.letter} {block.name})"
+        args = dict(slot.args)
+        if "d_model" in args:
+            raise ConfigError(f"{where} cannot set d_model={args['d_model']}: the residual stream has one width")
+        values = {"d_model": self.d_model, **given.get(slot.letter, {}), **args}
+        config = block.Config.from_dict(values, where=where, parse=True)
+        module = f"shared.{slot.share}" if slot.share else f"layers.{layer}.{branch}.{position}"
+        return Node(layer, branch, position, slot, config, module)
+
+    @property
+    def nodes(self) -> Iterator[Node]:
+        """Every block in the order of execution."""
+        return (node for layer in self.layers for branch in layer for node in branch)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream [channels]."""
+        return self.model.d_model
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the embedding knows [count]."""
+        return self.model.vocab_size
+
+    @property
+    def causal(self) -> bool:
+        """Whether every block is causal, so that the model can generate."""
+        return all(node.config.causal for node in self.nodes)
+
+    def cost(self, seq_len: int = 1024, dtype_bytes: int = 4) -> Cost:
+        """Return what the model costs at a sequence length, without building it; exact against the built module.
+
+        Parameters exclude embedding and head (the papers' convention); FLOPs include the head's matmul.
+        """
+        d, vocab = self.d_model, self.vocab_size
+        norms = self.model.norm_params * (len(self.pattern) + self.model.final_norm)
+        total = Cost(
+            params=norms,
+            active_params=norms,
+            embedding_params=d * vocab * (1 if self.model.tie_embeddings else 2),
+            flops_per_token=2.0 * d * vocab,
+        )
+        seen: set[str] = set()
+        for node in self.nodes:
+            cost = node.config.cost(seq_len, dtype_bytes)
+            total += cost.without_params() if node.module in seen else cost
+            seen.add(node.module)
+        return total
+
+    def fingerprint(self) -> str:
+        """Return the sha256 of the canonical description: equal for every spelling of one architecture."""
+        return hashlib.sha256(json.dumps(self._canonical(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def short(self) -> str:
+        """The first 12 characters of the fingerprint, as shown to people."""
+        return self.fingerprint()[:12]
+
+    def _canonical(self) -> dict[str, Any]:
+        order: dict[str, int] = {}
+        layers = [
+            [
+                [
+                    {
+                        "letter": node.slot.letter,
+                        "config": node.config.canonical(),
+                        "module": order.setdefault(node.module, len(order)),
+                    }
+                    for node in branch
+                ]
+                for branch in layer
+            ]
+            for layer in self.layers
+        ]
+        return {"version": 1, "model": self.model.to_dict(), "layers": layers}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values from which :meth:`from_dict` makes the same architecture, ready for JSON."""
+        blocks = {letter: dict(own) for letter, own in self.blocks}
+        return {"pattern": str(self.pattern), **self.model.to_dict(), "blocks": blocks}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Arch:
+        """Rebuild from :meth:`to_dict`; raises ConfigError for unknown or missing fields."""
+        fields = dict(values)
+        blocks = fields.pop("blocks", {})
+        if "pattern" not in fields:
+            raise ConfigError("an architecture needs a 'pattern', such as pattern='(ME)x8'")
+        for letter in blocks:
+            if letter not in BLOCKS:
+                raise ConfigError(f"architecture blocks has unknown letter {letter!r}{suggest(letter, BLOCKS)}")
+        return cls.from_pattern(fields.pop("pattern"), **fields, **blocks)
+
+
+def _letters(pattern: Pattern) -> list[str]:
+    return sorted({slot.letter for slot in pattern.slots})
+
+
+def _owners(pattern: Pattern, field: str) -> list[str]:
+    """Return the letters of the pattern whose blocks have the field, or raise ConfigError naming what they have."""
+    owners = [x for x in _letters(pattern) if field in BLOCKS.get(x).Config.field_names()]
+    if not owners:
+        known = {name for x in _letters(pattern) for name in BLOCKS.get(x).Config.field_names()}
+        raise ConfigError(f"no block of pattern '{pattern}' has a field {field!r}{suggest(field, known)}")
+    return owners
+
+
+def _distribute(pattern: Pattern, fields: Mapping[str, Any]) -> BlockFields:
+    """Give each letter of the pattern the fields that concern it; one letter's own value wins over the common one."""
+    given: dict[str, dict[str, Any]] = {letter: {} for letter in _letters(pattern)}
+    for key, value in fields.items():
+        if key in BLOCKS:
+            continue
+        for letter in _owners(pattern, key):
+            given[letter][key] = value
+    for key, value in fields.items():
+        if key not in BLOCKS:
+            continue
+        if key not in given:
+            raise ConfigError(f"pattern '{pattern}' has no {key} ({BLOCKS.get(key).name}) to set {value!r} on")
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key}={value!r} must be a mapping of {BLOCKS.get(key).name} fields, e.g. {key}={{...}}")
+        given[key].update(value)
+    return tuple((letter, tuple(sorted(own.items()))) for letter, own in sorted(given.items()) if own)
