@@ -72,8 +72,9 @@ class Arch:
 
     @classmethod
     def from_pattern(cls, pattern: str | Pattern, **fields: Any) -> Arch:
-        """Resolve a pattern. ``fields``: those of the model (``d_model``, ``vocab_size``, ``norm`` ...), a field for every
-        block that has it (``n_experts=32``), or the fields of one letter (``E={"d_expert": 1536}``).
+        """Resolve a pattern; ``fields`` are those of the model, of all blocks that have them, or of one letter.
+
+        Model: ``d_model=512, norm="rmsnorm"``. All blocks: ``n_experts=32``. One letter: ``E={"d_expert": 1536}``.
 
         Raises PatternError, and ConfigError for a field that nothing in the pattern has.
         """

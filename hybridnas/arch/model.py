@@ -60,7 +60,7 @@ class HybridLM(nn.Module):
                             modules[node.module] = BLOCKS.get(node.slot.letter)(node.config, impl=Impl.of(impl))
                             modules[node.module].reset_parameters(config.init_scale)
             self.layers = nn.ModuleList(_ResidualLayer(layer, modules, config) for layer in layers)
-            self.final_norm = make_norm(config) if config.final_norm else None
+            self.final_norm: nn.Module | None = make_norm(config) if config.final_norm else None
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
             # The MoE-Mamba code draws the embedding with fan_in = 1 and cuts it at 2 * scale.
             truncated_normal_(self.embedding.weight, 1, config.init_scale)
@@ -128,8 +128,8 @@ class HybridLM(nn.Module):
         generator = torch.Generator(device=ids_BL.device).manual_seed(seed)
         state: LMState | None = self.init_state(ids_BL.shape[0])
         logits_BV = ids_BL.new_zeros(0)
-        for chunk_BL in ids_BL.split(prefill_chunk, dim=1):
-            output = self(chunk_BL, state)
+        for chunk_BL in torch.split(ids_BL, prefill_chunk, dim=1):
+            output: LMOutput = self(chunk_BL, state)
             logits_BV, state = output.logits_BLV[:, -1], output.state
         pieces = [ids_BL]
         for step in range(max_new_tokens):
