@@ -1,0 +1,59 @@
+"""Checks that every kernel makes before it touches memory: one clear sentence each, argument, expected, got."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hybridnas.errors import KernelInputError
+
+
+def require_tensor(
+    operation: str, name: str, tensor: Tensor, letters: str, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """Raise KernelInputError unless ``tensor`` is floating point, of this shape, on this device."""
+    if not isinstance(tensor, Tensor):
+        raise KernelInputError(f"{operation} {name} must be a tensor of shape {letters}, got {type(tensor).__name__}")
+    if tensor.dim() != len(shape):
+        raise KernelInputError(
+            f"{operation} {name} must have {len(shape)} dimensions {letters}, got shape {tuple(tensor.shape)}"
+        )
+    if tuple(tensor.shape) != shape:
+        raise KernelInputError(f"{operation} {name} must have shape {letters} = {shape}, got {tuple(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise KernelInputError(f"{operation} {name} must be floating point, got {tensor.dtype}")
+    if tensor.device != device:
+        raise KernelInputError(f"{operation} {name} must be on {device} like the first argument, got {tensor.device}")
+
+
+def require_seq_idx(operation: str, seq_idx: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise KernelInputError unless ``seq_idx`` is an integer tensor (B, L) on this device."""
+    if not isinstance(seq_idx, Tensor) or seq_idx.is_floating_point() or seq_idx.is_complex():
+        got = seq_idx.dtype if isinstance(seq_idx, Tensor) else type(seq_idx).__name__
+        raise KernelInputError(f"{operation} seq_idx must be an integer tensor (B, L), got {got}")
+    if tuple(seq_idx.shape) != shape:
+        raise KernelInputError(f"{operation} seq_idx must have shape (B, L) = {shape}, got {tuple(seq_idx.shape)}")
+    if seq_idx.device != device:
+        raise KernelInputError(f"{operation} seq_idx must be on {device} like the first argument, got {seq_idx.device}")
+
+
+def require_finite(operation: str, name: str, tensor: Tensor) -> None:
+    """Raise KernelInputError for NaN or infinity; only looked at on a CPU, where looking costs no synchronisation."""
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return
+    if not math.isfinite(float(tensor.detach().sum())) and not bool(torch.isfinite(tensor.detach()).all()):
+        raise KernelInputError(f"{operation} {name} must be finite, got NaN or infinity; has the training diverged?")
+
+
+def boundaries(seq_idx_BL: Tensor) -> Tensor:
+    """Return (B, L) bool, true where a document begins that is not the first of its row."""
+    starts_BL = torch.zeros_like(seq_idx_BL, dtype=torch.bool)
+    torch.ne(seq_idx_BL[:, 1:], seq_idx_BL[:, :-1], out=starts_BL[:, 1:])
+    return starts_BL
+
+
+def state_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Return the dtype of states and sums: float64 where an input is float64, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -1,0 +1,107 @@
+"""The causal depthwise convolution of Mamba, with SiLU, forward and backward, channel-last.
+
+Shapes: B batch, L length, D channels, K taps. ``reference.py`` is the specification.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridnas.errors import KernelInputError, KernelUnavailableError
+from hybridnas.hardware import Impl, resolve_impl
+from hybridnas.kernels._inputs import require_seq_idx, require_tensor
+from hybridnas.kernels.causal_conv1d.reference import conv_reference, final_state_of, padded
+
+_NAME = "causal_conv1d"
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    seq_idx: Tensor | None = None,
+    impl: str | Impl = Impl.AUTO,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return y (B, L, D), each channel filtered by its own K causal taps, then SiLU when ``activation='silu'``.
+
+    x (B, L, D); weight (D, K), last tap on the present; bias (D,); states (B, K - 1, D): the inputs before x.
+    ``seq_idx`` (B, L) integers: no tap reaches over a change of it. All floating inputs are differentiable. With
+    ``return_final_state`` the result is (y, the last K - 1 inputs). ``impl``: auto, reference, cpu or triton.
+
+    Raises KernelInputError for a wrong rank, shape, dtype or device, KernelUnavailableError for an implementation
+    that cannot run here. Source: the authors' ``causal_conv1d`` (arXiv 2312.00752, figure 3).
+    """
+    chosen = _resolve(impl, x.device)
+    _check(x, weight, bias, activation, initial_state, seq_idx)
+    run = conv_reference if chosen is Impl.REFERENCE or seq_idx is not None else _conv_torch
+    y_BLD, final_BKD = run(x, weight, bias, activation, initial_state, seq_idx)
+    return (y_BLD, final_BKD) if return_final_state else y_BLD
+
+
+def describe(device: torch.device | str) -> str:
+    """Return words on what computes the convolution on ``device``."""
+    if torch.device(device).type == "cuda":
+        return "torch, F.conv1d: no Triton kernel for it is built in this version"
+    return "torch, F.conv1d"
+
+
+def _conv_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """F.conv1d over a padded copy; packed documents go through the reference, whose taps can be masked."""
+    taps = weight.shape[1]
+    x_BDL = padded(x, taps, initial_state).transpose(1, 2)
+    kernel = weight.to(x.dtype).unsqueeze(1)
+    y_BDL = F.conv1d(x_BDL, kernel, None if bias is None else bias.to(x.dtype), groups=weight.shape[0])
+    y_BLD = y_BDL.transpose(1, 2)
+    if activation == "silu":
+        y_BLD = F.silu(y_BLD)
+    return y_BLD.contiguous(), final_state_of(x, taps, initial_state, seq_idx)
+
+
+def _resolve(impl: str | Impl, device: torch.device) -> Impl:
+    """Return reference or cpu; auto on a CUDA device means torch until a Triton kernel is built."""
+    if Impl.of(impl) is Impl.AUTO:
+        return Impl.CPU
+    chosen = resolve_impl(impl, device, _NAME)
+    if chosen is Impl.TRITON:
+        raise KernelUnavailableError(
+            f"{_NAME} impl='triton' is not built in this version; impl='cpu' (F.conv1d) or impl='reference' works on "
+            "any device"
+        )
+    return chosen
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> None:
+    device = x.device
+    require_tensor(_NAME, "x", x, "(B, L, D)", tuple(x.shape) if x.dim() == 3 else (0, 0, 0), device)
+    batch, length, channels = x.shape
+    taps = weight.shape[1] if weight.dim() == 2 else 0
+    require_tensor(_NAME, "weight", weight, "(D, K)", (channels, taps), device)
+    if taps < 1:
+        raise KernelInputError(f"{_NAME} weight must have at least one tap (D, K), got shape {tuple(weight.shape)}")
+    if bias is not None:
+        require_tensor(_NAME, "bias", bias, "(D,)", (channels,), device)
+    if activation not in (None, "silu"):
+        raise KernelInputError(f"{_NAME} activation must be None or 'silu', got {activation!r}")
+    if initial_state is not None:
+        require_tensor(_NAME, "initial_state", initial_state, "(B, K - 1, D)", (batch, taps - 1, channels), device)
+    if seq_idx is not None:
+        require_seq_idx(_NAME, seq_idx, (batch, length), device)
