@@ -1,0 +1,150 @@
+"""Hydra, used for composition alone: YAML groups and ``key=value`` overrides in, one plain dict out.
+
+Groups: ``data`` and ``budget`` are folders of conf/; ``preset`` is the registry of presets; ``space`` and
+``experiment`` are YAML files, the package's own and those in ``./search_spaces`` and ``./experiments`` of the folder
+where the user stands.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hybridnas.errors import ConfigError, suggest
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+# Values that are text whatever they look like: Hydra's grammar would trip over '(ME)x8', '[M,E]' or a prompt.
+TEXT = ("pattern", "prompt", "out", "model", "study", "storage", "tracking", "data.path", "data.name", "data.tokenizer")
+
+
+def compose(command: str, overrides: list[str]) -> dict[str, Any]:
+    """Return the settings of a command with the user's overrides; raises ConfigError that lists what is allowed."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    _store_groups()
+    GlobalHydra.instance().clear()
+    with initialize_config_module("hybridnas.conf", version_base="1.3"):
+        try:
+            config = hydra_compose(command, overrides=[_quoted(item) for item in overrides])
+            plain = OmegaConf.to_container(config, resolve=True)
+        except (HydraException, OmegaConfBaseException, OSError) as error:
+            raise _in_our_words(command, overrides, error) from None
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def help_text(command: str, summary: str) -> str:
+    """Return a command's help: its groups with their options, and every setting with its default."""
+    import yaml
+
+    text = (CONF / f"{command}.yaml").read_text()
+    groups = [name for name in _groups() if re.search(rf"^\s*- (?:override )?{name}:", text, re.MULTILINE)]
+    lines = [f"python -m hybridnas.{command} [key=value ...]", "", summary[0].upper() + summary[1:] + ".", ""]
+    if groups:
+        lines.append("groups (key=option):")
+        lines += [f"  {name:<11} {', '.join(_options(name))}" for name in groups]
+        lines.append("")
+    lines.append("settings and their defaults:")
+    body = [line for line in text.splitlines() if not line.startswith(("defaults:", "  - "))]
+    assert yaml.safe_load(text) is not None
+    lines += [f"  {line}" for line in body if line.strip()]
+    return "\n".join(lines)
+
+
+def _groups() -> tuple[str, ...]:
+    return ("preset", "space", "data", "budget", "experiment")
+
+
+def _options(group: str) -> list[str]:
+    if group in ("data", "budget"):
+        return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    return sorted(name for name, _ in _nodes(group))
+
+
+def _store_groups() -> None:
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    for group in ("preset", "space", "experiment"):
+        for name, node in _nodes(group):
+            store.store(group=group, name=name, node=node, package="_global_" if group == "experiment" else None)
+
+
+def _nodes(group: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (option, settings) of a group that is not a folder of conf/; a user's own file wins over ours."""
+    if group == "preset":
+        from hybridnas.arch.presets import list_presets, preset_arguments
+
+        for name in list_presets():
+            yield name, {"name": name, **preset_arguments(name)}
+        return
+    rooms = {
+        "space": [CONF.parent / "search_spaces", Path("search_spaces")],
+        "experiment": [Path("experiments")],
+    }[group]
+    found = {path.stem: path for room in rooms for path in sorted(room.glob("*.yaml"))}
+    for name, path in found.items():
+        yield name, _read_yaml(path, name if group == "space" else None)
+
+
+def _read_yaml(path: Path, name: str | None) -> dict[str, Any]:
+    import yaml
+
+    try:
+        node = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not YAML: {first}") from None
+    if not isinstance(node, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings, got {type(node).__name__}")
+    return {"name": name, **node} if name else node
+
+
+def _quoted(override: str) -> str:
+    key, equals, value = override.partition("=")
+    if not equals or key.lstrip("+~") not in TEXT or value[:1] in ("'", '"') or value in ("", "null"):
+        return override
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def _in_our_words(command: str, overrides: list[str], error: Exception) -> ConfigError:
+    text = str(error)
+    missing = re.search(r"Could not find '(\w+)/([^']+)'", text)
+    if missing:
+        group, got = missing.groups()
+        return ConfigError(f"{command} {group}={got} is unknown{suggest(got, _options(group))} (options: "
+                           f"{', '.join(_options(group))})")  # fmt: skip
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if unknown:
+        key = unknown.group(1)
+        return ConfigError(f"{command} has no setting {key!r}{suggest(key, _settings(command, overrides))}")
+    first = " ".join(text.split("See https")[0].split())
+    bad = next((item for item in overrides if "=" not in item), None)
+    if bad is not None:
+        return ConfigError(f"{command} takes key=value settings, got {bad!r}; see python -m hybridnas.{command} --help")
+    return ConfigError(f"{command} cannot read its settings: {first}")
+
+
+def _settings(command: str, overrides: list[str]) -> list[str]:
+    """Every dotted key that exists with the groups that the user chose: what a mistyped key may have meant."""
+    chosen = [item for item in overrides if item.partition("=")[0] in _groups()]
+    try:
+        config = compose(command, chosen)
+    except ConfigError:
+        return []
+
+    def keys(node: dict[str, Any], prefix: str) -> Iterator[str]:
+        for key, value in node.items():
+            yield prefix + str(key)
+            if isinstance(value, dict):
+                yield from keys(value, f"{prefix}{key}.")
+
+    return list(keys(config, ""))

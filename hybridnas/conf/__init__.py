@@ -1,0 +1,1 @@
+"""Hydra's configuration: one primary YAML per command, and the groups budget and data."""
