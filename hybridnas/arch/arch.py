@@ -20,6 +20,7 @@ from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError, suggest
 from hybridnas.registry import BLOCKS
 
+FACTORS = {"expand": "d_inner"}  # two fields that set one width: a factor of d_model, and the width itself
 BlockFields = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]  # letter -> its fields, sorted and hashable
 
 
@@ -93,13 +94,13 @@ class Arch:
         kept: dict[str, Any] = {letter: dict(own) for letter, own in self.blocks if letter in _letters(parsed)}
         for key, value in fields.items():
             if key in kept and isinstance(value, Mapping):
-                kept[key] = {**kept[key], **value}
+                kept[key] = overlay(kept[key], value)
             elif key in ModelConfig.field_names() or key in BLOCKS:
                 kept[key] = value
             else:
                 owners = _owners(parsed, key)
                 for letter in owners:
-                    kept[letter] = {**kept.get(letter, {}), key: value}
+                    kept[letter] = overlay(kept.get(letter, {}), {key: value})
         return Arch.from_pattern(parsed, **{**self.model.to_dict(), **kept})
 
     @cached_property
@@ -123,7 +124,7 @@ class Arch:
         args = dict(slot.args)
         if "d_model" in args:
             raise ConfigError(f"{where} cannot set d_model={args['d_model']}: the residual stream has one width")
-        values = {"d_model": self.d_model, **given.get(slot.letter, {}), **args}
+        values = overlay({"d_model": self.d_model, **given.get(slot.letter, {})}, args)
         config = block.Config.from_dict(values, where=where, parse=True)
         module = f"shared.{slot.share}" if slot.share else f"layers.{layer}.{branch}.{position}"
         return Node(layer, branch, position, slot, config, module)
@@ -213,6 +214,14 @@ class Arch:
         return cls.from_pattern(fields.pop("pattern"), **fields, **blocks)
 
 
+def overlay(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``under`` with the fields of ``over``; a factor given later puts out the width given before, and back."""
+    hidden = {
+        theirs for pair in FACTORS.items() for mine, theirs in (pair, pair[::-1]) if mine in over and theirs not in over
+    }
+    return {**{key: value for key, value in under.items() if key not in hidden}, **over}
+
+
 def _letters(pattern: Pattern) -> list[str]:
     return sorted({slot.letter for slot in pattern.slots})
 
@@ -241,5 +250,5 @@ def _distribute(pattern: Pattern, fields: Mapping[str, Any]) -> BlockFields:
             raise ConfigError(f"pattern '{pattern}' has no {key} ({BLOCKS.get(key).name}) to set {value!r} on")
         if not isinstance(value, Mapping):
             raise ConfigError(f"{key}={value!r} must be a mapping of {BLOCKS.get(key).name} fields, e.g. {key}={{...}}")
-        given[key].update(value)
+        given[key] = overlay(given[key], value)
     return tuple((letter, tuple(sorted(own.items()))) for letter, own in sorted(given.items()) if own)
