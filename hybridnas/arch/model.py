@@ -6,8 +6,8 @@ Shapes: B batch, L length, D d_model, V vocabulary.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -96,11 +96,7 @@ class HybridLM(nn.Module):
         """Return the state of ``batch_size`` sequences of which nothing has been read yet."""
         self._need_causal()
         weight = self.embedding.weight
-        return tuple(
-            block.init_state(batch_size, device=weight.device, dtype=weight.dtype)
-            for layer in self.layers
-            for block in layer.blocks()
-        )
+        return tuple(block.init_state(batch_size, device=weight.device, dtype=weight.dtype) for block in self.blocks())
 
     @torch.no_grad()
     def generate(
@@ -144,7 +140,7 @@ class HybridLM(nn.Module):
 
     def blocks(self) -> Iterator[Block]:
         """Every block in the order of execution; a shared one comes once per use."""
-        return (block for layer in self.layers for block in layer.blocks())
+        return (block for layer in cast("Iterable[_ResidualLayer]", self.layers) for block in layer.blocks())
 
     def _need_causal(self) -> None:
         for node in self.arch.nodes:
