@@ -1,0 +1,110 @@
+"""What the user can say about text: where it lies, how it is tokenised, what is held out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybridnas.config import option
+from hybridnas.data.source import SourceConfig
+from hybridnas.errors import ConfigError
+
+DEFAULT_BPE_VOCAB = 4096
+DEFAULT_HUB_BYTES = 1_000_000_000
+_OWN_FIELDS = {"path": "text", "name": "hub", "config": "hub", "revision": "hub"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(SourceConfig):
+    """Text from the standard library, from files, or from a dataset on the Hugging Face hub."""
+
+    path: str | tuple[str, ...] | None = option(
+        None, "kind=text: files, folders or globs, several separated by commas or as a list"
+    )
+    name: str | None = option(None, "kind=hub: name of the dataset, e.g. allenai/c4, or a local dataset folder")
+    config: str | None = option(None, "kind=hub: configuration of the dataset, e.g. en")
+    split: str = option("train", "kind=hub: split of the dataset that is read")
+    revision: str | None = option(None, "kind=hub: branch, tag or commit; none: the newest at the first reading")
+    text_field: str = option("text", "field of a jsonl, parquet or hub row that holds the text")
+    split_files: str = option(
+        "auto",
+        "cut plain files at line ends into documents of about 32 KiB; auto: only when fewer than 16 files are read",
+        choices=("auto", "always", "never"),
+    )
+    skip_bad_files: bool = option(False, "leave out files that are not UTF-8 text, rather than stop")
+    max_bytes: int | None = option(
+        None, f"read no more text than this [bytes]; none: all files, {DEFAULT_HUB_BYTES:,} of a hub dataset", ge=1
+    )
+    tokenizer: str = option(
+        "bytes", "bytes, bpe (trained on the corpus; bpe:8192 sets its size), or a Hugging Face tokenizer, name or path"
+    )
+    vocab_size: int | None = option(
+        None, f"tokenizer=bpe: size of its vocabulary [tokens]; none: {DEFAULT_BPE_VOCAB}", ge=257
+    )
+    separator: str | None = option(
+        None, "token put after each document, for a Hugging Face tokenizer; none: its own end-of-text token"
+    )
+    valid_fraction: float = option(0.05, "share of the documents held out for validation [0 to 1]", gt=0, le=0.5)
+    split_seed: int = option(0, "seed of which documents are held out", ge=0)
+    cache_dir: str | None = option(
+        None, "folder of tokenised shards; none: the environment's HYBRIDNAS_CACHE, or ~/.cache/hybridnas"
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.path, list):
+            object.__setattr__(self, "path", tuple(self.path))
+        super().__post_init__()
+        if isinstance(self.path, tuple) and not all(isinstance(part, str) for part in self.path):
+            raise ConfigError(f"data path={self.path!r} must be a list of text")
+        self._check_kind()
+        self._check_tokenizer()
+
+    @classmethod
+    def from_dict(
+        cls, values: Mapping[str, Any], *, where: str = "", parse: bool = False
+    ) -> DataConfig:  # a list is what JSON and YAML make of a tuple
+        path = values.get("path")
+        if isinstance(path, (list, tuple)):
+            values = {**values, "path": tuple(path)}
+        return super().from_dict(values, where=where, parse=parse)
+
+    def _check_kind(self) -> None:
+        for field, kind in _OWN_FIELDS.items():
+            value = getattr(self, field)
+            if value is not None and self.kind != kind:
+                raise ConfigError(f"data {field}={value!r} goes with data={kind}, not with data={self.kind}")
+        if self.kind == "text" and not self.path:
+            raise ConfigError("data=text needs data.path=FILE, FOLDER or GLOB")
+        if self.kind == "hub" and not self.name:
+            raise ConfigError("data=hub needs data.name=DATASET, e.g. data.name=allenai/c4 data.config=en")
+
+    def _check_tokenizer(self) -> None:
+        kind, _, size = self.tokenizer.partition(":")
+        if kind == "bpe" and size:
+            if not size.isdigit() or int(size) < 257:
+                raise ConfigError(f"data tokenizer={self.tokenizer!r} must be bpe:SIZE with a SIZE of at least 257")
+            if self.vocab_size not in (None, int(size)):
+                raise ConfigError(f"data tokenizer={self.tokenizer!r} and vocab_size={self.vocab_size} disagree")
+        elif kind != "bpe" and self.vocab_size is not None:
+            raise ConfigError(
+                f"data vocab_size={self.vocab_size} goes with tokenizer=bpe; {self.tokenizer!r} has a size of its own"
+            )
+        if self.separator is not None and (kind == "bpe" or self.tokenizer == "bytes"):
+            raise ConfigError(f"data separator={self.separator!r}: tokenizer={self.tokenizer!r} has one of its own")
+
+    @property
+    def bpe_vocab(self) -> int | None:
+        """Vocabulary of the BPE to train [tokens], or None for another tokenizer."""
+        kind, _, size = self.tokenizer.partition(":")
+        if kind != "bpe":
+            return None
+        return int(size) if size else (self.vocab_size or DEFAULT_BPE_VOCAB)
+
+    @property
+    def cache(self) -> Path:
+        """The folder where tokenised shards and trained tokenizers are kept."""
+        chosen = self.cache_dir or os.environ.get("HYBRIDNAS_CACHE")
+        return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "hybridnas"

@@ -1,0 +1,91 @@
+"""``data=hub``: a dataset of the Hugging Face hub, streamed once into the cache, then read like any file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hybridnas.data.cache import explaining_disk, lock, publish_folder, read_json, remove, temporary, write_json
+from hybridnas.data.config import DEFAULT_HUB_BYTES, DataConfig
+from hybridnas.data.files import CorpusFile, FileCorpus, row_text
+from hybridnas.data.network import why_offline
+from hybridnas.data.progress import bar
+from hybridnas.data.source import Source, register_source
+from hybridnas.data.windows import open_text
+from hybridnas.errors import DataError
+
+_OFFLINE_WAYS = "data=stdlib and data=text data.path=FILES need no network"
+
+
+@register_source("hub", config=DataConfig)
+def open_hub(config: DataConfig) -> Source:
+    """Open a hub dataset's text; raises DataError without network, unless it was read before."""
+    file = CorpusFile(spool(config), "documents.jsonl")
+    return open_text(FileCorpus([file], config.replace(text_field="text"), name=_words(config)), config)
+
+
+def spool(config: DataConfig) -> Path:
+    """Return the file of the dataset's documents, one JSON line each, streamed now unless it is there.
+
+    The first documents up to ``max_bytes`` are taken: trials and tokenizers then share them without a network.
+    """
+    limit = config.max_bytes or DEFAULT_HUB_BYTES
+    key = [1, config.name, config.config, config.split, config.revision, config.text_field, limit]
+    folder = config.cache / "hub" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    file = folder / "documents.jsonl"
+    with explaining_disk(config.cache), lock(folder):
+        if not _sound(folder):
+            remove(folder)
+            building = temporary(folder)
+            building.mkdir(parents=True)
+            try:
+                told = _stream(config, building / file.name, limit)
+                write_json(building / "meta.json", {**told, "dataset": key})
+                publish_folder(building, folder)
+            finally:
+                remove(building)
+    return file
+
+
+def _sound(folder: Path) -> bool:
+    meta = read_json(folder / "meta.json")
+    file = folder / "documents.jsonl"
+    return meta is not None and file.is_file() and file.stat().st_size == meta.get("size")
+
+
+def _stream(config: DataConfig, file: Path, limit: int) -> dict[str, int]:
+    taken = count = 0
+    with file.open("w", encoding="utf-8") as handle, bar(f"fetching {config.name}", limit) as report:
+        for number, row in enumerate(_rows(config), start=1):
+            raw = row_text(row, config.text_field, f"dataset {_words(config)} row {number}")
+            if raw:
+                handle.write(json.dumps({"text": raw.decode()}, ensure_ascii=False) + "\n")
+                taken, count = taken + len(raw), count + 1
+                report(taken)
+            if taken >= limit:
+                break
+    if not count:
+        raise DataError(f"dataset {_words(config)} has no text in field {config.text_field!r}; choose another split")
+    return {"size": file.stat().st_size, "documents": count}
+
+
+def _rows(config: DataConfig) -> Iterator[Any]:
+    assert config.name is not None
+    if not Path(config.name).is_dir() and (reason := why_offline()):
+        raise DataError(f"data=hub data.name={config.name} cannot be fetched, because {reason}; {_OFFLINE_WAYS}")
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(
+            config.name, config.config, split=config.split, revision=config.revision, streaming=True
+        )
+    except Exception as error:  # the library raises many kinds: network, names, formats
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"dataset {_words(config)} cannot be read: {words}; {_OFFLINE_WAYS}") from None
+
+
+def _words(config: DataConfig) -> str:
+    return " ".join(filter(None, (config.name, config.config, config.split)))

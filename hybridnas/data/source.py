@@ -1,0 +1,144 @@
+"""The contract of data: a source gives training batches by step and validation batches that never change.
+
+Letters: B batch, L sequence length.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from hybridnas.config import FrozenConfig, option
+from hybridnas.errors import ConfigError, DataError
+from hybridnas.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hybridnas.data.tokenizers import Tokenizer
+
+O = TypeVar("O", bound="Callable[..., Source]")  # noqa: E741
+
+
+class Batch(NamedTuple):
+    """What one step reads: ids, the ids to predict at each place, and which places count (None: all of them)."""
+
+    inputs_BL: Tensor
+    targets_BL: Tensor
+    mask_BL: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(FrozenConfig):
+    """Fields that every kind of data has; each kind adds its own."""
+
+    kind: str = option("stdlib", "kind of data, a name in SOURCES")
+
+    @classmethod
+    def label(cls) -> str:
+        return "data"
+
+
+class Source(ABC):
+    """Tokens for training and validation; equal for every trial and process that opens the same config."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Number of different ids [count]; every id lies in [0, vocab_size)."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identity of what is trained on and validated on: 64 hex digits, equal wherever the tokens are equal."""
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """UTF-8 bytes of validation text per validation token, or None where bytes mean nothing."""
+        return None
+
+    @property
+    def train_tokens(self) -> int | None:
+        """Tokens of one epoch of training [count], or None where data never ends."""
+        return None
+
+    @property
+    def valid_tokens(self) -> int | None:
+        """Tokens held out for validation [count], or None where data never ends."""
+        return None
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, or None where ids are not text."""
+        return None
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return one line for people: what is read, how it is split, how it is tokenised."""
+
+    @abstractmethod
+    def train_batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> Batch:
+        """Return the batch of step ``step`` (from 0), int64 (B, L): a pure function of the four arguments."""
+
+    @abstractmethod
+    def valid_batches(self, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
+        """Yield the same validation batches at every call, at least ``n_tokens`` in all or as many as exist."""
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``; raises DataError where ids are not text."""
+        if self.tokenizer is None:
+            raise DataError(f"{type(self).__name__} has no tokenizer to save: its ids are not text")
+        self.tokenizer.save(folder)
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """A registered kind: the config it takes, and what opens it."""
+
+    config: type[SourceConfig]
+    open: Callable[..., Source]
+
+
+SOURCES: Registry[SourceKind] = Registry("data", "hybridnas.data")
+
+
+def register_source(kind: str, *, config: type[SourceConfig]) -> Callable[[O], O]:
+    """Decorate what opens a source of this kind: a function of its config, or a Source class made from it."""
+
+    def decorate(opener: O) -> O:
+        SOURCES.add(kind, SourceKind(config, opener))
+        return opener
+
+    return decorate
+
+
+def source_config(values: Mapping[str, Any], *, parse: bool = False) -> SourceConfig:
+    """Build the config of the kind that ``values`` names; ``parse`` reads strings by field type, as from a shell."""
+    kind = values.get("kind", "stdlib")
+    return SOURCES.get(str(kind)).config.from_dict(values, where="data", parse=parse)
+
+
+def open_source(config: SourceConfig) -> Source:
+    """Open the data that ``config`` describes, building what is not cached yet.
+
+    Raises ConfigError for an unknown kind, DataError for data that is missing, empty, or not what it should be.
+    """
+    entry = SOURCES.get(config.kind)
+    if not isinstance(config, entry.config):
+        raise ConfigError(
+            f"data kind={config.kind!r} takes {entry.config.__name__}, got {type(config).__name__}; "
+            f"build it with hybridnas.data.source_config"
+        )
+    return entry.open(config)
+
+
+def check_vocab(source_vocab: int, model_vocab: int) -> None:
+    """Raise DataError unless every id of the data is one that the model knows."""
+    if source_vocab > model_vocab:
+        raise DataError(
+            f"the data has {source_vocab:,} different tokens but the model only vocab_size={model_vocab:,}; "
+            f"build the model with vocab_size={source_vocab} or choose a tokenizer with a smaller vocabulary"
+        )

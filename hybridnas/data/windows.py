@@ -1,0 +1,155 @@
+"""Windows of text: which tokens step ``step`` reads is computed, never remembered, so a position is just a number.
+
+In each epoch windows of ``seq_len`` tokens tile the training ids, taken as a ring from a random start, in a random
+order: every token is read at most once an epoch, and all but fewer than ``seq_len`` of them are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hybridnas.data.config import DataConfig
+from hybridnas.data.files import FileCorpus
+from hybridnas.data.shards import Shards, open_shards
+from hybridnas.data.source import Batch, Source
+from hybridnas.data.tokenizers import Tokenizer
+from hybridnas.errors import DataError
+
+_ROUNDS = 6
+_SMALLEST_HALF = 3  # bits: keyed rounds on fewer give too few different orders
+
+U64 = npt.NDArray[np.uint64]
+
+
+class TextSource(Source):
+    """A tokenised corpus as training and validation batches."""
+
+    def __init__(self, shards: Shards, *, name: str) -> None:
+        self._shards = shards
+        self._name = name
+
+    @property
+    def vocab_size(self) -> int:
+        return self._shards.tokenizer.vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        return self._shards.fingerprint
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self._shards.valid.bytes / len(self._shards.valid.tokens)
+
+    @property
+    def train_tokens(self) -> int:
+        return len(self._shards.train.tokens)
+
+    @property
+    def valid_tokens(self) -> int:
+        return len(self._shards.valid.tokens)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._shards.tokenizer
+
+    def describe(self) -> str:
+        train, valid = self._shards.train, self._shards.valid
+        return (
+            f"{self._name}: {len(train.tokens):,} tokens of {train.documents:,} documents to train on, "
+            f"{len(valid.tokens):,} of {valid.documents:,} held out; tokenizer {self.tokenizer.kind}, "
+            f"{self.vocab_size:,} tokens, {self.bytes_per_token:.2f} bytes per token"
+        )
+
+    def train_batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> Batch:
+        self._require(seq_len)
+        starts = window_starts(np.arange(batch_size) + step * batch_size, self.train_tokens, seq_len, seed)
+        return _gather(self._shards.train.tokens, starts, seq_len)
+
+    def valid_batches(self, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
+        self._require(seq_len)
+        existing = (self.valid_tokens - 1) // seq_len
+        wanted = min(existing, max(1, -(-n_tokens // seq_len)))
+        starts = (2 * np.arange(wanted) + 1) * existing // (2 * wanted) * seq_len  # evenly spread, none twice
+        pieces = (starts[first : first + batch_size] for first in range(0, wanted, batch_size))
+        return (_gather(self._shards.valid.tokens, piece, seq_len) for piece in pieces)
+
+    def _require(self, seq_len: int) -> None:
+        for use, tokens in (("train on", self.train_tokens), ("validate on", self.valid_tokens)):
+            if tokens <= seq_len:
+                help_ = "" if use == "train on" else ", a larger data.valid_fraction"
+                raise DataError(
+                    f"{self._name} has {tokens:,} tokens to {use}, fewer than one window of seq_len={seq_len} and "
+                    f"the token after it; give more text{help_} or a shorter seq_len (at most {tokens - 1:,})"
+                )
+
+
+def open_text(corpus: FileCorpus, config: DataConfig) -> TextSource:
+    """Return a corpus as a source, tokenised once for all."""
+    return TextSource(open_shards(corpus, config), name=corpus.describe())
+
+
+def window_starts(sample_B: npt.NDArray[np.int64], n_tokens: int, seq_len: int, seed: int) -> npt.NDArray[np.int64]:
+    """Return where in a ring of ``n_tokens`` the windows number ``sample_B`` (counted from 0, over epochs) start."""
+    per_epoch = n_tokens // seq_len
+    epoch_B = sample_B // per_epoch
+    starts_B = np.empty_like(sample_B)
+    for epoch in np.unique(epoch_B):
+        keys, offset = _epoch_keys(seed, int(epoch), seq_len)
+        rows = epoch_B == epoch
+        place = permute((sample_B[rows] % per_epoch).astype(np.uint64), per_epoch, keys)
+        starts_B[rows] = (place.astype(np.int64) * seq_len + offset % n_tokens) % n_tokens
+    return starts_B
+
+
+def permute(index: U64, size: int, keys: U64) -> U64:
+    """Return the places of ``index`` under the permutation of range(size) that ``keys`` stand for.
+
+    A Feistel network on the next even number of bits, walked until it falls inside (Black and Rogaway, 2002): no
+    table, whatever the size, and no dependence on a library's shuffling.
+    """
+    half = max(_SMALLEST_HALF, (max(size - 1, 1).bit_length() + 1) // 2)
+    place = _feistel(index, half, keys)
+    while (outside := place >= np.uint64(size)).any():
+        place[outside] = _feistel(place[outside], half, keys)
+    return place
+
+
+def _feistel(value: U64, half: int, keys: U64) -> U64:
+    shift, low = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = value >> shift, value & low
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & low)
+    joined: U64 = (left << shift) | right
+    return joined
+
+
+def _mix(value: U64) -> U64:
+    """Return 64 bits that depend on all of the 64 given (the finaliser of SplitMix64)."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: U64 = value ^ (value >> np.uint64(31))
+    return mixed
+
+
+def _epoch_keys(seed: int, epoch: int, seq_len: int) -> tuple[U64, int]:
+    digest = hashlib.blake2b(f"{seed} {epoch} {seq_len}".encode(), digest_size=8 * (_ROUNDS + 1)).digest()
+    words = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+    return words[:_ROUNDS], int(words[_ROUNDS])
+
+
+def _gather(tokens: npt.NDArray[Any], starts_B: npt.NDArray[np.int64], seq_len: int) -> Batch:
+    import torch
+
+    inputs_BL = np.empty((len(starts_B), seq_len), dtype=np.int64)
+    targets_BL = np.empty_like(inputs_BL)
+    for row, start in enumerate(starts_B.tolist()):
+        piece = tokens[start : start + seq_len + 1]
+        if len(piece) <= seq_len:  # over the ring's end
+            piece = np.concatenate((piece, tokens[: seq_len + 1 - len(piece)]))
+        inputs_BL[row], targets_BL[row] = piece[:-1], piece[1:]
+    return Batch(torch.from_numpy(inputs_BL), torch.from_numpy(targets_BL), None)
