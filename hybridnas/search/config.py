@@ -1,0 +1,132 @@
+"""What a search is told: at which size, for how long, with which sampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hybridnas.config import FrozenConfig, option
+from hybridnas.search_spaces.space import Scale
+from hybridnas.train.config import TrainConfig
+
+SAMPLERS = ("tpe", "random", "bruteforce")
+PRUNERS = ("hyperband", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget(FrozenConfig):
+    """How large the models are, how long each is trained, and when the search ends."""
+
+    name: str = option("custom", "name of the budget [text]")
+    d_model: int = option(doc="width of the residual stream [channels]", ge=8)
+    depth: int = option(doc="residual sub-layers [count]", ge=1)
+    n_experts: int = option(8, "experts of the baselines that have some [count]", ge=1)
+    active_params: int | None = option(None, "target; none: those of moe_mamba at this size [count per token]", ge=1)
+    multiple: int = option(8, "sizes are multiples of this [channels]", ge=1)
+    seq_len: int = option(256, "context [tokens]", ge=1)
+    batch_size: int = option(16, "sequences per step [count]", ge=1)
+    tokens_per_active_param: float = option(20.0, "training tokens of an unpruned trial [per active parameter]", gt=0)
+    lr: float = option(3e-3, "peak learning rate [1]", gt=0)
+    weight_decay: float = option(0.1, "decoupled weight decay [1]", ge=0)
+    rungs: int = option(3, "rungs of the pruner, the last one the full run [count]", ge=1)
+    reduction: int = option(3, "a rung trains this many times longer than the one before [factor]", ge=2)
+    evals: int = option(9, "points of the loss curve, at least; every rung is one [count]", ge=1)
+    valid_tokens: int = option(65536, "validation tokens per evaluation, the same for all trials [tokens]", ge=1)
+    n_trials: int = option(30, "the search ends with this many finished trials, baselines included [count]", ge=1)
+    minutes: float | None = option(
+        None, "no trial starts that would end later than this [minutes]; none: no limit", gt=0
+    )
+    precision: str = option(
+        "auto", "auto: bfloat16 on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16")
+    )
+    compile: bool = option(False, "torch.compile each model [yes/no]")
+
+    @classmethod
+    def label(cls) -> str:
+        return "budget"
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that one optimiser step reads."""
+        return self.batch_size * self.seq_len
+
+    def rung_tokens(self, active_params: int) -> tuple[int, ...]:
+        """Return the token counts of the rungs: whole steps, each ``reduction`` times the one before."""
+        top = self.reduction ** (self.rungs - 1)
+        first = max(1, math.ceil(active_params * self.tokens_per_active_param / (self.step_tokens * top)))
+        return tuple(first * self.step_tokens * self.reduction**rung for rung in range(self.rungs))
+
+    def eval_tokens(self, active_params: int) -> tuple[int, ...]:
+        """Return where a trial is evaluated: the rungs, and points between them for the curve."""
+        rungs = self.rung_tokens(active_params)
+        steps = rungs[-1] // self.step_tokens
+        evenly = {max(1, steps * point // self.evals) * self.step_tokens for point in range(1, self.evals + 1)}
+        return tuple(sorted(evenly | set(rungs)))
+
+    def train_config(self, active_params: int, seed: int, data_seed: int) -> TrainConfig:
+        """Return how every trial of the study is trained."""
+        return TrainConfig(
+            tokens=self.rung_tokens(active_params)[-1],
+            batch_size=self.batch_size,
+            seq_len=self.seq_len,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            eval_at=self.eval_tokens(active_params),
+            valid_tokens=self.valid_tokens,
+            precision=self.precision,
+            compile=self.compile,
+            seed=seed,
+            data_seed=data_seed,
+        )
+
+    def scale(self, vocab_size: int) -> Scale:
+        """Return the size at which the space is searched."""
+        return Scale(
+            d_model=self.d_model,
+            depth=self.depth,
+            vocab_size=vocab_size,
+            n_experts=self.n_experts,
+            active_params=self.active_params,
+            multiple=self.multiple,
+            seq_len=self.seq_len,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(FrozenConfig):
+    """One search, as the command line or a script describes it."""
+
+    space: Mapping[str, Any] = field(metadata={"doc": "the space's YAML as a mapping"})
+    data: Mapping[str, Any] = field(metadata={"doc": "the data's settings as a mapping"})
+    budget: Budget = field(metadata={"doc": "sizes, lengths and limits"})
+    study: str | None = option(None, "name of the study and its folder; none: SPACE-BUDGET [text]")
+    runs: str = option("runs", "folder in which studies lie [path]")
+    seed: int = option(0, "everything random derives from it [integer]", ge=0)
+    sampler: str = option("tpe", "what draws the next candidate", choices=SAMPLERS)
+    pruner: str = option("hyperband", "what stops a trial early", choices=PRUNERS)
+    tracking: str | None = option(None, "MLflow tracking URI; none: sqlite in the study folder; off: no MLflow [URI]")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    progress: bool = option(True, "news on the terminal [yes/no]")
+
+    @classmethod
+    def label(cls) -> str:
+        return "search"
+
+    @property
+    def name(self) -> str:
+        """The study's name: the given one, or what it is about."""
+        return self.study or f"{self.space.get('name', 'space')}-{self.budget.name}"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes two calls the same study; limits such as n_trials and minutes may change in between."""
+        budget = {k: v for k, v in self.budget.to_dict().items() if k not in ("n_trials", "minutes", "name")}
+        return {
+            "space": dict(self.space),
+            "data": {k: v for k, v in self.data.items() if k != "cache_dir"},
+            "budget": budget,
+            "seed": self.seed,
+            "sampler": self.sampler,
+            "pruner": self.pruner,
+        }
