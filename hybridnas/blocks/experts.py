@@ -1,0 +1,176 @@
+"""Routed experts as a layer: router, capacity, losses, statistics; used by the moe block and by Mamba's projections.
+
+Shapes: B batch, L length, N = B * L tokens, D input width, O output width, F hidden width, E experts, K choices of a
+token, C slots of an expert.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybridnas.blocks.base import Aux, truncated_normal_
+from hybridnas.cost import Cost
+from hybridnas.hardware import Impl
+from hybridnas.kernels.moe_dispatch import Experts, expert_choice, token_choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedShape:
+    """What a routed layer computes; fields as in ``Moe.Config``, all resolved."""
+
+    d_in: int
+    d_out: int
+    n_experts: int
+    d_expert: int
+    top_k: int = 1
+    router: str = "switch"
+    renormalise: bool = False
+    capacity_factor: float | None = 1.0
+    eval_capacity_factor: float | None = None
+    load_balance_weight: float = 0.01
+    router_z_weight: float = 0.0
+    activation: str = "relu"
+    gated: bool = False
+    bias: bool = False
+    init_over_experts: bool = True
+
+    @property
+    def d_first(self) -> int:
+        """Return the width of an expert's first product: gate and value side by side when gated."""
+        return 2 * self.d_expert if self.gated else self.d_expert
+
+    @property
+    def experts_per_token(self) -> float:
+        """Return how many experts compute a token: top_k, or on average capacity_factor * top_k by expert choice."""
+        if self.router != "expert_choice" or self.capacity_factor is None:
+            return float(self.top_k)
+        return min(float(self.n_experts), self.capacity_factor * self.top_k)
+
+    def cost(self) -> Cost:
+        """Return parameters, active parameters and FLOPs: router, and experts_per_token experts of which none drops."""
+        matrices = self.d_in * self.d_first + self.d_expert * self.d_out
+        expert = matrices + (self.d_first + self.d_out if self.bias else 0)
+        router = self.d_in * self.n_experts
+        return Cost(
+            params=self.n_experts * expert + router,
+            active_params=math.ceil(self.experts_per_token * expert) + router,
+            flops_per_token=2.0 * (self.experts_per_token * matrices + router),
+        )
+
+    def capacity(self, n_tokens: int, factor: float | None) -> int | None:
+        """Return floor(factor * tokens * k / E), at least 1 and at most all tokens; None drops nothing."""
+        if factor is None:
+            return None
+        return max(1, min(n_tokens, math.floor(factor * n_tokens * self.top_k / self.n_experts)))
+
+
+class ExpertWeights(nn.Module):
+    """Stacked weights of E experts, (E, in, out): the layout that bmm and grouped_mm read without a transpose."""
+
+    def __init__(self, shape: RoutedShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.up_name = "gate_up_proj" if shape.gated else "up_proj"
+        first, down = (shape.d_in, shape.d_first), (shape.d_expert, shape.d_out)
+        self.register_parameter(self.up_name, nn.Parameter(torch.empty(shape.n_experts, *first)))
+        self.down_proj = nn.Parameter(torch.empty(shape.n_experts, *down))
+        up_bias = nn.Parameter(torch.empty(shape.n_experts, first[1])) if shape.bias else None
+        self.register_parameter(f"{self.up_name}_bias", up_bias)
+        self.register_parameter(
+            "down_proj_bias", nn.Parameter(torch.empty(shape.n_experts, down[1])) if shape.bias else None
+        )
+
+    def tensors(self) -> Experts:
+        """Return the weights as the kernels take them."""
+        return Experts(
+            self.get_parameter(self.up_name),
+            self.down_proj,
+            self.get_parameter(f"{self.up_name}_bias") if self.shape.bias else None,
+            self.get_parameter("down_proj_bias") if self.shape.bias else None,
+            self.shape.activation,
+            self.shape.gated,
+        )
+
+    def reset_parameters(self, init_scale: float) -> None:
+        """Draw truncated-normal matrices, zero biases."""
+        shape = self.shape
+        truncated_normal_(self.get_parameter(self.up_name), shape.d_in, init_scale)
+        fan_in = shape.d_expert * (shape.n_experts if shape.init_over_experts else 1)
+        truncated_normal_(self.down_proj, fan_in, init_scale)
+        for name, parameter in self.named_parameters():
+            if name.endswith("_bias"):
+                nn.init.zeros_(parameter)
+
+
+class RoutedExperts(nn.Module):
+    """A feed-forward layer of which each token sees a few experts: Switch (2101.03961), top-k, or Expert Choice."""
+
+    def __init__(self, shape: RoutedShape, *, impl: Impl = Impl.AUTO) -> None:
+        super().__init__()
+        self.shape = shape
+        self.impl = impl
+        self.router = nn.Linear(shape.d_in, shape.n_experts, bias=False)
+        self.experts = ExpertWeights(shape)
+
+    def forward(self, x_BLD: Tensor) -> tuple[Tensor, Aux]:
+        """Return (B, L, O) and the weighted losses and statistics of the routing."""
+        x_ND = x_BLD.flatten(0, 1)
+        logits_NE = self._logits(x_ND)
+        route = self._expert_choice if self.shape.router == "expert_choice" else self._token_choice
+        y_NO, aux = route(x_ND, logits_NE, logits_NE.softmax(dim=-1))
+        return y_NO.view(*x_BLD.shape[:2], -1), aux
+
+    def reset_parameters(self, init_scale: float = 0.1) -> None:
+        """Draw router and experts; with init_over_experts the second matrix counts all experts in its fan-in."""
+        truncated_normal_(self.router.weight, self.shape.d_in, init_scale)
+        self.experts.reset_parameters(init_scale)
+
+    def _logits(self, x_ND: Tensor) -> Tensor:
+        wide = torch.promote_types(x_ND.dtype, torch.float32)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            return F.linear(x_ND.to(wide), self.router.weight.to(wide))
+
+    def _token_choice(self, x_ND: Tensor, logits_NE: Tensor, probs_NE: Tensor) -> tuple[Tensor, Aux]:
+        shape = self.shape
+        gate_NK, expert_NK = probs_NE.topk(shape.top_k, dim=-1) if shape.top_k > 1 else probs_NE.max(-1, keepdim=True)
+        if shape.renormalise:
+            gate_NK = gate_NK / gate_NK.sum(dim=-1, keepdim=True)
+        factor = shape.capacity_factor if self.training else shape.eval_capacity_factor
+        capacity = shape.capacity(x_ND.shape[0], factor)
+        y_NO, counts_E = token_choice(
+            x_ND, gate_NK, expert_NK, self.experts.tensors(), capacity=capacity, impl=self.impl
+        )
+        load_E = counts_E / max(1, expert_NK.numel())
+        losses = self._z_loss(logits_NE)
+        if shape.load_balance_weight:
+            balance = shape.n_experts * (load_E.to(probs_NE.dtype) * probs_NE.mean(dim=0)).sum()
+            losses["load_balance"] = shape.load_balance_weight * balance
+        over_E = (counts_E - capacity).clamp(min=0) if capacity is not None else torch.zeros_like(counts_E)
+        stats = {"load_E": load_E, "dropped": over_E.sum() / max(1, expert_NK.numel()), **_entropy(logits_NE, probs_NE)}
+        return y_NO, Aux(losses, stats)
+
+    def _expert_choice(self, x_ND: Tensor, logits_NE: Tensor, probs_NE: Tensor) -> tuple[Tensor, Aux]:
+        shape = self.shape
+        asked = None if self.training else shape.eval_capacity_factor
+        capacity = shape.capacity(x_ND.shape[0], shape.capacity_factor if asked is None else asked)
+        gate_EC, token_EC = probs_NE.t().topk(capacity or x_ND.shape[0], dim=-1)
+        y_NO = expert_choice(x_ND, gate_EC, token_EC, self.experts.tensors(), impl=self.impl)
+        seen_N = torch.zeros(x_ND.shape[0], device=x_ND.device).index_fill(0, token_EC.flatten(), 1.0)
+        load_E = torch.full((shape.n_experts,), 1.0 / shape.n_experts, device=x_ND.device)
+        stats = {"load_E": load_E, "dropped": 1.0 - seen_N.mean(), **_entropy(logits_NE, probs_NE)}
+        return y_NO, Aux(self._z_loss(logits_NE), stats)
+
+    def _z_loss(self, logits_NE: Tensor) -> dict[str, Tensor]:
+        if not self.shape.router_z_weight:
+            return {}
+        return {"router_z": self.shape.router_z_weight * logits_NE.logsumexp(dim=-1).square().mean()}
+
+
+def _entropy(logits_NE: Tensor, probs_NE: Tensor) -> dict[str, Tensor]:
+    logits_NE, probs_NE = logits_NE.detach(), probs_NE.detach()
+    return {"router_entropy": (logits_NE.logsumexp(dim=-1) - (probs_NE * logits_NE).sum(dim=-1)).mean()}

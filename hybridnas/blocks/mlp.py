@@ -1,0 +1,90 @@
+"""Feed-forward block, letter F: up, nonlinearity, down; gated (SwiGLU and kin) or not.
+
+Shapes: B batch, L length, D d_model, F d_ff.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridnas.blocks.base import Block, BlockConfig, BlockOutput, State, truncated_normal_
+from hybridnas.config import option
+from hybridnas.cost import Cost
+from hybridnas.hardware import Impl
+from hybridnas.kernels.moe_dispatch import ACTIVATIONS, activate
+from hybridnas.registry import register_block
+
+
+def feed_forward_params(d_model: int, d_ff: int, *, gated: bool, bias: bool) -> int:
+    """Return the weights of a feed-forward layer [count]: two matrices, three when gated."""
+    first = 2 * d_ff if gated else d_ff
+    return d_model * first + d_ff * d_model + (first + d_model if bias else 0)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around a nonlinearity; gated: ``up_proj`` yields gate and value side by side."""
+
+    def __init__(self, d_model: int, d_ff: int, *, activation: str, gated: bool, bias: bool) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gated = gated
+        self.up_proj = nn.Linear(d_model, 2 * d_ff if gated else d_ff, bias=bias)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        y_BLD: Tensor = self.down_proj(activate(self.up_proj(x_BLD), self.activation, self.gated))
+        return y_BLD
+
+    def reset_parameters(self, init_scale: float = 0.1) -> None:
+        """Draw truncated-normal matrices, zero biases (MoE-Mamba code, section 1.3 of the facts)."""
+        for linear in (self.up_proj, self.down_proj):
+            truncated_normal_(linear.weight, linear.in_features, init_scale)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+
+@register_block("F", name="mlp", aliases=("-",))
+class Mlp(Block):
+    """Position-wise feed-forward network (Vaswani 2017; gated form: Shazeer 2020)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(BlockConfig):
+        """Fields of the feed-forward block."""
+
+        d_ff: int | None = option(None, "hidden width, of each branch when gated; none: 4 * d_model [channels]", ge=1)
+        activation: str = option("relu", "nonlinearity", choices=tuple(ACTIVATIONS))
+        gated: bool = option(False, "multiply by a second, linear branch (silu: SwiGLU)")
+        bias: bool = option(True, "biases on both linear layers")
+
+        @property
+        def hidden(self) -> int:
+            """Return d_ff with its default resolved."""
+            return self.d_ff if self.d_ff is not None else 4 * self.d_model
+
+        def cost(self, seq_len: int, dtype_bytes: int = 4) -> Cost:
+            params = feed_forward_params(self.d_model, self.hidden, gated=self.gated, bias=self.bias)
+            matrices = feed_forward_params(self.d_model, self.hidden, gated=self.gated, bias=False)
+            return Cost(params=params, active_params=params, flops_per_token=2.0 * matrices)
+
+        def canonical(self) -> dict[str, Any]:
+            return {**self.to_dict(), "d_ff": self.hidden}
+
+    def __init__(self, config: Config, *, impl: Impl = Impl.AUTO) -> None:
+        super().__init__(config, impl=impl)
+        self.ff = FeedForward(
+            config.d_model, config.hidden, activation=config.activation, gated=config.gated, bias=config.bias
+        )
+        self.reset_parameters()
+
+    def forward(self, x_BLD: Tensor, state: State | None = None) -> BlockOutput:
+        return BlockOutput(self.ff(x_BLD), state)
+
+    def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        return ()
+
+    def reset_parameters(self, init_scale: float = 0.1) -> None:
+        self.ff.reset_parameters(init_scale)

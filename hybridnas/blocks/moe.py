@@ -1,0 +1,151 @@
+"""Mixture-of-experts block, letter E: Switch top-1 by default, top-k, or Expert Choice; optional shared expert.
+
+Shapes: B batch, L length, D d_model, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridnas.blocks.base import Block, BlockConfig, BlockOutput, State
+from hybridnas.blocks.experts import RoutedExperts, RoutedShape
+from hybridnas.blocks.mlp import FeedForward, feed_forward_params
+from hybridnas.config import option
+from hybridnas.cost import Cost
+from hybridnas.errors import ConfigError
+from hybridnas.hardware import Impl
+from hybridnas.kernels.moe_dispatch import ACTIVATIONS, describe
+from hybridnas.registry import register_block
+
+
+@register_block("E", name="moe")
+class Moe(Block):
+    """Routed feed-forward experts (Switch 2101.03961; Expert Choice 2202.09368; shared expert 2401.06066).
+
+    A token beyond an expert's capacity gets 0 from it: only the residual (and the shared expert) carries it on.
+    Capacity counts the whole batch, first come first served in (B, L) order, and by default limits training alone.
+    """
+
+    float32 = ("routed.router.weight",)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(BlockConfig):
+        """Fields of the mixture-of-experts block."""
+
+        n_experts: int = option(8, "routed experts [count]", ge=1)
+        d_expert: int | None = option(None, "hidden width of one expert; none: 4 * d_model [channels]", ge=1)
+        top_k: int = option(1, "experts that compute one token [count]", ge=1)
+        router: str = option(
+            "switch",
+            "who chooses: switch (token, top 1, gate kept), top_k (token), expert_choice (expert; not causal)",
+            choices=("switch", "top_k", "expert_choice"),
+        )
+        renormalise: bool = option(False, "top_k: scale a token's gates to sum to 1")
+        capacity_factor: float | None = option(
+            1.0, "slots of an expert in training, in units of tokens * top_k / n_experts; none: drop no token", gt=0
+        )
+        eval_capacity_factor: float | None = option(
+            None, "the same in evaluation and generation; none: drop no token (expert_choice: as in training)", gt=0
+        )
+        load_balance_weight: float = option(0.01, "weight of the loss n_experts * sum(f_i * P_i)", ge=0)
+        router_z_weight: float = option(0.0, "weight of the loss mean(logsumexp(router logits) ** 2)", ge=0)
+        d_shared: int = option(0, "hidden width of an expert that every token sees; 0: none [channels]", ge=0)
+        activation: str = option("relu", "nonlinearity of the experts", choices=tuple(ACTIVATIONS))
+        gated: bool = option(False, "experts multiply by a second, linear branch (silu: SwiGLU)")
+        bias: bool = option(False, "biases in the experts")
+        init_over_experts: bool = option(
+            True, "initialise second matrices with fan-in n_experts * d_expert, as the MoE-Mamba code does"
+        )
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.top_k > self.n_experts:
+                raise ConfigError(
+                    f"{self.label()} top_k={self.top_k} is more than n_experts={self.n_experts}; "
+                    f"use top_k <= {self.n_experts} or more experts"
+                )
+            if self.router == "switch" and (self.top_k > 1 or self.renormalise):
+                got = f"top_k={self.top_k}" if self.top_k > 1 else "renormalise=True"
+                raise ConfigError(
+                    f"{self.label()} router='switch' sends a token to one expert and keeps its gate, got {got}; "
+                    f"use router='top_k'"
+                )
+            if self.router == "expert_choice" and self.capacity_factor is None:
+                raise ConfigError(
+                    f"{self.label()} router='expert_choice' needs a capacity_factor, the experts per token on average, "
+                    f"got none; use capacity_factor=2.0"
+                )
+
+        @property
+        def causal(self) -> bool:
+            return self.router != "expert_choice"
+
+        @property
+        def hidden(self) -> int:
+            """Return d_expert with its default resolved."""
+            return self.d_expert if self.d_expert is not None else 4 * self.d_model
+
+        @property
+        def shape(self) -> RoutedShape:
+            """Return the routed part, all defaults resolved."""
+            shared = {n: getattr(self, n) for n in RoutedShape.__dataclass_fields__ if n in self.field_names()}
+            return RoutedShape(**{**shared, "d_in": self.d_model, "d_out": self.d_model, "d_expert": self.hidden})
+
+        def cost(self, seq_len: int, dtype_bytes: int = 4) -> Cost:
+            total = self.shape.cost()
+            if self.d_shared:
+                params = feed_forward_params(self.d_model, self.d_shared, gated=self.gated, bias=self.bias)
+                matrices = feed_forward_params(self.d_model, self.d_shared, gated=self.gated, bias=False)
+                total += Cost(params=params, active_params=params, flops_per_token=2.0 * matrices)
+            return total
+
+        def canonical(self) -> dict[str, Any]:
+            fields: dict[str, Any] = {**self.to_dict(), "d_expert": self.hidden}
+            if self.router == "switch":
+                fields["router"] = "top_k"  # one rule, two names
+            if self.router == "expert_choice":
+                del fields["renormalise"], fields["load_balance_weight"]
+            return fields
+
+    def __init__(self, config: Config, *, impl: Impl = Impl.AUTO) -> None:
+        super().__init__(config, impl=impl)
+        self.routed = RoutedExperts(config.shape, impl=impl)
+        self.shared: FeedForward | None = None
+        if config.d_shared:
+            self.shared = FeedForward(
+                config.d_model, config.d_shared, activation=config.activation, gated=config.gated, bias=config.bias
+            )
+        self.reset_parameters()
+
+    def forward(self, x_BLD: Tensor, state: State | None = None) -> BlockOutput:
+        if state is not None:
+            self._refuse_generation()
+        y_BLD, aux = self.routed(x_BLD)
+        if self.shared is not None:
+            y_BLD = y_BLD + self.shared(x_BLD)
+        return BlockOutput(y_BLD, state, aux)
+
+    def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        self._refuse_generation()
+        return ()
+
+    def reset_parameters(self, init_scale: float = 0.1) -> None:
+        self.routed.reset_parameters(init_scale)
+        if self.shared is not None:
+            self.shared.reset_parameters(init_scale)
+
+    def implementations(self) -> dict[str, str]:
+        if self.impl is Impl.REFERENCE:
+            return {"moe_dispatch": "reference: a Python loop over tokens"}
+        return {"moe_dispatch": describe(self.routed.router.weight.device)}
+
+    def _refuse_generation(self) -> None:
+        if not self.config.causal:
+            raise ConfigError(
+                f"{self.name} router='expert_choice' is not causal (experts choose among later tokens too) and cannot "
+                f"generate; use router='switch'"
+            )

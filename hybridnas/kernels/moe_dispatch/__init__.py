@@ -1,0 +1,88 @@
+"""Run tokens through the experts that a router chose for them; letters: see reference.py.
+
+    y_NO, counts_E = token_choice(x_ND, gate_NK, expert_NK, Experts(up_EDF, down_EFO), capacity=64)
+
+``reference`` loops over tokens; ``cpu`` and ``triton`` are one path of batched matmuls that torch runs on any device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybridnas.errors import KernelInputError
+from hybridnas.hardware import Impl, resolve_impl
+from hybridnas.kernels.moe_dispatch.fast import expert_choice_fast, token_choice_fast
+from hybridnas.kernels.moe_dispatch.reference import (
+    ACTIVATIONS,
+    Experts,
+    activate,
+    expert_choice_reference,
+    token_choice_reference,
+)
+
+__all__ = ["ACTIVATIONS", "Experts", "activate", "describe", "expert_choice", "token_choice"]
+
+
+def token_choice(
+    x_ND: Tensor,
+    gate_NK: Tensor,
+    expert_NK: Tensor,
+    experts: Experts,
+    *,
+    capacity: int | None = None,
+    impl: str | Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Return y (N, O) = sum over a token's K distinct choices of gate * expert(x), and the choices per expert (E,).
+
+    With a ``capacity`` an expert computes only the first that many tokens that chose it, in the order of N; counts are
+    those before dropping. Raises KernelInputError for shapes that do not fit, KernelUnavailableError for ``impl``.
+    """
+    _check(x_ND, experts)
+    if gate_NK.shape != expert_NK.shape or gate_NK.dim() != 2 or gate_NK.shape[0] != x_ND.shape[0]:
+        raise KernelInputError(
+            f"token_choice needs gate and expert of shape (N, K) with N={x_ND.shape[0]}, "
+            f"got {tuple(gate_NK.shape)} and {tuple(expert_NK.shape)}"
+        )
+    if capacity is not None and capacity < 1:
+        raise KernelInputError(f"token_choice capacity={capacity} must be >= 1, or None to drop nothing")
+    if capacity is not None and capacity >= x_ND.shape[0]:
+        capacity = None  # an expert meets a token once at most, so nothing can drop
+    if resolve_impl(impl, x_ND.device, "moe_dispatch") is Impl.REFERENCE:
+        return token_choice_reference(x_ND, gate_NK, expert_NK, experts, capacity)
+    return token_choice_fast(x_ND, gate_NK, expert_NK, experts, capacity)
+
+
+def expert_choice(
+    x_ND: Tensor, gate_EC: Tensor, token_EC: Tensor, experts: Experts, *, impl: str | Impl = "auto"
+) -> Tensor:
+    """Return y (N, O) = sum over the experts that picked a token of gate * expert(x); unpicked tokens get 0.
+
+    Raises KernelInputError for shapes that do not fit, KernelUnavailableError for ``impl``.
+    """
+    _check(x_ND, experts)
+    if gate_EC.shape != token_EC.shape or gate_EC.dim() != 2 or gate_EC.shape[0] != experts.up_EDF.shape[0]:
+        raise KernelInputError(
+            f"expert_choice needs gate and token of shape (E, C) with E={experts.up_EDF.shape[0]}, "
+            f"got {tuple(gate_EC.shape)} and {tuple(token_EC.shape)}"
+        )
+    if resolve_impl(impl, x_ND.device, "moe_dispatch") is Impl.REFERENCE:
+        return expert_choice_reference(x_ND, gate_EC, token_EC, experts)
+    return expert_choice_fast(x_ND, gate_EC, token_EC, experts)
+
+
+def describe(device: torch.device | str) -> str:
+    """Return words on what runs on ``device``."""
+    return f"torch on {torch.device(device).type}: padded bmm with a capacity, grouped_mm without"
+
+
+def _check(x_ND: Tensor, experts: Experts) -> None:
+    up, down = experts.up_EDF, experts.down_EFO
+    if experts.activation not in ACTIVATIONS:
+        raise KernelInputError(f"experts activation={experts.activation!r} must be one of {', '.join(ACTIVATIONS)}")
+    hidden = down.shape[1] * (2 if experts.gated else 1) if down.dim() == 3 else -1
+    if x_ND.dim() != 2 or up.dim() != 3 or tuple(up.shape) != (down.shape[0], x_ND.shape[1], hidden):
+        raise KernelInputError(
+            f"moe_dispatch needs x (N, D), up (E, D, {'2F' if experts.gated else 'F'}) and down (E, F, O), "
+            f"got {tuple(x_ND.shape)}, {tuple(up.shape)} and {tuple(down.shape)}"
+        )

@@ -1,0 +1,111 @@
+"""Routed experts as three steps without a loop over experts: gather rows by expert, two batched matmuls, add back.
+
+With a capacity the rows stand in a padded (E, C, D) block for ``bmm``: static shapes, empty slots weighted 0. Without
+one they stand ragged, expert after expert, for ``grouped_mm``. Both gathers are ``index_select``, whose backward is
+``index_add`` of the same speed. Letters: see reference.py; S slots, ordered by expert.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridnas.kernels.moe_dispatch.reference import Experts, activate
+
+_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GROUPED_STRIDE_BYTES = 16  # grouped_mm refuses matrices whose rows are not a multiple of this
+
+
+class _Slots(NamedTuple):
+    token_S: Tensor  # which token stands in a slot; an empty slot repeats some token
+    gate_S: Tensor  # its weight in the output; 0 in an empty slot
+    ends_E: Tensor | None  # where each expert's rows end; None: E equal blocks
+
+
+def token_choice_fast(
+    x_ND: Tensor, gate_NK: Tensor, expert_NK: Tensor, experts: Experts, capacity: int | None
+) -> tuple[Tensor, Tensor]:
+    """Sort the choices by expert, keeping token order inside each, and run the experts on contiguous rows."""
+    n_experts, top_k = experts.up_EDF.shape[0], expert_NK.shape[1]
+    if n_experts == 1 and capacity is None:
+        return _single(x_ND, gate_NK, experts), expert_NK.new_full((1,), expert_NK.shape[0])
+    sorted_expert_S, choice_S = torch.sort(expert_NK.flatten(), stable=True)
+    everyone_E = torch.arange(n_experts, device=x_ND.device)
+    ends_E = torch.searchsorted(sorted_expert_S, everyone_E, right=True)
+    starts_E = torch.searchsorted(sorted_expert_S, everyone_E)
+    counts_E = ends_E - starts_E
+    if capacity is None and not _grouped_mm_takes(x_ND, experts):
+        capacity = max(1, int(counts_E.max()))  # pads to the fullest expert instead: same result
+    if capacity is None:
+        slots = _Slots(choice_S // top_k, gate_NK.flatten()[choice_S], ends_E.to(torch.int32))
+        return _run(x_ND, slots, experts), counts_E
+    place_C = torch.arange(capacity, device=x_ND.device)
+    filled_EC = place_C < counts_E[:, None]
+    row_S = (starts_E[:, None] + place_C).clamp(max=max(choice_S.numel() - 1, 0)).flatten()
+    choice_S = choice_S[row_S]
+    slots = _Slots(choice_S // top_k, gate_NK.flatten()[choice_S] * filled_EC.flatten(), None)
+    return _run(x_ND, slots, experts), counts_E
+
+
+def expert_choice_fast(x_ND: Tensor, gate_EC: Tensor, token_EC: Tensor, experts: Experts) -> Tensor:
+    """Run every expert on the C tokens that it has picked."""
+    return _run(x_ND, _Slots(token_EC.flatten(), gate_EC.flatten(), None), experts)
+
+
+def _run(x_ND: Tensor, slots: _Slots, experts: Experts) -> Tensor:
+    x_SD = x_ND.index_select(0, slots.token_S)
+    y_SO = _padded(x_SD, experts) if slots.ends_E is None else _grouped(x_SD, slots.ends_E, experts)
+    weighted_SO = y_SO * slots.gate_S[:, None].to(y_SO.dtype)
+    return y_SO.new_zeros(x_ND.shape[0], y_SO.shape[1]).index_add(0, slots.token_S, weighted_SO)
+
+
+def _padded(x_SD: Tensor, experts: Experts) -> Tensor:
+    h_ECF = torch.bmm(x_SD.view(experts.up_EDF.shape[0], -1, x_SD.shape[1]), experts.up_EDF)
+    if experts.up_bias_EF is not None:
+        h_ECF = h_ECF + experts.up_bias_EF[:, None].to(h_ECF.dtype)
+    y_ECO = torch.bmm(activate(h_ECF, experts.activation, experts.gated), experts.down_EFO)
+    if experts.down_bias_EO is not None:
+        y_ECO = y_ECO + experts.down_bias_EO[:, None].to(y_ECO.dtype)
+    return y_ECO.flatten(0, 1)
+
+
+# Not compiled: grouped_mm's shape rule for compilation knows bfloat16 only (torch 2.13).
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _grouped(x_SD: Tensor, ends_E: Tensor, experts: Experts) -> Tensor:
+    dtype = _compute_dtype(x_SD)
+    slot_S = torch.arange(x_SD.shape[0], device=x_SD.device, dtype=ends_E.dtype)
+    has_bias = experts.up_bias_EF is not None or experts.down_bias_EO is not None
+    expert_S = torch.searchsorted(ends_E, slot_S, right=True) if has_bias else slot_S
+    h_SF = F.grouped_mm(x_SD.to(dtype), experts.up_EDF.to(dtype), offs=ends_E)
+    if experts.up_bias_EF is not None:
+        h_SF = h_SF + experts.up_bias_EF[expert_S].to(dtype)
+    # Gradients reach both products through index_select and cat, so they are contiguous, which their backward needs.
+    y_SO = F.grouped_mm(activate(h_SF, experts.activation, experts.gated), experts.down_EFO.to(dtype), offs=ends_E)
+    if experts.down_bias_EO is not None:
+        y_SO = y_SO + experts.down_bias_EO[expert_S].to(dtype)
+    return y_SO
+
+
+def _single(x_ND: Tensor, gate_NK: Tensor, experts: Experts) -> Tensor:
+    h_NF = x_ND @ experts.up_EDF[0]
+    if experts.up_bias_EF is not None:
+        h_NF = h_NF + experts.up_bias_EF[0].to(h_NF.dtype)
+    y_NO = activate(h_NF, experts.activation, experts.gated) @ experts.down_EFO[0]
+    if experts.down_bias_EO is not None:
+        y_NO = y_NO + experts.down_bias_EO[0].to(y_NO.dtype)
+    return y_NO * gate_NK.to(y_NO.dtype)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype autocast would choose: grouped_mm is not on its list (torch 2.13)."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _grouped_mm_takes(x_ND: Tensor, experts: Experts) -> bool:
+    dtype = _compute_dtype(x_ND)
+    rows = (experts.up_EDF.shape[1], experts.up_EDF.shape[2], *experts.down_EFO.shape[1:])
+    return dtype in _GROUPED_DTYPES and all(row * dtype.itemsize % _GROUPED_STRIDE_BYTES == 0 for row in rows)
