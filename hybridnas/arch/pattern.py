@@ -24,6 +24,7 @@ from hybridnas.errors import PatternError
 from hybridnas.registry import ALIASES, BLOCKS
 
 MAX_LAYERS = 4096  # a typo such as x80000 ends in one sentence instead of an exhausted memory
+MAX_NESTING = 64  # and so do ten thousand brackets, instead of an exhausted stack
 
 # Megatron and Nemotron-H write Mamba-2 as M; our M is Mamba-1.
 _FROM_MEGATRON = {"M": "N", "*": "A", "-": "F", "E": "E", "G": "G"}
@@ -143,6 +144,7 @@ class _Parser:
     def __init__(self, text: str) -> None:
         self.text = text
         self.at = 0
+        self.nesting = 0
 
     def parse(self) -> tuple[Layer, ...]:
         layers = self._items(closers="")
@@ -153,9 +155,12 @@ class _Parser:
     def _items(self, closers: str, opened: int | None = None) -> tuple[Layer, ...]:
         start = self.at
         layers: list[Layer] = []
+        blocks = 0
         while self._peek() and self._peek() not in ")],":
-            layers.extend(self._item(inside_parallel="]" in closers))
-            if len(layers) > MAX_LAYERS:
+            item = self._item(inside_parallel="]" in closers)
+            layers.extend(item)
+            blocks += _blocks(item)
+            if blocks > MAX_LAYERS:
                 raise self._fail(f"has more than {MAX_LAYERS} layers", start)
         if closers and self._peek() not in tuple(closers):
             raise self._fail(f"has {self.text[opened or 0]!r} that is never closed", opened)
@@ -169,7 +174,11 @@ class _Parser:
         atom: tuple[Layer, ...]
         if char == "(":
             self.at += 1
+            self.nesting += 1
+            if self.nesting > MAX_NESTING:
+                raise self._fail(f"nests brackets more than {MAX_NESTING} deep", opened)
             atom = self._items(closers=")", opened=opened)
+            self.nesting -= 1
             self.at += 1
         elif char == "[":
             if inside_parallel:
@@ -179,7 +188,7 @@ class _Parser:
         else:
             atom = (self._slot(),)
         count = self._repeat()
-        if len(atom) * count > MAX_LAYERS:
+        if _blocks(atom) * count > MAX_LAYERS:
             raise self._fail(f"has more than {MAX_LAYERS} layers", opened)
         return atom * count
 
@@ -271,6 +280,10 @@ class _Parser:
     def _fail(self, words: str, place: int | None = None) -> PatternError:
         place = self.at if place is None else place
         return _error(f"pattern {self.text!r} {words} at character {place + 1}", self.text, place)
+
+
+def _blocks(layers: Sequence[Layer]) -> int:
+    return sum(sum(map(len, layer.branches)) if isinstance(layer, Parallel) else 1 for layer in layers)
 
 
 def _unknown_letter(text: str, place: int) -> PatternError:
