@@ -1,0 +1,148 @@
+"""The model card: README.md of an exported folder, for people and for model hubs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hybridnas.arch.arch import Arch
+from hybridnas.registry import BLOCKS
+
+# Facts of the training that have words of their own; any other key of the card is shown under its name.
+_LABELS = {
+    "study": "study",
+    "trial": "trial",
+    "preset": "preset",
+    "data": "data",
+    "tokenizer": "tokenizer",
+    "tokens": "training tokens",
+    "tokens_per_active_param": "training tokens per active parameter",
+    "steps": "steps",
+    "batch_size": "batch [sequences]",
+    "seq_len": "context in training [tokens]",
+    "lr": "peak learning rate",
+    "seed": "seed",
+    "valid_loss": "validation loss [nats per token]",
+    "bits_per_byte": "validation bits per byte",
+    "accuracy": "validation accuracy [share of tokens]",
+    "seconds": "training time [s]",
+    "tokens_per_second": "training speed [tokens/s]",
+    "machine": "machine",
+}
+_TAGS = {"M": "mamba", "N": "mamba2", "A": "attention", "E": "mixture-of-experts", "S": "sliding-window-attention"}
+
+
+def model_card(arch: Arch, config: Mapping[str, Any], folder: str | Path, *, has_tokenizer: bool) -> str:
+    """Return README.md: front matter, the pattern and its drawing, counts, how it was trained, how to use it."""
+    facts: Mapping[str, Any] = config["training"]
+    parts = [
+        _front_matter(arch, can_generate=has_tokenizer and arch.causal),
+        f"# {_title(arch, facts)}",
+        _summary(arch, facts),
+        "## Architecture",
+        f"Pattern `{arch.pattern}`, expanded `{arch.pattern.letters}`: " + _legend(arch),
+        f"```mermaid\n{_drawing(arch)}\n```",
+        _counts(arch, config["cost"]),
+        "## Training",
+        _training(facts),
+        "## Use",
+        _usage(arch, Path(folder), has_tokenizer=has_tokenizer),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(arch: Arch, *, can_generate: bool) -> str:
+    letters = sorted({slot.letter for slot in arch.pattern.slots})
+    tags = ["hybridnas", "hybrid", *(_TAGS[letter] for letter in letters if letter in _TAGS)]
+    lines = ["---", "library_name: hybridnas", "tags:", *(f"- {tag}" for tag in tags)]
+    if can_generate:
+        lines.append("pipeline_tag: text-generation")
+    return "\n".join([*lines, "---"])
+
+
+def _title(arch: Arch, facts: Mapping[str, Any]) -> str:
+    return str(facts.get("name") or facts.get("preset") or f"hybridnas {arch.short}")
+
+
+def _summary(arch: Arch, facts: Mapping[str, Any]) -> str:
+    text = f"A {len(arch.pattern)}-layer language model of width {arch.d_model}, fingerprint `{arch.short}`"
+    loss = facts.get("valid_loss")
+    if isinstance(loss, (int, float)):
+        text += f", validation loss {loss:.4f} nats per token"
+    return text + ". Found and trained with hybridnas."
+
+
+def _legend(arch: Arch) -> str:
+    letters = dict.fromkeys(slot.letter for slot in arch.pattern.slots)
+    return ", ".join(f"{letter} is {BLOCKS.get(letter).name}" for letter in letters) + "."
+
+
+def _drawing(arch: Arch) -> str:
+    from hybridnas.arch.draw import mermaid
+
+    return str(mermaid(arch)).strip()
+
+
+def _counts(arch: Arch, cost: Mapping[str, Any]) -> str:
+    rows = [
+        ("parameters, without embedding and head", f"{cost['params']:,}"),
+        ("of these active for one token", f"{cost['active_params']:,}"),
+        ("embedding and head", f"{cost['embedding_params']:,}" + (" (tied)" if arch.model.tie_embeddings else "")),
+        (f"forward FLOPs per token at {cost['seq_len']:,} tokens", f"{cost['flops_per_token']:,.0f}"),
+        (f"state of one sequence at {cost['seq_len']:,} tokens [bytes, float32]", f"{cost['state_bytes']:,}"),
+        ("vocabulary", f"{arch.vocab_size:,}"),
+    ]
+    return _table(("figure", "value"), rows)
+
+
+def _training(facts: Mapping[str, Any]) -> str:
+    known = [(label, facts[key]) for key, label in _LABELS.items() if facts.get(key) is not None]
+    other = [(key, value) for key, value in facts.items() if key not in _LABELS and key != "name" and value is not None]
+    if not known and not other:
+        return "Nothing was recorded: the model was exported without facts of its training."
+    return _table(("fact", "value"), [(label, _text(value)) for label, value in known + other])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else f"`{json.dumps(value)}`"
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    lines += [f"| {_cell(left)} | {_cell(right)} |" for left, right in rows]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _usage(arch: Arch, folder: Path, *, has_tokenizer: bool) -> str:
+    name = folder.name or "."
+    code = ["import hybridnas", "", f'model = hybridnas.load("{name}")  # needs nothing but this folder']
+    if has_tokenizer and arch.causal:
+        code += [
+            "",
+            "import torch",
+            "from hybridnas.export.load import load_tokenizer",
+            "",
+            f'tokenizer = load_tokenizer("{name}")',
+            'ids_BL = torch.tensor([tokenizer.encode("def ")], device=model.embedding.weight.device)',
+            "print(tokenizer.decode(model.generate(ids_BL, 200, temperature=0.8, top_k=40)[0].tolist()))",
+        ]
+    text = "```python\n" + "\n".join(code) + "\n```"
+    if not arch.causal:
+        return text + "\n\nThe model has a block that is not causal, so it cannot generate text."
+    if not has_tokenizer:
+        return text + "\n\nThe folder has no tokenizer, so the model takes and gives token ids."
+    return (
+        text + f'\n\nText on the command line:\n\n```bash\npython -m hybridnas.generate model={name} prompt="def "\n```'
+    )

@@ -1,0 +1,210 @@
+"""export(model, folder): write an exported folder whole or not at all, and prove that it reloads to equal logits."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hybridnas.arch.model import HybridLM
+from hybridnas.errors import ExportError
+from hybridnas.export.card import model_card
+from hybridnas.export.layout import (
+    CARD,
+    CONFIG,
+    GENERATION,
+    OWN_FILES,
+    WEIGHTS,
+    home,
+    make_config,
+    probe_ids,
+    stored_tensors,
+)
+from hybridnas.export.load import load, read_config
+
+if TYPE_CHECKING:
+    from hybridnas.data.source import Source
+    from hybridnas.data.tokenizers import Tokenizer
+
+
+def export(
+    model: HybridLM,
+    folder: str | Path,
+    *,
+    source: Source | None = None,
+    tokenizer: Tokenizer | None = None,
+    card: Mapping[str, Any] | None = None,
+    check: bool = True,
+) -> Path:
+    """Write the model as a folder that :func:`hybridnas.load` reads, and return the folder's absolute path.
+
+    ``source`` (or ``tokenizer``) gives the tokenizer, ``card`` the facts of the training for config.json and README.md.
+    The folder appears whole or not at all; an earlier export there is replaced, files that are not ours are kept.
+    Raises ExportError for a folder that is not an export, a full disk, or reloaded logits that differ.
+    """
+    target = home(folder)
+    tokenizer = tokenizer if tokenizer is not None or source is None else source.tokenizer
+    _refuse_foreign(target)
+    config = make_config(model, dict(card or {}), _version())
+    with _whole_folder(target) as partial:
+        _write_text(partial / CONFIG, json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        _write_weights(partial / WEIGHTS, model)
+        _write_text(partial / GENERATION, json.dumps(_generation(), indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(partial)
+        _write_text(partial / CARD, model_card(model.arch, config, folder, has_tokenizer=tokenizer is not None))
+        if check:
+            check_logits(model, load(partial, device="cpu"))
+    return target
+
+
+@torch.no_grad()
+def check_logits(trained: HybridLM, reloaded: HybridLM) -> None:
+    """Raise ExportError unless both models give equal logits on random ids, to the bit, on the CPU."""
+    on_cpu = all(tensor.device.type == "cpu" for tensor in trained.state_dict().values())
+    original = trained if on_cpu else copy.deepcopy(trained).to("cpu")
+    was_training = original.training
+    ids_BL = probe_ids(trained.arch.vocab_size)
+    try:
+        wanted_BLV = original.eval()(ids_BL).logits_BLV
+    finally:
+        original.train(was_training)
+    got_BLV = reloaded.to("cpu").eval()(ids_BL).logits_BLV
+    if not torch.isfinite(wanted_BLV).all():
+        raise ExportError("the model's logits are not finite, so there is nothing to export; its training diverged")
+    if not torch.equal(wanted_BLV, got_BLV):
+        gap = (wanted_BLV.float() - got_BLV.float()).abs().max().item()
+        raise ExportError(
+            f"the reloaded model's logits differ from the trained one's by up to {gap:.3g}, so nothing was exported; "
+            f"a block of pattern '{trained.arch.pattern}' keeps something that is neither parameter nor buffer"
+        )
+
+
+def _refuse_foreign(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise ExportError(f"{target} is a file; give a folder to export into")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    try:
+        read_config(target)
+    except ExportError as error:
+        if "newer hybridnas" not in str(error):
+            raise ExportError(f"{target} is not ours: {error}; give an empty or a new folder") from None
+
+
+@contextmanager
+def _whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder beside ``target`` to write into; on success it takes the target's place, else it vanishes."""
+    host = socket.gethostname()
+    partial = target.parent / f".{target.name}.{host}.{os.getpid()}.partial"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target, host)
+        partial.mkdir()
+        yield partial
+        for path in partial.iterdir():
+            _fsync(path)
+        _swap(partial, target)
+    except (OSError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        kept = "; the earlier export there is untouched" if target.is_dir() else ""
+        raise ExportError(f"could not write {target} ({why}){kept}; make room there or choose another folder") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(partial: Path, target: Path) -> None:
+    """Put ``partial`` in the place of ``target``; what is not ours in the old folder (.git, notes) moves along."""
+    old = _old(target)
+    if target.exists():
+        target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    _fsync(target.parent)
+    _discard(old, target)
+
+
+def _sweep(target: Path, host: str) -> None:
+    """Clear what an export that was killed left behind; one killed between the two renames gets its folder back."""
+    old = _old(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
+    _discard(old, target)
+    for stale in target.parent.iterdir():
+        ours = stale.name.startswith(f".{target.name}.{host}.") and stale.name.endswith(".partial")
+        if ours and not _alive(stale.name.split(".")[-2]):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _old(target: Path) -> Path:
+    return target.parent / f".{target.name}.old"
+
+
+def _discard(old: Path, target: Path) -> None:
+    if not old.exists():
+        return
+    for path in old.iterdir():
+        if path.name not in OWN_FILES and not (target / path.name).exists():
+            path.rename(target / path.name)
+    shutil.rmtree(old)
+
+
+def _alive(pid: str) -> bool:
+    if not pid.isdigit() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _write_weights(path: Path, model: HybridLM) -> None:
+    tensors: dict[str, Tensor] = {
+        name: tensor.detach().to("cpu").contiguous() for name, tensor in stored_tensors(model).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _fsync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a folder
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _generation() -> dict[str, Any]:
+    """The settings that ``python -m hybridnas.generate`` uses by default, in Hugging Face words."""
+    return {"do_sample": True, "temperature": 0.8, "top_k": 40, "max_new_tokens": 200}
+
+
+def _version() -> str:
+    try:
+        return version("hybridnas")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "unknown"

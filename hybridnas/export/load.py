@@ -1,0 +1,129 @@
+"""load(folder): an exported folder becomes a model again, after everything that can be wrong with it was checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hybridnas.arch.arch import Arch
+from hybridnas.arch.model import HybridLM
+from hybridnas.errors import ExportError, HybridNASError, suggest
+from hybridnas.export.layout import CONFIG, FORMAT_VERSION, MODEL_TYPE, TOKENIZER_FILES, WEIGHTS, home, stored_tensors
+from hybridnas.hardware import Impl, pick_device
+
+if TYPE_CHECKING:
+    from hybridnas.data.tokenizers import Tokenizer
+
+
+def load(folder: str | Path, device: str = "auto", *, impl: str | Impl = Impl.AUTO) -> HybridLM:
+    """Return the exported model in evaluation mode on ``device``; needs nothing but the folder.
+
+    Raises ExportError for a folder that is missing, not ours, newer than this hybridnas, damaged or incomplete.
+    """
+    where = home(folder)
+    target = pick_device(device)
+    arch = read_arch(where)
+    model = HybridLM(arch, impl=impl)
+    assign(model, read_tensors(where), where)
+    return model.to(target).eval()
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Return the tokenizer that was exported with the model; raises ExportError when there is none."""
+    from hybridnas.data import tokenizers
+
+    where = home(folder)
+    read_config(where)
+    if not (where / TOKENIZER_FILES[0]).is_file():
+        raise ExportError(f"{where} has no {TOKENIZER_FILES[0]}: the model was exported without its data source")
+    return tokenizers.load_tokenizer(where)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of one of our folders; raises ExportError for anything else."""
+    if not folder.is_dir():
+        raise ExportError(f"{folder} is not a folder; give the folder that 'python -m hybridnas.export' wrote")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ExportError(f"{folder} has no {CONFIG}, so it is not an exported model")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ExportError(f"{path} cannot be read as JSON ({error}); export the model again") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != MODEL_TYPE:
+        raise ExportError(f"{path} is not ours: its model_type is {kind!r}, hybridnas reads {MODEL_TYPE!r}")
+    version = config.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise ExportError(f"{path} has format_version {version!r}, expected 1 to {FORMAT_VERSION}; the file is damaged")
+    if version > FORMAT_VERSION:
+        raise ExportError(
+            f"{path} has format_version {version}, written by a newer hybridnas "
+            f"({config.get('hybridnas_version', 'unknown')}); this one reads up to {FORMAT_VERSION}: upgrade hybridnas"
+        )
+    return dict(config)
+
+
+def read_arch(folder: Path) -> Arch:
+    """Return the architecture of an exported folder, checked against its fingerprint."""
+    config = read_config(folder)
+    path = folder / CONFIG
+    try:
+        arch = Arch.from_dict(config["arch"])
+    except (HybridNASError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(f"{path} does not describe an architecture: {_words(error)}") from None
+    if arch.fingerprint() != config.get("fingerprint"):
+        raise ExportError(
+            f"{path} describes architecture {arch.short}, but its fingerprint is "
+            f"{str(config.get('fingerprint'))[:12]}: the file was edited or damaged, or written by another version "
+            f"of hybridnas ({config.get('hybridnas_version', 'unknown')}); export the model again"
+        )
+    return arch
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return all tensors of model.safetensors on the CPU; raises ExportError for a missing or truncated file."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ExportError(f"{folder} has no {WEIGHTS}; copy the whole exported folder, or export the model again")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ExportError(f"{path} is truncated or damaged ({error}); export the model again") from None
+
+
+@torch.no_grad()
+def assign(model: HybridLM, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Give the model the stored tensors, in their stored dtype; raises ExportError naming the first that disagrees."""
+    path = folder / WEIGHTS
+    expected = stored_tensors(model)
+    for name in expected:
+        if name not in tensors:
+            raise ExportError(f"{path} lacks tensor {name!r} of shape {_shape(expected[name])}; export the model again")
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise ExportError(f"{path} has tensor {name!r} that the architecture does not{suggest(name, expected)}")
+        if tensor.shape != expected[name].shape:
+            raise ExportError(
+                f"{path} has tensor {name!r} of shape {_shape(tensor)}, config.json asks for {_shape(expected[name])}"
+            )
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise ExportError(f"{path} has tensor {name!r} of dtype {tensor.dtype}, expected {expected[name].dtype}")
+    for name, tensor in tensors.items():
+        # A copy and not the file's mapped pages: those may be unaligned, which changes the last bits of a matmul.
+        expected[name].data = tensor.clone()
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def _words(error: Exception) -> str:
+    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)

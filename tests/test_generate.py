@@ -1,0 +1,185 @@
+"""Generation from an exported folder: streamed text, constant memory, and a command line that ends cleanly."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybridnas.arch.arch import Arch
+from hybridnas.arch.model import HybridLM
+from hybridnas.cli.generate import run
+from hybridnas.data.tokenizers import ByteTokenizer, Tokenizer, train_bpe
+from hybridnas.errors import ConfigError, ExportError
+from hybridnas.export.folder import export
+from hybridnas.export.stream import stream_text
+
+
+def small(pattern: str, **fields: object) -> HybridLM:
+    experts = {"n_experts": 3, "d_expert": 16} if "E" in pattern else {}
+    arch = Arch.from_pattern(pattern, **{"d_model": 16, "vocab_size": 256, "init_scale": 1.0, **experts, **fields})
+    return HybridLM(arch, seed=2).eval()
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(small("MEAF"), tmp_path_factory.mktemp("model") / "best", tokenizer=ByteTokenizer())
+
+
+def streamed(model: HybridLM, tokenizer: Tokenizer, prompt: str, **settings: object) -> str:
+    pieces: list[str] = []
+    stream_text(model, tokenizer, prompt, pieces.append, **settings)
+    return "".join(pieces)
+
+
+BPE = train_bpe(["def f(x):\n    return 'ä€😀' + x\n" * 20], 280)
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
+def test_streamed_text_is_the_decoded_generation(tokenizer: Tokenizer) -> None:
+    model = small("MEAF", vocab_size=tokenizer.vocab_size)
+    ids = tokenizer.encode("def ä")
+    whole = model.generate(torch.tensor([ids]), 48, temperature=1.0, top_k=50, seed=7)[0].tolist()[len(ids) :]
+    settings = {"max_new_tokens": 48, "temperature": 1.0, "top_k": 50, "seed": 7}
+    assert streamed(model, tokenizer, "def ä", stop_at_end=False, **settings) == tokenizer.decode(whole)
+    ended = whole[: whole.index(tokenizer.separator)] if tokenizer.separator in whole else whole
+    assert streamed(model, tokenizer, "def ä", stop_at_end=True, **settings) == tokenizer.decode(ended)
+
+
+def test_text_comes_in_whole_characters_as_soon_as_they_are_whole() -> None:
+    text = "aä€😀b"
+    model = small("MF")
+    wanted = iter(text.encode())
+    pieces: list[str] = []
+    model.generate = lambda ids_BL, n, on_token, **_: [on_token(torch.tensor([byte])) for byte in wanted]  # type: ignore[method-assign]
+    stream_text(model, ByteTokenizer(), "", pieces.append)
+    assert pieces == ["a", "ä", "€", "😀", "b"]
+
+
+def test_generation_stops_where_the_document_ends() -> None:
+    model = small("MF")
+    pieces: list[str] = []
+
+    def generate(ids_BL: torch.Tensor, n: int, *, on_token: object, **_: object) -> None:
+        assert ids_BL.tolist() == [[0]]  # an empty prompt is the start of a document
+        assert callable(on_token)
+        stops = [on_token(torch.tensor([byte])) for byte in b"ab\0"]
+        assert stops == [False, False, True]
+
+    model.generate = generate  # type: ignore[method-assign,assignment]
+    assert stream_text(model, ByteTokenizer(), "", pieces.append) == 3
+    assert pieces == ["a", "b"]
+
+
+def test_ids_beyond_the_tokenizer_are_shown_as_unknown() -> None:
+    model = small("MF", vocab_size=300)
+    ids = model.generate(torch.tensor([[0]]), 60, seed=1)[0].tolist()[1:]
+    assert max(ids) >= 256
+    text = streamed(model, ByteTokenizer(), "", max_new_tokens=60, temperature=1.0, top_k=None, seed=1)
+    assert "\ufffd" in text
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused() -> None:
+    with pytest.raises(ExportError, match="tokenizer has 256 tokens but the model only vocab_size=32"):
+        streamed(small("MF", vocab_size=32), ByteTokenizer(), "a")
+
+
+@pytest.mark.parametrize("pattern", ["MEF", "M[M,E]F@s F@s"])
+def test_the_state_of_recurrent_patterns_does_not_grow(pattern: str) -> None:
+    model = small(pattern)
+    state = model.init_state(1)
+    sizes = set()
+    for length in (1, 1, 40, 7, 1):
+        ids_BL = torch.randint(256, (1, length), generator=torch.Generator().manual_seed(length))
+        state = model(ids_BL, state).state
+        sizes.add(sum(tensor.numel() * tensor.element_size() for block in state for tensor in block))
+    assert sizes == {model.arch.cost(1).state_bytes} == {model.arch.cost(10_000).state_bytes}
+
+
+@pytest.mark.parametrize("pattern", ["MEF", "AF", "[M,A]EM@s M@s"])
+def test_greedy_generation_equals_recomputation(pattern: str) -> None:
+    model = small(pattern)
+    ids_BL = torch.tensor([[5, 9, 200]])
+    fast = model.generate(ids_BL, 12, temperature=0.0)
+    slow = ids_BL
+    with torch.no_grad():
+        for _ in range(12):
+            slow = torch.cat([slow, model(slow).logits_BLV[:, -1].argmax(-1)[:, None]], dim=1)
+    assert torch.equal(fast, slow)
+
+
+def settings(best: Path, **changes: object) -> dict[str, object]:
+    return {"model": str(best), "prompt": "def ", "max_new_tokens": 12, "seed": 3, "device": "cpu", **changes}
+
+
+def test_the_command_prints_prompt_and_continuation(best: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(settings(best)) == 0
+    first = capsys.readouterr()
+    assert first.out.startswith("def ")
+    assert first.out.endswith("\n")
+    assert first.err == ""
+    assert run(settings(best)) == 0
+    assert capsys.readouterr().out == first.out
+    assert run(settings(best, echo=False)) == 0
+    assert "def " + capsys.readouterr().out == first.out
+    assert run(settings(best, seed=4)) == 0
+    assert capsys.readouterr().out != first.out
+    assert run(settings(best, prompt="", max_new_tokens=0)) == 0
+    assert capsys.readouterr().out == "\n"
+
+
+def test_the_prompt_may_come_from_standard_input(
+    best: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x = {'a': \xff\n")))
+    assert run(settings(best, prompt="-")) == 0
+    assert capsys.readouterr().out.startswith("x = {'a': \ufffd\n")
+
+
+def test_ctrl_c_ends_with_what_was_printed(
+    best: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hybridnas.export.stream.stream_text", interrupted)
+    assert run(settings(best)) == 130
+    assert capsys.readouterr().out == "def \n"
+
+
+def test_a_model_that_is_not_causal_says_so_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(small("ME", router="expert_choice"), tmp_path / "best", tokenizer=ByteTokenizer())
+    with pytest.raises(ConfigError, match=r"layer 1 \(E moe\) is not causal.*cannot generate"):
+        run(settings(tmp_path / "best"))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"temperature": -1.0}, "generate temperature=-1.0 must be >= 0"),
+        ({"top_k": 0}, "generate top_k=0 must be >= 1"),
+        ({"max_new_tokens": "many"}, "generate max_new_tokens='many' must be an integer"),
+        ({"model": None}, "generate needs model=FOLDER"),
+    ],
+)
+def test_wrong_settings_are_named(best: Path, changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run(settings(best, **changes))
+
+
+def test_a_reader_that_leaves_early_is_no_error(best: Path) -> None:
+    command = (
+        f'"{sys.executable}" -m hybridnas.generate model="{best}" prompt="def " max_new_tokens=3000 stop_at_end=false'
+    )
+    read, write = os.pipe()
+    with subprocess.Popen(command, shell=True, stdout=write, stderr=subprocess.PIPE, text=True) as process:
+        os.close(write)
+        assert os.read(read, 4) == b"def "
+        os.close(read)
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
