@@ -65,7 +65,7 @@ class Budget(FrozenConfig):
         evenly = {max(1, steps * point // self.evals) * self.step_tokens for point in range(1, self.evals + 1)}
         return tuple(sorted(evenly | set(rungs)))
 
-    def train_config(self, active_params: int, seed: int, data_seed: int) -> TrainConfig:
+    def train_config(self, active_params: int, seed: int) -> TrainConfig:
         """Return how every trial of the study is trained."""
         return TrainConfig(
             tokens=self.rung_tokens(active_params)[-1],
@@ -78,7 +78,6 @@ class Budget(FrozenConfig):
             precision=self.precision,
             compile=self.compile,
             seed=seed,
-            data_seed=data_seed,
         )
 
     def scale(self, vocab_size: int) -> Scale:

@@ -1,0 +1,311 @@
+"""The search itself: open or resume the study, draw and train until it is done, report, export the winner."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybridnas.arch.arch import Arch
+from hybridnas.data import open_source, source_config
+from hybridnas.errors import StudyError, TrainingError
+from hybridnas.hardware import describe_machine
+from hybridnas.search.config import SearchConfig
+from hybridnas.search.folder import StudyFolder
+from hybridnas.search.leaderboard import write_leaderboard
+from hybridnas.search.records import (
+    COMPLETE,
+    DUPLICATE,
+    FAIL,
+    INFEASIBLE,
+    PRUNED,
+    StudyMeta,
+    TrialRecord,
+    load_records,
+)
+from hybridnas.search.samplers import make_pruner, make_sampler
+from hybridnas.search.trial import TrialContext, TrialRun
+from hybridnas.search_spaces.space import Space
+
+if TYPE_CHECKING:
+    import optuna
+
+MAX_DRAWS_PER_TRIAL = 20  # duplicates and infeasible draws cost nothing, but a space can be exhausted
+KEPT_CHECKPOINTS = 3  # of the best trials besides the baselines; others come back through replay
+
+
+@dataclass
+class SearchSummary:
+    """What a search call did: all records so far, the best of them, where everything lies, and why it ended."""
+
+    records: list[TrialRecord]
+    best: TrialRecord | None
+    folder: Path
+    exported: Path | None
+    report: Path
+    ended: str  # completed | time | exhausted | interrupted
+    seconds: float
+
+
+class Search:
+    """One call of a search; :meth:`run` may be called again by another process to go on."""
+
+    def __init__(self, config: SearchConfig, news: Callable[[str], None] | None = None) -> None:
+        self.config = config
+        self.news = news or (lambda text: None)
+        self.space = Space.from_mapping(config.space)
+        self.folder = StudyFolder(Path(config.runs), config.name)
+        self.started = time.monotonic()
+        self.records: dict[int, TrialRecord] = {}
+        self.warnings: list[str] = []
+
+    def run(self) -> SearchSummary:
+        """Search until the budget's trials are finished or its minutes are up; Ctrl-C ends it with what there is."""
+        with self._opened() as (study, context, meta):
+            self._announce(context)
+            ended = "interrupted"
+            try:
+                ended = self._loop(study, context)
+            except KeyboardInterrupt:
+                self.news("stopping: writing the report of what is finished; the same command goes on from here")
+            return self._finish(context, meta, ended)
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[optuna.Study, TrialContext, StudyMeta]]:
+        from hybridnas.search.tracking import Tracker
+
+        machine = describe_machine()
+        stored = self.folder.open(
+            self.config.identity(), {"machine": machine, "command": _command(), "versions": _versions()}
+        )
+        try:
+            # MLflow's own start takes seconds and needs nothing of ours: begin it first, it runs beside the data.
+            tracker = Tracker.open(self.config.tracking, self.folder.path, self.folder.name, self.config.identity())
+            source = open_source(source_config(self.config.data))
+            scale = self.config.budget.scale(source.vocab_size)
+            target = self.space.target(scale)
+            study = self._study(target)
+            loaded, self.warnings = load_records(self.folder.path)
+            self.records = {record.number: record for record in loaded}
+            context = TrialContext(self.config, self.space, scale, source, tracker, target, self.news)
+            try:
+                yield study, context, self._meta(stored, context)
+            except BaseException:
+                tracker.close("FAILED")
+                raise
+        finally:
+            self.folder.close()
+
+    def _study(self, target: int) -> optuna.Study:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        budget = self.config.budget
+        path = self.folder.journal()
+        study = optuna.create_study(
+            study_name=self.folder.name,
+            storage=optuna.storages.JournalStorage(JournalFileBackend(str(path))),
+            # A resumed process must not repeat the draws of the first, so the count of trials enters the seed.
+            sampler=make_sampler(self.config.sampler, self.config.seed + 7919 * _line_count(path)),
+            pruner=make_pruner(self.config.pruner, budget.rung_tokens(target), budget.reduction),
+            direction="minimize",
+            load_if_exists=True,
+        )
+        known = {trial.user_attrs.get("baseline") for trial in study.trials}
+        for name in self.space.baselines:
+            if name not in known:
+                study.enqueue_trial({}, user_attrs={"baseline": name})
+        return study
+
+    def _loop(self, study: optuna.Study, context: TrialContext) -> str:
+        budget = self.config.budget
+        for trial in self._interrupted(study):
+            self.news(f"trial {trial.number} was interrupted; going on from its checkpoint")
+            self._one(study, trial, context)
+        draws = 0
+        while self._finished() < budget.n_trials:
+            waiting = any(trial.state.name == "WAITING" for trial in study.trials)
+            if not waiting and self._out_of_time():
+                return "time"
+            if draws >= MAX_DRAWS_PER_TRIAL * budget.n_trials:
+                return "exhausted"
+            draws += 1
+            if not waiting and self.config.sampler == "bruteforce" and self._all_drawn(study, context):
+                return "exhausted"
+            self._one(study, study.ask(), context)
+        return "completed"
+
+    def _one(self, study: optuna.Study, trial: optuna.Trial, context: TrialContext) -> None:
+        from optuna.trial import TrialState
+
+        finished = {r.fingerprint: r for r in self.records.values() if r.state in (COMPLETE, PRUNED, FAIL)}
+        record = TrialRun(context, trial, self.folder.trial(trial.number)).run(finished)
+        source = self.records.get(record.duplicate_of) if record.duplicate_of is not None else record
+        state = source.state if source is not None else record.state
+        if state == COMPLETE:
+            study.tell(trial, record.valid_loss)
+        else:
+            study.tell(trial, state=TrialState.FAIL if state == FAIL else TrialState.PRUNED)
+        self.records[record.number] = record
+        write_leaderboard(self.folder.path, list(self.records.values()))
+        self.news(_news(record, self.records))
+        self._drop_checkpoints()
+        if record.state == FAIL and all(r.state == FAIL for r in self.records.values()) and len(self.records) >= 5:
+            raise TrainingError(
+                f"the first {len(self.records)} trials all failed, the last one because: {record.reason}; "
+                f"change the budget (a lower budget.lr, a smaller budget.batch_size) before going on"
+            )
+
+    def _interrupted(self, study: optuna.Study) -> Iterator[optuna.Trial]:
+        """Yield trials that were running when their process died: their choices stand, their checkpoints go on."""
+        from optuna.trial import Trial, TrialState
+
+        for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            yield Trial(study, frozen._trial_id)
+
+    def _finished(self) -> int:
+        return sum(record.state in (COMPLETE, PRUNED, FAIL) for record in self.records.values())
+
+    def _all_drawn(self, study: optuna.Study, context: TrialContext) -> bool:
+        drawn = sum("baseline" not in trial.user_attrs for trial in study.trials)
+        return drawn >= self.space.size(context.scale)
+
+    def _out_of_time(self) -> bool:
+        """Whether another full trial would end after the budget's minutes, judged by the trials so far."""
+        minutes = self.config.budget.minutes
+        if minutes is None:
+            return False
+        full = [r.seconds for r in self.records.values() if r.state == COMPLETE]
+        expected = sorted(full)[len(full) // 2] if full else 0.0
+        return time.monotonic() - self.started + expected > 60 * minutes
+
+    def _drop_checkpoints(self) -> None:
+        """Keep the weights of the baselines and of the best few; disks are finite, and replay brings any back."""
+        ranked = sorted((r for r in self.records.values() if r.state == COMPLETE), key=lambda r: r.valid_loss or 0.0)
+        keep = {r.number for r in ranked[:KEPT_CHECKPOINTS]} | {r.number for r in ranked if r.preset}
+        for record in self.records.values():
+            if record.state in (COMPLETE, PRUNED, FAIL) and record.number not in keep:
+                for path in self.folder.trial(record.number).glob("checkpoint*"):
+                    path.unlink(missing_ok=True)
+
+    def _finish(self, context: TrialContext, meta: StudyMeta, ended: str) -> SearchSummary:
+        import dataclasses
+
+        from hybridnas.search.report import write_report
+
+        records = [self.records[number] for number in sorted(self.records)]
+        done = [r for r in records if r.state == COMPLETE and r.valid_loss is not None]
+        best = min(done, key=lambda r: r.valid_loss or 0.0) if done else None
+        seconds = time.monotonic() - self.started
+        exported = self._export(best, context) if best is not None else None
+        meta = dataclasses.replace(
+            meta,
+            seconds=seconds,
+            status="completed" if ended != "interrupted" else "interrupted",
+            notes=tuple(self.warnings),
+        )
+        write_leaderboard(self.folder.path, records)
+        report = write_report(self.folder.path, records, meta)
+        context.tracker.close("FINISHED" if ended != "interrupted" else "KILLED")
+        return SearchSummary(records, best, self.folder.path, exported, report, ended, seconds)
+
+    def _export(self, best: TrialRecord, context: TrialContext) -> Path:
+        from hybridnas.export.folder import export
+        from hybridnas.export.trials import card_facts
+        from hybridnas.train.checkpoint import load_model
+
+        folder = self.folder.trial(best.number)
+        model = load_model(folder)
+        return export(
+            model,
+            self.folder.path / "best",
+            source=context.source,
+            card=card_facts(best, self.folder.name, self.config),
+        )
+
+    def _announce(self, context: TrialContext) -> None:
+        budget = self.config.budget
+        tokens = budget.rung_tokens(context.target)[-1]
+        for warning in self.warnings:
+            self.news(f"warning: {warning}")
+        self.news(f"study {self.folder.name} in {self.folder.path}, {describe_machine()}")
+        self.news(f"data: {context.source.describe()}")
+        self.news(
+            f"every candidate has {context.target:,} active parameters and trains for {tokens:,} tokens "
+            f"({tokens / context.target:.0f} per active parameter), d_model {budget.d_model}, {budget.depth} sub-layers"
+        )
+        if self.records:
+            self.news(f"resuming: {self._finished()} trials are finished, of {budget.n_trials}")
+
+    def _meta(self, stored: dict[str, Any], context: TrialContext) -> StudyMeta:
+        budget = self.config.budget
+        return StudyMeta(
+            name=self.folder.name,
+            space=self.space.name,
+            data=context.source.describe(),
+            budget=budget.name,
+            active_params=context.target,
+            tokens=budget.rung_tokens(context.target)[-1],
+            seq_len=budget.seq_len,
+            batch_size=budget.batch_size,
+            n_trials=budget.n_trials,
+            seed=self.config.seed,
+            sampler=self.config.sampler,
+            pruner=self.config.pruner,
+            command=stored.get("command", ""),
+            machine=stored.get("machine", ""),
+            versions=stored.get("versions", {}),
+            started=time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(stored.get("created"))),
+            folder=str(self.folder.path),
+        )
+
+
+def rebuild(study: Path, number: int) -> Arch:
+    """Return the architecture of a study's trial; raises StudyError when there is no such trial."""
+    import json
+
+    path = study / "trials" / f"{number:04d}" / "arch.json"
+    if not path.is_file():
+        have = sorted(int(p.parent.name) for p in (study / "trials").glob("*/arch.json"))
+        raise StudyError(f"study {study} has no trained trial {number}; trained: {', '.join(map(str, have)) or 'none'}")
+    return Arch.from_dict(json.loads(path.read_text()))
+
+
+def _news(record: TrialRecord, records: dict[int, TrialRecord]) -> str:
+    name = f"{record.preset}  " if record.preset else ""
+    head = f"trial {record.number:>3}  {name}{record.pattern or record.choices}"
+    if record.state == INFEASIBLE:
+        return f"{head}  infeasible: {record.reason}"
+    if record.state == FAIL:
+        return f"{head}  failed: {record.reason}"
+    if record.state == DUPLICATE:
+        return f"{head}  {record.reason}"
+    loss = f"{record.valid_loss:.4f}" if record.valid_loss is not None else "-"
+    paper = next((r for r in records.values() if r.preset == "moe_mamba" and r.valid_loss is not None), None)
+    difference = ""
+    if record.state == COMPLETE and paper is not None and paper.valid_loss is not None and paper is not record:
+        difference = f"  ({(record.valid_loss or 0.0) - paper.valid_loss:+.4f} to moe_mamba)"
+    speed = f"{record.tokens_per_second:,.0f} tokens/s" if record.tokens_per_second else ""
+    state = "" if record.state == COMPLETE else f"  pruned at {record.tokens:,} tokens"
+    return f"{head}  loss {loss}{difference}{state}  {record.seconds:.0f} s, {speed}"
+
+
+def _line_count(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _command() -> str:
+    arguments = [shlex.quote(argument) for argument in sys.argv[1:]]
+    return " ".join(["python -m hybridnas.search", *arguments])
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("hybridnas", "torch", "optuna", "mlflow", "numpy")}
