@@ -1,0 +1,35 @@
+# make search | test | lint | bench | install: each does all of its own set-up in .venv; a second call installs nothing.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+.PHONY: search test lint bench install clean
+.DEFAULT_GOAL := search
+
+search: install
+	@$(BIN)/python -m hybridnas.search space=mamba_moe $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python -m hybridnas.bench $(ARGS)
+
+install: $(VENV)/.installed
+
+# torch first and by itself: with it in place, nothing else pulls a larger build of it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("hybridnas needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; name another with make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
