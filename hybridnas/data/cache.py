@@ -25,12 +25,10 @@ def explaining_disk(folder: Path) -> Iterator[None]:
             raise DataError(
                 f"no space left for tokenised data in {folder}; free some, or set data.cache_dir to another disk"
             ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise DataError(
-                f"cannot write tokenised data to {folder} ({error.strerror}); "
-                f"set data.cache_dir or the environment's HYBRIDNAS_CACHE to a folder that can be written"
-            ) from None
-        raise
+        raise DataError(
+            f"cannot write tokenised data to {folder} ({error.strerror or error}); "
+            f"set data.cache_dir or the environment's HYBRIDNAS_CACHE to a folder that can be written"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -81,24 +79,6 @@ def publish_folder(built: Path, final: Path) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         remove(built)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: a reader sees the old one or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = temporary(path)
-    try:
-        partial.write_text(text, encoding="utf-8")
-        _sync(partial)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

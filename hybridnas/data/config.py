@@ -31,7 +31,7 @@ class DataConfig(SourceConfig):
     text_field: str = option("text", "field of a jsonl, parquet or hub row that holds the text")
     split_files: str = option(
         "auto",
-        "cut plain files at line ends into documents of about 32 KiB; auto: only when fewer than 16 files are read",
+        "cut plain files at line ends into documents of 1 to 32 KiB; auto: only when fewer than 16 files are read",
         choices=("auto", "always", "never"),
     )
     skip_bad_files: bool = option(False, "leave out files that are not UTF-8 text, rather than stop")

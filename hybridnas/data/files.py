@@ -14,15 +14,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-from hybridnas.data.cache import explaining_disk, read_json, write_json
+from hybridnas.data.cache import explaining_disk, read_json
 from hybridnas.data.config import DataConfig
 from hybridnas.data.progress import bar
 from hybridnas.errors import DataError, suggest
+from hybridnas.files import write_json
 
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 DATASETS_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv"}
 ROW_SUFFIXES = (*JSON_SUFFIXES, *DATASETS_BUILDERS)
-PIECE_BYTES = 32 * 1024
+PIECE_BYTES = (1024, 32 * 1024)  # a cut file's documents: a 256th of the corpus, within these bounds
 LONGEST_LINE = 1024 * 1024  # a longer one is cut inside
 FEW_FILES = 16  # fewer files than this are too few to hold whole ones out, so they are cut
 _BLOCK = 1024 * 1024
@@ -77,16 +78,17 @@ class FileCorpus:
     def describe(self) -> str:
         """Return the corpus' name, and how many files were left out of it."""
         bad = len(self.survey().bad)
-        return f"{self.name} ({bad:,} files that are not text left out)" if bad else self.name
+        return f"{self.name} (without {bad:,} file{'s' * (bad > 1)} not text)" if bad else self.name
 
     def documents(self) -> Iterator[bytes]:
         """Yield the documents in order, none of them empty, up to the config's ``max_bytes`` in all."""
         bad = set(self.survey().bad)
         room = self._config.max_bytes
+        piece = min(max(self.survey().size // 256, PIECE_BYTES[0]), PIECE_BYTES[1]) if self.cut else None
         for file in self.files:
             if file.key in bad:
                 continue
-            for raw in read_documents(file.path, self._config.text_field, cut=self.cut):
+            for raw in read_documents(file.path, self._config.text_field, piece_bytes=piece):
                 if room is not None and len(raw) >= room:
                     yield raw[:room].decode("utf-8", "ignore").encode()  # never half a character
                     return
@@ -102,7 +104,7 @@ class FileCorpus:
 
     def _settings(self) -> list[Any]:
         config = self._config
-        return [1, self.cut, config.text_field, config.max_bytes, config.skip_bad_files]
+        return [2, self.cut, config.text_field, config.max_bytes, config.skip_bad_files]
 
     def _read_all(self) -> Survey:
         content = hashlib.sha256(json.dumps(self._settings()).encode())
@@ -134,15 +136,15 @@ def inner_suffix(path: Path) -> str:
     return Path(name.removesuffix(".gz")).suffix
 
 
-def read_documents(path: Path, text_field: str, *, cut: bool) -> Iterator[bytes]:
-    """Yield a file's documents that are not empty, as UTF-8 bytes."""
+def read_documents(path: Path, text_field: str, *, piece_bytes: int | None) -> Iterator[bytes]:
+    """Yield a file's documents that are not empty, as UTF-8 bytes; plain text in pieces, or (None) whole."""
     suffix = inner_suffix(path)
     if suffix in JSON_SUFFIXES:
         documents = _json_rows(path, text_field)
     elif suffix in DATASETS_BUILDERS:
         documents = _dataset_rows(path, DATASETS_BUILDERS[suffix], suffix, text_field)
     else:
-        documents = _pieces(path) if cut else iter([_read_whole(path)])
+        documents = _pieces(path, piece_bytes) if piece_bytes else iter([_read_whole(path)])
     yield from (document for document in documents if document)
 
 
@@ -176,10 +178,10 @@ def _read_whole(path: Path) -> bytes:
         return handle.read()
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
-    """Yield about ``PIECE_BYTES`` at a time, cut after a line, and never inside a character."""
+def _pieces(path: Path, piece_bytes: int) -> Iterator[bytes]:
+    """Yield about ``piece_bytes`` at a time, cut after a line, and never inside a character."""
     with _open(path) as handle:
-        while raw := handle.read(PIECE_BYTES):
+        while raw := handle.read(piece_bytes):
             raw += handle.readline(LONGEST_LINE)
             while _continues(handle):
                 raw += handle.read(1)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hybridnas.data.cache import explaining_disk, lock, publish_folder, read_json, remove, temporary, write_json
+from hybridnas.data.cache import explaining_disk, lock, publish_folder, read_json, remove, temporary
 from hybridnas.data.config import DEFAULT_HUB_BYTES, DataConfig
 from hybridnas.data.files import CorpusFile, FileCorpus, row_text
 from hybridnas.data.network import why_offline
@@ -16,6 +16,7 @@ from hybridnas.data.progress import bar
 from hybridnas.data.source import Source, register_source
 from hybridnas.data.windows import open_text
 from hybridnas.errors import DataError
+from hybridnas.files import write_json
 
 _OFFLINE_WAYS = "data=stdlib and data=text data.path=FILES need no network"
 

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hybridnas.data.cache import explaining_disk, lock, publish_folder, read_json, remove, temporary, write_json
+from hybridnas.data.cache import explaining_disk, lock, publish_folder, read_json, remove, temporary
 from hybridnas.data.config import DataConfig
 from hybridnas.data.files import FileCorpus
 from hybridnas.data.progress import bar
 from hybridnas.data.tokenizers import Ids, Tokenizer, find_tokenizer, load_tokenizer, train_bpe
 from hybridnas.errors import DataError
+from hybridnas.files import write_json
 
 FORMAT = 1
 BPE_SAMPLE_BYTES = 200_000_000  # of training text that a BPE is trained on: more changes its merges little
@@ -147,8 +148,8 @@ def split_by_document(corpus: FileCorpus, config: DataConfig) -> tuple[npt.NDArr
     if held_out.all() or not held_out.any():
         more = "" if corpus.cut else ", or set data.split_files=always to cut long files"
         raise DataError(
-            f"{corpus.name} has {len(draw)} document{'s' * (len(draw) > 1)}, no two different, so none can be held out "
-            f"for validation; give more text{more}"
+            f"{corpus.name} has only one document (or copies of it), so none can be held out for validation; "
+            f"give more text{more}"
         )
     return held_out, size
 

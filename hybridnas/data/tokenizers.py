@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hybridnas.data.cache import explaining_disk, read_json, write_json, write_text
+from hybridnas.data.cache import explaining_disk, read_json
 from hybridnas.errors import DataError, suggest
+from hybridnas.files import write_json, write_text
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 END_OF_TEXT = "<|endoftext|>"

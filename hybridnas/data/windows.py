@@ -21,7 +21,7 @@ from hybridnas.data.tokenizers import Tokenizer
 from hybridnas.errors import DataError
 
 _ROUNDS = 6
-_SMALLEST_HALF = 3  # bits: keyed rounds on fewer give too few different orders
+_SORTED = 1024  # so few windows are shuffled by sorting: Feistel rounds on few bits walk long
 
 U64 = npt.NDArray[np.uint64]
 
@@ -110,9 +110,12 @@ def permute(index: U64, size: int, keys: U64) -> U64:
     """Return the places of ``index`` under the permutation of range(size) that ``keys`` stand for.
 
     A Feistel network on the next even number of bits, walked until it falls inside (Black and Rogaway, 2002): no
-    table, whatever the size, and no dependence on a library's shuffling.
+    table, whatever the size, and no dependence on a library's shuffling. Small ranges are sorted by keyed hashes.
     """
-    half = max(_SMALLEST_HALF, (max(size - 1, 1).bit_length() + 1) // 2)
+    if size <= _SORTED:
+        order = np.argsort(_mix(_mix(np.arange(size, dtype=np.uint64) + keys[0]) ^ keys[1]))
+        return order[index].astype(np.uint64)
+    half = ((size - 1).bit_length() + 1) // 2
     place = _feistel(index, half, keys)
     while (outside := place >= np.uint64(size)).any():
         place[outside] = _feistel(place[outside], half, keys)
