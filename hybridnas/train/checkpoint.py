@@ -1,0 +1,170 @@
+"""Checkpoints: one safetensors file that is whole or absent, and the one before it; no pickle.
+
+``checkpoint.safetensors`` holds weights, AdamW moments and, as JSON in its header, the position of the run, what run it
+is, and a checksum over all tensors. Data order and dropout are pure functions of seed and step, so the position is all
+that a generator's state would say.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hybridnas.arch.arch import Arch
+from hybridnas.arch.model import HybridLM
+from hybridnas.errors import CheckpointError
+from hybridnas.train.records import FORMAT_VERSION, disk_error, read_run
+
+NEWEST, PREVIOUS = "checkpoint.safetensors", "checkpoint.prev.safetensors"
+_TEMPORARY = ".checkpoint"
+_HEADER = "hybridnas"
+_MODEL, _OPTIMIZER = "model.", "optimizer."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read: ``header`` (identity, position), tensors by name on the CPU, and a note for people."""
+
+    header: dict[str, Any]
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    note: str = ""  # why the previous one was taken, or empty
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return name -> weight or persistent buffer, each shared tensor once, under its first name."""
+    kept = model.state_dict(keep_vars=True)
+    seen: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in kept.items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach()
+    return tensors
+
+
+@torch.no_grad()
+def restore_model(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy stored weights into the model; raises CheckpointError when names or shapes disagree."""
+    own = model_tensors(model)
+    for name in dict.fromkeys((*own, *tensors)):
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
+            raise CheckpointError(
+                f"{path} does not fit this model at tensor {name!r}; it was written by another version of hybridnas: "
+                f"delete it to train from the start"
+            )
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def save(folder: Path, header: dict[str, Any], model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+    """Write a checkpoint beside the newest one, then let it take its place; the newest becomes the previous.
+
+    Raises TrainingError when the disk refuses; the checkpoints that were there stay as they were.
+    """
+    tensors = {_MODEL + name: _plain(tensor) for name, tensor in model.items()}
+    tensors.update({_OPTIMIZER + name: _plain(tensor) for name, tensor in optimizer.items()})
+    header = {**header, "format": FORMAT_VERSION, "crc32": _checksum(tensors)}
+    temporary = folder / f"{_TEMPORARY}.{os.getpid()}.tmp"
+    try:
+        _write(temporary, tensors, {_HEADER: json.dumps(header)})
+        if (folder / NEWEST).exists():
+            (folder / NEWEST).replace(folder / PREVIOUS)
+        temporary.replace(folder / NEWEST)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise disk_error(error, folder / NEWEST, f"the checkpoint of step {header['progress']['step']}") from None
+
+
+def load(folder: Path) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole, or None when there is none at all.
+
+    A damaged newest one costs the way back to the previous one, and a note says so; CheckpointError when both, or the
+    only one, are damaged.
+    """
+    notes = []
+    for name in (NEWEST, PREVIOUS):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            found = _read(path)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            notes.append(f"{path} is damaged ({error or type(error).__name__})")
+            continue
+        step = found.header["progress"]["step"]
+        note = f"{notes[0]}; going on from {name} of step {step:,}" if notes else ""
+        return Checkpoint(found.header, found.model, found.optimizer, note)
+    if notes:
+        raise CheckpointError(f"{' and '.join(notes)}; delete {folder} to train from the start")
+    return None
+
+
+def remove(folder: Path, *, names: tuple[str, ...] = (NEWEST, PREVIOUS)) -> None:
+    """Delete checkpoints, and what writes that were cut off left behind."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    for left in folder.glob(f"{_TEMPORARY}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def load_model(folder: str | Path, *, device: str = "cpu") -> HybridLM:
+    """Return the model of a run, with the weights of its newest checkpoint, in evaluation mode.
+
+    Raises CheckpointError when the folder holds no run or its weights were not kept.
+    """
+    where = Path(folder)
+    run = read_run(where)
+    found = load(where)
+    if run is None or found is None:
+        raise CheckpointError(f"{where} has no {NEWEST}: the run was made elsewhere or did not keep its weights")
+    model = HybridLM(Arch.from_dict(found.header["architecture"]))
+    restore_model(model, found.model, where / NEWEST)
+    return model.to(device).eval()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata=metadata)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    except SafetensorError as error:  # it reports a refused write in words alone
+        code = 28 if "os error 28" in str(error) or "No space" in str(error) else 5
+        raise OSError(code, str(error)) from None
+
+
+def _read(path: Path) -> Checkpoint:
+    with safe_open(path, framework="pt") as file:
+        header = json.loads((file.metadata() or {})[_HEADER])
+        # Copies: pages mapped from the file may be unaligned, which changes the last bits of a product.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    if header["format"] != FORMAT_VERSION:
+        raise ValueError(f"format {header['format']}, this hybridnas reads {FORMAT_VERSION}")
+    if header["crc32"] != _checksum(tensors):
+        raise ValueError("its checksum does not agree with its tensors")
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    return Checkpoint(header, part(_MODEL), part(_OPTIMIZER))
+
+
+def _checksum(tensors: dict[str, Tensor]) -> int:
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(name.encode(), value)
+        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)
+    return value

@@ -1,0 +1,106 @@
+"""How a model is trained: every figure in tokens, so that runs of different batch shapes can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hybridnas.arch.presets import Recipe
+from hybridnas.config import FrozenConfig, option
+from hybridnas.errors import ConfigError
+
+EVALUATIONS = 6  # how often a run is measured when eval_at names no points
+NOT_IDENTITY = ("checkpoint_seconds",)  # fields that may change when a run goes on: they touch no number
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(FrozenConfig):
+    """One training run. The defaults suit models of 0.1 to 5 million active parameters on a few cores."""
+
+    tokens: int = option(1_000_000, "training tokens in all; the step that reaches them is the last [tokens]", ge=1)
+    batch_size: int = option(16, "sequences in one forward pass [count]", ge=1)
+    seq_len: int = option(256, "context length [tokens]", ge=1)
+    accumulate: int = option(1, "forward passes whose gradients are summed into one step [count]", ge=1)
+    lr: float = option(3e-3, "highest learning rate", gt=0)
+    warmup_fraction: float = option(0.01, "linear warm-up, as a part of all tokens [1]", ge=0, le=1)
+    schedule: str = option("cosine", "how the learning rate goes on after warm-up", choices=("cosine", "constant"))
+    final_lr_fraction: float = option(0.1, "last learning rate of the cosine, as a part of the highest [1]", ge=0, le=1)
+    weight_decay: float = option(0.1, "AdamW weight decay", ge=0)
+    decay_all: bool = option(False, "decay biases, norms, embeddings and SSM parameters too, as the paper did [yes/no]")
+    beta1: float = option(0.9, "AdamW decay of the gradient's mean", ge=0, le=1)
+    beta2: float = option(0.999, "AdamW decay of the gradient's variance", ge=0, le=1)
+    grad_clip: float = option(0.5, "largest norm of all gradients together; 0: no clipping", ge=0)
+    precision: str = option(
+        "auto",
+        "of matrix products; auto: bfloat16 on a CUDA device that has it, else float32 (weights are always float32)",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    compile: bool = option(False, "compile the training step with torch.compile [yes/no]")
+    seed: int = option(0, "seed of weights and dropout", ge=0)
+    data_seed: int | None = option(None, "seed of the data's order; none: as seed", ge=0)
+    eval_at: tuple[int, ...] = option(
+        (), f"training-token counts at which to measure; the end is always one; none: {EVALUATIONS} even points"
+    )
+    valid_tokens: int = option(131_072, "validation tokens of one measurement, the same ones each time [tokens]", ge=1)
+    checkpoint_seconds: float = option(30.0, "longest training that a crash can cost [s]", ge=0)
+    divergence_factor: float | None = option(
+        1.5,
+        "give up when the loss stays above this many times ln(vocabulary), that of a blind guess; none: never",
+        gt=1,
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.eval_at, list):
+            object.__setattr__(self, "eval_at", tuple(self.eval_at))
+        super().__post_init__()
+        if self.tokens < self.step_tokens:
+            raise ConfigError(
+                f"{self.label()} tokens={self.tokens} is less than one step of {self.step_tokens} tokens (batch_size="
+                f"{self.batch_size} * seq_len={self.seq_len} * accumulate={self.accumulate}); "
+                f"raise tokens or lower these"
+            )
+        for point in self.eval_at:
+            if isinstance(point, bool) or not isinstance(point, int) or not 0 < point <= self.tokens:
+                raise ConfigError(
+                    f"{self.label()} eval_at has {point!r}, it must hold whole numbers from 1 to tokens={self.tokens}"
+                )
+        if list(self.eval_at) != sorted(set(self.eval_at)):
+            raise ConfigError(f"{self.label()} eval_at={list(self.eval_at)} must rise from point to point")
+
+    @classmethod
+    def label(cls) -> str:
+        return "train"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "", parse: bool = False) -> TrainConfig:
+        """Build from a mapping, with ``eval_at`` as the list that JSON and YAML make of a tuple."""
+        points = values.get("eval_at")
+        if isinstance(points, list):
+            values = {**values, "eval_at": tuple(points)}
+        return super().from_dict(values, where=where, parse=parse)
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, **changes: Any) -> TrainConfig:
+        """Return the paper's settings of a preset (``presets.recipe(name)``), with some fields changed."""
+        shared = {n: getattr(recipe, n) for n in recipe.field_names() if n in cls.field_names()}
+        return cls.from_dict({**shared, "tokens": recipe.tokens, **changes})
+
+    @property
+    def step_tokens(self) -> int:
+        """Training tokens of one optimiser step [tokens]."""
+        return self.batch_size * self.seq_len * self.accumulate
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run; the last one may pass ``tokens`` by less than a step [count]."""
+        return -(-self.tokens // self.step_tokens)
+
+    def eval_steps(self) -> tuple[int, ...]:
+        """Return the steps after which the model is measured: those that reach ``eval_at``, and the last."""
+        points = self.eval_at or tuple(self.tokens * i // EVALUATIONS for i in range(1, EVALUATIONS))
+        return tuple(sorted({-(-max(1, point) // self.step_tokens) for point in (*points, self.tokens)}))
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that decide the numbers of a run: what a checkpoint must agree with."""
+        return {name: value for name, value in self.to_dict().items() if name not in NOT_IDENTITY}

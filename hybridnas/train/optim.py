@@ -1,0 +1,83 @@
+"""AdamW, its parameter groups, and the learning rate as a pure function of the token count."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from hybridnas.blocks.base import Block
+from hybridnas.train.config import TrainConfig
+
+
+def learning_rate(config: TrainConfig, tokens: int) -> float:
+    """Return the rate of the step that brings the run to ``tokens``: linear warm-up, then cosine or constant.
+
+    The rate reaches ``lr`` where warm-up ends and ``lr * final_lr_fraction`` at ``config.tokens``, and stays there.
+    """
+    warmup = config.warmup_fraction * config.tokens
+    if tokens < warmup:
+        return config.lr * tokens / warmup
+    if config.schedule == "constant":
+        return config.lr
+    part = min(1.0, (tokens - warmup) / max(1.0, config.tokens - warmup))
+    low = config.final_lr_fraction
+    return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * part)))
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return name -> trainable parameter, each shared one once, under its first name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def no_decay_names(model: nn.Module) -> set[str]:
+    """Return the parameters that weight decay leaves alone.
+
+    These are all vectors (biases, norms), what the blocks name themselves (``Block.no_decay``), and embeddings: rows
+    of rare tokens see few gradients, and decay would only shrink them.
+    """
+    spared = {id(p) for p in model.parameters() if p.ndim < 2}
+    for module in model.modules():
+        if isinstance(module, Block):
+            own = dict(module.named_parameters())
+            spared |= {id(own[name]) for name in module.no_decay if name in own}
+        elif isinstance(module, nn.Embedding):
+            spared.add(id(module.weight))
+    return {name for name, p in named_parameters(model).items() if id(p) in spared}
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW over the decayed and the spared group, or over one group with ``decay_all``; fused kernels."""
+    parameters = named_parameters(model)
+    spared = set() if config.decay_all else no_decay_names(model)
+    groups = [
+        {"params": [p for name, p in parameters.items() if name not in spared], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in parameters.items() if name in spared], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.lr, betas=(config.beta1, config.beta2), fused=True
+    )
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return ``name.moment`` -> tensor for every parameter that has taken a step."""
+    return {
+        f"{name}.{key}": value
+        for name, p in named_parameters(model).items()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what :func:`optimizer_tensors` gave, on each parameter's device."""
+    for name, p in named_parameters(model).items():
+        own = {key: tensors[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors}
+        if own:
+            optimizer.state[p] = {key: value.clone().to(p.device) for key, value in own.items()}
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group the same rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,193 @@
+"""What a run leaves on disk besides weights: run.json (what it is, how it ended), metrics.jsonl (its measurements).
+
+Both survive a crash at any moment: run.json is replaced whole, a torn last line of metrics.jsonl is cut off and
+measured again.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybridnas.errors import CheckpointError, TrainingError
+
+if TYPE_CHECKING:
+    from hybridnas.arch.model import HybridLM
+
+RUN, METRICS = "run.json", "metrics.jsonl"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Eval:
+    """One measurement of a run; ``train_loss``, ``tokens_per_second`` and ``aux`` are means since the one before."""
+
+    tokens: int  # training tokens read so far
+    step: int  # optimiser steps done
+    train_loss: float  # cross-entropy of training batches [nats per token], auxiliary losses not in it
+    valid_loss: float  # cross-entropy of validation batches [nats per token]
+    bits_per_byte: float | None  # valid_loss / ln 2 / bytes per token; None where the data has no bytes
+    accuracy: float  # share of validation tokens whose likeliest prediction is right [0 to 1]
+    tokens_per_second: float  # training alone, measurements and checkpoints left out
+    seconds: float  # time of the run so far, all processes that worked on it together [s]
+    aux: dict[str, float] = field(default_factory=dict)  # auxiliary losses, routing statistics, grad_norm, lr
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Eval:
+        """Rebuild from one parsed line; raises KeyError or TypeError for anything else."""
+        return cls(**{f.name: values[f.name] for f in fields(cls)})
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: completed, stopped (by ``on_eval`` or a time limit) or failed, and all that was measured."""
+
+    status: str
+    reason: str  # a sentence; empty for completed
+    evals: list[Eval]
+    model: HybridLM | None  # on the run's device; None when weights were not kept
+    folder: Path
+    tokens_per_second: float = 0.0  # mean over the whole run
+
+    @property
+    def valid_loss(self) -> float | None:
+        """The last measured validation loss [nats per token], or None when nothing was measured."""
+        return self.evals[-1].valid_loss if self.evals else None
+
+
+def read_evals(folder: str | Path) -> list[Eval]:
+    """Return what a run measured, in order; a torn last line is left out. An absent file is an empty list.
+
+    Raises CheckpointError for a line in the middle that is not a measurement.
+    """
+    path = Path(folder) / METRICS
+    if not path.is_file():
+        return []
+    return _parse(path, path.read_bytes())[0]
+
+
+def repair_evals(folder: Path) -> tuple[list[Eval], str]:
+    """Cut a torn last line off metrics.jsonl, so that the next one starts clean; returns evals, and a note or ''."""
+    path = folder / METRICS
+    if not path.is_file():
+        return [], ""
+    evals, good_bytes = _parse(path, path.read_bytes())
+    if good_bytes == path.stat().st_size:
+        return evals, ""
+    os.truncate(path, good_bytes)
+    return evals, f"{path} ended in a torn line, which was cut off; it will be measured again"
+
+
+def _parse(path: Path, raw: bytes) -> tuple[list[Eval], int]:
+    evals: list[Eval] = []
+    good = 0
+    lines = raw.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        is_last = number >= len(lines) - 1  # the last element follows the final newline
+        try:
+            if line:
+                evals.append(Eval.from_dict(json.loads(line)))
+        except (ValueError, KeyError, TypeError):
+            if is_last:
+                break
+            raise CheckpointError(
+                f"{path} line {number} is not a measurement: {line[:60]!r}; remove that line and run again"
+            ) from None
+        if number == len(lines) and line:
+            evals.pop()  # whole JSON but no newline: the write was cut, measure it again
+            break
+        good += len(line) + 1
+    return evals, min(good, len(raw))
+
+
+def append_eval(folder: Path, value: Eval) -> None:
+    """Append one line in one write and force it to disk; a write that fails leaves the file as it was."""
+    line = (json.dumps(asdict(value)) + "\n").encode()
+    path = folder / METRICS
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        before = os.fstat(descriptor).st_size
+        try:
+            written = os.write(descriptor, line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
+        except OSError as error:
+            os.ftruncate(descriptor, before)
+            raise disk_error(error, path, f"the measurement at {value.tokens:,} tokens") from None
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Replace a JSON file whole: either the old text or the new one is there, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(values, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise disk_error(error, path, path.name) from None
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Return run.json, or None when there is none; raises CheckpointError for one that cannot be read."""
+    path = folder / RUN
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        values = json.loads(text)
+        version = values["format"]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path} is damaged; delete {folder} to train from the start, or use another") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format {version}, this hybridnas reads {FORMAT_VERSION}; use another folder")
+    return dict(values)
+
+
+def disk_error(error: OSError, path: Path, what: str) -> TrainingError:
+    """Return the sentence for a write that the disk refused."""
+    why = "no space left on the disk" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+    return TrainingError(
+        f"{path}: {what} could not be written ({why}); what was recorded before is kept: "
+        f"make room or permission and run the same command again to go on"
+    )
+
+
+def compare_identity(stored: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    """Raise CheckpointError naming the fields in which the run in ``folder`` differs from the one asked for."""
+    differing = [
+        f"{part} {key}={_show(old.get(key))} (asked for: {_show(new.get(key))})"
+        for part in ("architecture", "data", "train")
+        for old, new in ((_flat(stored.get(part, {})), _flat(wanted[part])),)
+        for key in dict.fromkeys((*old, *new))
+        if old.get(key) != new.get(key)
+    ]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise CheckpointError(
+            f"{folder} holds another run, with {', '.join(differing[:3])}{more}; "
+            f"choose another folder, or delete this one to train from the start"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value) if not isinstance(value, str) else repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

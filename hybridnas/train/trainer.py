@@ -1,0 +1,315 @@
+"""One model in training: the step, its sums, its measurements and its checkpoints.
+
+Shapes: B batch, L length.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridnas.arch.model import HybridLM, LMOutput
+from hybridnas.data.source import Batch, Source
+from hybridnas.train import checkpoint, optim
+from hybridnas.train.config import TrainConfig
+from hybridnas.train.evaluate import autocast, counted, cross_entropy_sum, evaluate, mean_stats, to_device
+from hybridnas.train.progress import Progress
+from hybridnas.train.records import Eval, append_eval
+
+_CHECK_EVERY = 16  # steps between looks at the loss on a device that would have to be waited for
+_SMOOTH = 0.95  # decay of the running mean of the loss
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended; ``final`` runs are not trained again."""
+
+    status: str
+    reason: str = ""
+    final: bool = True
+
+
+@dataclass
+class Position:
+    """Where a run is: all that, beside weights and moments, decides what comes next."""
+
+    step: int = 0
+    seconds: float = 0.0  # of the whole run
+    train_seconds: float = 0.0  # of training alone
+    since_steps: int = 0  # since the last measurement
+    since_seconds: float = 0.0
+    first_loss: float | None = None
+    sums: dict[str, float] = field(default_factory=dict)  # since the last measurement
+    smooth_loss: float = 0.0
+
+
+class Trainer:
+    """Trains a model step by step; all numbers are functions of architecture, source, config and step."""
+
+    def __init__(
+        self,
+        model: HybridLM,
+        source: Source,
+        config: TrainConfig,
+        *,
+        folder: Path,
+        device: torch.device,
+        evals: list[Eval],
+        identity: dict[str, Any],
+    ) -> None:
+        self.model = model
+        self.source = source
+        self.config = config
+        self.folder = folder
+        self.device = device
+        self.evals = evals
+        self.identity = identity
+        self.optimizer = optim.make_optimizer(model, config)
+        self.state = Position()
+        self._parameters = list(optim.named_parameters(model).values())
+        self._forward: Callable[[Tensor], LMOutput] = torch.compile(model) if config.compile else model
+        self._autocast = autocast(config.precision, device)
+        self._sums: dict[str, Tensor] = {}
+        self._smooth = self._scalar(0.0)
+        self._saved_step = -1
+        self._started = self._lap_start = self._saved_at = time.perf_counter()
+        model.train()
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens read so far [count]."""
+        return self.state.step * self.config.step_tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Mean speed of training alone over the whole run."""
+        return self.tokens / self.state.train_seconds if self.state.train_seconds else 0.0
+
+    def train(
+        self,
+        on_eval: Callable[[Eval], bool | None] | None,
+        shown: Progress,
+        interrupted: threading.Event,
+        max_seconds: float | None,
+    ) -> Outcome:
+        """Run to the end, a stop, a failure or an interrupt; saves at measurements, at times, and before it leaves."""
+        for value in self.evals:
+            if on_eval is not None and on_eval(value):
+                return _pruned(value)
+        points = frozenset(self.config.eval_steps())
+        self._started = self._lap_start = self._saved_at = time.perf_counter()
+        while self.state.step < self.config.steps:
+            reason = self._step() or self._look(shown)
+            if reason:
+                return Outcome("failed", reason)
+            due = self.state.step in points
+            if due:
+                measured = self._measure(shown)
+                if isinstance(measured, str):
+                    return Outcome("failed", measured)
+                self.save()
+                if measured is not None and on_eval is not None and on_eval(measured):
+                    return _pruned(measured)
+                self._lap_start = time.perf_counter()
+            if interrupted.is_set():
+                self.save()
+                raise KeyboardInterrupt
+            now = time.perf_counter()
+            if max_seconds is not None and now - self._started >= max_seconds and self.state.step < self.config.steps:
+                self.save()
+                reason = f"time limit of {max_seconds:g} s reached at {self.tokens:,} tokens; the same call goes on"
+                return Outcome("stopped", reason, final=False)
+            if now - self._saved_at >= self.config.checkpoint_seconds:
+                reason = self._not_finite()
+                if reason:
+                    return Outcome("failed", reason)
+                self.save()
+        return Outcome("completed")
+
+    def _step(self) -> str:
+        """Take one optimiser step; returns why it could not be taken, or ''. Nothing is changed by a refused step."""
+        config, step = self.config, self.state.step
+        self._seed(step)
+        optim.set_learning_rate(self.optimizer, optim.learning_rate(config, (step + 1) * config.step_tokens))
+        # One draw of the whole step, then cut: accumulation reads exactly what one large batch would read.
+        order = config.seed if config.data_seed is None else config.data_seed
+        whole = self.source.train_batch(step, config.batch_size * config.accumulate, config.seq_len, order)
+        whole = to_device(whole, self.device)
+        places = counted(whole)
+        places = places.clamp(min=1) if isinstance(places, Tensor) else places
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        for part in range(config.accumulate):
+            batch = _slice(whole, part * config.batch_size, config.batch_size)
+            with self._autocast():
+                output = self._forward(batch.inputs_BL)
+            loss = cross_entropy_sum(output.logits_BLV, batch) / places
+            extra = sum(output.aux.losses.values(), start=loss.new_zeros(())) / config.accumulate
+            (loss + extra).backward()  # type: ignore[no-untyped-call]
+            _add(sums, "loss", loss.detach())
+            for name, value in (*output.aux.losses.items(), *mean_stats(output.aux.stats).items()):
+                _add(sums, name, value.detach() / config.accumulate)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, config.grad_clip or math.inf, foreach=True)
+        sums["grad_norm"] = norm
+        self._count(sums)
+        if self.device.type == "cpu":
+            reason = self._not_finite()
+            if reason:
+                return reason
+        self.optimizer.step()
+        self.state.step += 1
+        self.state.since_steps += 1
+        return ""
+
+    def _count(self, sums: dict[str, Tensor]) -> None:
+        """Add a step's figures to the sums since the last measurement, on the device: no waiting."""
+        for name, value in sums.items():
+            _add(self._sums, name, value.to(self._scalar(0.0).dtype))
+        loss = sums["loss"].to(self._smooth.dtype)
+        if self.state.first_loss is None:
+            self.state.first_loss = float(loss)
+            self._smooth = loss.clone()
+            return
+        # Bounded, so that one bad batch is not taken for a run that has diverged.
+        bounded = loss.clamp(max=2 * self._limit())
+        self._smooth = _SMOOTH * self._smooth + (1 - _SMOOTH) * bounded
+
+    def _limit(self) -> float:
+        """The loss above which a run counts as diverged, when it stays there."""
+        start = max(math.log(self.model.arch.vocab_size), self.state.first_loss or 0.0)
+        return (self.config.divergence_factor or math.inf) * start
+
+    def _not_finite(self) -> str:
+        for name, words in (("loss", "training loss"), ("grad_norm", "gradient")):
+            if name in self._sums and not math.isfinite(float(self._sums[name])):
+                return self._why(f"the {words} is not a finite number")
+        return ""
+
+    def _look(self, shown: Progress) -> str:
+        """Now and then, wait for the device, show where the run is, and say why it cannot go on, or ''."""
+        if self.device.type != "cpu" and self.state.step % _CHECK_EVERY:
+            return ""
+        reason = self._not_finite()
+        smooth = float(self._smooth)
+        if not reason and smooth > self._limit():
+            reason = self._why(f"diverged: the training loss stays at {smooth:.3g}, above {self._limit():.3g}")
+        elapsed = self.state.since_seconds + time.perf_counter() - self._lap_start
+        shown.step(self.tokens, smooth, self.state.since_steps * self.config.step_tokens / max(elapsed, 1e-9))
+        return reason
+
+    def _why(self, what: str) -> str:
+        step = self.state.step + 1
+        return (
+            f"{what} (step {step:,}, {step * self.config.step_tokens:,} tokens); lower train.lr={self.config.lr:g}, "
+            f"or raise train.warmup_fraction={self.config.warmup_fraction:g}"
+        )
+
+    def _measure(self, shown: Progress) -> Eval | str | None:
+        """Measure, record and start new sums; returns the measurement, a reason for failure, or None if it is known."""
+        reason = self._not_finite()
+        self._lap()
+        if reason:
+            return reason
+        value: Eval | None = None
+        if not self.evals or self.evals[-1].step < self.state.step:
+            value = self._evaluate()
+            if not math.isfinite(value.valid_loss):
+                return self._why("the validation loss is not a finite number")
+            append_eval(self.folder, value)
+            self.evals.append(value)
+            shown.measured(value, self.config.tokens)
+        self._sums = {}
+        self.state.since_steps, self.state.since_seconds = 0, 0.0
+        self._lap_start = time.perf_counter()
+        return value
+
+    def _evaluate(self) -> Eval:
+        config, state = self.config, self.state
+        score = evaluate(
+            self.model,
+            self.source,
+            n_tokens=config.valid_tokens,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            device=self.device,
+            precision=config.precision,
+        )
+        means = {name: float(value) / state.since_steps for name, value in self._sums.items()}
+        train_loss = means.pop("loss")
+        means["lr"] = optim.learning_rate(config, self.tokens)
+        return Eval(
+            tokens=self.tokens,
+            step=state.step,
+            train_loss=train_loss,
+            valid_loss=score.loss,
+            bits_per_byte=score.bits_per_byte,
+            accuracy=score.accuracy,
+            tokens_per_second=state.since_steps * config.step_tokens / max(state.since_seconds, 1e-9),
+            seconds=self._seconds(),
+            aux=means,
+        )
+
+    def save(self, *, with_optimizer: bool = True) -> None:
+        """Write a checkpoint of this moment; raises TrainingError when the disk refuses."""
+        self._lap()
+        self.state.sums = {name: float(value) for name, value in self._sums.items()}
+        self.state.smooth_loss = float(self._smooth)
+        position = {**asdict(self.state), "seconds": self._seconds()}
+        moments = optim.optimizer_tensors(self.model, self.optimizer) if with_optimizer else {}
+        header = {**self.identity, "progress": position}
+        checkpoint.save(self.folder, header, checkpoint.model_tensors(self.model), moments)
+        self._saved_at = self._lap_start = time.perf_counter()
+
+    def restore(self, found: checkpoint.Checkpoint) -> None:
+        """Take up a checkpoint: weights, moments, position and sums."""
+        checkpoint.restore_model(self.model, found.model, self.folder / checkpoint.NEWEST)
+        optim.restore_optimizer(self.model, self.optimizer, found.optimizer)
+        self.state = Position(**found.header["progress"])
+        self._sums = {name: self._scalar(value) for name, value in self.state.sums.items()}
+        self._smooth = self._scalar(self.state.smooth_loss)
+
+    def _seed(self, step: int) -> None:
+        """Make dropout and the like a function of seed and step, so that no generator needs saving."""
+        mixed = (self.config.seed * 0x9E3779B97F4A7C15 + step) % (1 << 63)
+        torch.default_generator.manual_seed(mixed)  # torch.manual_seed takes 0.2 ms for its calls to absent devices
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                torch.cuda.manual_seed(mixed)
+
+    def _lap(self) -> None:
+        """Book the time since the last lap as training."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.state.train_seconds += now - self._lap_start
+        self.state.since_seconds += now - self._lap_start
+        self._lap_start = now
+
+    def _seconds(self) -> float:
+        return self.state.seconds + time.perf_counter() - self._started
+
+    def _scalar(self, value: float) -> Tensor:
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        return torch.tensor(value, dtype=wide, device=self.device)
+
+
+def _slice(batch: Batch, start: int, length: int) -> Batch:
+    inputs, targets, mask = (x if x is None else x[start : start + length] for x in batch)
+    assert inputs is not None and targets is not None
+    return Batch(inputs, targets, mask)
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value
+
+
+def _pruned(value: Eval) -> Outcome:
+    return Outcome("stopped", f"stopped after the measurement at {value.tokens:,} tokens")
