@@ -1,7 +1,8 @@
-"""Where an architecture's parameters, FLOPs and state lie: plain rows for ``describe``, and the outline for drawings."""
+"""Where an architecture's parameters, FLOPs and state lie: rows for ``describe``, and the outline for drawings."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -157,7 +158,7 @@ def _name(arch: Arch, node: Node) -> str:
 def _ranges(layers: tuple[int, ...]) -> str:
     if len(layers) < 2:
         return "".join(map(str, layers))
-    steps = {right - left for left, right in zip(layers, layers[1:], strict=False)}
+    steps = {right - left for left, right in itertools.pairwise(layers)}
     if steps == {1}:
         return f"{layers[0]}-{layers[-1]}"
     if len(steps) == 1 and len(layers) > 2:
