@@ -151,7 +151,7 @@ class RoutedExperts(nn.Module):
             balance = shape.n_experts * (load_E.to(probs_NE.dtype) * probs_NE.mean(dim=0)).sum()
             losses["load_balance"] = shape.load_balance_weight * balance
         over_E = (counts_E - capacity).clamp(min=0) if capacity is not None else torch.zeros_like(counts_E)
-        stats = {"load_E": load_E, "dropped": over_E.sum() / max(1, expert_NK.numel()), **_entropy(logits_NE, probs_NE)}
+        stats = {"load_E": load_E, "dropped": over_E.sum() / max(1, expert_NK.numel()), **_entropy(probs_NE)}
         return y_NO, Aux(losses, stats)
 
     def _expert_choice(self, x_ND: Tensor, logits_NE: Tensor, probs_NE: Tensor) -> tuple[Tensor, Aux]:
@@ -162,7 +162,7 @@ class RoutedExperts(nn.Module):
         y_NO = expert_choice(x_ND, gate_EC, token_EC, self.experts.tensors(), impl=self.impl)
         seen_N = torch.zeros(x_ND.shape[0], device=x_ND.device).index_fill(0, token_EC.flatten(), 1.0)
         load_E = torch.full((shape.n_experts,), 1.0 / shape.n_experts, device=x_ND.device)
-        stats = {"load_E": load_E, "dropped": 1.0 - seen_N.mean(), **_entropy(logits_NE, probs_NE)}
+        stats = {"load_E": load_E, "dropped": 1.0 - seen_N.mean(), **_entropy(probs_NE)}
         return y_NO, Aux(self._z_loss(logits_NE), stats)
 
     def _z_loss(self, logits_NE: Tensor) -> dict[str, Tensor]:
@@ -171,6 +171,5 @@ class RoutedExperts(nn.Module):
         return {"router_z": self.shape.router_z_weight * logits_NE.logsumexp(dim=-1).square().mean()}
 
 
-def _entropy(logits_NE: Tensor, probs_NE: Tensor) -> dict[str, Tensor]:
-    logits_NE, probs_NE = logits_NE.detach(), probs_NE.detach()
-    return {"router_entropy": (logits_NE.logsumexp(dim=-1) - (probs_NE * logits_NE).sum(dim=-1)).mean()}
+def _entropy(probs_NE: Tensor) -> dict[str, Tensor]:
+    return {"router_entropy": torch.special.entr(probs_NE.detach()).sum(dim=-1).mean()}

@@ -2,7 +2,8 @@
 
 With a capacity the rows stand in a padded (E, C, D) block for ``bmm``: static shapes, empty slots weighted 0. Without
 one they stand ragged, expert after expert, for ``grouped_mm``. Both gathers are ``index_select``, whose backward is
-``index_add`` of the same speed. Letters: see reference.py; S slots, ordered by expert.
+``index_add`` of the same speed. A single token being decoded skips all that and multiplies its experts' weights where
+they lie. Letters: see reference.py; S slots, ordered by expert.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from hybridnas.kernels.moe_dispatch.reference import Experts, activate
 
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPED_STRIDE_BYTES = 16  # grouped_mm refuses matrices whose rows are not a multiple of this
+_FEW = 4  # choices up to which a processor takes them singly: grouped_mm there visits all E experts, idle ones too
 
 
 class _Slots(NamedTuple):
@@ -31,7 +33,9 @@ def token_choice_fast(
     """Sort the choices by expert, keeping token order inside each, and run the experts on contiguous rows."""
     n_experts, top_k = experts.up_EDF.shape[0], expert_NK.shape[1]
     if n_experts == 1 and capacity is None:
-        return _single(x_ND, gate_NK, experts), expert_NK.new_full((1,), expert_NK.shape[0])
+        return _one_expert(x_ND, gate_NK, experts, 0), expert_NK.new_full((1,), expert_NK.shape[0])
+    if capacity is None and expert_NK.numel() <= _FEW and x_ND.device.type == "cpu":
+        return _few(x_ND, gate_NK, expert_NK, experts), expert_NK.flatten().bincount(minlength=n_experts)
     sorted_expert_S, choice_S = torch.sort(expert_NK.flatten(), stable=True)
     everyone_E = torch.arange(n_experts, device=x_ND.device)
     ends_E = torch.searchsorted(sorted_expert_S, everyone_E, right=True)
@@ -89,14 +93,22 @@ def _grouped(x_SD: Tensor, ends_E: Tensor, experts: Experts) -> Tensor:
     return y_SO
 
 
-def _single(x_ND: Tensor, gate_NK: Tensor, experts: Experts) -> Tensor:
-    h_NF = x_ND @ experts.up_EDF[0]
+def _few(x_ND: Tensor, gate_NK: Tensor, expert_NK: Tensor, experts: Experts) -> Tensor:
+    rows = [
+        torch.cat([_one_expert(x_ND[n : n + 1], gate_NK[n, j], experts, e) for j, e in enumerate(chosen)])
+        for n, chosen in enumerate(expert_NK.tolist())
+    ]
+    return torch.stack(rows).sum(dim=1)
+
+
+def _one_expert(x_ND: Tensor, gate: Tensor, experts: Experts, e: int) -> Tensor:
+    h_NF = x_ND @ experts.up_EDF[e]
     if experts.up_bias_EF is not None:
-        h_NF = h_NF + experts.up_bias_EF[0].to(h_NF.dtype)
-    y_NO = activate(h_NF, experts.activation, experts.gated) @ experts.down_EFO[0]
+        h_NF = h_NF + experts.up_bias_EF[e].to(h_NF.dtype)
+    y_NO = activate(h_NF, experts.activation, experts.gated) @ experts.down_EFO[e]
     if experts.down_bias_EO is not None:
-        y_NO = y_NO + experts.down_bias_EO[0].to(y_NO.dtype)
-    return y_NO * gate_NK.to(y_NO.dtype)
+        y_NO = y_NO + experts.down_bias_EO[e].to(y_NO.dtype)
+    return y_NO * gate.to(y_NO.dtype)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
