@@ -1,0 +1,6 @@
+"""The door of ``python -m hybridnas.compare``."""
+
+from hybridnas.cli import door
+
+if __name__ == "__main__":
+    door("compare")

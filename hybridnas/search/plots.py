@@ -1,0 +1,310 @@
+"""Plots as inline SVG whose colours are CSS variables, so that one file serves light, dark and paper.
+
+matplotlib draws with stand-in colours, which are then replaced by ``var(--name)``; nothing depends on time or on
+random ids, so equal data gives equal text.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hybridnas.search.leaderboard import human, human_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# CSS variable -> the colour that stands for it while matplotlib draws.
+COLOURS = {
+    "ink": "#010101",
+    "muted": "#020202",
+    "grid": "#030303",
+    "faint": "#040404",
+    "winner": "#050505",
+    "moe_mamba": "#060606",
+    "mamba": "#070707",
+    "transformer": "#080808",
+    "transformer_moe": "#090909",
+    "mamba_mlp": "#0a0a0a",
+    "c1": "#0b0b0b",
+    "c2": "#0c0c0c",
+    "c3": "#0d0d0d",
+    "c4": "#0e0e0e",
+    "c5": "#0f0f0f",
+    "c6": "#101010",
+    "c7": "#111111",
+    "c8": "#121212",
+}
+_SETTINGS: dict[Any, Any] = {
+    "svg.hashsalt": "hybridnas",
+    "svg.fonttype": "none",  # text stays text: selectable, searchable, in the page's font
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": COLOURS["muted"],
+    "axes.labelcolor": COLOURS["muted"],
+    "xtick.color": COLOURS["muted"],
+    "ytick.color": COLOURS["muted"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["muted"],
+    "text.color": COLOURS["ink"],
+    "axes.linewidth": 0.8,
+    "grid.color": COLOURS["grid"],
+    "grid.linewidth": 0.7,
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One trial in a plot: its curve, or its figure against the loss. A label makes it stand out."""
+
+    number: int | str  # what the page's rows carry as data-trial
+    title: str  # shown while the pointer rests on it
+    colour: str = "faint"  # a key of COLOURS
+    label: str = ""
+    points: Sequence[tuple[float, float]] = ()
+    hollow: bool = False  # not a full trial
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A horizontal axis of a scatter plot."""
+
+    label: str
+    log: bool = False
+    in_bytes: bool = False
+    target: float | None = None  # a value that all candidates were matched to
+
+
+def curves_svg(series: Sequence[Series], name: str = "curves") -> str:
+    """Draw losses over training tokens: labelled series in colour on top, all others faint; empty without points."""
+    drawn = [line for line in series if line.points]
+    if not drawn:
+        return ""
+    end = max(line.points[-1][0] for line in drawn)
+    close = [line for line in drawn if len(line.points) > 3 and line.points[-1][0] > 0.9 * end]
+    with _drawing() as (figure, axes):
+        figure.set_size_inches(10, 4.4)
+        figure.subplots_adjust(left=0.06, right=0.785, top=0.97, bottom=0.12, wspace=0.14)
+        panels = axes(2 if close else 1, share=False)
+        for index, ax in enumerate(panels):
+            for line in sorted(drawn if index == 0 else close, key=lambda line: bool(line.label)):
+                _curve(ax, line, f"{name}{index}")
+            _frame_curves(ax, drawn)
+        if close:
+            _zoom(panels[1], close, end)
+        _end_labels(panels[-1], [line for line in drawn if line.label])
+        return _svg(figure, name, drawn)
+
+
+def scatter_svg(panels: Sequence[tuple[Axis, Sequence[Series]]], name: str, *, front: bool = False) -> str:
+    """Draw final losses against a figure, one panel beside the other on a common loss axis; ``front``: lower left.
+
+    Each series has one point (figure, loss). Hollow points are trials that were stopped early.
+    """
+    if not any(line.points for _, lines in panels for line in lines):
+        return ""
+    with _drawing() as (figure, axes):
+        figure.set_size_inches(10, 4.2)
+        figure.subplots_adjust(left=0.065, right=0.98, top=0.96, bottom=0.14, wspace=0.1)
+        for index, (ax, (axis, lines)) in enumerate(zip(axes(len(panels)), panels, strict=True)):
+            drawn = [line for line in lines if line.points]
+            for line in sorted(drawn, key=lambda line: bool(line.label)):
+                _dot(ax, line, f"{name}{index}")
+            _frame_scatter(ax, axis, drawn)
+            if front:
+                _front(ax, drawn)
+            ax.set_ylabel("validation loss [nats/token]" if index == 0 else "")
+            ax.tick_params(labelleft=index == 0)
+        every = [line for _, lines in panels for line in lines]
+        return _svg(figure, name, every)
+
+
+class _drawing:  # noqa: N801  (a context, used like a function)
+    """A figure on the SVG backend under our settings, without pyplot and its global state."""
+
+    def __enter__(self) -> tuple[Figure, Any]:
+        import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+
+        self._context: Any = matplotlib.rc_context(_SETTINGS)
+        self._context.__enter__()
+        figure = Figure()
+        FigureCanvasSVG(figure)
+
+        def axes(count: int, *, share: bool = True) -> list[Axes]:
+            return list(figure.subplots(1, count, sharey=share, squeeze=False)[0])
+
+        return figure, axes
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+
+def _curve(ax: Axes, line: Series, name: str) -> None:
+    strong = bool(line.label)
+    xs, ys = zip(*line.points, strict=True)
+    width, mark = (2.0, 3.0) if strong else (0.9, 1.6)
+    (curve,) = ax.plot(xs, ys, color=COLOURS[line.colour], lw=width, marker="o", ms=mark)
+    curve.set_gid(_gid(name, line))
+
+
+def _zoom(ax: Axes, close: Sequence[Series], end: float) -> None:
+    """Show the last third of the budget, at the scale of what is labelled: there the order is decided."""
+    told = [line for line in close if line.label] or list(close)
+    losses = [loss for line in told for tokens, loss in line.points if tokens > 0.7 * end]
+    low, high = min(losses), max(losses)
+    room = 0.08 * (high - low or 1)
+    if ax.get_xscale() == "log":
+        ax.set_xscale("linear")
+        _token_ticks(ax)
+    ax.set_xlim(0.7 * end, 1.01 * end)
+    ax.set_ylim(low - room, high + room)
+    ax.set_ylabel("")
+    ax.set_xlabel("the last third")
+
+
+def _frame_curves(ax: Axes, drawn: Sequence[Series]) -> None:
+    end = max(line.points[-1][0] for line in drawn)
+    start = min(line.points[0][0] for line in drawn)
+    if start > 0 and end / start > 30:
+        ax.set_xscale("log")
+    late = [loss for line in drawn for tokens, loss in line.points if tokens >= 0.2 * end]
+    late = late or [loss for line in drawn for _, loss in line.points]
+    low, high = min(late), max(late)
+    room = 0.06 * (high - low or 1)
+    ax.set_ylim(low - room, high + 3 * room)  # the first steep fall may run out at the top
+    ax.grid(visible=True)
+    ax.set_axisbelow(True)
+    ax.set_xlabel("training tokens")
+    ax.set_ylabel("validation loss [nats/token]")
+    _token_ticks(ax)
+    ax.tick_params(length=0)
+
+
+def _token_ticks(ax: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _end_labels(ax: Axes, labelled: Sequence[Series]) -> None:
+    """Write each label beside the end of its curve, pushed apart where ends are close."""
+    low, high = ax.get_ylim()
+    gap = 0.055
+    wanted = sorted(((line.points[-1][1] - low) / (high - low), line) for line in labelled if line.points)
+    places: list[float] = []
+    for height, _ in wanted:
+        places.append(max(height, places[-1] + gap) if places else max(height, 0.0))
+    over = max(0.0, places[-1] - 1.0) if places else 0.0
+    for place, (_, line) in zip(places, wanted, strict=True):
+        ax.text(
+            1.015, place - over, f"{line.points[-1][1]:.3f}  {line.label}", color=COLOURS[line.colour],
+            transform=ax.transAxes, va="center", weight="bold" if line.colour == "winner" else "normal", fontsize=9.5,
+        )  # fmt: skip
+
+
+def _dot(ax: Axes, line: Series, name: str) -> None:
+    (x, y), colour = line.points[-1], COLOURS[line.colour]
+    strong = bool(line.label)
+    (dot,) = ax.plot(
+        [x], [y], marker="o", ls="", ms=9 if strong else 6, mec=colour, mew=1.3, mfc="none" if line.hollow else colour
+    )
+    dot.set_gid(_gid(name, line))
+
+
+def _frame_scatter(ax: Axes, axis: Axis, drawn: Sequence[Series]) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+    xs = [line.points[-1][0] for line in drawn]
+    words = human_bytes if axis.in_bytes else human
+    if axis.log and xs and min(xs) > 0 and max(xs) / min(xs) > 3:
+        ax.set_xscale("log", base=2 if axis.in_bytes else 10)
+    elif axis.target:
+        reach = max([abs(x - axis.target) for x in xs] + [0.02 * axis.target]) * 1.3
+        ax.set_xlim(axis.target - reach, axis.target + reach)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+    else:
+        ax.margins(x=0.12)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.margins(y=0.12)
+    if axis.target:
+        ax.axvline(axis.target, color=COLOURS["muted"], lw=1, ls=(0, (3, 3)), zorder=0)
+    ax.grid(visible=True)
+    ax.set_axisbelow(True)
+    ax.tick_params(length=0)
+    ax.set_xlabel(axis.label)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words(value)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.autoscale_view()
+    _point_labels(ax, [line for line in drawn if line.label])
+
+
+def _point_labels(ax: Axes, labelled: Sequence[Series]) -> None:
+    """Write labels beside their points, to the inner side, pushed apart where points are close."""
+    (left, _), (right, _) = ax.transAxes.transform([(0, 0), (1, 0)])
+    sides: dict[bool, list[tuple[float, float, Series]]] = {True: [], False: []}
+    for line in labelled:
+        x, y = ax.transData.transform(line.points[-1])
+        sides[bool(x > left + 0.55 * (right - left))].append((float(y), float(x), line))
+    inches = 72 / ax.figure.dpi  # points per pixel
+    for inner, labels in sides.items():
+        above = float("-inf")
+        for y, _, line in sorted(labels, key=lambda item: item[:2]):
+            place = max(y, above + 13 / inches)
+            above = place
+            ax.annotate(
+                line.label, line.points[-1], (-8 if inner else 8, (place - y) * inches), textcoords="offset points",
+                va="center", ha="right" if inner else "left", color=COLOURS[line.colour], fontsize=9,
+            )  # fmt: skip
+
+
+def _front(ax: Axes, drawn: Sequence[Series]) -> None:
+    """Join the points that no other beats in both figures, as a staircase."""
+    best = pareto([line.points[-1] for line in drawn if not line.hollow])
+    if len(best) > 1:
+        xs, ys = zip(*best, strict=True)
+        ax.step(xs, ys, where="post", color=COLOURS["muted"], lw=1, zorder=1)
+
+
+def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points that no other point beats or equals in both coordinates (less is better), from left."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not front or y < front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+def _gid(name: str, line: Series) -> str:
+    return f"{name}--{line.number}"
+
+
+def _svg(figure: Figure, name: str, series: Iterable[Series]) -> str:
+    """Return the figure as an SVG element: unique ids, CSS colours, titles on hover, no size of its own."""
+    text = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(text, format="svg", transparent=True, metadata=nothing)
+    svg = text.getvalue()
+    box = re.search(r'viewBox="([^"]+)"', svg)
+    inside = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<defs>") :], flags=re.DOTALL)
+    titles = {str(line.number): line.title for line in series}
+    inside = re.sub(r'<g id="[\w-]+?--([^"]+)">', lambda m: _trial_group(m[1], titles), inside)
+    inside = re.sub(r'\bid="', f'id="{name}-', inside)
+    inside = re.sub(r'(url\(#|href="#)', rf"\1{name}-", inside).replace("xlink:href", "href")
+    inside = re.sub(r"font-family: [^;\"]*", "font-family: inherit", inside)
+    for variable, colour in COLOURS.items():
+        inside = inside.replace(colour, f"var(--{variable})")
+    return f'<svg class="plot" role="img" viewBox="{box[1] if box else "0 0 1 1"}">{inside}'.strip()
+
+
+def _trial_group(number: str, titles: dict[str, str]) -> str:
+    title = html.escape(titles.get(number, number))
+    return f'<g class="trial" data-trial="{html.escape(number)}"><title>{title}</title>'

@@ -1,0 +1,210 @@
+"""What a study keeps of every trial and of itself: plain frozen records, written atomically, read with tolerance.
+
+A trial's truth is the file ``trials/0007/result.json``; Optuna's journal and MLflow are built on top of it, and the
+leaderboard, the report and a resumed study are made from it alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hybridnas.errors import StudyError
+from hybridnas.files import write_text
+
+COMPLETE = "COMPLETE"  # trained to the full budget
+PRUNED = "PRUNED"  # stopped at a rung, its loss is that rung's
+FAIL = "FAIL"  # diverged, ran out of memory or crashed; the reason says which
+DUPLICATE = "DUPLICATE"  # the architecture of an earlier trial, whose result it reuses
+INFEASIBLE = "INFEASIBLE"  # rejected before any training
+RUNNING = "RUNNING"
+STATES = (COMPLETE, PRUNED, FAIL, DUPLICATE, INFEASIBLE, RUNNING)
+
+RESULT = "result.json"
+CURVE = "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """One trial: what was tried, what it cost, how it went. Losses are validation cross-entropy [nats per token]."""
+
+    number: int
+    state: str  # one of STATES
+    pattern: str = ""  # canonical
+    fingerprint: str = ""  # 64 hex
+    preset: str | None = None  # the preset's name where the trial is a baseline
+    choices: Mapping[str, Any] = field(default_factory=dict)  # what the space chose
+    cost: Mapping[str, float] = field(default_factory=dict)  # the fields of hybridnas.cost.Cost
+    valid_loss: float | None = None
+    bits_per_byte: float | None = None
+    accuracy: float | None = None  # of next-token predictions [0 to 1]
+    rungs: Sequence[Sequence[float]] = ()  # [training tokens, validation loss] as reported to the pruner
+    curve: Sequence[Mapping[str, Any]] = ()  # every evaluation: tokens, valid_loss, train_loss, ...
+    tokens: int = 0  # trained
+    seconds: float = 0.0
+    tokens_per_second: float | None = None
+    reason: str | None = None  # why it failed, was pruned or rejected
+    seed: int = 0
+    duplicate_of: int | None = None  # number of the trial whose result is reused
+
+    def __post_init__(self) -> None:
+        if self.state not in STATES:
+            raise StudyError(f"trial {self.number} has state {self.state!r}; allowed: {', '.join(STATES)}")
+
+    @property
+    def name(self) -> str:
+        """Return what people call it: the preset's name, else the pattern, else the trial's number."""
+        return self.preset or self.pattern or f"trial {self.number}"
+
+    def points(self) -> list[tuple[float, float]]:
+        """Return the finite points (training tokens, validation loss), rising in tokens; the last value of each."""
+        pairs: list[Sequence[Any]] = [(entry.get("tokens"), entry.get("valid_loss")) for entry in self.curve]
+        return clean_points(pairs or self.rungs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON; a number that is not finite becomes null."""
+        return {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrialRecord:
+        """Read what ``to_dict`` wrote; unknown keys of a newer version are left out, a missing number is an error."""
+        names = {item.name for item in dataclasses.fields(cls)}
+        known = {key: value for key, value in values.items() if key in names}
+        if type(known.get("number")) is not int or not isinstance(known.get("state"), str):
+            raise StudyError("a trial's record needs an integer 'number' and a 'state'")
+        for key in ("choices", "cost"):
+            if not isinstance(known.setdefault(key, {}), Mapping):
+                raise StudyError(f"a trial's record needs a mapping for {key!r}, got {type(known[key]).__name__}")
+        for key in ("valid_loss", "bits_per_byte", "accuracy", "tokens", "seconds", "tokens_per_second"):
+            if not isinstance(known.get(key), (int, float, type(None))):
+                raise StudyError(f"a trial's record needs a number for {key!r}, got {type(known[key]).__name__}")
+        return cls(**known)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyMeta:
+    """What the report says about a study besides its trials; everything but the name may stay unknown."""
+
+    name: str
+    space: str = ""
+    data: str = ""  # Source.describe()
+    budget: str = ""
+    active_params: int | None = None  # what every candidate was matched to [count]
+    tokens: int | None = None  # training tokens of a full trial
+    seq_len: int | None = None
+    batch_size: int | None = None
+    n_trials: int | None = None  # asked for
+    seed: int = 0
+    seeds_per_trial: int = 1  # more than one only after confirmation
+    sampler: str = ""
+    pruner: str = ""
+    command: str = ""  # the command line that made or continued the study
+    machine: str = ""  # hardware.describe_machine()
+    versions: Mapping[str, str] = field(default_factory=dict)  # package -> version
+    started: str = ""  # ISO time
+    seconds: float | None = None  # wall time so far
+    status: str = "running"  # running | completed | interrupted
+    notes: Sequence[str] = ()  # sentences for the reader, e.g. of skipped records
+    folder: str = ""  # as the user would type it; empty: runs/NAME
+
+    @property
+    def path(self) -> str:
+        """Return the study folder as commands spell it."""
+        return self.folder or f"runs/{self.name}"
+
+
+def clean_points(pairs: Sequence[Sequence[Any]]) -> list[tuple[float, float]]:
+    """Keep finite (tokens, loss) pairs, one for each token count (the last wins), in rising order."""
+    seen: dict[float, float] = {}
+    for pair in pairs:
+        if len(pair) == 2 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in pair):
+            seen[float(pair[0])] = float(pair[1])
+    return sorted(seen.items())
+
+
+def trial_folder(study_folder: Path | str, number: int) -> Path:
+    """Return ``STUDY/trials/0007`` for trial 7."""
+    return Path(study_folder) / "trials" / f"{number:04d}"
+
+
+def write_record(folder: Path | str, record: TrialRecord) -> Path:
+    """Write ``result.json`` into the trial's folder, whole or not at all; raises StudyError when the disk refuses."""
+    path = Path(folder) / RESULT
+    save(path, json.dumps(record.to_dict(), indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def read_record(folder: Path | str) -> TrialRecord:
+    """Read a trial's ``result.json``, its curve from ``metrics.jsonl`` where the record has none.
+
+    Raises StudyError in one sentence for a missing, torn or foreign file.
+    """
+    path = Path(folder) / RESULT
+    try:
+        record = TrialRecord.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise StudyError(f"{path} is missing; the trial has not finished") from None
+    except (OSError, ValueError, TypeError, AttributeError, StudyError) as error:
+        words = "it is not whole JSON" if isinstance(error, ValueError) else str(error)
+        raise StudyError(f"{path} cannot be read ({words}); delete it to have the trial run again") from None
+    return record if record.curve else dataclasses.replace(record, curve=read_curve(folder))
+
+
+def load_records(study_folder: Path | str) -> tuple[list[TrialRecord], list[str]]:
+    """Return all readable records of a study by number, and one warning sentence for each that was skipped."""
+    records: dict[int, TrialRecord] = {}
+    warnings: list[str] = []
+    for path in sorted((Path(study_folder) / "trials").glob(f"*/{RESULT}")):
+        try:
+            record = read_record(path.parent)
+        except StudyError as error:
+            warnings.append(f"skipped a trial: {error}")
+            continue
+        if record.number in records:
+            warnings.append(f"skipped a trial: {path} repeats the number {record.number}; the first one is kept")
+            continue
+        records[record.number] = record
+    return [records[number] for number in sorted(records)], warnings
+
+
+def read_curve(folder: Path | str) -> tuple[dict[str, Any], ...]:
+    """Return the evaluations of ``metrics.jsonl``; a torn line (the process was killed while writing) is left out."""
+    try:
+        lines = (Path(folder) / CURVE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ()
+    entries: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict):
+            entries.append(entry)
+    return tuple(entries)
+
+
+def save(path: Path, text: str) -> None:
+    """Write a study's file atomically; raises StudyError when the disk is full or the folder cannot be written."""
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise StudyError(
+            f"{path} cannot be written ({error.strerror or error}); free space or change permissions and run the same "
+            "command again, nothing already recorded is lost"
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,378 @@
+"""The report of a study: one ``report.html`` that opens from disk, needs no network, and says how it was made.
+
+A section is a title, a sentence and a plot made from the records alone; a new one is a function in ``_SECTIONS``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybridnas.errors import HybridNASError
+from hybridnas.search import leaderboard as board
+from hybridnas.search.leaderboard import Row, human, human_bytes, signed
+from hybridnas.search.plots import COLOURS, Axis, Series, curves_svg, scatter_svg
+from hybridnas.search.records import (
+    COMPLETE,
+    DUPLICATE,
+    FAIL,
+    INFEASIBLE,
+    PRUNED,
+    StudyMeta,
+    TrialRecord,
+    save,
+    trial_folder,
+)
+
+REPORT = "report.html"
+TABLE_LIMIT = 200  # rows in the page; leaderboard.csv has all
+
+
+@dataclass(frozen=True)
+class Section:
+    """One plot of the report with its words."""
+
+    title: str
+    intro: str
+    svg: Any
+    caption: str
+
+
+def write_report(study_folder: Path | str, records: Iterable[TrialRecord], meta: StudyMeta) -> Path:
+    """Write the study's ``report.html`` atomically and return its path; works with any number of records, even none.
+
+    Raises StudyError when the disk refuses.
+    """
+    path = Path(study_folder) / REPORT
+    save(path, render_report(study_folder, list(records), meta))
+    return path
+
+
+def render_report(study_folder: Path | str, records: Sequence[TrialRecord], meta: StudyMeta) -> str:
+    """Return the report as one HTML text; the same input gives the same text."""
+    rows = board.rows(records)
+    best = board.winner(records)
+    drawing, missing = _drawing(Path(study_folder), best)
+    return render(
+        "report.html.j2",
+        title=f"hybridnas: {meta.name}",
+        meta=meta,
+        best=best,
+        headline=headline(records),
+        searched=_searched(records, meta),
+        confirmation=_confirmation(best, meta),
+        notes=_notes(records, meta),
+        cards=_cards(records, meta),
+        drawing=drawing,
+        drawing_missing=missing,
+        table=_table(rows[:TABLE_LIMIT], best),
+        footnotes=[note for note in board.footnotes(rows, len(rows) - TABLE_LIMIT) if "per active" not in note],
+        sections=[section for make in _SECTIONS if (section := make(records, meta)) is not None],
+        failures=_failures(records),
+        commands=_commands(best, meta),
+        facts=_facts(records, meta),
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill one of this folder's templates; every value is escaped but what is marked as markup."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    return environment.get_template(template).render(**values)
+
+
+def markup(text: str) -> Any:
+    """Mark text that is SVG of our own making; the words in it are escaped where it is made."""
+    from markupsafe import Markup
+
+    return Markup(text)
+
+
+def headline(records: Sequence[TrialRecord]) -> str:
+    """Return the study's answer to "better than the paper's?" in one sentence."""
+    best = board.winner(records)
+    if best is None or best.valid_loss is None:
+        over = [record for record in records if record.state in (FAIL, INFEASIBLE)]
+        return f"Nothing has completed: {len(over)} trials failed" if over else "No trial has completed yet"
+    paper = board.baseline(records, "moe_mamba")
+    if paper is None or paper.valid_loss is None:
+        return f"Best so far: {best.name} at {best.valid_loss:.4f} nats per token (moe_mamba has not completed)"
+    if paper.number == best.number:
+        others = sum(record.state == COMPLETE for record in records) - 1
+        return (
+            f"moe_mamba stays ahead of all {others} other architectures" if others else "Only moe_mamba has completed"
+        )
+    gap = paper.valid_loss - best.valid_loss
+    if gap < 5e-5:
+        return f"{best.name} and moe_mamba end at the same loss"
+    return f"{best.name} beats moe_mamba by {gap:.4f} nats per token"
+
+
+def _searched(records: Sequence[TrialRecord], meta: StudyMeta) -> str:
+    best = board.winner(records)
+    parts = [f"{len(records)} candidates"]
+    if meta.active_params:
+        parts[0] += f", each matched to {human(meta.active_params)} active parameters"
+    tokens = meta.tokens or (best.tokens if best else None)
+    if tokens:
+        active = meta.active_params or (best.cost.get("active_params") if best else None)
+        ratio = f" ({tokens / active:.1f} per active parameter)" if active else ""
+        parts.append(f"the survivors trained on {human(tokens)} tokens{ratio}")
+    if meta.data:
+        parts.append(f"of {meta.data}" if tokens else f"data: {meta.data}")
+    return ", ".join(parts[:2]) + (f" {parts[2]}" if len(parts) > 2 else "") + "."
+
+
+def _confirmation(best: TrialRecord | None, meta: StudyMeta) -> str:
+    return "unconfirmed: one seed" if best is not None and meta.seeds_per_trial == 1 else ""
+
+
+def _notes(records: Sequence[TrialRecord], meta: StudyMeta) -> list[str]:
+    notes = list(meta.notes)
+    if board.winner(records) is None:
+        return notes
+    for name in board.BASELINES:
+        tried = [record for record in records if record.preset == name]
+        if tried and board.baseline(records, name) is None:
+            why = f": {tried[0].reason}" if tried[0].reason else ""
+            notes.append(f"{name} is {tried[0].state.lower()}{why}; so no difference to it is stated.")
+    return notes
+
+
+def _cards(records: Sequence[TrialRecord], meta: StudyMeta) -> list[dict[str, str]]:
+    best = board.winner(records)
+    cards = []
+    if best is not None and best.valid_loss is not None:
+        cards.append(_card(f"{best.valid_loss:.4f}", f"lowest validation loss, trial {best.number}"))
+        for name in board.BASELINES:
+            mark = board.baseline_loss(records, name)
+            if mark is not None:
+                gap = best.valid_loss - mark
+                tone = "good" if gap < -5e-5 else ""
+                cards.append(_card(signed(gap), f"to {name} ({mark:.4f})", tone))
+        active = best.cost.get("active_params")
+        if active and best.tokens:
+            cards.append(
+                _card(f"{best.tokens / active:.1f}", f"tokens per active parameter ({human(best.tokens)} tokens)")
+            )
+        cards.append(_card(human(active), f"active of {human(best.cost.get('params'))} parameters"))
+    counts = Counter(record.state for record in records)
+    words = ", ".join(
+        f"{counts[state]} {state.lower()}" for state in (PRUNED, FAIL, INFEASIBLE, DUPLICATE) if counts[state]
+    )
+    asked = f" of {meta.n_trials}" if meta.n_trials else ""
+    cards.append(
+        _card(f"{len(records)}{asked}", f"trials: {counts[COMPLETE]} complete" + (f", {words}" if words else ""))
+    )
+    return cards
+
+
+def _card(value: str, words: str, tone: str = "") -> dict[str, str]:
+    return {"value": value, "words": words, "tone": tone}
+
+
+def _drawing(study_folder: Path, best: TrialRecord | None) -> tuple[Any, str]:
+    """Return the winner's drawing, or why there is none."""
+    if best is None:
+        return "", ""
+    path = trial_folder(study_folder, best.number) / "arch.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "", f"It is not drawn: {path.parent.name}/{path.name} is missing or damaged."
+    from hybridnas.arch.arch import Arch
+    from hybridnas.arch.draw import svg_text
+
+    try:
+        return markup(svg_text(Arch.from_dict(values))), ""
+    except HybridNASError as error:  # a block of the user's that this process has not registered
+        return "", f"It is not drawn: {error}"
+
+
+def _colour(record: TrialRecord, best: TrialRecord | None) -> str:
+    if best is not None and record.number == best.number:
+        return "winner"
+    return record.preset if record.preset in COLOURS else "faint"
+
+
+def _label(record: TrialRecord, best: TrialRecord | None) -> str:
+    if best is not None and record.number == best.number:
+        return f"best: {short(record.name, 16)}"
+    return record.preset if record.preset and record.state == COMPLETE else ""
+
+
+def short(text: str, limit: int = 20) -> str:
+    """Cut a long name in the middle."""
+    return text if len(text) <= limit else f"{text[: limit - 8]}…{text[-7:]}"
+
+
+def _title(record: TrialRecord) -> str:
+    loss = board.last_loss(record)
+    return f"trial {record.number} {record.name}" + ("" if loss is None else f", loss {loss:.4f}")
+
+
+def _series(records: Sequence[TrialRecord], figure: str | None) -> list[Series]:
+    """Return every trained trial as a curve, or as one point: a figure of its cost against its last loss."""
+    best = board.winner(records)
+    found = []
+    for record in records:
+        loss = board.last_loss(record)
+        if record.state not in (COMPLETE, PRUNED) or loss is None:
+            continue
+        points = record.points()
+        if figure is not None:
+            value = record.cost.get(figure)
+            points = [] if value is None else [(float(value), loss)]
+        hollow = record.state == PRUNED
+        found.append(Series(record.number, _title(record), _colour(record, best), _label(record, best), points, hollow))
+    return found
+
+
+def _curves(records: Sequence[TrialRecord], meta: StudyMeta) -> Section | None:
+    svg = curves_svg(_series(records, None))
+    intro = "All trials read the same data in the same order; a curve that ends early was stopped at a rung."
+    caption = "Rest the pointer on a row of the leaderboard to find its curve."
+    return Section("Loss over training tokens", intro, markup(svg), caption) if svg else None
+
+
+def _parameters(records: Sequence[TrialRecord], meta: StudyMeta) -> Section | None:
+    active = Axis("active parameters", target=meta.active_params)
+    total = Axis("parameters in all, without embeddings", log=True)
+    complete = [record for record in records if record.state == COMPLETE]
+    svg = scatter_svg(
+        [(active, _series(complete, "active_params")), (total, _series(complete, "params"))], "parameters"
+    )
+    intro = "Active parameters are matched, so the left panel should be a narrow column: what differs is architecture."
+    caption = "Completed trials. Dashed: the target that every candidate was matched to." if meta.active_params else ""
+    return Section("Loss against parameters", intro, markup(svg), caption) if svg else None
+
+
+def _state(records: Sequence[TrialRecord], meta: StudyMeta) -> Section | None:
+    complete = [record for record in records if record.state == COMPLETE]
+    length = f" at {meta.seq_len} tokens" if meta.seq_len else ""
+    axis = Axis(f"state of one sequence{length}", log=True, in_bytes=True)
+    svg = scatter_svg([(axis, _series(complete, "state_bytes"))], "state", front=True)
+    intro = "What a model must remember while it generates: keys and values of attention, states of Mamba."
+    caption = "The line joins the trials that none beats in both loss and state."
+    return Section("Loss against state", intro, markup(svg), caption) if svg else None
+
+
+_SECTIONS: tuple[Callable[[Sequence[TrialRecord], StudyMeta], Section | None], ...] = (_curves, _parameters, _state)
+
+
+def _table(rows: Sequence[Row], best: TrialRecord | None) -> dict[str, Any]:
+    names = [
+        ("#", "rank among completed trials"), ("trial", ""), ("architecture", ""), ("params", "without embeddings"),
+        ("active", "parameters used for one token"), ("state", "bytes one sequence carries"),
+        ("FLOPs", "forward, per token"), ("loss", "nats per token"), ("vs moe_mamba", "negative is better"),
+        ("vs mamba", "negative is better"), ("accuracy", "of the next token"), ("tokens/s", "while training"), ("", ""),
+    ]  # fmt: skip
+    columns = [{"name": name, "help": words, "text": name in ("architecture", "")} for name, words in names]
+    return {"columns": columns, "rows": [_table_row(row, best) for row in rows if row.record.state != INFEASIBLE]}
+
+
+def _table_row(row: Row, best: TrialRecord | None) -> dict[str, Any]:
+    record, cost = row.record, row.record.cost
+    words = board.human_cells(row)
+    colour = _colour(record, best)
+    named = {
+        "strong": record.preset or "",
+        "text": record.pattern,
+        "sort": record.name,
+        "style": "arch text",
+        "dot": colour if colour != "faint" else "",
+    }
+    state = record.state.lower() + (f" of {record.duplicate_of}" if record.duplicate_of is not None else "")
+    cells = [
+        cell(words["#"], row.rank),
+        cell(words["trial"], record.number),
+        named,
+        cell(words["params"], cost.get("params")),
+        cell(words["active"], cost.get("active_params")),
+        cell(human_bytes(cost.get("state_bytes")), cost.get("state_bytes")),
+        cell(words["FLOPs"], cost.get("flops_per_token")),
+        cell(words["loss"], row.loss),
+        *(cell(signed(row.vs[name]), row.vs[name], _tone(row.vs[name])) for name in board.BASELINES),
+        cell(words["acc"], record.accuracy),
+        cell(words["tok/s"], record.tokens_per_second),
+        cell(state, state, "text"),
+    ]
+    style = "first" if row.rank == 1 else "" if row.rank else "dim"
+    return {"trial": record.number, "style": style, "cells": cells}
+
+
+def cell(text: str, sort: Any, style: str = "") -> dict[str, Any]:
+    """Return a table cell: what is read, what it is sorted by, and its class."""
+    return {"text": text, "sort": "" if sort is None else sort, "style": style, "strong": "", "dot": ""}
+
+
+def _tone(gap: float | None) -> str:
+    return "good" if gap is not None and gap < -5e-5 else ""
+
+
+def _failures(records: Sequence[TrialRecord]) -> list[dict[str, Any]]:
+    groups: dict[tuple[str, str], list[int]] = {}
+    for record in records:
+        if record.state in (FAIL, INFEASIBLE):
+            reason = record.reason or "no reason was recorded"
+            groups.setdefault((record.state.lower(), reason), []).append(record.number)
+    return [
+        {"state": state, "reason": reason, "count": len(numbers), "numbers": _listed(numbers)}
+        for (state, reason), numbers in groups.items()
+    ]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:12]))
+    return f"{shown} and {len(numbers) - 12} more" if len(numbers) > 12 else shown
+
+
+def _commands(best: TrialRecord | None, meta: StudyMeta) -> list[tuple[str, str]]:
+    study = f"study={meta.name}"
+    found = [("search on, or start over in an empty folder", meta.command)] if meta.command else []
+    if best is not None:
+        found += [
+            ("train the winner again: same seed, same data, same numbers on CPU",
+             f"python -m hybridnas.replay {study} trial={best.number}"),
+            ("write any trial's model as a folder", f"python -m hybridnas.export {study} trial={best.number} out=DIR"),
+            ("let the winner write", f"python -m hybridnas.generate model={meta.path}/best prompt='def '"),
+            ("tokens to reach mamba's final loss", f"python -m hybridnas.compare {study} baseline=mamba"),
+        ]  # fmt: skip
+    found.append(("browse the runs in MLflow", f"mlflow ui --backend-store-uri sqlite:///{meta.path}/mlflow.db"))
+    return found
+
+
+def _facts(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str, str]]:
+    trained = sum(record.tokens for record in records if record.state != DUPLICATE)
+    facts: list[tuple[str, Any]] = [
+        ("data", meta.data),
+        ("context and batch", f"{meta.seq_len} tokens, {meta.batch_size} sequences" if meta.seq_len else ""),
+        ("sampler and pruner", " and ".join(part for part in (meta.sampler, meta.pruner) if part)),
+        ("trained in all", f"{human(trained)} tokens" if trained else ""),
+        ("seed", f"{meta.seed}; {meta.seeds_per_trial} for each trial"),
+        ("started", meta.started),
+        ("wall time", _duration(meta.seconds)),
+        ("machine", meta.machine),
+        ("versions", _versions(meta.versions)),
+    ]
+    return [(key, str(value)) for key, value in facts if value]
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
