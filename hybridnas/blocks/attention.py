@@ -144,7 +144,7 @@ class Attention(Block):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
 
-    def implementations(self) -> dict[str, str]:
+    def implementations(self, device: torch.device) -> dict[str, str]:
         return {"attention": "torch scaled_dot_product_attention"}
 
     def _rotation(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

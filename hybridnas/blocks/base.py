@@ -93,8 +93,8 @@ class Block(nn.Module, ABC):
     def reset_parameters(self, init_scale: float = 0.1) -> None:
         """Draw fresh weights; ``init_scale`` is the s of truncated normal std sqrt(s / fan_in)."""
 
-    def implementations(self) -> dict[str, str]:
-        """Return operation -> words on what computes it, for ``describe``."""
+    def implementations(self, device: torch.device) -> dict[str, str]:
+        """Return operation -> words on what computes it on a device, for ``describe``."""
         return {}
 
 

@@ -212,10 +212,9 @@ class Mamba(Block):
         for routed in self.inner.values():
             cast(RoutedExperts, routed).reset_parameters(init_scale)
 
-    def implementations(self) -> dict[str, str]:
+    def implementations(self, device: torch.device) -> dict[str, str]:
         if self.impl is Impl.REFERENCE:
             return dict.fromkeys(("selective_scan", "causal_conv1d"), "reference: step by step")
-        device = self.A_log.device
         return {"selective_scan": scan_room.describe(device), "causal_conv1d": conv_room.describe(device)}
 
     def _project_in(self, x_BLD: Tensor, auxes: dict[str, Aux]) -> tuple[Tensor, Tensor]:

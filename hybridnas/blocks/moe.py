@@ -138,10 +138,10 @@ class Moe(Block):
         if self.shared is not None:
             self.shared.reset_parameters(init_scale)
 
-    def implementations(self) -> dict[str, str]:
+    def implementations(self, device: torch.device) -> dict[str, str]:
         if self.impl is Impl.REFERENCE:
             return {"moe_dispatch": "reference: a Python loop over tokens"}
-        return {"moe_dispatch": describe(self.routed.router.weight.device)}
+        return {"moe_dispatch": describe(device)}
 
     def _refuse_generation(self) -> None:
         if not self.config.causal:

@@ -22,21 +22,20 @@ def run(config: dict[str, Any]) -> int:
     _layers(arch, config["seq_len"])
     _kernels(arch, config["device"])
     if config["out"]:
-        from hybridnas.arch.draw import draw
+        from hybridnas.arch.draw import draw_svg
 
-        draw(arch, Path(config["out"]))
-        show.line(f"drawn: {config['out']}")
+        show.line(f"drawn: {draw_svg(arch, Path(config['out']))}")
     return 0
 
 
 def _presets(seq_len: int) -> None:
-    from hybridnas.arch.presets import list_presets, paper_figures, preset
+    from hybridnas.arch.presets import PRESETS, preset
 
     rows = []
-    for name in list_presets():
+    for name in PRESETS:
         arch = preset(name)
         cost = arch.cost(seq_len)
-        paper = paper_figures(name)
+        paper = PRESETS.get(name).paper[0]
         rows.append(
             [
                 name,
@@ -44,7 +43,7 @@ def _presets(seq_len: int) -> None:
                 str(arch.d_model),
                 f"{cost.params:,}",
                 f"{cost.active_params:,}",
-                f"{paper.total} / {paper.active}",
+                f"{paper.params} / {paper.active_params}",
                 human(cost.flops_per_token),
                 human(cost.state_bytes),
             ]
@@ -59,15 +58,18 @@ def _layers(arch: Any, seq_len: int) -> None:
     table = describe_layers(arch, seq_len)
     rows = [
         [
-            row.layers,
-            f"{row.letter} {row.name}",
-            row.sizes,
-            f"{row.params:,}",
-            f"{row.active_params:,}",
-            human(row.flops_per_token),
-            f"{row.state_bytes:,}",
+            where,
+            name,
+            sizes,
+            f"{cost.params + cost.embedding_params:,}",
+            f"{cost.active_params:,}",
+            human(cost.flops_per_token),
+            f"{cost.state_bytes:,}",
         ]
-        for row in table.rows
+        for where, name, sizes, cost in (
+            *((row.where, f"{row.letter} {row.name}".strip(), row.sizes, row.cost) for row in table.rows),
+            ("", "total", "", table.total),
+        )
     ]
     title = f"{arch.pattern}   d_model {arch.d_model}, vocabulary {arch.vocab_size:,}, fingerprint {arch.short}"
     columns = ["layers", "block", "sizes", "params", "active", "FLOPs/token", f"state@{seq_len} [B]"]

@@ -17,7 +17,7 @@ from hybridnas.errors import StudyError, TrainingError
 from hybridnas.hardware import describe_machine
 from hybridnas.search.config import SearchConfig
 from hybridnas.search.folder import StudyFolder
-from hybridnas.search.leaderboard import write_leaderboard
+from hybridnas.search.leaderboard import winner, write_leaderboard
 from hybridnas.search.records import (
     COMPLETE,
     DUPLICATE,
@@ -92,6 +92,7 @@ class Search:
             study = self._study(target)
             loaded, self.warnings = load_records(self.folder.path)
             self.records = {record.number: record for record in loaded}
+            tracker.sync(loaded)  # what a kill or an outage kept from MLflow
             context = TrialContext(self.config, self.space, scale, source, tracker, target, self.news)
             try:
                 yield study, context, self._meta(stored, context)
@@ -200,8 +201,7 @@ class Search:
         from hybridnas.search.report import write_report
 
         records = [self.records[number] for number in sorted(self.records)]
-        done = [r for r in records if r.state == COMPLETE and r.valid_loss is not None]
-        best = min(done, key=lambda r: r.valid_loss or 0.0) if done else None
+        best = winner(records)
         seconds = time.monotonic() - self.started
         exported = self._export(best, context) if best is not None else None
         meta = dataclasses.replace(
@@ -212,6 +212,7 @@ class Search:
         )
         write_leaderboard(self.folder.path, records)
         report = write_report(self.folder.path, records, meta)
+        context.tracker.log_artifacts([report, self.folder.path / "leaderboard.csv"])
         context.tracker.close("FINISHED" if ended != "interrupted" else "KILLED")
         return SearchSummary(records, best, self.folder.path, exported, report, ended, seconds)
 

@@ -19,7 +19,7 @@ def make_sampler(name: str, seed: int) -> BaseSampler:
     if name == "tpe":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group is marked experimental
-            return optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed, warn_independent_sampling=False)
+            return optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)
     if name == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     if name == "bruteforce":

@@ -128,8 +128,6 @@ class TrialRun:
 
     def _train(self, arch: Arch) -> TrainResult:
         config = self.context.config
-        for past in read_evals(self.folder):  # a death between measuring and reporting loses no measurement
-            self._report(past.tokens, past.valid_loss)
         try:
             return train_run(
                 arch,

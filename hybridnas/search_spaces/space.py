@@ -207,7 +207,7 @@ class Space(FrozenConfig):
         if self.candidates:
             return len(self.candidates)
         if self.letters:
-            patterns = sum(len(self.letters) ** n for n in {min(x, scale.depth) for x in self.motif_length})
+            patterns: int = sum(len(self.letters) ** n for n in {min(x, scale.depth) for x in self.motif_length})
         else:
             patterns = len(self.n_inserted) * len(self.placement)
         for choice in (*self.fields.values(), *([self.split] if self.split is not None else [])):
@@ -215,7 +215,7 @@ class Space(FrozenConfig):
         return patterns
 
 
-_KEYS = tuple(name for name in Space.field_names() if name not in ("fields", "replace_letter")) + ("replace",)
+_KEYS = (*(name for name in Space.field_names() if name not in ("fields", "replace_letter")), "replace")
 
 
 def load_space(name: str) -> Space:
@@ -240,7 +240,7 @@ def _space_files() -> Iterator[tuple[str, Path]]:
 
 def _scaled_preset(name: str, scale: Scale, **overrides: Any) -> Arch:
     arguments = preset_arguments(name)
-    depth_of_block = len(preset(name).pattern) / arguments["n_blocks"]
+    depth_of_block = len(preset(name).pattern) / int(arguments["n_blocks"] or 1)
     given: dict[str, Any] = {
         "d_model": scale.d_model,
         "n_blocks": max(1, round(scale.depth / depth_of_block)),
