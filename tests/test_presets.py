@@ -99,7 +99,7 @@ def test_an_unknown_override_names_the_nearest_and_everything_allowed():
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "64"])
 def test_a_size_must_be_a_positive_whole_number(value):
-    with pytest.raises(ConfigError, match="d_model=.* must be a whole number of at least 1"):
+    with pytest.raises(ConfigError, match=r"d_model=.* must be a whole number of at least 1"):
         preset("mamba", d_model=value)
 
 
