@@ -205,6 +205,20 @@ def test_a_later_export_replaces_an_earlier_one_and_keeps_what_is_not_ours(tmp_p
     assert [path.name for path in target.parent.iterdir()] == ["best"]
 
 
+def test_all_files_have_the_mode_that_the_user_wants_for_files(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("x")
+    target = export(small("MF"), tmp_path / "best", tokenizer=ByteTokenizer())
+    assert {path.stat().st_mode for path in target.iterdir()} == {(tmp_path / "other").stat().st_mode}
+
+
+def test_an_export_of_a_newer_format_may_be_replaced(tmp_path: Path) -> None:
+    target = export(small("MF"), tmp_path / "best")
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "format_version": 99}))
+    export(small("AE"), target)
+    assert load(target, device="cpu").arch.pattern.letters == "AE"
+
+
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.txt").write_text("cat")

@@ -11,6 +11,7 @@ import torch
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
+from hybridnas.cli import generate
 from hybridnas.cli.generate import run
 from hybridnas.data.tokenizers import ByteTokenizer, Tokenizer, train_bpe
 from hybridnas.errors import ConfigError, ExportError
@@ -63,13 +64,13 @@ def test_generation_stops_where_the_document_ends() -> None:
     model = small("MF")
     pieces: list[str] = []
 
-    def generate(ids_BL: torch.Tensor, n: int, *, on_token: object, **_: object) -> None:
+    def scripted(ids_BL: torch.Tensor, n: int, *, on_token: object, **_: object) -> None:
         assert ids_BL.tolist() == [[0]]  # an empty prompt is the start of a document
         assert callable(on_token)
         stops = [on_token(torch.tensor([byte])) for byte in b"ab\0"]
         assert stops == [False, False, True]
 
-    model.generate = generate  # type: ignore[method-assign,assignment]
+    model.generate = scripted  # type: ignore[method-assign,assignment]
     assert stream_text(model, ByteTokenizer(), "", pieces.append) == 3
     assert pieces == ["a", "b"]
 
@@ -137,6 +138,16 @@ def test_the_prompt_may_come_from_standard_input(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x = {'a': \xff\n")))
     assert run(settings(best, prompt="-")) == 0
     assert capsys.readouterr().out.startswith("x = {'a': \ufffd\n")
+
+
+def test_a_terminal_is_spared_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, piped = io.StringIO(), io.StringIO()
+    shown.isatty = lambda: True  # type: ignore[method-assign]
+    for stream in (shown, piped):
+        monkeypatch.setattr(sys, "stdout", stream)
+        generate._write("a\x1b[2Jb\tc\n\x00é")
+    assert shown.getvalue() == "a\ufffd[2Jb\tc\n\ufffdé"
+    assert piped.getvalue() == "a\x1b[2Jb\tc\n\x00é"
 
 
 def test_ctrl_c_ends_with_what_was_printed(

@@ -11,6 +11,8 @@ from hybridnas.config import FrozenConfig, option
 from hybridnas.errors import ConfigError
 
 HELP = "stream text from an exported model"
+# Control characters would move a terminal's cursor or worse, and a model may draw any of them.
+_HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,5 +81,5 @@ def _prompt(text: str) -> str:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(text.translate(_HARMLESS) if sys.stdout.isatty() else text)
     sys.stdout.flush()

@@ -127,13 +127,16 @@ def _cell(text: str) -> str:
 
 def _usage(arch: Arch, folder: Path, *, has_tokenizer: bool) -> str:
     name = folder.name or "."
-    code = ["import hybridnas", "", f'model = hybridnas.load("{name}")  # needs nothing but this folder']
+    load = [f'model = hybridnas.load("{name}")  # needs nothing but this folder']
+    code = ["import hybridnas", "", *load]
     if has_tokenizer and arch.causal:
-        code += [
-            "",
+        code = [
             "import torch",
+            "",
+            "import hybridnas",
             "from hybridnas.export.load import load_tokenizer",
             "",
+            *load,
             f'tokenizer = load_tokenizer("{name}")',
             'ids_BL = torch.tensor([tokenizer.encode("def ")], device=model.embedding.weight.device)',
             "print(tokenizer.decode(model.generate(ids_BL, 200, temperature=0.8, top_k=40)[0].tolist()))",

@@ -32,7 +32,7 @@ from hybridnas.export.layout import (
     probe_ids,
     stored_tensors,
 )
-from hybridnas.export.load import load, read_config
+from hybridnas.export.load import load, read_ours
 
 if TYPE_CHECKING:
     from hybridnas.data.source import Source
@@ -98,10 +98,9 @@ def _refuse_foreign(target: Path) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         return
     try:
-        read_config(target)
+        read_ours(target)
     except ExportError as error:
-        if "newer hybridnas" not in str(error):
-            raise ExportError(f"{target} is not ours: {error}; give an empty or a new folder") from None
+        raise ExportError(f"{target} is not ours: {error}; give an empty or a new folder") from None
 
 
 @contextmanager
@@ -182,6 +181,9 @@ def _write_weights(path: Path, model: HybridLM) -> None:
         name: tensor.detach().to("cpu").contiguous() for name, tensor in stored_tensors(model).items()
     }
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(
+        (path.parent / CONFIG).stat().st_mode
+    )  # safetensors makes private files; a model is shared like any other
 
 
 def _write_text(path: Path, text: str) -> None:

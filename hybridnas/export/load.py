@@ -46,8 +46,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizers.load_tokenizer(where)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json of one of our folders; raises ExportError for anything else."""
+def read_ours(folder: Path) -> dict[str, Any]:
+    """Return config.json of one of our folders, of whatever version; raises ExportError for anything else."""
     if not folder.is_dir():
         raise ExportError(f"{folder} is not a folder; give the folder that 'python -m hybridnas.export' wrote")
     path = folder / CONFIG
@@ -60,6 +60,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != MODEL_TYPE:
         raise ExportError(f"{path} is not ours: its model_type is {kind!r}, hybridnas reads {MODEL_TYPE!r}")
+    return dict(config)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of one of our folders that this version reads; raises ExportError for anything else."""
+    config = read_ours(folder)
+    path = folder / CONFIG
     version = config.get("format_version")
     if not isinstance(version, int) or version < 1:
         raise ExportError(f"{path} has format_version {version!r}, expected 1 to {FORMAT_VERSION}; the file is damaged")
@@ -68,7 +75,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} has format_version {version}, written by a newer hybridnas "
             f"({config.get('hybridnas_version', 'unknown')}); this one reads up to {FORMAT_VERSION}: upgrade hybridnas"
         )
-    return dict(config)
+    return config
 
 
 def read_arch(folder: Path) -> Arch:
