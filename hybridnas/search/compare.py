@@ -15,7 +15,7 @@ from hybridnas.search import tracking
 from hybridnas.search.leaderboard import human, human_bytes, signed
 from hybridnas.search.plots import COLOURS, Axis, Series, curves_svg, scatter_svg
 from hybridnas.search.records import clean_points, save
-from hybridnas.search.report import cell, markup, render, short
+from hybridnas.search.report import cell, difference, markup, render, short
 
 COLUMNS = (
     "study", "trial", "preset", "pattern", "params", "active_params", "state_bytes", "flops_per_token", "final_loss",
@@ -96,7 +96,7 @@ class Reach:
         """Return the speed-up as people read it."""
         if self.speed_up is None:
             return "not reached"
-        return f"{'at least ' if self.at_first_point else ''}{self.speed_up:.2f}\u00d7"
+        return f"{'at least ' if self.at_first_point else ''}{self.speed_up:.2f}x"
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def _html_table(comparison: Comparison, colours: Mapping[str, str]) -> dict[str,
             *(cell(human(run.number(key)), run.number(key)) for key in ("params", "active_params")),
             cell(human_bytes(run.number("state_bytes")), run.number("state_bytes")),
             cell("" if final[1] is None else f"{final[1]:.4f}", final[1]),
-            cell(signed(gap), gap, "good" if gap is not None and gap < -5e-5 else ""),
+            cell(difference(gap), gap, "good" if gap is not None and gap < -5e-5 else ""),
             cell(human(final[0]), final[0]),
             cell(human(reach.tokens) if reach else "", reach.tokens if reach else None),
             cell(reach.words() if reach else "", reach.speed_up if reach else None),

@@ -270,7 +270,7 @@ def signed(value: float | None) -> str:
     """Write a difference of losses with its sign, in ten-thousandths of a nat; nothing for None."""
     if value is None:
         return ""
-    return "0" if abs(value) < 5e-5 else f"{value:+.4f}".replace("-", "\u2212")
+    return "0" if abs(value) < 5e-5 else f"{value:+.4f}"
 
 
 def _key(record: TrialRecord) -> tuple[int, float, float, int]:

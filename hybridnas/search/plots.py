@@ -199,7 +199,8 @@ def _end_labels(ax: Axes, labelled: Sequence[Series]) -> None:
     """Write each label beside the end of its curve, pushed apart where ends are close."""
     low, high = ax.get_ylim()
     gap = 0.055
-    wanted = sorted(((line.points[-1][1] - low) / (high - low), line) for line in labelled if line.points)
+    told = sorted((line for line in labelled if line.points), key=lambda line: line.points[-1][1])
+    wanted = [((line.points[-1][1] - low) / (high - low), line) for line in told]
     places: list[float] = []
     for height, _ in wanted:
         places.append(max(height, places[-1] + gap) if places else max(height, 0.0))

@@ -14,7 +14,7 @@ from typing import Any
 
 from hybridnas.errors import HybridNASError
 from hybridnas.search import leaderboard as board
-from hybridnas.search.leaderboard import Row, human, human_bytes, signed
+from hybridnas.search.leaderboard import Row, human, human_bytes
 from hybridnas.search.plots import COLOURS, Axis, Series, curves_svg, scatter_svg
 from hybridnas.search.records import (
     COMPLETE,
@@ -101,15 +101,15 @@ def headline(records: Sequence[TrialRecord]) -> str:
     best = board.winner(records)
     if best is None or best.valid_loss is None:
         over = [record for record in records if record.state in (FAIL, INFEASIBLE)]
-        return f"Nothing has completed: {len(over)} trials failed" if over else "No trial has completed yet"
+        words = "1 trial" if len(over) == 1 else f"{len(over)} trials"
+        return f"Nothing has completed: {words} failed" if over else "No trial has completed yet"
     paper = board.baseline(records, "moe_mamba")
     if paper is None or paper.valid_loss is None:
         return f"Best so far: {best.name} at {best.valid_loss:.4f} nats per token (moe_mamba has not completed)"
     if paper.number == best.number:
         others = sum(record.state == COMPLETE for record in records) - 1
-        return (
-            f"moe_mamba stays ahead of all {others} other architectures" if others else "Only moe_mamba has completed"
-        )
+        ahead = "the other architecture" if others == 1 else f"all {others} other architectures"
+        return f"moe_mamba stays ahead of {ahead}" if others else "Only moe_mamba has completed"
     gap = paper.valid_loss - best.valid_loss
     if gap < 5e-5:
         return f"{best.name} and moe_mamba end at the same loss"
@@ -157,7 +157,7 @@ def _cards(records: Sequence[TrialRecord], meta: StudyMeta) -> list[dict[str, st
             if mark is not None:
                 gap = best.valid_loss - mark
                 tone = "good" if gap < -5e-5 else ""
-                cards.append(_card(signed(gap), f"to {name} ({mark:.4f})", tone))
+                cards.append(_card(difference(gap), f"to {name} ({mark:.4f})", tone))
         active = best.cost.get("active_params")
         if active and best.tokens:
             cards.append(
@@ -300,13 +300,18 @@ def _table_row(row: Row, best: TrialRecord | None) -> dict[str, Any]:
         cell(human_bytes(cost.get("state_bytes")), cost.get("state_bytes")),
         cell(words["FLOPs"], cost.get("flops_per_token")),
         cell(words["loss"], row.loss),
-        *(cell(signed(row.vs[name]), row.vs[name], _tone(row.vs[name])) for name in board.BASELINES),
+        *(cell(difference(row.vs[name]), row.vs[name], _tone(row.vs[name])) for name in board.BASELINES),
         cell(words["acc"], record.accuracy),
         cell(words["tok/s"], record.tokens_per_second),
         cell(state, state, "text"),
     ]
     style = "first" if row.rank == 1 else "" if row.rank else "dim"
     return {"trial": record.number, "style": style, "cells": cells}
+
+
+def difference(gap: float | None) -> str:
+    """Return a difference of losses with a true minus sign."""
+    return board.signed(gap).replace("-", "\u2212")
 
 
 def cell(text: str, sort: Any, style: str = "") -> dict[str, Any]:
