@@ -60,6 +60,15 @@ def test_what_is_constant_costs_no_projection(selective, saved):
     assert Mamba.Config(d_model=512, selective=selective).cost(1).params == 1_694_720 - saved
 
 
+def test_flops_and_state_of_the_papers_block_worked_out_by_hand():
+    cost = Mamba.Config(d_model=512).cost(1024)
+    matrices = 2 * 512 * 1024 + 1024 * (32 + 16 + 16) + 32 * 1024 + 1024 * 512
+    scan = 1024 * 16 * 7 + 1024 * 7  # see scan_flops
+    assert cost.flops_per_token == 2 * matrices + 2 * 4 * 1024 + scan
+    assert cost.state_bytes == 3 * 1024 * 4 + 1024 * 16 * 4
+    assert Mamba.Config(d_model=512).cost(1024, dtype_bytes=2).state_bytes == 3 * 1024 * 2 + 1024 * 16 * 4
+
+
 def test_spelling_order_of_parts_does_not_matter():
     one = Mamba.Config(d_model=16, selective="C+dt+B", inner_moe="out+conv")
     other = Mamba.Config(d_model=16, inner_moe="conv+out", expand=2.0, d_inner=32)
