@@ -20,6 +20,7 @@ from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError, suggest
 from hybridnas.hardware import Impl
 from hybridnas.kernels import causal_conv1d as conv_room
+from hybridnas.kernels import moe_dispatch as moe_room
 from hybridnas.kernels import selective_scan as scan_room
 from hybridnas.registry import register_block
 
@@ -213,9 +214,10 @@ class Mamba(Block):
             cast(RoutedExperts, routed).reset_parameters(init_scale)
 
     def implementations(self, device: torch.device) -> dict[str, str]:
-        if self.impl is Impl.REFERENCE:
-            return dict.fromkeys(("selective_scan", "causal_conv1d"), "reference: step by step")
-        return {"selective_scan": scan_room.describe(device), "causal_conv1d": conv_room.describe(device)}
+        words = {"selective_scan": scan_room.describe(device), "causal_conv1d": conv_room.describe(device)}
+        if self.config.inner:
+            words["moe_dispatch"] = moe_room.describe(device)
+        return dict.fromkeys(words, "reference: step by step") if self.impl is Impl.REFERENCE else words
 
     def _project_in(self, x_BLD: Tensor, auxes: dict[str, Aux]) -> tuple[Tensor, Tensor]:
         halves = self.in_proj(x_BLD).chunk(len(self._halves), dim=-1) if self.in_proj is not None else ()
