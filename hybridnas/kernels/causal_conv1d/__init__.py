@@ -1,9 +1,12 @@
 """The causal depthwise convolution of Mamba, with SiLU, forward and backward, channel-last.
 
-Shapes: B batch, L length, D channels, K taps. ``reference.py`` is the specification.
+Shapes: B batch, L length, D channels, K taps. ``reference.py`` is the specification; ``cpu.py`` with
+``conv.c`` is the fast path on a processor.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +14,8 @@ from torch import Tensor
 
 from hybridnas.errors import KernelInputError, KernelUnavailableError
 from hybridnas.hardware import Impl, resolve_impl
-from hybridnas.kernels._inputs import require_seq_idx, require_tensor
+from hybridnas.kernels._inputs import require_seq_idx, require_tensor, state_dtype
+from hybridnas.kernels.causal_conv1d import cpu
 from hybridnas.kernels.causal_conv1d.reference import conv_reference, final_state_of, padded
 
 _NAME = "causal_conv1d"
@@ -38,7 +42,7 @@ def causal_conv1d(
     """
     chosen = _resolve(impl, x.device)
     _check(x, weight, bias, activation, initial_state, seq_idx)
-    run = conv_reference if chosen is Impl.REFERENCE or seq_idx is not None else _conv_torch
+    run = conv_reference if chosen is Impl.REFERENCE else _fast_path(x, weight, seq_idx)
     y_BLD, final_BKD = run(x, weight, bias, activation, initial_state, seq_idx)
     return (y_BLD, final_BKD) if return_final_state else y_BLD
 
@@ -47,7 +51,16 @@ def describe(device: torch.device | str) -> str:
     """Return words on what computes the convolution on ``device``."""
     if torch.device(device).type == "cuda":
         return "torch, F.conv1d: no Triton kernel for it is built in this version"
-    return "torch, F.conv1d"
+    library = cpu.compiled()
+    return library.words if library.handle is not None else f"torch, F.conv1d: {library.words}"
+
+
+def _fast_path(x: Tensor, weight: Tensor, seq_idx: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the C path for float32 sums on a processor that has it compiled, else F.conv1d; packed, tap by tap."""
+    fits = x.device.type == "cpu" and state_dtype(x, weight) == torch.float32 and weight.shape[1] <= cpu.MAX_TAPS
+    if fits and cpu.available():
+        return cpu.conv_c
+    return _conv_torch if seq_idx is None else conv_reference
 
 
 def _conv_torch(

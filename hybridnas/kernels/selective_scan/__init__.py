@@ -1,10 +1,12 @@
 """The selective scan of Mamba (arXiv 2312.00752), forward and backward, channel-last.
 
-Shapes: B batch, L length, D channels, N state size. ``reference.py`` is the specification; ``chunked.py`` runs
-anywhere torch does.
+Shapes: B batch, L length, D channels, N state size. ``reference.py`` is the specification; ``cpu.py`` with ``scan.c``
+is the fast path on a processor; ``chunked.py`` runs anywhere torch does.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from torch import Tensor
 from hybridnas.errors import KernelUnavailableError
 from hybridnas.hardware import Impl, resolve_impl
 from hybridnas.kernels._inputs import require_finite, require_seq_idx, require_tensor, state_dtype
+from hybridnas.kernels.selective_scan import cpu
 from hybridnas.kernels.selective_scan.chunked import scan_chunked
 from hybridnas.kernels.selective_scan.reference import scan_reference
 
@@ -46,7 +49,7 @@ def selective_scan(
     """
     chosen = _resolve(impl, u.device)
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
-    run = scan_reference if chosen is Impl.REFERENCE else scan_chunked
+    run = scan_reference if chosen is Impl.REFERENCE else _fast_path(u.device, state_dtype(u, delta, A, B, C))
     y_BLD, final_BDN = run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx)
     return (y_BLD, final_BDN) if return_final_state else y_BLD
 
@@ -93,7 +96,13 @@ def describe(device: torch.device | str) -> str:
     """Return words on what computes the scan on ``device``."""
     if torch.device(device).type == "cuda":
         return "torch, chunked: no Triton kernel for it is built in this version"
-    return "torch, chunked"
+    library = cpu.compiled()
+    return library.words if library.handle is not None else f"torch, chunked: {library.words}"
+
+
+def _fast_path(device: torch.device, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the C path for float32 sums on a processor that has it compiled, else the torch form."""
+    return cpu.scan_c if device.type == "cpu" and dtype == torch.float32 and cpu.available() else scan_chunked
 
 
 def _resolve(impl: str | Impl, device: torch.device) -> Impl:

@@ -1,0 +1,180 @@
+"""Compiles the package's C files with the machine's own compiler at first use, and keeps the result.
+
+A library lies in a per-user cache under a name made of everything that decides its code: source, flags, compiler,
+processor. It is written beside that name and renamed, so any number of processes may compile at once. Where nothing
+can be compiled the reason is logged once and said by ``describe``; nobody is stopped by a missing compiler.
+
+Environment: CC names the compiler, HYBRIDNAS_CACHE the cache folder (default: XDG_CACHE_HOME or ~/.cache, /hybridnas).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+_LOG = logging.getLogger("hybridnas")
+_HERE = Path(__file__).resolve().parent
+_COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=fast")
+_SHARED = ("-shared", "-fPIC")
+# best first: some compilers know no -march=native, Apple's brings no OpenMP
+_VARIANTS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
+_TIMEOUT = 120  # seconds for one run of the compiler; it takes about two
+
+_lock = threading.Lock()
+_loaded: dict[Path, Library] = {}
+_after_fork = False
+
+
+class Library(NamedTuple):
+    """A loaded library, or None and the reason; ``words`` are for ``describe``."""
+
+    handle: ctypes.CDLL | None
+    words: str
+
+
+def library(source: Path) -> Library:
+    """Return the compiled ``source``, compiling it the first time; never raises, the reason is in ``words``."""
+    found = _loaded.get(source)
+    if found is None:
+        with _lock:
+            found = _loaded.get(source)
+            if found is None:
+                found = _loaded[source] = build(source)
+    return found
+
+
+def build(source: Path) -> Library:
+    """Compile and load ``source`` without remembering it, or log and return why that failed."""
+    try:
+        return _build(source)
+    except _BuildError as error:
+        _LOG.warning("%s runs in plain torch, slower: %s", source.parent.name, error)
+        return Library(None, str(error))
+
+
+def threads() -> int:
+    """Return how many threads a kernel may use: torch's number, one in a forked child, whose OpenMP pool is gone."""
+    return 1 if _after_fork else torch.get_num_threads()
+
+
+class _BuildError(Exception):
+    """Why there is no library, in words."""
+
+
+def _build(source: Path) -> Library:
+    compiler, version = _compiler()
+    key = hashlib.sha256()
+    for part in (
+        source.read_bytes(),
+        (_HERE / "vectors.h").read_bytes(),
+        version,
+        _processor(),
+        repr(_VARIANTS),
+        repr(_COMMON),
+    ):
+        key.update(part if isinstance(part, bytes) else part.encode())
+        key.update(b"\0")
+    name = f"{source.stem}-{key.hexdigest()[:24]}.so"
+    said = f"C, compiled by {compiler[0]}"
+    folder = _cache_folder()
+    if folder is None:  # the loaded file may be deleted at once
+        with tempfile.TemporaryDirectory(prefix="hybridnas-") as temporary:
+            target = Path(temporary) / name
+            _compile(compiler, source, target)
+            return Library(_load(target), f"{said} (not cached: no cache folder can be written)")
+    target = folder / name
+    if target.exists():
+        with contextlib.suppress(_BuildError):  # a damaged file is compiled again
+            return Library(_load(target), f"{said} (cached)")
+    _compile(compiler, source, target)
+    return Library(_load(target), said)
+
+
+def _compiler() -> tuple[list[str], str]:
+    """Return the compiler's command and its version text."""
+    asked = shlex.split(os.environ.get("CC", ""))
+    candidates = [asked] if asked else [["cc"], ["gcc"], ["clang"]]
+    for command in candidates:
+        if shutil.which(command[0]):
+            done = _run([*command, "--version"])
+            return command, " ".join(command) + done.stdout
+    tried = ", ".join(c[0] for c in candidates)
+    raise _BuildError(f"no C compiler found (tried {tried}); install gcc or clang to run faster")
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _BuildError(f"the C compiler {command[0]!r} could not be run ({error})") from None
+
+
+def _processor() -> str:
+    """Return what -march=native depends on: the processor's model and abilities."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part", "CPU implementer")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _cache_folder() -> Path | None:
+    """Return a folder that can be written, or None."""
+    asked = os.environ.get("HYBRIDNAS_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(asked) if asked else (Path(base) if base else Path.home() / ".cache") / "hybridnas"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError):
+        return None
+
+
+def _compile(compiler: list[str], source: Path, target: Path) -> None:
+    handle, name = tempfile.mkstemp(suffix=".so", prefix=target.stem, dir=target.parent)
+    os.close(handle)
+    try:
+        for variant in _VARIANTS:
+            done = _run([*compiler, *_COMMON, *_SHARED, *variant, f"-I{_HERE}", str(source), "-o", name])
+            if done.returncode == 0:
+                Path(name).replace(target)
+                return
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise _BuildError(
+            f"the C compiler {compiler[0]!r} failed with exit code {done.returncode} ({last}); "
+            "install a working gcc or clang, or name one in CC, to run faster"
+        )
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))  # finds the OpenMP that torch has loaded: one pool of threads for both
+    except OSError as error:
+        raise _BuildError(f"the compiled library could not be loaded ({error}); install gcc or clang") from None
+
+
+def _forked() -> None:
+    global _after_fork, _lock
+    _after_fork = True
+    _lock = threading.Lock()  # another thread may have held it when the process split
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
