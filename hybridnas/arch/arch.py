@@ -6,6 +6,7 @@ blocks (or for one letter), then the slot's own ``{args}``.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -179,21 +180,24 @@ class Arch:
         return self.fingerprint()[:12]
 
     def _canonical(self) -> dict[str, Any]:
+        uses: dict[str, list[int]] = {}
+        for node in self.nodes:
+            uses.setdefault(node.module, []).append(node.layer)
         order: dict[str, int] = {}
-        layers = [
-            [
+        layers = []
+        for layer in self.layers:
+            # A sum has no order: branches stand by what they compute and where else their modules are used, not by name.
+            said = [[(node.slot.letter, node.config.canonical(), node.module) for node in branch] for branch in layer]
+            said.sort(key=lambda branch: json.dumps([[*node[:2], uses[node[2]]] for node in branch], sort_keys=True))
+            layers.append(
                 [
-                    {
-                        "letter": node.slot.letter,
-                        "config": node.config.canonical(),
-                        "module": order.setdefault(node.module, len(order)),
-                    }
-                    for node in branch
+                    [
+                        {"letter": letter, "config": config, "module": order.setdefault(module, len(order))}
+                        for letter, config, module in branch
+                    ]
+                    for branch in said
                 ]
-                for branch in layer
-            ]
-            for layer in self.layers
-        ]
+            )
         return {"version": 1, "model": self.model.to_dict(), "layers": layers}
 
     def to_dict(self) -> dict[str, Any]:
@@ -220,6 +224,12 @@ def overlay(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
         theirs for pair in FACTORS.items() for mine, theirs in (pair, pair[::-1]) if mine in over and theirs not in over
     }
     return {**{key: value for key, value in under.items() if key not in hidden}, **over}
+
+
+def _told(config: BlockConfig) -> dict[str, Any]:
+    """The fields that differ from their defaults: a later version's new field leaves old fingerprints as they are."""
+    defaults = {item.name: item.default for item in dataclasses.fields(config)}
+    return {key: value for key, value in config.canonical().items() if value != defaults.get(key, dataclasses.MISSING)}
 
 
 def _letters(pattern: Pattern) -> list[str]:

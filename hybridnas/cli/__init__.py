@@ -48,6 +48,9 @@ def door(command: str, argv: list[str] | None = None) -> NoReturn:
 
 
 def _guarded(command: str, argv: list[str]) -> int:
+    # A thread that waits for its partner spins, by default for milliseconds: on a machine that does anything else
+    # beside us, small models trained 25 times slower. A short spin costs nothing on a quiet one.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from hybridnas.cli.compose import compose, help_text
     from hybridnas.errors import HybridNASError
 

@@ -15,7 +15,8 @@ from typing import Any
 from hybridnas.errors import ConfigError, suggest
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-# Values that are text whatever they look like: Hydra's grammar would trip over '(ME)x8', '[M,E]' or a prompt.
+# Values that are text whatever they look like: Hydra's grammar would trip over '(ME)x8', '[M,E]' or a prompt, so these
+# settings are taken as they stand and Hydra never sees them.
 TEXT = ("pattern", "prompt", "out", "model", "study", "storage", "tracking", "data.path", "data.name", "data.tokenizer")
 
 
@@ -28,16 +29,20 @@ def compose(command: str, overrides: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    texts, overrides = _taken_apart(overrides)
     _store_groups()
     GlobalHydra.instance().clear()
     with initialize_config_module("hybridnas.conf", version_base="1.3"):
         try:
-            config = hydra_compose(command, overrides=[_quoted(item) for item in overrides])
+            config = hydra_compose(command, overrides=overrides)
             plain = OmegaConf.to_container(config, resolve=True)
         except (HydraException, OmegaConfBaseException, OSError) as error:
             raise _in_our_words(command, overrides, error) from None
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    settings = {str(key): value for key, value in plain.items()}
+    for key, text in texts.items():
+        _set(command, settings, key, text)
+    return settings
 
 
 def help_text(command: str, summary: str) -> str:
@@ -107,12 +112,27 @@ def _read_yaml(path: Path, name: str | None) -> dict[str, Any]:
     return {"name": name, **node} if name else node
 
 
-def _quoted(override: str) -> str:
-    key, equals, value = override.partition("=")
-    if not equals or key.lstrip("+~") not in TEXT or value[:1] in ("'", '"') or value in ("", "null"):
-        return override
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{escaped}'"
+def _taken_apart(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Separate what is plain text from what Hydra reads."""
+    texts: dict[str, str] = {}
+    rest: list[str] = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if equals and key.lstrip("+") in TEXT and value not in ("", "null"):
+            texts[key.lstrip("+")] = value
+        else:
+            rest.append(override)
+    return texts, rest
+
+
+def _set(command: str, settings: dict[str, Any], dotted: str, text: str) -> None:
+    *path, last = dotted.split(".")
+    node: Any = settings
+    for key in path:
+        node = node.get(key) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or last not in node:
+        raise _no_setting(command, dotted, list(_dotted(settings)))
+    node[last] = text
 
 
 def _in_our_words(command: str, overrides: list[str], error: Exception) -> ConfigError:
@@ -125,7 +145,7 @@ def _in_our_words(command: str, overrides: list[str], error: Exception) -> Confi
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if unknown:
         key = unknown.group(1)
-        return ConfigError(f"{command} has no setting {key!r}{suggest(key, _settings(command, overrides))}")
+        return _no_setting(command, key, _settings(command, overrides))
     first = " ".join(text.split("See https")[0].split())
     bad = next((item for item in overrides if "=" not in item), None)
     if bad is not None:
@@ -133,18 +153,24 @@ def _in_our_words(command: str, overrides: list[str], error: Exception) -> Confi
     return ConfigError(f"{command} cannot read its settings: {first}")
 
 
+def _no_setting(command: str, key: str, known: list[str]) -> ConfigError:
+    """Name what may have been meant: a setting beside it (data.path and data.kind), else any."""
+    room = key.rpartition(".")[0]
+    beside = [name for name in known if name.rpartition(".")[0] == room] if room else []
+    return ConfigError(f"{command} has no setting {key!r}{suggest(key, beside or known)}")
+
+
 def _settings(command: str, overrides: list[str]) -> list[str]:
     """Every dotted key that exists with the groups that the user chose: what a mistyped key may have meant."""
     chosen = [item for item in overrides if item.partition("=")[0] in _groups()]
     try:
-        config = compose(command, chosen)
+        return list(_dotted(compose(command, chosen)))
     except ConfigError:
         return []
 
-    def keys(node: dict[str, Any], prefix: str) -> Iterator[str]:
-        for key, value in node.items():
-            yield prefix + str(key)
-            if isinstance(value, dict):
-                yield from keys(value, f"{prefix}{key}.")
 
-    return list(keys(config, ""))
+def _dotted(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield prefix + str(key)
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")

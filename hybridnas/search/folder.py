@@ -60,6 +60,18 @@ class StudyFolder:
             )
         return meta
 
+    def add_facts(self, meta: dict[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Write facts that are known only after opening; raises StudyError when a stored one says otherwise."""
+        for name, value in facts.items():
+            if meta.get(name, value) != value:
+                raise StudyError(
+                    f"study folder {self.path} was begun with another {name.replace('_', ' ')}, so its trials cannot be "
+                    f"compared with new ones; bring back what it read, or choose study=NEWNAME"
+                )
+        meta = {**meta, **facts}
+        write_json(self.path / "study.json", meta)
+        return meta
+
     def trial(self, number: int) -> Path:
         """Return the folder of a trial."""
         return self.path / "trials" / f"{number:04d}"

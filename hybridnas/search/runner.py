@@ -79,14 +79,13 @@ class Search:
     def _opened(self) -> Iterator[tuple[optuna.Study, TrialContext, StudyMeta]]:
         from hybridnas.search.tracking import Tracker
 
-        machine = describe_machine()
-        stored = self.folder.open(
-            self.config.identity(), {"machine": machine, "command": _command(), "versions": _versions()}
-        )
+        facts = {"machine": describe_machine(), "command": _command(), "versions": _versions()}
+        stored = self.folder.open(self.config.identity(), facts)
         try:
             # MLflow's own start takes seconds and needs nothing of ours: begin it first, it runs beside the data.
             tracker = Tracker.open(self.config.tracking, self.folder.path, self.folder.name, self.config.identity())
             source = open_source(source_config(self.config.data))
+            stored = self.folder.add_facts(stored, {"data_fingerprint": source.fingerprint})
             scale = self.config.budget.scale(source.vocab_size)
             target = self.space.target(scale)
             study = self._study(target)

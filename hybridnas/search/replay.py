@@ -1,0 +1,83 @@
+"""Run a trial of a study again and hold the new losses against the recorded ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from hybridnas.data import open_source, source_config
+from hybridnas.errors import StudyError
+from hybridnas.search.config import Budget
+from hybridnas.search.folder import read_study
+from hybridnas.search.records import TrialRecord, read_record, trial_folder
+from hybridnas.search.runner import rebuild
+from hybridnas.search_spaces.space import Space
+from hybridnas.train.loop import run as train_run
+from hybridnas.train.records import Eval
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """A trial run again: what was recorded, what came out, and where the weights lie."""
+
+    record: TrialRecord
+    evals: list[Eval]
+    folder: Path
+
+    @property
+    def pairs(self) -> list[tuple[int, float, float]]:
+        """(training tokens, recorded loss, loss of the rerun) where both were measured."""
+        again = {value.tokens: value.valid_loss for value in self.evals}
+        return [(int(t), loss, again[int(t)]) for t, loss in self.record.points() if int(t) in again]
+
+    @property
+    def identical(self) -> bool:
+        """Whether every recorded loss came out again to the bit."""
+        return len(self.pairs) == len(self.record.points()) and all(old == new for _, old, new in self.pairs)
+
+
+def replay(
+    study: Path,
+    number: int,
+    *,
+    out: Path | None = None,
+    device: str = "auto",
+    progress: bool = True,
+    news: Callable[[str], None] | None = None,
+) -> Replay:
+    """Train a trial's architecture again with the study's seed, data and settings, up to where the trial ended.
+
+    On a processor with the same number of threads the losses are the recorded ones to the bit; the weights end in
+    ``out``. Raises StudyError for a trial that was never trained, or for data that is not what the study read.
+    """
+    meta = read_study(study)
+    record = read_record(trial_folder(study, number))
+    if record.duplicate_of is not None:
+        number = record.duplicate_of
+        record = read_record(trial_folder(study, number))
+    arch = rebuild(study, number)
+    identity = meta["identity"]
+    source = open_source(source_config(identity["data"]))
+    if meta.get("data_fingerprint") not in (None, source.fingerprint):
+        raise StudyError(
+            f"study {study} was searched on other data than {source.describe()!r} is now: its losses cannot come out "
+            f"again; bring back the files that it read"
+        )
+    if news is not None:
+        news(
+            f"trial {number}, {record.pattern}, {record.tokens:,} tokens; recorded on {meta.get('machine', 'unknown')}"
+        )
+    budget = Budget.from_dict(identity["budget"])
+    target = Space.from_mapping(identity["space"]).target(budget.scale(source.vocab_size))
+    folder = out or study / "replays" / f"{number:04d}"
+    result = train_run(
+        arch,
+        source,
+        budget.train_config(target, identity["seed"]),
+        folder=folder,
+        device=device,
+        on_eval=lambda value: value.tokens >= record.tokens,
+        progress=progress,
+    )
+    return Replay(record, result.evals, folder)
