@@ -242,7 +242,7 @@ def _headline(comparison: Comparison) -> str:
         return f"No run ends below {comparison.baseline}"
     if reach.speed_up is None:
         return f"No run reaches {comparison.baseline}'s final loss"
-    return f"{best.name} reaches {comparison.baseline}'s final loss in {reach.words()} fewer tokens"
+    return f"{best.name} reaches {comparison.baseline}'s final loss {reach.words()} sooner"
 
 
 def _html_table(comparison: Comparison, colours: Mapping[str, str]) -> dict[str, Any]:
@@ -278,8 +278,8 @@ def _html_table(comparison: Comparison, colours: Mapping[str, str]) -> dict[str,
 
 
 def _colours(comparison: Comparison) -> dict[str, str]:
-    """Colour and label the best eight runs that have a curve, and the baselines; the others stay faint."""
-    told = [run for run in comparison.runs if run.points][:8]
+    """Colour and label the best eight complete runs and the baselines; the others stay faint."""
+    told = [run for run in comparison.runs if run.complete][:8]
     base = {reach.baseline.run_id: reach.baseline for reach in comparison.reaches.values() if reach}
     ids = dict.fromkeys([*base, *(run.run_id for run in told)])
     wheel = [name for name in COLOURS if name[0] == "c" and name[1:].isdigit()]

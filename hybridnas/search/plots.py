@@ -90,7 +90,7 @@ def curves_svg(series: Sequence[Series], name: str = "curves") -> str:
     close = [line for line in drawn if len(line.points) > 3 and line.points[-1][0] > 0.9 * end]
     with _drawing() as (figure, axes):
         figure.set_size_inches(10, 4.4)
-        figure.subplots_adjust(left=0.06, right=0.785, top=0.97, bottom=0.12, wspace=0.14)
+        figure.subplots_adjust(left=0.06, right=0.77, top=0.97, bottom=0.12, wspace=0.14)
         panels = axes(2 if close else 1, share=False)
         for index, ax in enumerate(panels):
             for line in sorted(drawn if index == 0 else close, key=lambda line: bool(line.label)):
@@ -98,7 +98,7 @@ def curves_svg(series: Sequence[Series], name: str = "curves") -> str:
             _frame_curves(ax, drawn)
         if close:
             _zoom(panels[1], close, end)
-        _end_labels(panels[-1], [line for line in drawn if line.label])
+        _end_labels(panels[-1], [line for line in close or drawn if line.label])
         return _svg(figure, name, drawn)
 
 
@@ -226,8 +226,12 @@ def _frame_scatter(ax: Axes, axis: Axis, drawn: Sequence[Series]) -> None:
 
     xs = [line.points[-1][0] for line in drawn]
     words = human_bytes if axis.in_bytes else human
-    if axis.log and xs and min(xs) > 0 and max(xs) / min(xs) > 3:
-        ax.set_xscale("log", base=2 if axis.in_bytes else 10)
+    if axis.in_bytes and xs and min(xs) > 0:
+        ax.set_xscale("log", base=2)
+        if max(xs) / min(xs) < 8:
+            ax.set_xticks(sorted(set(xs))[:6])
+    elif axis.log and xs and min(xs) > 0 and max(xs) / min(xs) > 3:
+        ax.set_xscale("log")
     elif axis.target:
         reach = max([abs(x - axis.target) for x in xs] + [0.02 * axis.target]) * 1.3
         ax.set_xlim(axis.target - reach, axis.target + reach)

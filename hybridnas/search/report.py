@@ -205,7 +205,7 @@ def _colour(record: TrialRecord, best: TrialRecord | None) -> str:
 
 def _label(record: TrialRecord, best: TrialRecord | None) -> str:
     if best is not None and record.number == best.number:
-        return f"best: {short(record.name, 16)}"
+        return f"best: {short(record.name, 15)}"
     return record.preset if record.preset and record.state == COMPLETE else ""
 
 
