@@ -186,8 +186,8 @@ class Arch:
         order: dict[str, int] = {}
         layers = []
         for layer in self.layers:
-            # A sum has no order: branches stand by what they compute and where else their modules are used, not by name.
-            said = [[(node.slot.letter, node.config.canonical(), node.module) for node in branch] for branch in layer]
+            # A sum has no order: branches stand by what they compute and where their modules are used, not by name.
+            said = [[(node.slot.letter, _told(node.config), node.module) for node in branch] for branch in layer]
             said.sort(key=lambda branch: json.dumps([[*node[:2], uses[node[2]]] for node in branch], sort_keys=True))
             layers.append(
                 [
