@@ -20,7 +20,7 @@ import torch
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
 from hybridnas.data.source import Source, check_vocab
-from hybridnas.errors import TrainingError
+from hybridnas.errors import KernelInputError, TrainingError
 from hybridnas.hardware import describe_machine, pick_device
 from hybridnas.train import checkpoint
 from hybridnas.train.config import TrainConfig
@@ -72,10 +72,10 @@ def run(
     target = pick_device(device)
     where = Path(folder)
     with _claimed(where):
-        identity = _identity(arch, source, config)
+        same = identity(arch, source, config)
         stored = read_run(where)
         if stored is not None:
-            compare_identity(stored, identity, where)
+            compare_identity(stored, same, where)
         evals, torn = repair_evals(where)
         if stored is not None and stored["final"]:
             return _stored_result(stored, evals, arch, where, target, impl, on_eval)
@@ -83,9 +83,9 @@ def run(
         if torn:
             shown.note(torn)
         machine = {"device": str(target), "machine": describe_machine(), "data_words": source.describe()}
-        about = {"format": FORMAT_VERSION, **identity, **machine}
+        about = {"format": FORMAT_VERSION, **same, **machine}
         write_json(where / RUN, {**about, "status": "running", "reason": "", "final": False})
-        job = _Job(arch, source, config, where, target, impl, identity)
+        job = _Job(arch, source, config, where, target, impl, same)
         outcome, trainer = _train(job, evals, on_eval, shown, max_seconds)
         speed = trainer.tokens_per_second if trainer else 0.0
         ended = {"status": outcome.status, "reason": outcome.reason, "final": outcome.final, "tokens_per_second": speed}
@@ -139,6 +139,10 @@ def _train(
                 shown.note(f"{job.folder}: going on from {trainer.tokens:,} of {job.config.tokens:,} tokens")
             shown.begin(trainer.tokens, job.config.tokens)
             return trainer.train(on_eval, shown, interrupted, max_seconds), trainer
+    except KernelInputError as error:
+        if trainer is None or "finite" not in str(error):
+            raise
+        return Outcome("failed", trainer.why(f"the weights have grown beyond all numbers: {error}")), trainer
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
             raise
@@ -182,8 +186,8 @@ def _stored_result(
     return TrainResult(stored["status"], stored["reason"], evals, model, folder, stored["tokens_per_second"])
 
 
-def _identity(arch: Arch, source: Source, config: TrainConfig) -> dict[str, Any]:
-    """What makes two runs the same: architecture, data and every setting that touches a number."""
+def identity(arch: Arch, source: Source, config: TrainConfig) -> dict[str, Any]:
+    """Return what makes two runs the same: architecture, data and every setting that touches a number."""
     return {
         "fingerprint": arch.fingerprint(),
         "architecture": arch.to_dict(),

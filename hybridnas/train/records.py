@@ -166,13 +166,17 @@ def disk_error(error: OSError, path: Path, what: str) -> TrainingError:
 
 def compare_identity(stored: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     """Raise CheckpointError naming the fields in which the run in ``folder`` differs from the one asked for."""
+    same_model = stored.get("fingerprint") == wanted["fingerprint"]  # two spellings of one architecture are one
+    parts = ("data", "train") if same_model else ("architecture", "data", "train")
     differing = [
         f"{part} {key}={_show(old.get(key))} (asked for: {_show(new.get(key))})"
-        for part in ("architecture", "data", "train")
+        for part in parts
         for old, new in ((_flat(stored.get(part, {})), _flat(wanted[part])),)
         for key in dict.fromkeys((*old, *new))
         if old.get(key) != new.get(key)
     ]
+    if not same_model and not any(words.startswith("architecture") for words in differing):
+        differing.insert(0, f"architecture fingerprint={_show(stored.get('fingerprint'))}")
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise CheckpointError(

@@ -190,7 +190,7 @@ class Trainer:
     def _not_finite(self) -> str:
         for name, words in (("loss", "training loss"), ("grad_norm", "gradient")):
             if name in self._sums and not math.isfinite(float(self._sums[name])):
-                return self._why(f"the {words} is not a finite number")
+                return self.why(f"the {words} is not a finite number")
         return ""
 
     def _look(self, shown: Progress) -> str:
@@ -200,12 +200,13 @@ class Trainer:
         reason = self._not_finite()
         smooth = float(self._smooth)
         if not reason and smooth > self._limit():
-            reason = self._why(f"diverged: the training loss stays at {smooth:.3g}, above {self._limit():.3g}")
+            reason = self.why(f"diverged: the training loss stays at {smooth:.3g}, above {self._limit():.3g}")
         elapsed = self.state.since_seconds + time.perf_counter() - self._lap_start
         shown.step(self.tokens, smooth, self.state.since_steps * self.config.step_tokens / max(elapsed, 1e-9))
         return reason
 
-    def _why(self, what: str) -> str:
+    def why(self, what: str) -> str:
+        """Say what went wrong, where in the run, and what to try."""
         step = self.state.step + 1
         return (
             f"{what} (step {step:,}, {step * self.config.step_tokens:,} tokens); lower train.lr={self.config.lr:g}, "
@@ -222,7 +223,7 @@ class Trainer:
         if not self.evals or self.evals[-1].step < self.state.step:
             value = self._evaluate()
             if not math.isfinite(value.valid_loss):
-                return self._why("the validation loss is not a finite number")
+                return self.why("the validation loss is not a finite number")
             append_eval(self.folder, value)
             self.evals.append(value)
             shown.measured(value, self.config.tokens)
