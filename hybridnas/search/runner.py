@@ -30,7 +30,8 @@ from hybridnas.search.records import (
 )
 from hybridnas.search.samplers import make_pruner, make_sampler
 from hybridnas.search.trial import TrialContext, TrialRun
-from hybridnas.search_spaces.space import Space
+from hybridnas.search_spaces.enumerate import every_choice
+from hybridnas.search_spaces.space import Scale, Space
 
 if TYPE_CHECKING:
     import optuna
@@ -88,7 +89,7 @@ class Search:
             stored = self.folder.add_facts(stored, {"data_fingerprint": source.fingerprint})
             scale = self.config.budget.scale(source.vocab_size)
             target = self.space.target(scale)
-            study = self._study(target)
+            study = self._study(scale, target)
             loaded, self.warnings = load_records(self.folder.path)
             self.records = {record.number: record for record in loaded}
             tracker.sync(loaded)  # what a kill or an outage kept from MLflow
@@ -101,7 +102,7 @@ class Search:
         finally:
             self.folder.close()
 
-    def _study(self, target: int) -> optuna.Study:
+    def _study(self, scale: Scale, target: int) -> optuna.Study:
         import optuna
         from optuna.storages.journal import JournalFileBackend
 
@@ -121,6 +122,9 @@ class Search:
         for name in self.space.baselines:
             if name not in known:
                 study.enqueue_trial({}, user_attrs={"baseline": name})
+        if self.config.sampler == "bruteforce" and len(study.trials) == len(self.space.baselines):
+            for choices in every_choice(self.space, scale):
+                study.enqueue_trial(choices)
         return study
 
     def _loop(self, study: optuna.Study, context: TrialContext) -> str:
@@ -136,7 +140,7 @@ class Search:
             if draws >= MAX_DRAWS_PER_TRIAL * budget.n_trials:
                 return "exhausted"
             draws += 1
-            if not waiting and self.config.sampler == "bruteforce" and self._all_drawn(study, context):
+            if not waiting and self.config.sampler == "bruteforce":
                 return "exhausted"
             self._one(study, study.ask(), context)
         return "completed"
@@ -171,10 +175,6 @@ class Search:
 
     def _finished(self) -> int:
         return sum(record.state in (COMPLETE, PRUNED, FAIL) for record in self.records.values())
-
-    def _all_drawn(self, study: optuna.Study, context: TrialContext) -> bool:
-        drawn = sum("baseline" not in trial.user_attrs for trial in study.trials)
-        return drawn >= self.space.size(context.scale)
 
     def _out_of_time(self) -> bool:
         """Whether another full trial would end after the budget's minutes, judged by the trials so far."""

@@ -20,10 +20,10 @@ def make_sampler(name: str, seed: int) -> BaseSampler:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group is marked experimental
             return optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)
-    if name == "random":
+    # Brute force enqueues every combination in order, so nothing is left to draw. Optuna's own BruteForceSampler counts
+    # the baselines, which have no choices, as the whole tree and stops.
+    if name in ("random", "bruteforce"):
         return optuna.samplers.RandomSampler(seed=seed)
-    if name == "bruteforce":
-        return optuna.samplers.BruteForceSampler(seed=seed)
     raise ConfigError(f"search sampler={name!r} must be one of tpe, random, bruteforce")
 
 
