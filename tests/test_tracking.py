@@ -138,7 +138,7 @@ def test_an_unreachable_server_costs_one_warning_without_the_password(tmp_path, 
             tracker.close()
     assert tracker.off
     assert len(caplog.records) == 1
-    assert "the search goes on" in caplog.text
+    assert "the server gave no answer (NewConnectionError); the search goes on" in caplog.text
     assert "http://***@127.0.0.1" in caplog.text
     assert "hunter2" not in caplog.text
 

@@ -221,26 +221,33 @@ class Tracker:
         return self._parent if number is None else self._runs[number][0]
 
     def _log(
-        self, run_id: str, metrics: Mapping[str, float], step: int, params: Mapping[str, str] | None = None
+        self,
+        run_id: str,
+        metrics: Mapping[str, float],
+        step: int,
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> None:
-        from mlflow.entities import Metric, Param
+        from mlflow.entities import Metric, Param, RunTag
 
         now = int(time.time() * 1000)
         self._client.log_batch(
             run_id,
             metrics=[Metric(name, value, now, step) for name, value in metrics.items()],
             params=[Param(name, value[:_PARAM_LIMIT]) for name, value in (params or {}).items()],
+            tags=[RunTag(name, value[:_PARAM_LIMIT]) for name, value in (tags or {}).items()],
         )
 
     def _end(self, number: int, state: str, record: TrialRecord | None, artifacts: list[Path]) -> None:
         run_id, fingerprint, _ = self._runs[number]
+        tags: dict[str, str] = {"hybridnas.state": state}
+        last: dict[str, Any] = {}
         if record is not None:
             last = {"best_valid_loss": record.valid_loss, "tokens": record.tokens, "seconds": record.seconds}
-            self._log(run_id, numbers({**last, "tokens_per_second": record.tokens_per_second}), record.tokens)
-            if record.reason:
-                self._client.set_tag(run_id, "hybridnas.reason", masked(record.reason)[:_PARAM_LIMIT])
+            last["tokens_per_second"] = record.tokens_per_second
+            tags |= {"hybridnas.reason": masked(record.reason)} if record.reason else {}
         self._attach(run_id, artifacts)
-        self._client.set_tag(run_id, "hybridnas.state", state)
+        self._log(run_id, numbers(last), record.tokens if record else 0, tags=tags)
         self._client.set_terminated(run_id, STATUS.get(state, "FAILED"))
         self._runs[number] = (run_id, fingerprint, state)
 
@@ -296,7 +303,7 @@ def connect(uri: str) -> Any:
     for name, value in quiet.items():
         os.environ.setdefault(name, value)  # what the user set stays
     for name in ("mlflow.store.db.utils", "mlflow.store.db_migrations", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is said once, by us
     for library in ("mlflow", "sqlalchemy", "alembic", "pydantic"):
         # Their quarrels with each other's versions are no news for our user, nor a reason to fail under -W error.
         warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
@@ -307,6 +314,9 @@ def connect(uri: str) -> Any:
 
 def first_line(error: BaseException) -> str:
     """Return what an error says in one line, or its type where it says nothing."""
+    cause = re.search(r"Caused by (\w+)", str(error))
+    if cause:
+        return f"the server gave no answer ({cause[1]})"
     lines = str(error).strip().splitlines()
     return lines[0][:300].rstrip(".") if lines else type(error).__name__
 
