@@ -278,8 +278,8 @@ def rebuild(study: Path, number: int) -> Arch:
 
 
 def _news(record: TrialRecord, records: dict[int, TrialRecord]) -> str:
-    name = f"{record.preset}  " if record.preset else ""
-    head = f"trial {record.number:>3}  {name}{record.pattern or record.choices}"
+    name = record.preset or record.choices.get("candidate")
+    head = f"trial {record.number:>3}  {f'{name}  ' if name else ''}{record.pattern or dict(record.choices)}"
     if record.state == INFEASIBLE:
         return f"{head}  infeasible: {record.reason}"
     if record.state == FAIL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,10 +38,8 @@ def every_choice(space: Space, scale: Scale) -> Iterator[dict[str, Any]]:
     path: list[int] = []
     while True:
         walker = _Walker(path)
-        try:
+        with contextlib.suppress(HybridNASError):  # the search records why; here only the choices count
             space.propose(walker, scale)
-        except HybridNASError:
-            pass  # the search records why; here only the choices count
         yield walker.choices
         path = list(walker.taken)
         while path and path[-1] == walker.widths[len(path) - 1] - 1:
