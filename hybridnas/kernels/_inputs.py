@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybridnas.errors import KernelInputError
@@ -49,9 +50,8 @@ def require_finite(operation: str, name: str, tensor: Tensor) -> None:
 
 def boundaries(seq_idx_BL: Tensor) -> Tensor:
     """Return (B, L) bool, true where a document begins that is not the first of its row."""
-    starts_BL = torch.zeros_like(seq_idx_BL, dtype=torch.bool)
-    torch.ne(seq_idx_BL[:, 1:], seq_idx_BL[:, :-1], out=starts_BL[:, 1:])
-    return starts_BL
+    changes = torch.ne(seq_idx_BL[:, 1:], seq_idx_BL[:, :-1])
+    return F.pad(changes, (1, 0))[:, : seq_idx_BL.shape[1]]
 
 
 def state_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -66,10 +66,10 @@ def _fast_path(x: Tensor, weight: Tensor, seq_idx: Tensor | None) -> Callable[..
 def _conv_torch(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """F.conv1d over a padded copy; packed documents go through the reference, whose taps can be masked."""
     taps = weight.shape[1]

@@ -43,9 +43,9 @@ def _arguments(ready: list[Any], silu: bool) -> ctypes.Structure:
     x, weight_KD, bias, initial, reset = ready
     batch, length, channels = x.shape
     return _Args(
-        B=batch, L=length, D=channels, K=weight_KD.shape[0], batch_blocks=max(1, min(batch, 64)), silu=silu, threads=threads(),
-        x_b=x.stride(0), x_l=x.stride(1), x=pointer(x), weight=pointer(weight_KD), bias=pointer(bias),
-        initial=pointer(initial), reset=pointer(reset),
+        B=batch, L=length, D=channels, K=weight_KD.shape[0], batch_blocks=max(1, min(batch, 64)), silu=silu,
+        threads=threads(), x_b=x.stride(0), x_l=x.stride(1), x=pointer(x), weight=pointer(weight_KD),
+        bias=pointer(bias), initial=pointer(initial), reset=pointer(reset),
     )  # fmt: skip
 
 
