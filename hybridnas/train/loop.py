@@ -144,6 +144,11 @@ def _train(
             raise
         return Outcome("failed", trainer.why(f"the weights have grown beyond all numbers: {error}")), trainer
     except (MemoryError, RuntimeError) as error:
+        if job.config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise TrainingError(
+                f"train.compile=True: torch cannot compile this model on this machine ({str(error).splitlines()[0]}); "
+                f"install a C++ compiler or set train.compile=False"
+            ) from None
         if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
             raise
         step = trainer.state.step + 1 if trainer else 1
