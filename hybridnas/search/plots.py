@@ -185,7 +185,7 @@ def _frame_curves(ax: Axes, drawn: Sequence[Series]) -> None:
     ax.set_xlabel("training tokens")
     ax.set_ylabel("validation loss [nats/token]")
     _token_ticks(ax)
-    ax.tick_params(length=0)
+    ax.tick_params(which="both", length=0)
 
 
 def _token_ticks(ax: Axes) -> None:
@@ -222,7 +222,7 @@ def _dot(ax: Axes, line: Series, name: str) -> None:
 
 
 def _frame_scatter(ax: Axes, axis: Axis, drawn: Sequence[Series]) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     xs = [line.points[-1][0] for line in drawn]
     words = human_bytes if axis.in_bytes else human
@@ -232,6 +232,7 @@ def _frame_scatter(ax: Axes, axis: Axis, drawn: Sequence[Series]) -> None:
             ax.set_xticks(sorted(set(xs))[:6])
     elif axis.log and xs and min(xs) > 0 and max(xs) / min(xs) > 3:
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))  # decades alone may leave one tick
     elif axis.target:
         reach = max([abs(x - axis.target) for x in xs] + [0.02 * axis.target]) * 1.3
         ax.set_xlim(axis.target - reach, axis.target + reach)
@@ -244,7 +245,7 @@ def _frame_scatter(ax: Axes, axis: Axis, drawn: Sequence[Series]) -> None:
         ax.axvline(axis.target, color=COLOURS["muted"], lw=1, ls=(0, (3, 3)), zorder=0)
     ax.grid(visible=True)
     ax.set_axisbelow(True)
-    ax.tick_params(length=0)
+    ax.tick_params(which="both", length=0)
     ax.set_xlabel(axis.label)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words(value)))
     ax.xaxis.set_minor_formatter(NullFormatter())
