@@ -42,6 +42,8 @@ def compose(command: str, overrides: list[str]) -> dict[str, Any]:
     settings = {str(key): value for key, value in plain.items()}
     for key, text in texts.items():
         _set(command, settings, key, text)
+    if isinstance(settings.get("preset"), dict) and "name" not in settings["preset"]:
+        raise ConfigError(f"{command} preset.{next(iter(settings['preset']))} needs a preset, e.g. preset=moe_mamba")
     return settings
 
 
@@ -61,6 +63,10 @@ def help_text(command: str, summary: str) -> str:
     assert yaml.safe_load(text) is not None
     lines += [f"  {line}" for line in body if line.strip()]
     return "\n".join(lines)
+
+
+# Mappings that take keys they do not have yet; whoever reads them checks the keys, with better words than Hydra's.
+OPEN = ("arch.", "space.", "preset.")
 
 
 def _groups() -> tuple[str, ...]:
@@ -121,7 +127,7 @@ def _taken_apart(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
         if equals and key.lstrip("+") in TEXT and value not in ("", "null"):
             texts[key.lstrip("+")] = value
         else:
-            rest.append(override)
+            rest.append(f"++{override}" if key.startswith(OPEN) else override)
     return texts, rest
 
 

@@ -28,7 +28,7 @@ def run(config: dict[str, Any]) -> int:
 
     settings = train_settings(config)
     if not (config.get("preset") or config.get("pattern")):
-        raise ConfigError("train needs an architecture: preset=moe_mamba, or pattern='(ME)x2' +arch.d_model=64")
+        raise ConfigError("train needs an architecture: preset=moe_mamba, or pattern='(ME)x2' arch.d_model=64")
     source = open_source(source_config(config["data"]))
     arch = wanted_arch(config, source.vocab_size)
     assert arch is not None

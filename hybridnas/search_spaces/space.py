@@ -128,7 +128,7 @@ class Space(FrozenConfig):
             if key in own:
                 own[key] = tuple(own[key]) if isinstance(own[key], (list, tuple)) else (own[key],)
         rest = {key: value for key, value in given.items() if key not in own}
-        return cls.from_dict({**own, "fields": rest}, where=f"space {given.get('name', '?')!r}")
+        return cls.from_dict({**own, "fields": rest})
 
     def target(self, scale: Scale) -> int:
         """Return the active parameters that every candidate is matched to."""
