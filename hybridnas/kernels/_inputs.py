@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -57,3 +58,10 @@ def boundaries(seq_idx_BL: Tensor) -> Tensor:
 def state_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Return the dtype of states and sums: float64 where an input is float64, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return a context without autocast: what a kernel sums in float32 must not be rounded on the way."""
+    if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

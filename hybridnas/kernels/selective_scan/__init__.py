@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hybridnas.errors import KernelUnavailableError
 from hybridnas.hardware import Impl, resolve_impl
-from hybridnas.kernels._inputs import require_finite, require_seq_idx, require_tensor, state_dtype
+from hybridnas.kernels._inputs import full_precision, require_finite, require_seq_idx, require_tensor, state_dtype
 from hybridnas.kernels.selective_scan import cpu
 from hybridnas.kernels.selective_scan.chunked import scan_chunked
 from hybridnas.kernels.selective_scan.reference import scan_reference
@@ -50,7 +50,8 @@ def selective_scan(
     chosen = _resolve(impl, u.device)
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
     run = scan_reference if chosen is Impl.REFERENCE else _fast_path(u.device, state_dtype(u, delta, A, B, C))
-    y_BLD, final_BDN = run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx)
+    with full_precision(u.device):
+        y_BLD, final_BDN = run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx)
     return (y_BLD, final_BDN) if return_final_state else y_BLD
 
 
@@ -84,7 +85,8 @@ def selective_state_update(
     u_BD = u.to(dtype)
     decayed_BDN = torch.exp(dt_BD[..., None] * A) * state
     next_BDN = torch.addcmul(decayed_BDN, (dt_BD * u_BD)[..., None], B.to(dtype)[:, None, :])
-    y_BD = torch.matmul(next_BDN, C.to(dtype)[..., None]).squeeze(-1)
+    with full_precision(device):
+        y_BD = torch.matmul(next_BDN, C.to(dtype)[..., None]).squeeze(-1)
     if D is not None:
         y_BD = torch.addcmul(y_BD, u_BD, D.to(dtype))
     if z is not None:

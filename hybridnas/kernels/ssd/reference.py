@@ -1,0 +1,65 @@
+"""State-space duality as a recurrence (Dao and Gu 2024, arXiv 2405.21060, section 3): the specification.
+
+Shapes: B batch, L length, H heads, P channels of a head, G groups of heads that share B and C, N state size.
+
+    dt  = softplus(dt + dt_bias)                       if dt_softplus
+    h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t^T        one number A per head, h (P, N)
+    y_t = (h_t C_t + D x_t) * silu(z_t)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridnas.kernels._inputs import boundaries, state_dtype
+
+
+def steps_of(dt_BLH: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dtype: torch.dtype) -> Tensor:
+    """Return the step sizes in ``dtype``."""
+    raw_BLH = dt_BLH.to(dtype) if dt_bias is None else dt_BLH.to(dtype) + dt_bias.to(dtype)
+    return F.softplus(raw_BLH) if dt_softplus else raw_BLH
+
+
+def finish(y_BLHP: Tensor, x_BLHP: Tensor, D_H: Tensor | None, z_BLHP: Tensor | None) -> Tensor:
+    """Return y with the skip and the gate, in x's dtype."""
+    if D_H is not None:
+        y_BLHP = y_BLHP + D_H.to(y_BLHP.dtype)[:, None] * x_BLHP.to(y_BLHP.dtype)
+    if z_BLHP is not None:
+        y_BLHP = y_BLHP * F.silu(z_BLHP.to(y_BLHP.dtype))
+    return y_BLHP.to(x_BLHP.dtype)
+
+
+def ssd_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return y (B, L, H, P) and the final state (B, H, P, N), one step at a time."""
+    dtype, (batch, length, heads, width) = state_dtype(x, dt, A, B, C), x.shape
+    share = heads // B.shape[2]
+    dt_BLH = steps_of(dt, dt_bias, dt_softplus, dtype)
+    decay_BLH = torch.exp(dt_BLH * A.to(dtype))
+    if seq_idx is not None:
+        decay_BLH = decay_BLH.masked_fill(boundaries(seq_idx)[..., None], 0.0)
+    if initial_state is None:
+        h_BHPN = torch.zeros(batch, heads, width, B.shape[3], dtype=dtype, device=x.device)
+    else:
+        h_BHPN = initial_state.to(dtype)
+    x_BLHP, B_BLHN, C_BLHN = x.to(dtype), *(t.to(dtype).repeat_interleave(share, dim=2) for t in (B, C))
+    outputs = []
+    steps = (decay_BLH.unbind(1), dt_BLH.unbind(1), x_BLHP.unbind(1), B_BLHN.unbind(1), C_BLHN.unbind(1))
+    for a_BH, dt_BH, x_BHP, B_BHN, C_BHN in zip(*steps, strict=True):
+        h_BHPN = a_BH[..., None, None] * h_BHPN + (dt_BH[..., None] * x_BHP)[..., None] * B_BHN[:, :, None]
+        outputs.append((h_BHPN * C_BHN[:, :, None]).sum(-1))
+    y_BLHP = torch.stack(outputs, 1) if length else torch.zeros_like(x_BLHP)
+    return finish(y_BLHP, x, D, z), h_BHPN
