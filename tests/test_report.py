@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 
 from hybridnas.search import leaderboard
-from hybridnas.search.leaderboard import human, human_bytes, render_leaderboard, rows, write_leaderboard
+from hybridnas.search.leaderboard import render_leaderboard, rows, write_leaderboard
 from hybridnas.search.plots import pareto
 from hybridnas.search.records import StudyMeta, TrialRecord
 from hybridnas.search.report import headline, render_report, write_report
+from hybridnas.units import human, human_bytes
 
 PRESETS = {
     "transformer": ("(AF)x4", 1.62), "transformer_moe": ("(AE)x4", 1.585), "mamba": ("Mx8", 1.571),

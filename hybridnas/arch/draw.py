@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from hybridnas.arch.arch import Arch, Node
 from hybridnas.arch.mermaid import mermaid as mermaid
-from hybridnas.arch.palette import INK, colour, human, tint
+from hybridnas.arch.palette import INK, colour, tint
 from hybridnas.arch.table import Motif, main_sizes, outline
 from hybridnas.errors import ConfigError
 from hybridnas.files import write_atomic
 from hybridnas.registry import BLOCKS
+from hybridnas.units import human
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

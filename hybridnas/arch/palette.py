@@ -24,12 +24,3 @@ def tint(tone: str) -> str:
     """Return a light wash of a colour, for the ground under dark words."""
     parts = (int(tone[i : i + 2], 16) for i in (1, 3, 5))
     return "#" + "".join(f"{round(255 - (255 - part) * 0.12):02X}" for part in parts)
-
-
-def human(count: float) -> str:
-    """Write a count in three figures: 26,288,128 as 26.3M."""
-    for bound, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(count) >= bound * 0.9995:
-            value = count / bound
-            return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f}{suffix}"
-    return f"{count:,.0f}"

@@ -17,7 +17,10 @@ from hybridnas.errors import ConfigError, suggest
 CONF = Path(__file__).resolve().parents[1] / "conf"
 # Values that are text whatever they look like: Hydra's grammar would trip over '(ME)x8', '[M,E]' or a prompt, so these
 # settings are taken as they stand and Hydra never sees them.
-TEXT = ("pattern", "prompt", "out", "model", "study", "storage", "tracking", "data.path", "data.name", "data.tokenizer")
+TEXT = (
+    *("pattern", "prompt", "out", "model", "study", "storage", "tracking", "run", "baseline", "uri", "runs"),
+    *("data.path", "data.name", "data.tokenizer"),
+)
 
 
 def compose(command: str, overrides: list[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridnas.cli import show
-from hybridnas.cli.show import human
+from hybridnas.units import human
 
 HELP = "tables of presets, layers, parameters, FLOPs and state; out=graph.svg draws the architecture"
 

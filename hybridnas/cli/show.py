@@ -33,11 +33,3 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     for row in rows:
         shown.add_row(*row)
     Console().print(shown)
-
-
-def human(value: float) -> str:
-    """Write a count in three figures and a suffix: 26,288,128 as 26.3M."""
-    for bound, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= bound:
-            return f"{value / bound:.3g}{suffix}" if abs(value) < 999.5 * bound else f"{value / bound:.0f}{suffix}"
-    return f"{value:.4g}"

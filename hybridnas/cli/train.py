@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from hybridnas.cli import show
 from hybridnas.errors import ConfigError, TrainingError
+from hybridnas.units import human
 
 if TYPE_CHECKING:
     from hybridnas.arch.arch import Arch
+    from hybridnas.data import Source
+    from hybridnas.search.tracking import Tracker
     from hybridnas.train.config import TrainConfig
-    from hybridnas.train.records import Eval
+    from hybridnas.train.records import Eval, TrainResult
 
 HELP = "train one architecture (preset= or pattern=), resumable"
 
@@ -38,20 +41,59 @@ def run(config: dict[str, Any]) -> int:
 
     folder = Path(config["out"] or _folder(config, identity(arch, source, settings)))
     _announce(arch, source.describe(), settings, folder)
-    result = train(
-        arch,
-        source,
-        settings,
-        folder=folder,
-        device=config["device"],
-        impl=config["impl"],
-        max_seconds=config["max_seconds"],
-    )
-    _table(result.evals)
-    if result.status == "failed":
-        raise TrainingError(f"{folder}: {result.reason}")
-    show.line(result.reason or f"completed: {folder}")
+    with _tracked(config, arch, settings, folder) as tracker:
+        result = train(
+            arch,
+            source,
+            settings,
+            folder=folder,
+            device=config["device"],
+            impl=config["impl"],
+            max_seconds=config["max_seconds"],
+            on_eval=lambda value: tracker.log_eval(None, value, step=value.tokens),
+        )
+        _table(result.evals)
+        if result.status == "failed":
+            raise TrainingError(f"{folder}: {result.reason}")
+        show.line(result.reason or f"completed: {folder}")
+        if result.status == "completed" and result.model is not None:
+            _export(result, source, settings, config, folder)
     return 0
+
+
+def _tracked(config: dict[str, Any], arch: Arch, settings: TrainConfig, folder: Path) -> Tracker:
+    """Open the run's mirror in MLflow: beside the run's files, or where ``tracking=`` says."""
+    from dataclasses import asdict
+
+    from hybridnas.search.tracking import Tracker
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tracker = Tracker.open(config["tracking"], folder, folder.name, settings.to_dict(), kind="train")
+    preset = config["preset"]["name"] if config.get("preset") else None
+    words = {"pattern": str(arch.pattern), "fingerprint": arch.fingerprint(), "preset": preset}
+    tracker.annotate({**words, "d_model": arch.d_model, **asdict(arch.cost(settings.seq_len))}, words)
+    return tracker
+
+
+def _export(result: TrainResult, source: Source, settings: TrainConfig, config: dict[str, Any], folder: Path) -> None:
+    """Leave the trained model as a folder that ``hybridnas.load`` reads."""
+    from hybridnas.export.folder import export
+    from hybridnas.export.trials import data_words
+
+    last = result.evals[-1]
+    facts = {
+        "preset": config["preset"]["name"] if config.get("preset") else None,
+        "data": data_words(config["data"]),
+        "tokenizer": config["data"].get("tokenizer"),
+        "tokens": last.tokens,
+        **{name: getattr(settings, name) for name in ("batch_size", "seq_len", "lr", "seed", "valid_tokens")},
+        **{name: getattr(last, name) for name in ("valid_loss", "bits_per_byte", "accuracy", "seconds")},
+    }
+    assert result.model is not None
+    where = export(
+        result.model, folder / "model", source=source, card={k: v for k, v in facts.items() if v is not None}
+    )
+    show.line(f"model: {where}")
 
 
 def train_settings(config: dict[str, Any]) -> TrainConfig:
@@ -79,8 +121,8 @@ def _folder(config: dict[str, Any], identity: dict[str, Any]) -> str:
 def _announce(arch: Arch, data: str, settings: TrainConfig, folder: Path) -> None:
     cost = arch.cost(settings.seq_len)
     show.line(
-        f"model: {arch.pattern}, d_model {arch.d_model}, {show.human(cost.params)} parameters, "
-        f"{show.human(cost.active_params)} active, fingerprint {arch.short}"
+        f"model: {arch.pattern}, d_model {arch.d_model}, {human(cost.params)} parameters, "
+        f"{human(cost.active_params)} active, fingerprint {arch.short}"
     )
     show.line(f"data: {data}")
     show.line(

@@ -122,7 +122,7 @@ class SearchConfig(FrozenConfig):
         """Return what makes two calls the same study; limits such as n_trials and minutes may change in between."""
         budget = {k: v for k, v in self.budget.to_dict().items() if k not in ("n_trials", "minutes", "name")}
         return {
-            "space": dict(self.space),
+            "space": {k: v for k, v in self.space.items() if k != "description"},
             "data": {k: v for k, v in self.data.items() if k != "cache_dir"},
             "budget": budget,
             "seed": self.seed,

@@ -43,6 +43,13 @@ class StudyFolder:
         except OSError as error:
             raise StudyError(f"study folder {self.path} cannot be made: {error.strerror or error}") from None
         self._acquire()
+        try:
+            return self._read_or_make(identity, facts)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_or_make(self, identity: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
         meta_path = self.path / "study.json"
         identity = json.loads(json.dumps(identity))  # as it reads back: tuples are lists
         if not meta_path.exists():
@@ -65,8 +72,8 @@ class StudyFolder:
         for name, value in facts.items():
             if meta.get(name, value) != value:
                 raise StudyError(
-                    f"study folder {self.path} was begun with another {name.replace('_', ' ')}, so its trials cannot be "
-                    f"compared with new ones; bring back what it read, or choose study=NEWNAME"
+                    f"study folder {self.path} was begun with another {name.replace('_', ' ')}, so its trials "
+                    f"cannot be compared with new ones; bring back what it read, or choose study=NEWNAME"
                 )
         meta = {**meta, **facts}
         write_json(self.path / "study.json", meta)
@@ -80,9 +87,8 @@ class StudyFolder:
         """Return the journal's path, repaired after a death in mid-write; raises StudyError for a corrupt line."""
         path = self.path / "journal.log"
         # Whoever held these died with the folder lock, which is now ours.
-        for stale in (path.with_suffix(".log.lock"), Path(f"{path}.lock")):
-            if stale.is_symlink() or stale.exists():
-                stale.unlink()
+        for stale in self.path.glob("journal.log.lock*"):
+            stale.unlink(missing_ok=True)
         if path.exists():
             _repair_tail(path)
             _check_lines(path)
@@ -95,13 +101,22 @@ class StudyFolder:
             self._lock = None
 
     def _acquire(self) -> None:
-        handle = (self.path / ".lock").open("a+")
+        try:
+            handle = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise StudyError(f"study folder {self.path} cannot be written: {error.strerror or error}") from None
         try:
             _lock_file(handle)
-        except OSError:
+        except (BlockingIOError, PermissionError):  # what flock and msvcrt say of a lock that is held
             handle.close()
             raise StudyError(
                 f"study {self.name!r} is being written by another process; wait for it, or choose study=NEWNAME"
+            ) from None
+        except OSError as error:
+            handle.close()
+            raise StudyError(
+                f"study folder {self.path} lies on a file system without locks ({error.strerror or error}); "
+                f"choose another with runs=FOLDER"
             ) from None
         self._lock = handle
 
@@ -154,17 +169,19 @@ def _check_lines(path: Path) -> None:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                json.loads(line)
-            except ValueError:
+                whole = "op_code" in json.loads(line)
+            except (ValueError, TypeError):
+                whole = False
+            if not whole:  # without it, all later lines would count their trials wrongly
                 raise StudyError(
-                    f"journal {path} is damaged at line {number}; remove that line to keep the rest, "
-                    f"or choose study=NEWNAME"
-                ) from None
+                    f"journal {path} is damaged at line {number}; put back a copy of it, or choose study=NEWNAME "
+                    f"(the results in {path.parent / 'trials'} are not touched)"
+                )
 
 
 def _first_difference(stored: Any, asked: Any, where: str = "") -> str:
     if isinstance(stored, dict) and isinstance(asked, dict):
-        for key in sorted({*stored, *asked}):
+        for key in sorted({**stored, **asked}, key="name".__ne__):  # what things are called says most, so it is first
             place = f"{where}.{key}" if where else str(key)
             if key not in stored or key not in asked:
                 return f"{place} is {stored.get(key)!r} there and {asked.get(key)!r} here"

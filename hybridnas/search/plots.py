@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hybridnas.search.leaderboard import human, human_bytes
+from hybridnas.units import human, human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,11 @@ from hybridnas.data import open_source, source_config
 from hybridnas.errors import StudyError
 from hybridnas.search.config import Budget
 from hybridnas.search.folder import read_study
-from hybridnas.search.records import TrialRecord, read_record, trial_folder
+from hybridnas.search.records import FAIL, RESULT, TrialRecord, read_record, trial_folder
 from hybridnas.search.runner import rebuild
 from hybridnas.search_spaces.space import Space
 from hybridnas.train.loop import run as train_run
-from hybridnas.train.records import Eval
+from hybridnas.train.records import Eval, read_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,8 @@ def replay(
     ``out``. Raises StudyError for a trial that was never trained, or for data that is not what the study read.
     """
     meta = read_study(study)
+    if not (trial_folder(study, number) / RESULT).is_file():
+        rebuild(study, number)  # raises with the trials that there are, unless this one is being trained
     record = read_record(trial_folder(study, number))
     if record.duplicate_of is not None:
         number = record.duplicate_of
@@ -70,14 +73,26 @@ def replay(
         )
     budget = Budget.from_dict(identity["budget"])
     target = Space.from_mapping(identity["space"]).target(budget.scale(source.vocab_size))
-    folder = out or study / "replays" / f"{number:04d}"
+    folder = _fresh(out, study / "replays" / f"{number:04d}")
     result = train_run(
         arch,
         source,
         budget.train_config(target, identity["seed"]),
         folder=folder,
         device=device,
-        on_eval=lambda value: value.tokens >= record.tokens,
+        on_eval=lambda value: record.state != FAIL and value.tokens >= record.tokens,
         progress=progress,
     )
     return Replay(record, result.evals, folder)
+
+
+def _fresh(out: Path | None, usual: Path) -> Path:
+    """Return a folder without a finished run, whose stored losses would be shown in place of new ones."""
+    folder = out or usual
+    stored = read_run(folder)
+    if stored is None or not stored["final"]:
+        return folder
+    if out is not None:
+        raise StudyError(f"{out} holds a finished run; give out=FOLDER another one, or delete it")
+    shutil.rmtree(folder)
+    return folder

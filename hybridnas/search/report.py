@@ -14,7 +14,7 @@ from typing import Any
 
 from hybridnas.errors import HybridNASError
 from hybridnas.search import leaderboard as board
-from hybridnas.search.leaderboard import Row, human, human_bytes
+from hybridnas.search.leaderboard import Row
 from hybridnas.search.plots import COLOURS, Axis, Series, curves_svg, scatter_svg
 from hybridnas.search.records import (
     COMPLETE,
@@ -27,6 +27,7 @@ from hybridnas.search.records import (
     save,
     trial_folder,
 )
+from hybridnas.units import human, human_bytes
 
 REPORT = "report.html"
 TABLE_LIMIT = 200  # rows in the page; leaderboard.csv has all

@@ -66,15 +66,25 @@ class Search:
         self.warnings: list[str] = []
 
     def run(self) -> SearchSummary:
-        """Search until the budget's trials are finished or its minutes are up; Ctrl-C ends it with what there is."""
-        with self._opened() as (study, context, meta):
-            self._announce(context)
-            ended = "interrupted"
-            try:
-                ended = self._loop(study, context)
-            except KeyboardInterrupt:
-                self.news("stopping: writing the report of what is finished; the same command goes on from here")
-            return self._finish(context, meta, ended)
+        """Search until the budget's trials are finished or its minutes are up; Ctrl-C ends it with what there is.
+
+        Raises StudyError for a folder that is busy, damaged, of another study, or on a disk that refuses.
+        """
+        try:
+            with self._opened() as (study, context, meta):
+                self._announce(context)
+                ended = "interrupted"
+                try:
+                    ended = self._loop(study, context)
+                except KeyboardInterrupt:
+                    self.news("stopping: writing the report of what is finished; the same command goes on from here")
+                return self._finish(context, meta, ended)
+        except OSError as error:
+            raise StudyError(
+                f"study folder {self.folder.path}: {error.filename or 'a file'} cannot be written or read "
+                f"({error.strerror or error}); make room or permission and run the same command again, "
+                f"nothing already recorded is lost"
+            ) from error
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[optuna.Study, TrialContext, StudyMeta]]:
@@ -82,10 +92,11 @@ class Search:
 
         facts = {"machine": describe_machine(), "command": _command(), "versions": _versions()}
         stored = self.folder.open(self.config.identity(), facts)
+        tracker: Tracker | None = None
         try:
-            # MLflow's own start takes seconds and needs nothing of ours: begin it first, it runs beside the data.
-            tracker = Tracker.open(self.config.tracking, self.folder.path, self.folder.name, self.config.identity())
             source = open_source(source_config(self.config.data))
+            # MLflow's start takes seconds; it runs beside the first trial, after everything else is imported.
+            tracker = Tracker.open(self.config.tracking, self.folder.path, self.folder.name, self.config.identity())
             stored = self.folder.add_facts(stored, {"data_fingerprint": source.fingerprint})
             scale = self.config.budget.scale(source.vocab_size)
             target = self.space.target(scale)
@@ -94,11 +105,11 @@ class Search:
             self.records = {record.number: record for record in loaded}
             tracker.sync(loaded)  # what a kill or an outage kept from MLflow
             context = TrialContext(self.config, self.space, scale, source, tracker, target, self.news)
-            try:
-                yield study, context, self._meta(stored, context)
-            except BaseException:
+            yield study, context, self._meta(stored, context)
+        except BaseException:
+            if tracker is not None:
                 tracker.close("FAILED")
-                raise
+            raise
         finally:
             self.folder.close()
 
@@ -122,9 +133,12 @@ class Search:
         for name in self.space.baselines:
             if name not in known:
                 study.enqueue_trial({}, user_attrs={"baseline": name})
-        if self.config.sampler == "bruteforce" and len(study.trials) == len(self.space.baselines):
+        if self.config.sampler == "bruteforce" and not study.user_attrs.get("enumerated"):
+            asked = [trial.system_attrs.get("fixed_params") for trial in study.trials]  # by a process that died here
             for choices in every_choice(self.space, scale):
-                study.enqueue_trial(choices)
+                if choices not in asked:
+                    study.enqueue_trial(choices)
+            study.set_user_attr("enumerated", True)
         return study
 
     def _loop(self, study: optuna.Study, context: TrialContext) -> str:
@@ -149,7 +163,10 @@ class Search:
         from optuna.trial import TrialState
 
         finished = {r.fingerprint: r for r in self.records.values() if r.state in (COMPLETE, PRUNED, FAIL)}
-        record = TrialRun(context, trial, self.folder.trial(trial.number)).run(finished)
+        # A process may have died between a trial's record and the journal's last word on it: the record stands.
+        record = self.records.get(trial.number)
+        if record is None:
+            record = TrialRun(context, trial, self.folder.trial(trial.number)).run(finished)
         source = self.records.get(record.duplicate_of) if record.duplicate_of is not None else record
         state = source.state if source is not None else record.state
         if state == COMPLETE:
@@ -202,7 +219,6 @@ class Search:
         records = [self.records[number] for number in sorted(self.records)]
         best = winner(records)
         seconds = time.monotonic() - self.started
-        exported = self._export(best, context) if best is not None else None
         meta = dataclasses.replace(
             meta,
             seconds=seconds,
@@ -211,7 +227,9 @@ class Search:
         )
         write_leaderboard(self.folder.path, records)
         report = write_report(self.folder.path, records, meta)
+        context.tracker.sync(records)  # duplicates and infeasible draws have no run of their own yet
         context.tracker.log_artifacts([report, self.folder.path / "leaderboard.csv"])
+        exported = self._export(best, context) if best is not None else None
         context.tracker.close("FINISHED" if ended != "interrupted" else "KILLED")
         return SearchSummary(records, best, self.folder.path, exported, report, ended, seconds)
 

@@ -88,6 +88,12 @@ class Tracker:
         self._opened.wait(timeout)
         return self._opened.is_set() and not self.off
 
+    def annotate(self, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
+        """Give the parent run parameters and tags: what a single training run (``kind="train"``) trains."""
+        flat = flatten(masked(params))
+        marks = {f"hybridnas.{key}": str(value) for key, value in tags.items() if value is not None}
+        self._post(lambda: self._log(self._parent, {}, 0, flat, marks))
+
     def start_trial(self, number: int, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
         """Open the trial's run, or the one it already has when the same fingerprint is tried again.
 

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridnas.arch.arch import Arch
-from hybridnas.errors import CheckpointError, HybridNASError, TrainingError
-from hybridnas.files import write_json
+from hybridnas.errors import (
+    CheckpointError,
+    DataError,
+    HybridNASError,
+    KernelUnavailableError,
+    TrainingError,
+)
+from hybridnas.files import write_json, write_text
 from hybridnas.search.config import SearchConfig
 from hybridnas.search.records import (
     COMPLETE,
@@ -67,16 +74,7 @@ class TrialRun:
         try:
             proposal = self._propose()
         except HybridNASError as error:
-            self.trial.set_constraint("feasible", 1.0)
-            record = TrialRecord(
-                number=self.trial.number,
-                state=INFEASIBLE,
-                preset=self.baseline,
-                choices=dict(self.trial.params),
-                reason=reason_of(error),
-            )
-            write_record(self.folder, record)
-            return record
+            return self._reject(error)
         record = self._describe(proposal)
         same = earlier.get(record.fingerprint)
         if same is not None:
@@ -88,6 +86,18 @@ class TrialRun:
         self._start_tracking(record)
         result = self._train(proposal.arch)
         record = self._conclude(record, result, time.time() - started)
+        write_record(self.folder, record)
+        return record
+
+    def _reject(self, error: HybridNASError) -> TrialRecord:
+        self.trial.set_constraint("feasible", 1.0)
+        record = TrialRecord(
+            number=self.trial.number,
+            state=INFEASIBLE,
+            preset=self.baseline,
+            choices=dict(self.trial.params),
+            reason=reason_of(error),
+        )
         write_record(self.folder, record)
         return record
 
@@ -138,18 +148,21 @@ class TrialRun:
                 on_eval=self._on_eval,
                 progress=config.progress,
             )
-        except CheckpointError:
-            raise
-        except TrainingError as error:
-            return TrainResult("failed", reason_of(error), read_evals(self.folder), None, self.folder)
+        except (CheckpointError, DataError, KernelUnavailableError, OSError, TrainingError):
+            raise  # a full disk, another process, data, machine: the next trial would meet it, too, so the search ends
+        except Exception as error:  # what one architecture provokes costs that trial alone
+            write_text(self.folder / "error.txt", traceback.format_exc())
+            reason = f"{type(error).__name__}: {reason_of(error)} (see {self.folder / 'error.txt'})"
+            return TrainResult("failed", reason, read_evals(self.folder), None, self.folder)
 
     def _on_eval(self, value: Eval) -> bool:
         """Tell Optuna and MLflow, and say whether the trial ends here; baselines always run to the end."""
         self._report(value.tokens, value.valid_loss)
         self.context.tracker.log_eval(self.trial.number, dataclasses.asdict(value), step=value.tokens)
-        if self.baseline is not None or value.tokens not in self.rungs[:-1]:
+        if value.tokens not in self.rungs[:-1]:
             return False
-        return self.trial.should_prune()
+        prune = self.trial.should_prune()  # asked for a baseline, too: it enters the rung that others must beat
+        return prune and self.baseline is None
 
     def _report(self, tokens: int, loss: float) -> None:
         if tokens not in self.reported:
