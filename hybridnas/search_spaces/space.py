@@ -280,6 +280,7 @@ def _draw(chooser: Chooser, name: str, choice: Any) -> Any:
     return options[0] if len(options) == 1 else chooser.suggest_categorical(name, options)
 
 
-def reason_of(error: HybridNASError) -> str:
+def reason_of(error: Exception) -> str:
     """Return an error's first line: the reason that a rejected candidate is recorded with."""
-    return str(error).splitlines()[0]
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
