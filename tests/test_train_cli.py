@@ -70,7 +70,7 @@ def test_a_preset_scales_and_every_combination_of_settings_has_its_own_folder(co
 
 def test_another_run_in_the_same_folder_is_refused(corpus):
     train(*corpus, *PATTERN, "out=runs/mow")
-    with pytest.raises(CheckpointError, match=r"runs/mow holds another run, with train lr=0.003 \(asked for: 0.01\)"):
+    with pytest.raises(CheckpointError, match=r"runs/mow holds another run, with train lr=0.006 \(asked for: 0.01\)"):
         train(*corpus, *PATTERN, "out=runs/mow", "train.lr=0.01")
 
 

@@ -22,7 +22,7 @@ class TrainConfig(FrozenConfig):
     batch_size: int = option(16, "sequences in one forward pass [count]", ge=1)
     seq_len: int = option(256, "context length [tokens]", ge=1)
     accumulate: int = option(1, "forward passes whose gradients are summed into one step [count]", ge=1)
-    lr: float = option(3e-3, "highest learning rate", gt=0)
+    lr: float = option(6e-3, "highest learning rate", gt=0)
     warmup_fraction: float = option(0.01, "linear warm-up, as a part of all tokens [1]", ge=0, le=1)
     schedule: str = option("cosine", "how the learning rate goes on after warm-up", choices=("cosine", "constant"))
     final_lr_fraction: float = option(0.1, "last learning rate of the cosine, as a part of the highest [1]", ge=0, le=1)
