@@ -46,7 +46,7 @@ def run(function, values, activation, ids, seed=1):
 
 
 @pytest.mark.parametrize("path", FAST)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     batch=st.integers(0, 3),
     length=st.sampled_from([1, 2, 3, 5, 13, 64, 65, 131]),

@@ -106,7 +106,7 @@ cases = st.builds(
 
 
 @pytest.mark.parametrize("path", FAST)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases)
 def test_outputs_and_gradients_agree_with_the_float64_recurrence(path, case):
     assert_agrees(path, case)

@@ -37,7 +37,7 @@ def run(function, values, **others):
     return dict(zip(("y", "final", *values), (*outputs, *gradients), strict=True))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     batch=st.integers(1, 3),
     length=st.sampled_from([1, 2, 3, 7, 16, 17, 40]),

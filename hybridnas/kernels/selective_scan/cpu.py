@@ -53,7 +53,7 @@ def _arguments(
     D, z, bias, initial, reset = rest
     batch, length, channels = u.shape
     blocks, tiles, group = min(batch, 64), -(-channels // _TILE), 8
-    while group > 2 and blocks * -(-tiles // group) < 16:  # enough units for the threads of a larger machine
+    while group > 2 and blocks * -(-tiles // group) < 8:  # enough units for the threads of a larger machine
         group //= 2
     strides = {}
     for name, tensor in (("u", u), ("dt", delta), ("B", B), ("C", C), ("z", z)):

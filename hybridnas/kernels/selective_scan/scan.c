@@ -23,6 +23,8 @@ typedef struct { int64_t start, stop; int fresh; } Run;
 
 INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+/* How many of vector w's lanes are channels; a constant where the whole tile is. */
+INLINE int lanes_of(const int full, int width, int w) { return full ? V : width - w * V; }
 INLINE const float *at(const float *p, int64_t offset) { return p ? p + offset : NULL; }
 
 /* The run of a chunk that starts at `start`: up to the next reset. */
@@ -75,8 +77,8 @@ static void store_state(float *h, int64_t N, int width, const vf *in) {
 /* ------------------------------------------------------------------------------------------------------ forward */
 
 /* One state entry n of a tile over one run. One entry at a time keeps the state, A and the polynomial in registers. */
-INLINE void state_forward(const int careful, int64_t rows, const vf *dt, const vf *x, const float *B, int64_t B_l,
-                          const float *C, int64_t C_l, const vf *A2, vf *h_io, vf *y) {
+INLINE void state_forward(const int careful, int64_t rows, const vf *restrict dt, const vf *restrict x, const float *B,
+                          int64_t B_l, const float *C, int64_t C_l, const vf *A2, vf *h_io, vf *restrict y) {
     vf h[W], decay[W];
     for (int w = 0; w < W; w++) h[w] = h_io[w], decay[w] = A2[w];
     for (int64_t l = 0; l < rows; l++) {
@@ -93,46 +95,60 @@ INLINE void state_forward(const int careful, int64_t rows, const vf *dt, const v
 
 typedef struct { vf *dt, *x, *y; } ForwardScratch; /* (rows, W) of one tile */
 
-static void forward_tile(const Args *a, ForwardScratch *s, int64_t b, int64_t d0, Run run, const vf *A2,
-                         const vf *limit, vf *h) {
-    const int width = (int)minimum(TILE, a->D - d0);
+/* Rows outside, vectors inside: both halves of a cache line are used while it is near. */
+INLINE int forward_load(const int full, const Args *a, const ForwardScratch *s, int64_t b, int64_t d0, int width, Run run,
+                        const vf *limit) {
     const int64_t rows = run.stop - run.start;
     const float *u = a->u + b * a->u_b + run.start * a->u_l + d0, *dt = a->dt + b * a->dt_b + run.start * a->dt_l + d0;
-    const float *z = at(a->z, b * a->z_b + run.start * a->z_l + d0);
-    float *y = a->y + (b * a->L + run.start) * a->D + d0;
+    vf bias[W], skip[W];
     vi outside = {0};
     for (int w = 0; w < W; w++) {
-        const int part = width - w * V;
-        const vf bias = a->bias ? load_part(a->bias + d0 + w * V, part) : splat(0.f);
-        const vf skip = a->D_skip ? load_part(a->D_skip + d0 + w * V, part) : splat(0.f);
-        for (int64_t l = 0; l < rows; l++) {
-            vf slope, step = load_part(dt + l * a->dt_l + w * V, part) + bias;
+        bias[w] = a->bias ? load_part(a->bias + d0 + w * V, lanes_of(full, width, w)) : splat(0.f);
+        skip[w] = a->D_skip ? load_part(a->D_skip + d0 + w * V, lanes_of(full, width, w)) : splat(0.f);
+    }
+    for (int64_t l = 0; l < rows; l++, u += a->u_l, dt += a->dt_l) {
+        __builtin_prefetch(u + TILE), __builtin_prefetch(dt + TILE); /* the next tile; harmless past the end */
+        for (int w = 0; w < W; w++) {
+            vf slope, step = load_part(dt + w * V, lanes_of(full, width, w)) + bias[w];
             if (a->softplus) step = softplus(step, &slope);
-            const vf in = load_part(u + l * a->u_l + w * V, part);
+            const vf in = load_part(u + w * V, lanes_of(full, width, w));
             outside |= ~(magnitude(step) <= limit[w]);
             s->dt[l * W + w] = step;
             s->x[l * W + w] = step * in;
-            s->y[l * W + w] = skip * in;
+            s->y[l * W + w] = skip[w] * in;
         }
     }
+    return any_lane(outside);
+}
+
+INLINE void forward_store(const int full, const Args *a, const ForwardScratch *s, int64_t b, int64_t d0, int width, Run run) {
+    const float *z = at(a->z, b * a->z_b + run.start * a->z_l + d0);
+    float *y = a->y + (b * a->L + run.start) * a->D + d0;
+    for (int64_t l = 0; l < run.stop - run.start; l++, y += a->D)
+        for (int w = 0; w < W; w++) {
+            vf out = s->y[l * W + w];
+            if (z) {
+                const vf gate = load_part(z + l * a->z_l + w * V, lanes_of(full, width, w));
+                out *= gate * sigmoid(gate);
+            }
+            store_part(y + w * V, out, lanes_of(full, width, w));
+        }
+}
+
+static void forward_tile(const Args *a, const ForwardScratch *s, int64_t b, int64_t d0, Run run, const vf *A2,
+                         const vf *limit, vf *h) {
+    const int width = (int)minimum(TILE, a->D - d0);
+    const int64_t rows = run.stop - run.start;
+    const int careful = width == TILE ? forward_load(1, a, s, b, d0, width, run, limit)
+                                      : forward_load(0, a, s, b, d0, width, run, limit);
     if (run.fresh)
         for (int64_t i = 0; i < a->N * W; i++) h[i] = splat(0.f);
     const float *B = a->Bm + b * a->B_b + run.start * a->B_l, *C = a->Cm + b * a->C_b + run.start * a->C_l;
-    const int careful = any_lane(outside);
     for (int64_t n = 0; n < a->N; n++)
         if (careful) state_forward(1, rows, s->dt, s->x, B + n, a->B_l, C + n, a->C_l, A2 + n * W, h + n * W, s->y);
         else state_forward(0, rows, s->dt, s->x, B + n, a->B_l, C + n, a->C_l, A2 + n * W, h + n * W, s->y);
-    for (int w = 0; w < W; w++) {
-        const int part = width - w * V;
-        for (int64_t l = 0; l < rows; l++) {
-            vf out = s->y[l * W + w];
-            if (z) {
-                const vf gate = load_part(z + l * a->z_l + w * V, part);
-                out *= gate * sigmoid(gate);
-            }
-            store_part(y + l * a->D + w * V, out, part);
-        }
-    }
+    if (width == TILE) forward_store(1, a, s, b, d0, width, run);
+    else forward_store(0, a, s, b, d0, width, run);
 }
 
 static int forward_unit(const Args *a, int64_t b, int64_t first_tile, int64_t last_tile) {
@@ -180,8 +196,10 @@ typedef struct {
 /* One state entry of a tile over one run: its states again, then gradients from the last row to the first.
  * With m = a h_before: dL/d(delta A) = e m, and e a is what the row before receives. */
 INLINE void state_backward(const int careful, int64_t rows, const BackwardScratch *s, const float *B, int64_t B_l,
-                           const float *C, int64_t C_l, const vf *A2, const vf *h0, vf *pB, vf *pC, vf *dA_io,
-                           vf *dh_io) {
+                           const float *C, int64_t C_l, const vf *A2, const vf *h0, vf *restrict pB, vf *restrict pC,
+                           vf *dA_io, vf *dh_io) {
+    const vf *restrict dt = s->dt, *restrict x = s->x, *restrict g = s->g;
+    vf *restrict decays = s->a, *restrict kept = s->m, *restrict y = s->y, *restrict dx = s->dx, *restrict ddt = s->ddt;
     vf h[W], dh[W], dA[W], decay[W];
     for (int w = 0; w < W; w++) h[w] = h0 ? h0[w] : splat(0.f), decay[w] = A2[w];
     for (int64_t l = 0; l < rows; l++) {
@@ -189,13 +207,13 @@ INLINE void state_backward(const int careful, int64_t rows, const BackwardScratc
         vf from_C = pC[l];
         for (int w = 0; w < W; w++) {
             const int64_t i = l * W + w;
-            const vf t = s->dt[i] * decay[w];
+            const vf t = dt[i] * decay[w];
             const vf a = careful ? exp2_any(t) : exp2_inside(t);
             const vf m = a * h[w];
-            s->a[i] = a, s->m[i] = m;
-            h[w] = s->x[i] * b + m;
-            s->y[i] += h[w] * c;
-            from_C += s->g[i] * h[w];
+            decays[i] = a, kept[i] = m;
+            h[w] = x[i] * b + m;
+            y[i] += h[w] * c;
+            from_C += g[i] * h[w];
         }
         pC[l] = from_C;
     }
@@ -205,65 +223,69 @@ INLINE void state_backward(const int careful, int64_t rows, const BackwardScratc
         vf from_B = pB[l];
         for (int w = 0; w < W; w++) {
             const int64_t i = l * W + w;
-            const vf e = s->g[i] * c + dh[w], k = e * s->m[i];
-            from_B += e * s->x[i];
-            dh[w] = e * s->a[i];
-            dA[w] += k * s->dt[i];
-            s->dx[i] += e * b;
-            s->ddt[i] += k * decay[w];
+            const vf e = g[i] * c + dh[w], k = e * kept[i];
+            from_B += e * x[i];
+            dh[w] = e * decays[i];
+            dA[w] += k * dt[i];
+            dx[i] += e * b;
+            ddt[i] += k * decay[w];
         }
         pB[l] = from_B;
     }
     for (int w = 0; w < W; w++) dh_io[w] = dh[w], dA_io[w] = dA[w];
 }
 
-static int backward_load(const Args *a, BackwardScratch *s, int64_t b, int64_t d0, Run run, const vf *limit) {
-    const int width = (int)minimum(TILE, a->D - d0);
-    const int64_t rows = run.stop - run.start;
+INLINE int backward_load(const int full, const Args *a, const BackwardScratch *s, int64_t b, int64_t d0, int width,
+                         Run run, const vf *limit) {
     const float *u = a->u + b * a->u_b + run.start * a->u_l + d0, *dt = a->dt + b * a->dt_b + run.start * a->dt_l + d0;
     const float *dy = a->dy + b * a->dy_b + run.start * a->dy_l + d0, *z = at(a->z, b * a->z_b + run.start * a->z_l + d0);
+    vf bias[W], skip[W];
     vi outside = {0};
     for (int w = 0; w < W; w++) {
-        const int part = width - w * V;
-        const vf bias = a->bias ? load_part(a->bias + d0 + w * V, part) : splat(0.f);
-        const vf skip = a->D_skip ? load_part(a->D_skip + d0 + w * V, part) : splat(0.f);
-        for (int64_t l = 0; l < rows; l++) {
+        bias[w] = a->bias ? load_part(a->bias + d0 + w * V, lanes_of(full, width, w)) : splat(0.f);
+        skip[w] = a->D_skip ? load_part(a->D_skip + d0 + w * V, lanes_of(full, width, w)) : splat(0.f);
+    }
+    for (int64_t l = 0; l < run.stop - run.start; l++, u += a->u_l, dt += a->dt_l, dy += a->dy_l) {
+        __builtin_prefetch(u + TILE), __builtin_prefetch(dt + TILE), __builtin_prefetch(dy + TILE);
+        for (int w = 0; w < W; w++) {
             const int64_t i = l * W + w;
-            vf slope = splat(1.f), step = load_part(dt + l * a->dt_l + w * V, part) + bias;
+            vf slope = splat(1.f), step = load_part(dt + w * V, lanes_of(full, width, w)) + bias[w];
             if (a->softplus) step = softplus(step, &slope);
-            const vf in = load_part(u + l * a->u_l + w * V, part);
-            vf g = load_part(dy + l * a->dy_l + w * V, part);
+            const vf in = load_part(u + w * V, lanes_of(full, width, w));
+            vf g = load_part(dy + w * V, lanes_of(full, width, w));
             if (z) {
-                const vf gate = load_part(z + l * a->z_l + w * V, part), open = sigmoid(gate), silu = gate * open;
+                const vf gate = load_part(z + l * a->z_l + w * V, lanes_of(full, width, w));
+                const vf open = sigmoid(gate), silu = gate * open;
                 s->gate[i] = g * (open + silu * (1.f - open));
                 g *= silu;
             }
             outside |= ~(magnitude(step) <= limit[w]);
             s->dt[i] = step, s->slope[i] = slope, s->u[i] = in, s->x[i] = step * in, s->g[i] = g;
-            s->y[i] = skip * in, s->dx[i] = splat(0.f), s->ddt[i] = splat(0.f);
+            s->y[i] = skip[w] * in, s->dx[i] = splat(0.f), s->ddt[i] = splat(0.f);
         }
     }
     return any_lane(outside);
 }
 
-static void backward_store(const Args *a, BackwardScratch *s, int64_t b, int64_t d0, Run run, vf *dD, vf *dbias) {
-    const int width = (int)minimum(TILE, a->D - d0);
-    const int64_t rows = run.stop - run.start, offset = (b * a->L + run.start) * a->D + d0;
+INLINE void backward_store(const int full, const Args *a, const BackwardScratch *s, int64_t b, int64_t d0, int width,
+                           Run run, vf *dD, vf *dbias) {
+    int64_t o = (b * a->L + run.start) * a->D + d0;
+    vf skip[W], to_D[W], to_bias[W];
     for (int w = 0; w < W; w++) {
-        const int part = width - w * V;
-        const vf skip = a->D_skip ? load_part(a->D_skip + d0 + w * V, part) : splat(0.f);
-        vf to_D = dD[w], to_bias = dbias[w];
-        for (int64_t l = 0; l < rows; l++) {
-            const int64_t i = l * W + w, o = offset + l * a->D + w * V;
-            const vf ddt = (s->ddt[i] * (1.f / LOG2E) + s->dx[i] * s->u[i]) * s->slope[i];
-            to_D += s->g[i] * s->u[i];
-            to_bias += ddt;
-            store_part(a->du + o, s->dx[i] * s->dt[i] + s->g[i] * skip, part);
-            store_part(a->ddt + o, ddt, part);
-            if (a->z) store_part(a->dz + o, s->gate[i] * s->y[i], part);
-        }
-        dD[w] = to_D, dbias[w] = to_bias;
+        skip[w] = a->D_skip ? load_part(a->D_skip + d0 + w * V, lanes_of(full, width, w)) : splat(0.f);
+        to_D[w] = dD[w], to_bias[w] = dbias[w];
     }
+    for (int64_t l = 0; l < run.stop - run.start; l++, o += a->D)
+        for (int w = 0; w < W; w++) {
+            const int64_t i = l * W + w;
+            const vf ddt = (s->ddt[i] * (1.f / LOG2E) + s->dx[i] * s->u[i]) * s->slope[i];
+            to_D[w] += s->g[i] * s->u[i];
+            to_bias[w] += ddt;
+            store_part(a->du + o + w * V, s->dx[i] * s->dt[i] + s->g[i] * skip[w], lanes_of(full, width, w));
+            store_part(a->ddt + o + w * V, ddt, lanes_of(full, width, w));
+            if (a->z) store_part(a->dz + o + w * V, s->gate[i] * s->y[i], lanes_of(full, width, w));
+        }
+    for (int w = 0; w < W; w++) dD[w] = to_D[w], dbias[w] = to_bias[w];
 }
 
 static void backward_tile(const Args *a, BackwardScratch *s, int64_t b, int64_t chunk, int64_t tile, int64_t local,
@@ -272,7 +294,9 @@ static void backward_tile(const Args *a, BackwardScratch *s, int64_t b, int64_t 
     const int64_t held = a->N * W, skipped = run.start - chunk * a->chunk;
     const vf *A2 = s->A2 + local * held;
     const vf *h0 = run.fresh ? NULL : (const vf *)(a->checkpoints + ((b * chunks + chunk) * tiles + tile) * a->N * TILE);
-    const int careful = backward_load(a, s, b, tile * TILE, run, s->limit + local * W);
+    const int width = (int)minimum(TILE, a->D - tile * TILE), full = width == TILE;
+    const int careful = full ? backward_load(1, a, s, b, tile * TILE, width, run, s->limit + local * W)
+                             : backward_load(0, a, s, b, tile * TILE, width, run, s->limit + local * W);
     const float *B = a->Bm + b * a->B_b + run.start * a->B_l, *C = a->Cm + b * a->C_b + run.start * a->C_l;
     vf *dA = s->dA + local * held, *dh = s->dh + local * held;
     for (int64_t n = 0; n < a->N; n++) {
@@ -281,7 +305,8 @@ static void backward_tile(const Args *a, BackwardScratch *s, int64_t b, int64_t 
         if (careful) state_backward(1, rows, s, B + n, a->B_l, C + n, a->C_l, A2 + n * W, h, pB, pC, dA + n * W, dh + n * W);
         else state_backward(0, rows, s, B + n, a->B_l, C + n, a->C_l, A2 + n * W, h, pB, pC, dA + n * W, dh + n * W);
     }
-    backward_store(a, s, b, tile * TILE, run, s->dD + local * W, s->dbias + local * W);
+    if (full) backward_store(1, a, s, b, tile * TILE, width, run, s->dD + local * W, s->dbias + local * W);
+    else backward_store(0, a, s, b, tile * TILE, width, run, s->dD + local * W, s->dbias + local * W);
     if (run.fresh)
         for (int64_t i = 0; i < held; i++) dh[i] = splat(0.f);
 }
