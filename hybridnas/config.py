@@ -8,10 +8,12 @@ class Config(FrozenConfig):
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hybridnas.errors import ConfigError, suggest
@@ -42,12 +44,20 @@ class FrozenConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check(self, field)
+            _check(type(self), field, getattr(self, field.name))
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         """Return the names of all fields in their declared order."""
         return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def check_value(cls, name: str, value: Any) -> None:
+        """Raise ConfigError unless ``name`` may be ``value`` as far as type and range of that one field say."""
+        field = next((field for field in dataclasses.fields(cls) if field.name == name), None)
+        if field is None:
+            raise ConfigError(f"{cls.label()} has no field {name!r}{suggest(name, cls.field_names())}")
+        _check(cls, field, value)
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any], *, where: str = "", parse: bool = False) -> C:
@@ -104,10 +114,9 @@ def parse_value(value: Any, hint: Any, where: str) -> Any:
     raise ConfigError(f"{where}={value!r} is not {_words(hint)}")
 
 
-def _check(config: FrozenConfig, field: dataclasses.Field[Any]) -> None:
-    value = getattr(config, field.name)
+def _check(config: type[FrozenConfig], field: dataclasses.Field[Any], value: Any) -> None:
     where = f"{config.label()} {field.name}={value!r}"
-    hint = _hints(type(config))[field.name]
+    hint = _hints(config)[field.name]
     if not _fits(value, hint):
         raise ConfigError(f"{where} must be {_words(hint)}, got {type(value).__name__}")
     if value is None:
@@ -116,12 +125,25 @@ def _check(config: FrozenConfig, field: dataclasses.Field[Any]) -> None:
     if rules.get("choices") and value not in rules["choices"]:
         raise ConfigError(f"{where} must be one of {', '.join(map(str, rules['choices']))}")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if value != value:
-            raise ConfigError(f"{where} must be a number, got nan")
+        if not math.isfinite(value):
+            raise ConfigError(f"{where} must be a finite number")
         for key, holds, word in (("ge", operator.ge, ">="), ("gt", operator.gt, ">"), ("le", operator.le, "<=")):
             bound = rules.get(key)
             if bound is not None and not holds(value, bound):
                 raise ConfigError(f"{where} must be {word} {bound}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds; raises ConfigError for anything else."""
+    import yaml
+
+    try:
+        node = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(node, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings, got {type(node).__name__}")
+    return {str(key): value for key, value in node.items()}
 
 
 _HINTS: dict[type, dict[str, Any]] = {}  # get_type_hints is slow and configs are made by the thousand

@@ -52,8 +52,12 @@ def pick_device(wanted: str = "auto") -> torch.device:
         device = torch.device(wanted)
     except RuntimeError:
         raise ConfigError(f"device={wanted!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device={wanted!r} does not train models; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={wanted!r} needs CUDA, this machine has none; use device=cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={wanted!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
 
 

@@ -92,12 +92,14 @@ def register_block(letter: str, *, name: str, aliases: tuple[str, ...] = ()) -> 
         refuse_second_name(cls.__module__)
         if len(letter) != 1 or not letter.isascii() or not letter.isupper():
             raise ConfigError(f"block letter {letter!r} of {cls.__name__} must be one capital letter A to Z")
+        for alias in aliases:
+            if ALIASES.get(alias, letter) != letter:
+                raise ConfigError(f"{alias!r} already stands for block letter {ALIASES[alias]!r}; choose another alias")
+        BLOCKS.add(letter, cls)
         cls.letter = letter
         cls.name = name
         cls.Config.block_name = name
-        BLOCKS.add(letter, cls)
-        for alias in aliases:
-            ALIASES[alias] = letter
+        ALIASES.update(dict.fromkeys(aliases, letter))
         return cls
 
     return decorate

@@ -61,15 +61,19 @@ def _guarded(command: str, argv: list[str]) -> int:
         config = compose(command, argv)
         run = importlib.import_module(f"hybridnas.cli.{command}").run
         return int(run(config))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: be quiet at exit, too
+        return 0
     except HybridNASError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # the machine's refusal, no mistake of ours: a full disk, a folder without permission
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{type(error).__name__}: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command goes on from here", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: be quiet at exit, too
-        return 0
 
 
 def _overview() -> str:

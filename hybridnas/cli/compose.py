@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hybridnas.config import read_yaml
 from hybridnas.errors import ConfigError, suggest
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -19,7 +20,8 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 # settings are taken as they stand and Hydra never sees them.
 TEXT = (
     *("pattern", "prompt", "out", "model", "study", "storage", "tracking", "run", "baseline", "uri", "runs"),
-    *("data.path", "data.name", "data.tokenizer"),
+    *("data.path", "data.name", "data.config", "data.split", "data.revision", "data.text_field", "data.separator"),
+    *("data.tokenizer", "data.cache_dir"),
 )
 
 
@@ -32,8 +34,9 @@ def compose(command: str, overrides: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    _check_form(command, overrides)
     texts, overrides = _taken_apart(overrides)
-    _store_groups()
+    _store_groups(overrides)
     GlobalHydra.instance().clear()
     with initialize_config_module("hybridnas.conf", version_base="1.3"):
         try:
@@ -43,6 +46,10 @@ def compose(command: str, overrides: list[str]) -> dict[str, Any]:
             raise _in_our_words(command, overrides, error) from None
     assert isinstance(plain, dict)
     settings = {str(key): value for key, value in plain.items()}
+    own = _own_settings(command)
+    for key in settings:  # Hydra lets '+key' and experiment files add what nobody would read
+        if key not in own:
+            raise ConfigError(f"{command} has no setting {key!r}{suggest(key, own)}")
     for key, text in texts.items():
         _set(command, settings, key, text)
     if isinstance(settings.get("preset"), dict) and "name" not in settings["preset"]:
@@ -52,10 +59,8 @@ def compose(command: str, overrides: list[str]) -> dict[str, Any]:
 
 def help_text(command: str, summary: str) -> str:
     """Return a command's help: its groups with their options, and every setting with its default."""
-    import yaml
-
     text = (CONF / f"{command}.yaml").read_text()
-    groups = [name for name in _groups() if re.search(rf"^\s*- (?:override )?{name}:", text, re.MULTILINE)]
+    groups = _groups_of(command)
     lines = [f"python -m hybridnas.{command} [key=value ...]", "", summary[0].upper() + summary[1:] + ".", ""]
     if groups:
         lines.append("groups (key=option):")
@@ -63,62 +68,91 @@ def help_text(command: str, summary: str) -> str:
         lines.append("")
     lines.append("settings and their defaults:")
     body = [line for line in text.splitlines() if not line.startswith(("defaults:", "  - "))]
-    assert yaml.safe_load(text) is not None
     lines += [f"  {line}" for line in body if line.strip()]
     return "\n".join(lines)
 
 
 # Mappings that take keys they do not have yet; whoever reads them checks the keys, with better words than Hydra's.
-OPEN = ("arch.", "space.", "preset.")
+OPEN = ("arch.", "space.", "preset.", "budget.", "data.")
 
 
 def _groups() -> tuple[str, ...]:
     return ("preset", "space", "data", "budget", "experiment")
 
 
+def _defaults(command: str) -> dict[str, Any]:
+    """Return the groups of a command, each with the option that is taken unasked."""
+    entries = read_yaml(CONF / f"{command}.yaml").get("defaults", [])
+    return {key: value for entry in entries if isinstance(entry, dict) for key, value in entry.items()}
+
+
+def _groups_of(command: str) -> list[str]:
+    return [name for name in _groups() if name in _defaults(command)]
+
+
+def _own_settings(command: str) -> list[str]:
+    """Return the names of a command's settings and groups."""
+    return [key for key in read_yaml(CONF / f"{command}.yaml") if key != "defaults"] + _groups_of(command)
+
+
+def _check_form(command: str, overrides: list[str]) -> None:
+    """Refuse what is not ``key=value``, and an option that a group lacks, before Hydra finds harder words for it."""
+    defaults = _defaults(command)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or key.startswith("~") or not key.strip("+"):
+            raise ConfigError(
+                f"{command} takes key=value settings, got {override!r}; see python -m hybridnas.{command} --help"
+            )
+        group = key.lstrip("+")
+        if group not in defaults:
+            continue
+        if value in ("", "null"):
+            if defaults[group] is not None:
+                raise ConfigError(f"{command} needs its {group}, e.g. {group}={defaults[group]}")
+        elif value not in (options := _options(group)):
+            listed = f" (options: {', '.join(options)})" if options else f": there is no ./{group}s/{value}.yaml here"
+            raise ConfigError(f"{command} {group}={value} is unknown{suggest(value, options)}{listed}")
+
+
 def _options(group: str) -> list[str]:
     if group in ("data", "budget"):
         return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    return sorted(name for name, _ in _nodes(group))
-
-
-def _store_groups() -> None:
-    from hydra.core.config_store import ConfigStore
-
-    store = ConfigStore.instance()
-    for group in ("preset", "space", "experiment"):
-        for name, node in _nodes(group):
-            store.store(group=group, name=name, node=node, package="_global_" if group == "experiment" else None)
-
-
-def _nodes(group: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (option, settings) of a group that is not a folder of conf/; a user's own file wins over ours."""
     if group == "preset":
-        from hybridnas.arch.presets import list_presets, preset_arguments
+        from hybridnas.arch.presets import list_presets
 
-        for name in list_presets():
-            yield name, {"name": name, **preset_arguments(name)}
-        return
+        return sorted(list_presets())
+    return sorted(_files(group))
+
+
+def _files(group: str) -> dict[str, Path]:
+    """Return option -> file of a group of YAML files; a user's own file wins over ours."""
     rooms = {
         "space": [CONF.parent / "search_spaces", Path("search_spaces")],
         "experiment": [Path("experiments")],
     }[group]
-    found = {path.stem: path for room in rooms for path in sorted(room.glob("*.yaml"))}
-    for name, path in found.items():
-        yield name, _read_yaml(path, name if group == "space" else None)
+    return {path.stem: path for room in rooms for path in sorted(room.glob("*.yaml"))}
 
 
-def _read_yaml(path: Path, name: str | None) -> dict[str, Any]:
-    import yaml
+def _store_groups(overrides: list[str]) -> None:
+    """Tell Hydra of presets, spaces and experiments; a broken file matters only where it is asked for."""
+    from hydra.core.config_store import ConfigStore
 
-    try:
-        node = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not YAML: {first}") from None
-    if not isinstance(node, dict):
-        raise ConfigError(f"{path} must hold a mapping of settings, got {type(node).__name__}")
-    return {"name": name, **node} if name else node
+    from hybridnas.arch.presets import list_presets, preset_arguments
+
+    store = ConfigStore.instance()
+    for name in list_presets():
+        store.store(group="preset", name=name, node={"name": name, **preset_arguments(name)})
+    for group in ("space", "experiment"):
+        package = "_global_" if group == "experiment" else None
+        for name, path in _files(group).items():
+            try:
+                node = read_yaml(path)
+            except ConfigError:
+                if f"{group}={name}" in overrides:
+                    raise
+                continue
+            store.store(group=group, name=name, node={"name": name, **node} if not package else node, package=package)
 
 
 def _taken_apart(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -139,7 +173,7 @@ def _set(command: str, settings: dict[str, Any], dotted: str, text: str) -> None
     node: Any = settings
     for key in path:
         node = node.get(key) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or last not in node:
+    if not isinstance(node, dict) or (last not in node and not dotted.startswith(OPEN)):
         raise _no_setting(command, dotted, list(_dotted(settings)))
     node[last] = text
 
@@ -156,9 +190,10 @@ def _in_our_words(command: str, overrides: list[str], error: Exception) -> Confi
         key = unknown.group(1)
         return _no_setting(command, key, _settings(command, overrides))
     first = " ".join(text.split("See https")[0].split())
-    bad = next((item for item in overrides if "=" not in item), None)
-    if bad is not None:
-        return ConfigError(f"{command} takes key=value settings, got {bad!r}; see python -m hybridnas.{command} --help")
+    several = re.search(r"Ambiguous value for argument '\+*([^=']+)=([^']*)'", text)
+    if several:
+        key, value = several.groups()
+        return ConfigError(f"{command} {key}={value} is no single value; write a list as '{key}=[{value}]'")
     return ConfigError(f"{command} cannot read its settings: {first}")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridnas.cli import show
+from hybridnas.errors import ConfigError
 from hybridnas.units import human
 
 HELP = "tables of presets, layers, parameters, FLOPs and state; out=graph.svg draws the architecture"
@@ -15,6 +16,8 @@ def run(config: dict[str, Any]) -> int:
     """Describe ``preset=`` or ``pattern=`` layer by layer; without either, all presets beside the paper's figures."""
     from hybridnas.cli.wanted import wanted_arch
 
+    if not isinstance(config["seq_len"], int) or config["seq_len"] < 1:
+        raise ConfigError(f"describe seq_len={config['seq_len']!r} must be a whole number of 1 or more")
     arch = wanted_arch(config)
     if arch is None:
         _presets(config["seq_len"])

@@ -60,12 +60,20 @@ class StudyFolder:
             return meta
         meta = read_study(self.path)
         difference = _first_difference(meta["identity"], identity)
+        if difference and not self._begun():  # a first call that went wrong leaves nothing to be kept
+            (self.path / "journal.log").unlink(missing_ok=True)
+            meta_path.unlink()
+            return self._read_or_make(identity, facts)
         if difference:
             raise StudyError(
                 f"study folder {self.path} holds another study: {difference}; "
                 f"choose study=NEWNAME, or the same settings to go on"
             )
         return meta
+
+    def _begun(self) -> bool:
+        """Whether any trial has left something."""
+        return next((self.path / "trials").iterdir(), None) is not None
 
     def add_facts(self, meta: dict[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
         """Write facts that are known only after opening; raises StudyError when a stored one says otherwise."""

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from hybridnas.arch.arch import Arch
 from hybridnas.data import open_source, source_config
-from hybridnas.errors import StudyError, TrainingError
-from hybridnas.hardware import describe_machine
+from hybridnas.errors import MatchError, StudyError, TrainingError
+from hybridnas.hardware import describe_machine, pick_device
 from hybridnas.search.config import SearchConfig
 from hybridnas.search.folder import StudyFolder
 from hybridnas.search.leaderboard import winner, write_leaderboard
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import optuna
 
 MAX_DRAWS_PER_TRIAL = 20  # duplicates and infeasible draws cost nothing, but a space can be exhausted
+HOPELESS = 5  # so many trials without any that trained end the search
 KEPT_CHECKPOINTS = 3  # of the best trials besides the baselines; others come back through replay
 
 
@@ -60,6 +61,8 @@ class Search:
         self.config = config
         self.news = news or (lambda text: None)
         self.space = Space.from_mapping(config.space)
+        self.source_config = source_config(config.data)  # every setting is checked before a folder is made
+        pick_device(config.device)
         self.folder = StudyFolder(Path(config.runs), config.name)
         self.started = time.monotonic()
         self.records: dict[int, TrialRecord] = {}
@@ -94,7 +97,7 @@ class Search:
         stored = self.folder.open(self.config.identity(), facts)
         tracker: Tracker | None = None
         try:
-            source = open_source(source_config(self.config.data))
+            source = open_source(self.source_config)
             # MLflow's start takes seconds; it runs beside the first trial, after everything else is imported.
             tracker = Tracker.open(self.config.tracking, self.folder.path, self.folder.name, self.config.identity())
             stored = self.folder.add_facts(stored, {"data_fingerprint": source.fingerprint})
@@ -177,10 +180,23 @@ class Search:
         write_leaderboard(self.folder.path, list(self.records.values()))
         self.news(_news(record, self.records))
         self._drop_checkpoints()
-        if record.state == FAIL and all(r.state == FAIL for r in self.records.values()) and len(self.records) >= 5:
+        self._give_up_if_hopeless(record)
+
+    def _give_up_if_hopeless(self, last: TrialRecord) -> None:
+        """Raise where nothing has worked so far: then it is the settings, not the candidates."""
+        states = {record.state for record in self.records.values()}
+        if len(self.records) < HOPELESS or not states <= {FAIL, INFEASIBLE} or last.state not in states:
+            return
+        if FAIL in states:
+            why = next(r.reason for r in reversed(self.records.values()) if r.state == FAIL)
             raise TrainingError(
-                f"the first {len(self.records)} trials all failed, the last one because: {record.reason}; "
-                f"change the budget (a lower budget.lr, a smaller budget.batch_size) before going on"
+                f"the first {len(self.records)} trials all failed, the last one because: {why}; "
+                f"change the budget (a lower budget.lr, a smaller budget.batch_size) and choose study=NEWNAME"
+            )
+        if self.space.baselines or len(self.records) >= MAX_DRAWS_PER_TRIAL:
+            raise MatchError(
+                f"the first {len(self.records)} candidates are all infeasible, the last one because: {last.reason}; "
+                f"change the budget (budget.active_params, budget.multiple) or the space, and choose study=NEWNAME"
             )
 
     def _interrupted(self, study: optuna.Study) -> Iterator[optuna.Trial]:

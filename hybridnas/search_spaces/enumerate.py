@@ -29,7 +29,7 @@ class _Walker:
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float:
         assert step is not None
-        steps = [low + step * i for i in range(round((high - low) / step) + 1)]
+        steps = [low + step * i for i in range(int((high - low) / step + 1e-9) + 1)]
         return float(self.suggest_categorical(name, steps))
 
 

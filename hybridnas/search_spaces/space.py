@@ -12,16 +12,16 @@ Every other key is a choice for a block's field: ``n_experts: [1, 8, 32]`` or ``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.pattern import Pattern, parse
-from hybridnas.arch.presets import preset, preset_arguments
-from hybridnas.config import FrozenConfig, option
-from hybridnas.errors import ConfigError, HybridNASError, MatchError, suggest
+from hybridnas.arch.presets import list_presets, preset, preset_arguments
+from hybridnas.config import FrozenConfig, option, read_yaml
+from hybridnas.errors import ConfigError, MatchError, suggest
 from hybridnas.registry import BLOCKS
 from hybridnas.search_spaces.fit import fit, share_free
 from hybridnas.search_spaces.placement import PLACEMENTS, place
@@ -95,15 +95,45 @@ class Space(FrozenConfig):
             raise ConfigError(f"space {self.name!r} has letters, so it needs motif_length, e.g. motif_length: [2, 4]")
         if self.base is not None and not (self.insert and self.replace_letter and self.n_inserted):
             raise ConfigError(f"space {self.name!r} has a base, so it needs insert, replace and n_inserted")
-        for length in self.motif_length:
-            if not isinstance(length, int) or length < 1:
-                raise ConfigError(f"space {self.name!r} motif_length={length!r} must be a whole number of 1 or more")
-        for where in self.placement:
-            if where not in PLACEMENTS:
-                raise ConfigError(f"space {self.name!r} placement={where!r} is unknown{suggest(where, PLACEMENTS)}")
+        self._check_numbers("motif_length", self.motif_length, 1)
+        self._check_numbers("n_inserted", self.n_inserted, 0)
+        self._check_names("placement", self.placement, PLACEMENTS)
+        self._check_names("requires", self.requires, BLOCKS)
+        self._check_names("baselines", self.baselines, list_presets())
         for piece in (*self.letters, *([self.insert] if self.insert else [])):
-            parse(piece)
+            if len(parse(str(piece)).layers) != 1:
+                raise ConfigError(f"space {self.name!r} {piece!r} must be one layer, e.g. M or '[M,E]'")
+        if self.base is not None and not any(str(x)[0] == self.replace_letter for x in parse(self.base).layers):
+            raise ConfigError(f"space {self.name!r} base={self.base!r} has no {self.replace_letter!r} to replace")
+        self._check_candidates()
         self._check_fields()
+
+    def _check_numbers(self, key: str, values: tuple[Any, ...], least: int) -> None:
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"space {self.name!r} {key}={value!r} must be a whole number of {least} or more")
+
+    def _check_names(self, key: str, values: tuple[Any, ...], allowed: Iterable[str]) -> None:
+        names = list(allowed)
+        for value in values:
+            if value not in names:
+                raise ConfigError(f"space {self.name!r} {key}={value!r} is unknown{suggest(str(value), names)}")
+
+    def _check_candidates(self) -> None:
+        names: set[str] = set()
+        for index, entry in enumerate(self.candidates):
+            given = [key for key in ("pattern", "motif", "preset") if isinstance(entry, Mapping) and key in entry]
+            if len(given) != 1:
+                raise ConfigError(
+                    f"space {self.name!r} candidate {index} must be a mapping with one of pattern, motif and preset, "
+                    f"got {entry!r}"
+                )
+            if given != ["preset"]:
+                parse(str(entry[given[0]]))
+            name = str(entry.get("name", index))
+            if name in names:
+                raise ConfigError(f"space {self.name!r} has two candidates called {name!r}; give each its own name")
+            names.add(name)
 
     def _check_fields(self) -> None:
         known = {name for letter in BLOCKS for name in BLOCKS.get(letter).Config.field_names()} - {"d_model"}
@@ -114,6 +144,12 @@ class Space(FrozenConfig):
                 allowed = {*owners, *_KEYS}
                 raise ConfigError(f"space {self.name!r} has no choice {key!r}{suggest(name if dot else key, allowed)}")
             _check_choice(f"space {self.name!r} {key}", choice)
+            for block in {letter} if dot else {x for x in BLOCKS if name in BLOCKS.get(x).Config.field_names()}:
+                for value in _ends(choice):
+                    try:
+                        BLOCKS.get(block).Config.check_value(name, value)
+                    except ConfigError as error:
+                        raise ConfigError(f"space {self.name!r} {key}: {error}") from None
         if self.split is not None:
             _check_choice(f"space {self.name!r} split", self.split)
 
@@ -203,13 +239,17 @@ class Space(FrozenConfig):
         return Proposal(arch, {"candidate": name}, name)
 
     def size(self, scale: Scale) -> int:
-        """Return how many combinations can be drawn, equal architectures counted as often as they are spelled."""
+        """Return how many combinations can be drawn at most, equal architectures as often as they are spelled."""
         if self.candidates:
             return len(self.candidates)
         if self.letters:
             patterns: int = sum(len(self.letters) ** n for n in {min(x, scale.depth) for x in self.motif_length})
         else:
-            patterns = len(self.n_inserted) * len(self.placement)
+            assert self.base is not None
+            layers = parse(self.base).layers
+            slots = sum(str(layers[i % len(layers)])[0] == self.replace_letter for i in range(scale.depth))
+            counts = [n for n in self.n_inserted if n <= slots] or [0]
+            patterns = sum(len(self.placement) if 0 < n < slots else 1 for n in counts)
         for choice in (*self.fields.values(), *([self.split] if self.split is not None else [])):
             patterns *= len(_values(choice))
         return patterns
@@ -220,12 +260,10 @@ _KEYS = (*(name for name in Space.field_names() if name not in ("fields", "repla
 
 def load_space(name: str) -> Space:
     """Return the space of that name: a YAML of the package or of ./search_spaces; raises ConfigError with the list."""
-    import yaml
-
     paths = dict(_space_files())
     if name not in paths:
         raise ConfigError(f"unknown search space {name!r}{suggest(name, paths)}")
-    return Space.from_mapping({"name": name, **yaml.safe_load(paths[name].read_text())})
+    return Space.from_mapping({"name": name, **read_yaml(paths[name])})
 
 
 def list_spaces() -> list[str]:
@@ -260,22 +298,34 @@ def _check_choice(where: str, choice: Any) -> None:
         unknown = set(choice) - {"low", "high", "step"}
         if unknown or not {"low", "high", "step"} <= set(choice):
             raise ConfigError(f"{where} as a range needs low, high and step, got {dict(choice)}")
+        if not all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in choice.values()):
+            raise ConfigError(f"{where} as a range needs numbers, got {dict(choice)}")
         if not choice["low"] <= choice["high"] or choice["step"] <= 0:
             raise ConfigError(f"{where} needs low <= high and step > 0, got {dict(choice)}")
-    elif isinstance(choice, (list, tuple)) and not choice:
+        return
+    if isinstance(choice, (list, tuple)) and not choice:
         raise ConfigError(f"{where} has an empty list of choices; give at least one value")
+    for value in _values(choice):
+        if not isinstance(value, (str, int, float, bool, type(None))):
+            raise ConfigError(f"{where} has the choice {value!r}; each must be a number, text, true, false or null")
+
+
+def _ends(choice: Any) -> Sequence[Any]:
+    """The values that must be allowed: all of a list, both ends of a range."""
+    return [choice["low"], choice["high"]] if isinstance(choice, Mapping) else _values(choice)
 
 
 def _values(choice: Any) -> Sequence[Any]:
     if isinstance(choice, Mapping):
-        return range(round((choice["high"] - choice["low"]) / choice["step"]) + 1)
+        return range(int((choice["high"] - choice["low"]) / choice["step"] + 1e-9) + 1)
     return choice if isinstance(choice, (list, tuple)) else [choice]
 
 
 def _draw(chooser: Chooser, name: str, choice: Any) -> Any:
     if isinstance(choice, Mapping):
         value = chooser.suggest_float(name, choice["low"], choice["high"], step=choice["step"])
-        return round(value, 6)
+        whole = all(isinstance(end, int) for end in choice.values())
+        return round(value) if whole else round(value, 6)
     options = list(_values(choice))
     return options[0] if len(options) == 1 else chooser.suggest_categorical(name, options)
 
