@@ -17,7 +17,7 @@ def run(config: dict[str, Any]) -> int:
     comparison = compare(settings)
     page, sheet = write_comparison(comparison, settings.out)
     columns, rows = comparison.table()
-    show.table(f"tokens to {settings.baseline}'s final loss", columns, rows, left=(0, 1, len(columns) - 1))
+    show.table(f"tokens to {comparison.baseline}'s final loss", columns, rows, left=(0, 1, len(columns) - 1))
     if show.is_terminal():
         show.line(f"written: {page} and {sheet}")
     return 0

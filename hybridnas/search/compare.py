@@ -31,7 +31,9 @@ class CompareConfig(FrozenConfig):
 
     study: str | None = option(None, "studies to compare, separated by commas; none: all that are found")
     run: str | None = option(None, "trial numbers, presets or patterns to keep, separated by commas; none: all")
-    baseline: str = option("mamba", "whose final loss the others must reach: a preset, a trial number or a pattern")
+    baseline: str | None = option(
+        None, "whose final loss the others must reach: a preset, trial or pattern; none: mamba, else the best run"
+    )
     runs: str = option("runs", "folder in which studies lie; every mlflow.db below it is read [path]")
     uri: str | None = option(None, "MLflow tracking URI to read instead of the runs folder")
     out: str = option("runs/compare", "folder that gets compare.html and compare.csv [path]")
@@ -126,9 +128,10 @@ class Comparison:
 
 def compare(config: CompareConfig) -> Comparison:
     """Read the runs and set each against the baseline; raises StudyError where there is nothing, or no such name."""
-    runs = select(find_runs(config), config)
-    reaches = _reaches(runs, config.baseline)
-    return Comparison(sorted(runs, key=_by_loss), reaches, config.baseline)
+    found = find_runs(config)
+    baseline = config.baseline or _default_baseline(select(found, config, None))
+    runs = select(found, config, baseline)
+    return Comparison(sorted(runs, key=_by_loss), _reaches(runs, baseline), baseline)
 
 
 def find_runs(config: CompareConfig) -> list[Run]:
@@ -162,7 +165,7 @@ def read_runs(uri: str) -> list[Run]:
         raise StudyError(f"MLflow at {tracking.masked(uri)} cannot be read: {words}") from None
 
 
-def select(runs: Iterable[Run], config: CompareConfig) -> list[Run]:
+def select(runs: Iterable[Run], config: CompareConfig, baseline: str | None) -> list[Run]:
     """Keep the studies and runs that were asked for, and always the baseline; raises StudyError for unknown names."""
     kept = list(runs)
     studies = {run.study for run in kept}
@@ -176,7 +179,7 @@ def select(runs: Iterable[Run], config: CompareConfig) -> list[Run]:
         if not any(_is(run, name) for run in kept):
             raise StudyError(f"no run {name!r}{suggest(name, _known(kept))}")
     if wanted:
-        kept = [run for run in kept if _is(run, config.baseline) or any(_is(run, name) for name in wanted)]
+        kept = [run for run in kept if (baseline and _is(run, baseline)) or any(_is(run, name) for name in wanted)]
     return kept
 
 
@@ -310,6 +313,15 @@ def _csv_row(run: Run, reach: Reach | None) -> list[Any]:
                    "baseline_tokens": reach.baseline.points[-1][0], "speed_up": reach.speed_up,
                    "tokens_to_baseline_loss": "not reached" if reach.tokens is None else reach.tokens}  # fmt: skip
     return [values.get(column) for column in COLUMNS]
+
+
+def _default_baseline(runs: Sequence[Run]) -> str:
+    """The paper's baseline where it was trained, else the best run: a comparison needs no more than two runs."""
+    full = sorted((run for run in runs if run.complete), key=_by_loss)
+    if not full or any(_is(run, "mamba") for run in full):
+        return "mamba"
+    best = full[0]
+    return best.preset or (best.study if best.trial is None else f"{best.study}/{best.trial}")
 
 
 def _reaches(runs: Sequence[Run], baseline: str) -> dict[str, Reach | None]:
