@@ -129,7 +129,7 @@ class Comparison:
 def compare(config: CompareConfig) -> Comparison:
     """Read the runs and set each against the baseline; raises StudyError where there is nothing, or no such name."""
     found = find_runs(config)
-    baseline = config.baseline or _default_baseline(select(found, config, None))
+    baseline = config.baseline or _default_baseline(select(found, config.replace(run=None), None))
     runs = select(found, config, baseline)
     return Comparison(sorted(runs, key=_by_loss), _reaches(runs, baseline), baseline)
 
