@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported: short waits between OpenMP threads
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,3 +21,35 @@ settings.load_profile("hybridnas")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Shards, tokenizers and compiled kernels of the tests lie in a folder of their own."""
     os.environ["HYBRIDNAS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of forty short texts that a small model can learn something of."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = ("state", "space", "expert", "mamba", "token", "router", "layer", "width", "depth", "scan")
+    for number in range(40):
+        lines = (" ".join(words[(number * i + j * j) % len(words)] for j in range(9)) for i in range(1, 30))
+        (folder / f"{number:02}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus: Path) -> list[str]:
+    """Settings of a search whose trials take a tenth of a second each: eight steps of 128 tokens."""
+    budget = {
+        "d_model": 16,
+        "depth": 2,
+        "n_experts": 2,
+        "multiple": 1,
+        "seq_len": 32,
+        "batch_size": 4,
+        "tokens_per_active_param": 0.2,
+        "rungs": 2,
+        "reduction": 2,
+        "evals": 2,
+        "lr": 0.003,
+        "valid_tokens": 256,
+        "minutes": "null",
+    }
+    return ["data=text", f"data.path={corpus}", "tracking=off", *(f"budget.{key}={x}" for key, x in budget.items())]

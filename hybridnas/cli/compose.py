@@ -164,6 +164,7 @@ def _taken_apart(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
         if equals and key.lstrip("+") in TEXT and value not in ("", "null"):
             texts[key.lstrip("+")] = value
         else:
+            texts.pop(key.lstrip("+"), None)  # the last one counts, also when it takes a text back
             rest.append(f"++{override}" if key.startswith(OPEN) else override)
     return texts, rest
 

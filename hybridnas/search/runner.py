@@ -106,6 +106,7 @@ class Search:
             study = self._study(scale, target)
             loaded, self.warnings = load_records(self.folder.path)
             self.records = {record.number: record for record in loaded}
+            self._repeat_lost(study)
             tracker.sync(loaded)  # what a kill or an outage kept from MLflow
             context = TrialContext(self.config, self.space, scale, source, tracker, target, self.news)
             yield study, context, self._meta(stored, context)
@@ -143,6 +144,14 @@ class Search:
                     study.enqueue_trial(choices)
             study.set_user_attr("enumerated", True)
         return study
+
+    def _repeat_lost(self, study: optuna.Study) -> None:
+        """Queue again what the journal calls finished but whose record is gone or damaged."""
+        asked = {trial.user_attrs.get("repeats") for trial in study.trials}
+        for trial in study.trials:
+            if trial.state.is_finished() and trial.number not in self.records and trial.number not in asked:
+                attributes = {key: value for key, value in trial.user_attrs.items() if key == "baseline"}
+                study.enqueue_trial(trial.params, user_attrs={**attributes, "repeats": trial.number})
 
     def _loop(self, study: optuna.Study, context: TrialContext) -> str:
         budget = self.config.budget
