@@ -21,8 +21,10 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 TEXT = (
     *("pattern", "prompt", "out", "model", "study", "storage", "tracking", "run", "baseline", "uri", "runs"),
     *("data.path", "data.name", "data.config", "data.split", "data.revision", "data.text_field", "data.separator"),
-    *("data.tokenizer", "data.cache_dir"),
+    *("data.tokenizer", "data.cache_dir", "suite"),
 )
+# Commands whose first word may stand without its key: 'bench scan' is 'bench suite=scan'.
+FIRST_WORD = {"bench": "suite"}
 
 
 def compose(command: str, overrides: list[str]) -> dict[str, Any]:
@@ -34,6 +36,8 @@ def compose(command: str, overrides: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if command in FIRST_WORD and overrides and re.fullmatch(r"[\w,]+", overrides[0]):
+        overrides = [f"{FIRST_WORD[command]}={overrides[0]}", *overrides[1:]]
     _check_form(command, overrides)
     texts, overrides = _taken_apart(overrides)
     _store_groups(overrides)
