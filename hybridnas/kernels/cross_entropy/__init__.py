@@ -1,0 +1,200 @@
+"""The loss of language models: cross-entropy, and with it the head's matmul, without all logits at once.
+
+Shapes: N tokens (in any number of leading dimensions), D features, V vocabulary. ``reference.py`` is the
+specification; ``linear.py`` fuses the head, ``plain.py`` takes logits; ``triton.py`` computes their rows on a GPU.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridnas.errors import ConfigError, KernelInputError, KernelUnavailableError
+from hybridnas.hardware import Impl, resolve_impl
+from hybridnas.kernels._inputs import require_tensor, state_dtype
+from hybridnas.kernels.cross_entropy.linear import (
+    chunk_rows,
+    linear_cross_entropy_chunked,
+    matmul_dtype,
+    scores_chunked,
+)
+from hybridnas.kernels.cross_entropy.plain import cross_entropy_torch
+from hybridnas.kernels.cross_entropy.reference import cross_entropy_reference, linear_cross_entropy_reference
+from hybridnas.kernels.cross_entropy.rows import require_in_vocabulary
+
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+class TokenScores(NamedTuple):
+    """What evaluation reads per token, in the targets' shape; 0 and False where a token does not count."""
+
+    loss: Tensor  # nats, float32 (float64 for float64 inputs)
+    logsumexp: Tensor  # logarithm of the softmax's normaliser
+    correct: Tensor  # bool: the likeliest token is the target
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    impl: str | Impl = Impl.AUTO,
+) -> Tensor:
+    """Return the cross-entropy [nats] of ``logits = x weight^T`` against ``targets``, in float32 or wider.
+
+    x (..., D); weight (V, D), of x's dtype unless autocast is on; targets (...) integers; ``mask`` (...) bool, False
+    where a token does not count, like a target of ``ignore_index``. ``reduction``: mean over the tokens that count
+    (0 when there are none), sum, or none: (...). x and weight are differentiable, once. ``impl``: reference, cpu
+    (chunks of tokens, torch), triton (the same with Triton rows), or auto: on a CUDA device triton where it is
+    installed; on a processor chunks where a token may be left out or the logits fill more than one chunk (8 MiB),
+    else torch's own two calls, which are as fast there.
+
+    Raises KernelInputError for a wrong rank, shape, dtype, device or target, ConfigError for an unknown reduction,
+    KernelUnavailableError for an implementation that cannot run here. Source: the idea is Liger's, arXiv 2410.10989.
+    """
+    x_ND, weight, targets_N = _checked(x, weight, targets, mask, ignore_index, reduction)
+    chosen = _resolve("linear_cross_entropy", impl, x.device)
+    if Impl.of(impl) is Impl.AUTO and chosen is Impl.CPU and mask is None and _is_small(x_ND, weight):
+        return _two_calls(x_ND, weight, targets, targets_N, ignore_index, reduction)
+    if chosen is Impl.REFERENCE:
+        loss_N, _ = linear_cross_entropy_reference(x_ND, weight, targets_N, ignore_index)
+        return _reduced(loss_N.sum(), loss_N, targets, targets_N, ignore_index, reduction)
+    total, loss_N, _ = linear_cross_entropy_chunked(
+        x_ND, weight, targets_N, ignore_index, per_token=reduction == "none", triton=chosen is Impl.TRITON
+    )
+    return _reduced(total, loss_N, targets, targets_N, ignore_index, reduction)
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    impl: str | Impl = Impl.AUTO,
+) -> Tensor:
+    """Return the cross-entropy [nats] of logits (..., V), for a head that must show its logits anyway.
+
+    Arguments, result and errors as in ``linear_cross_entropy``. Keeps only the logits for the backward.
+    """
+    _check("cross_entropy", "logits", "(..., V)", logits, targets, mask, reduction)
+    logits_NV, targets_N = logits.flatten(0, -2), _effective(targets, mask, ignore_index)
+    chosen = _resolve("cross_entropy", impl, logits.device)
+    if chosen is Impl.REFERENCE:
+        loss_N, _ = cross_entropy_reference(logits_NV, targets_N, ignore_index)
+    else:
+        loss_N, _ = cross_entropy_torch(logits_NV, targets_N, ignore_index, triton=chosen is Impl.TRITON)
+    return _reduced(loss_N.sum(), loss_N, targets, targets_N, ignore_index, reduction)
+
+
+def token_scores(
+    x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, mask: Tensor | None = None
+) -> TokenScores:
+    """Return every token's loss, normaliser and hit, for evaluation: chunk by chunk, without gradients.
+
+    Arguments and errors as in ``linear_cross_entropy``.
+    """
+    x_ND, weight, targets_N = _checked(x, weight, targets, mask, ignore_index, "none")
+    return TokenScores(*(v.view(targets.shape) for v in scores_chunked(x_ND, weight, targets_N, ignore_index)))
+
+
+def describe(device: torch.device | str) -> str:
+    """Return words on what computes the loss on ``device``."""
+    chosen = _resolve("cross_entropy", Impl.AUTO, torch.device(device))
+    rows = "Triton rows" if chosen is Impl.TRITON else "torch"
+    return f"{rows}; with the head in chunks of tokens where the logits exceed 8 MiB"
+
+
+def _two_calls(
+    x_ND: Tensor, weight_VD: Tensor, targets: Tensor, targets_N: Tensor, ignore_index: int, reduction: str
+) -> Tensor:
+    """The plain form; the dtype of its matmul is the one that this device multiplies."""
+    if not torch.compiler.is_compiling():
+        require_in_vocabulary(targets_N[targets_N != ignore_index], weight_VD.shape[0], ignore_index)
+    narrow = matmul_dtype(x_ND)
+    with torch.autocast(x_ND.device.type, enabled=False):
+        logits_NV = F.linear(x_ND.to(narrow), weight_VD.to(narrow)).to(state_dtype(x_ND))
+        kind = "none" if reduction == "none" else "sum"
+        loss = F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index, reduction=kind)
+    return _reduced(loss, loss, targets, targets_N, ignore_index, reduction)
+
+
+def _is_small(x_ND: Tensor, weight_VD: Tensor) -> bool:
+    return x_ND.shape[0] <= chunk_rows(weight_VD.shape[0])
+
+
+def _resolve(operation: str, impl: str | Impl, device: torch.device) -> Impl:
+    """Return who computes; auto on a CUDA device without Triton (it has no wheel for every system) means torch."""
+    chosen = resolve_impl(impl, device, operation)
+    if chosen is Impl.TRITON and find_spec("triton") is None:
+        if Impl.of(impl) is Impl.AUTO:
+            return Impl.CPU
+        raise KernelUnavailableError(
+            f"{operation} impl='triton' needs the package triton; install it or use impl='cpu'"
+        )
+    return chosen
+
+
+def _checked(
+    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, ignore_index: int, reduction: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x (N, D) and weight in one dtype, autocast's where it is on, and the targets (N,)."""
+    name = "linear_cross_entropy"
+    _check(name, "x", "(..., D)", x, targets, mask, reduction)
+    rows = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else 0
+    require_tensor(name, "weight", weight, "(V, D)", (rows, x.shape[-1]), x.device)
+    if rows == 0:
+        raise KernelInputError(f"{name} weight must have at least one token (V, D), got {tuple(weight.shape)}")
+    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
+        x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
+    if x.dtype != weight.dtype:
+        raise KernelInputError(f"{name} weight must be {x.dtype} like x, got {weight.dtype}")
+    return x.flatten(0, -2), weight, _effective(targets, mask, ignore_index)
+
+
+def _check(
+    operation: str, name: str, letters: str, x: Tensor, targets: Tensor, mask: Tensor | None, reduction: str
+) -> None:
+    if reduction not in _REDUCTIONS:
+        raise ConfigError(f"{operation} reduction={reduction!r} must be one of {', '.join(_REDUCTIONS)}")
+    if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[-1] == 0 or not x.is_floating_point():
+        got = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise KernelInputError(f"{operation} {name} must be a floating-point tensor {letters}, not empty, got {got}")
+    _check_integers(operation, name, x, "targets", targets)
+    if mask is not None:
+        _check_integers(operation, name, x, "mask", mask)
+
+
+def _check_integers(operation: str, name: str, x: Tensor, label: str, value: Tensor) -> None:
+    kind = "bool" if label == "mask" else "integer"
+    got = value.dtype if isinstance(value, Tensor) else None
+    right = got == torch.bool if kind == "bool" else got in (torch.int64, torch.int32, torch.int16, torch.uint8)
+    if not right:
+        raise KernelInputError(f"{operation} {label} must be a tensor of {kind}s, got {got or type(value).__name__}")
+    if value.shape != x.shape[:-1]:
+        raise KernelInputError(
+            f"{operation} {label} must have shape {tuple(x.shape[:-1])} like {name}, got {tuple(value.shape)}"
+        )
+    if value.device != x.device:
+        raise KernelInputError(f"{operation} {label} must be on {x.device} like {name}, got {value.device}")
+
+
+def _effective(targets: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
+    targets_N = targets.reshape(-1).long()
+    return targets_N if mask is None else targets_N.masked_fill(~mask.reshape(-1), ignore_index)
+
+
+def _reduced(
+    total: Tensor, loss_N: Tensor, targets: Tensor, targets_N: Tensor, ignore_index: int, reduction: str
+) -> Tensor:
+    if reduction == "none":
+        return loss_N.view(targets.shape)
+    return total / (targets_N != ignore_index).sum().clamp(min=1) if reduction == "mean" else total

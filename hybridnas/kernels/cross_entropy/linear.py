@@ -1,0 +1,215 @@
+"""The head's matmul and the cross-entropy, chunk by chunk: a custom operator for autograd, compile and export.
+
+Only one chunk of logits exists at a time. Where the gradient of the sum is wanted, a chunk's logits become its
+gradient on the spot (the idea of Liger's and FLA's fused losses): three matmuls as in the plain form, no second
+pass. Gradients of single tokens' losses are not known at that time, so these cost one matmul more. On a processor
+the rows that do not count are left out of every matmul.
+Shapes: N tokens, T tokens of a chunk, D features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybridnas.kernels._inputs import state_dtype
+from hybridnas.kernels.cross_entropy import rows
+
+_FUSED_BYTES = 8 << 20  # logits of one chunk in float32: near the caches, with rows enough for matmuls at full speed
+_FUSED_ROWS = 128  # at least: every chunk reads and writes the whole gradient of the weight
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Return how many tokens one chunk of logits holds."""
+    return max(_FUSED_ROWS, _FUSED_BYTES // (4 * vocabulary))
+
+
+def matmul_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of the matmuls: bfloat16 only where the device multiplies it, float16 never.
+
+    A processor without such instructions takes 12 times longer for bfloat16 than for float32, and the gradients of a
+    large softmax vanish in float16.
+    """
+    if tensor.dtype == torch.bfloat16 and (tensor.is_cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return torch.bfloat16
+    return state_dtype(tensor)
+
+
+class _Counted(NamedTuple):
+    """The rows that count; ``chosen`` says which they are, None where all rows are kept and ``ones`` tells."""
+
+    chosen: Tensor | None
+    targets: Tensor
+    ones: Tensor | None  # 1 where the row counts, else 0
+
+    def take(self, values: Tensor) -> Tensor:
+        return values if self.chosen is None else values[self.chosen]
+
+    def put(self, values: Tensor, count: int) -> Tensor:
+        """Return the values at their places among ``count`` rows, zero elsewhere."""
+        if self.chosen is not None:
+            return values.new_zeros(count, *values.shape[1:]).index_copy_(0, self.chosen, values)
+        if self.ones is None:
+            return values
+        return torch.where(self.ones.bool(), values, torch.zeros_like(values))
+
+
+def _counted(targets: Tensor, vocabulary: int, ignore_index: int, dtype: torch.dtype) -> _Counted:
+    """Check the targets and leave out the rows that do not count; on a GPU keep all, choosing would wait for it."""
+    counts = targets != ignore_index
+    if targets.device.type != "cpu":
+        return _Counted(None, targets.masked_fill(~counts, 0), counts.to(dtype))
+    index = None
+    if not bool(counts.all()):
+        index = counts.nonzero()[:, 0]
+        targets = targets[index]
+    rows.require_in_vocabulary(targets, vocabulary, ignore_index)
+    return _Counted(index, targets, None)
+
+
+def _fused(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    upstream: Tensor | None,
+    ignore_index: int,
+    need: tuple[bool, bool],
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return losses and normalisers (N,), and the gradients of sum(upstream * loss) that ``need`` asks for.
+
+    The gradient by x has the dtype of the matmuls, the one by the weight that of the sums; an unneeded one is empty.
+    """
+    vocabulary, wide, narrow, count = weight.shape[0], state_dtype(x), matmul_dtype(x), x.shape[0]
+    run, size = rows.row_function(triton), chunk_rows(vocabulary)
+    with torch.autocast(x.device.type, enabled=False):
+        counted = _counted(targets, vocabulary, ignore_index, wide)
+        scale = counted.ones
+        if upstream is not None:
+            scale = counted.take(upstream).to(wide) if scale is None else scale * upstream
+        x, weight = counted.take(x).to(narrow), weight.to(narrow)
+        loss, logsumexp = x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape[0], dtype=wide)
+        dx = x.new_empty(x.shape if need[0] else 0)
+        dweight = x.new_zeros(weight.shape if need[1] else 0, dtype=wide)
+        buffers = x.new_empty(2, min(size, x.shape[0]), vocabulary)
+        for part in rows.slices(x.shape[0], size):
+            logits_TV, gradient_TV = buffers[:, : part.stop - part.start].unbind()
+            torch.mm(x[part], weight.t(), out=logits_TV)
+            scale_T = None if scale is None else scale[part]
+            loss[part], logsumexp[part] = run(
+                logits_TV, counted.targets[part], scale_T, gradient_TV, gradient=any(need)
+            )
+            if need[0]:
+                torch.mm(gradient_TV, weight, out=dx[part])
+            if need[1] and narrow == wide:
+                dweight.addmm_(gradient_TV.t(), x[part])
+            elif need[1]:
+                dweight.add_(torch.mm(gradient_TV.t(), x[part]))
+        loss, logsumexp = counted.put(loss, count), counted.put(logsumexp, count)
+        return loss, logsumexp, counted.put(dx, count) if need[0] and counted.ones is None else dx, dweight
+
+
+_INPUTS = "Tensor x, Tensor weight, Tensor targets"
+_OPTIONS = "int ignore_index, bool need_dx, bool need_dweight, bool triton"
+
+
+@torch.library.custom_op(
+    "hybridnas::linear_cross_entropy",
+    mutates_args=(),
+    schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward_op(*args: Any) -> tuple[Tensor, ...]:
+    x, weight, targets, ignore_index, need_dx, need_dweight, triton = args
+    loss_N, *rest = _fused(x, weight, targets, None, ignore_index, (need_dx, need_dweight), triton)
+    return loss_N.sum(), loss_N, *rest
+
+
+def _gradients_like(x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool) -> tuple[Tensor, Tensor]:
+    dx = x.new_empty(x.shape if need_dx else 0, dtype=matmul_dtype(x))
+    return dx, x.new_empty(weight.shape if need_dweight else 0, dtype=state_dtype(x))
+
+
+@_forward_op.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    x, weight, _, _, need_dx, need_dweight, _ = args
+    loss_N = x.new_empty(x.shape[0], dtype=state_dtype(x))
+    return loss_N.new_empty(()), loss_N, torch.empty_like(loss_N), *_gradients_like(x, weight, need_dx, need_dweight)
+
+
+@torch.library.custom_op(
+    "hybridnas::linear_cross_entropy_backward",
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor upstream, {_OPTIONS}) -> (Tensor, Tensor)",
+)
+def _backward_op(*args: Any) -> tuple[Tensor, Tensor]:
+    x, weight, targets, upstream, ignore_index, need_dx, need_dweight, triton = args
+    return _fused(x, weight, targets, upstream, ignore_index, (need_dx, need_dweight), triton)[2:]
+
+
+@_backward_op.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    x, weight, _, _, _, need_dx, need_dweight, _ = args
+    return _gradients_like(x, weight, need_dx, need_dweight)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, targets, *ctx.options = inputs
+    _, _, logsumexp_N, dx, dweight = output
+    ctx.mark_non_differentiable(logsumexp_N, dx, dweight)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, targets, dx, dweight)
+
+
+def _backward(ctx: Any, dtotal: Tensor | None, dloss_N: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    x, weight, targets, dx, dweight = ctx.saved_tensors
+    ignore_index, had_dx, had_dweight, triton = ctx.options
+    need_dx, need_dweight = ctx.needs_input_grad[:2]
+    if dloss_N is None and dtotal is not None and had_dx >= need_dx and had_dweight >= need_dweight:
+        dx, dweight = (dx * dtotal if need_dx else dx), (dweight * dtotal if need_dweight else dweight)
+    else:
+        upstream_N = x.new_zeros(x.shape[0], dtype=state_dtype(x)) if dloss_N is None else dloss_N
+        upstream_N = upstream_N if dtotal is None else upstream_N + dtotal
+        dx, dweight = torch.ops.hybridnas.linear_cross_entropy_backward(
+            x, weight, targets, upstream_N, ignore_index, need_dx, need_dweight, triton
+        )
+    gradients = (dx.to(x.dtype) if need_dx else None, dweight.to(weight.dtype) if need_dweight else None)
+    return *gradients, None, None, None, None, None
+
+
+torch.library.register_autograd("hybridnas::linear_cross_entropy", _backward, setup_context=_setup)
+
+
+def linear_cross_entropy_chunked(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignore_index: int, *, per_token: bool, triton: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sum of the losses, the losses (N,) and the logarithms of the normalisers (N,), 0 where ignored.
+
+    ``per_token`` says that the losses are differentiated one by one, so that no gradient of the sum is prepared.
+    """
+    prepare = torch.is_grad_enabled() and not per_token
+    need = (prepare and x_ND.requires_grad, prepare and weight_VD.requires_grad)
+    total, loss_N, logsumexp_N, _, _ = torch.ops.hybridnas.linear_cross_entropy(
+        x_ND, weight_VD, targets_N, ignore_index, *need, triton
+    )
+    return total, loss_N, logsumexp_N
+
+
+@torch.no_grad()
+def scores_chunked(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses and normalisers (N,), and whether the likeliest token (the first of equals) is the target."""
+    vocabulary, narrow = weight_VD.shape[0], matmul_dtype(x_ND)
+    with torch.autocast(x_ND.device.type, enabled=False):
+        counted = _counted(targets_N, vocabulary, ignore_index, state_dtype(x_ND))
+        x, weight = counted.take(x_ND).to(narrow), weight_VD.to(narrow)
+        parts = []
+        for part in rows.slices(max(x.shape[0], 1), chunk_rows(vocabulary)):
+            logits_TV, targets_T = x[part] @ weight.t(), counted.targets[part]
+            right_T = logits_TV.argmax(1) == targets_T
+            loss_T, logsumexp_T = rows.losses(logits_TV, targets_T, None, torch.empty_like(logits_TV), gradient=False)
+            parts.append((loss_T, logsumexp_T, right_T))
+        loss_N, logsumexp_N, right_N = (counted.put(torch.cat(p), x_ND.shape[0]) for p in zip(*parts, strict=True))
+    return loss_N, logsumexp_N, right_N

@@ -1,0 +1,354 @@
+"""Cross-entropy, with and without the head, against its float64 specification: values, gradients, masks, dtypes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridnas.errors import ConfigError, KernelInputError, KernelUnavailableError
+from hybridnas.kernels.cross_entropy import cross_entropy, describe, linear, linear_cross_entropy, token_scores
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by the test that starts Triton's interpreter")
+OPS = torch.ops.hybridnas
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Several chunks, the last one shorter, at sizes that a test can afford."""
+    monkeypatch.setattr(linear, "_FUSED_ROWS", 5)
+    monkeypatch.setattr(linear, "_FUSED_BYTES", 0)
+
+
+def make(tokens, features, vocabulary, *, ignored=0.3, seed=0, dtype=torch.float64):
+    """Return x, weight, targets; a share of the targets is ignored."""
+    torch.manual_seed(seed)
+    x = torch.randn(tokens, features).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, features).to(dtype).requires_grad_()
+    targets = torch.randint(vocabulary, (tokens,)).masked_fill(torch.rand(tokens) < ignored, -100)
+    return x, weight, targets
+
+
+def spelled_out(x, weight, targets, reduction="mean"):
+    """Loss and gradients of the textbook form in float64, which is nothing but log_softmax and an index."""
+    x, weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    counts = targets != -100
+    loss = -(x @ weight.T).log_softmax(1).gather(1, targets.clamp(min=0)[:, None])[:, 0] * counts
+    if reduction != "none":
+        loss = loss.sum() / (counts.sum().clamp(min=1) if reduction == "mean" else 1)
+    return loss, x, weight
+
+
+def assert_close(got, true, tolerance):
+    scale = max(true.abs().max().item(), 1.0) if true.numel() else 1.0
+    error = (got.double() - true).abs().max().item() if true.numel() else 0.0
+    assert got.shape == true.shape
+    assert error <= tolerance * scale, f"off by {error:.1e} of {scale:.1e}"
+
+
+def assert_agrees(function, x, weight, targets, reduction, tolerance):
+    """Compare a loss and its gradients, upstream gradients other than one included, with the float64 form."""
+    torch.manual_seed(1)
+    got = function(x, weight, targets, reduction=reduction)
+    true, x64, weight64 = spelled_out(x, weight, targets, reduction)
+    upstream = torch.randn(true.shape, dtype=torch.float64)
+    assert_close(got, true, tolerance)
+    for mine, theirs in zip(
+        torch.autograd.grad(got, (x, weight), upstream.to(got.dtype)),
+        torch.autograd.grad(true, (x64, weight64), upstream),
+        strict=True,
+    ):
+        assert_close(mine, theirs, tolerance)
+
+
+def on_logits(x, weight, targets, **options):
+    return cross_entropy(x @ weight.T, targets, **options)
+
+
+def linear_by(impl):
+    return lambda *args, **options: linear_cross_entropy(*args, impl=impl, **options)
+
+
+def logits_by(impl):
+    return lambda *args, **options: on_logits(*args, impl=impl, **options)
+
+
+PATHS = {f"{name} {impl}": by(impl) for name, by in (("head", linear_by), ("logits", logits_by))
+         for impl in ("reference", "cpu", "auto")}  # fmt: skip
+cases = st.tuples(
+    st.sampled_from([0, 1, 2, 5, 13, 31]),
+    st.sampled_from([1, 3, 8]),
+    st.sampled_from([1, 2, 7, 31, 101]),
+    st.sampled_from([0.0, 0.4, 1.0]),
+    st.sampled_from(["mean", "sum", "none"]),
+    st.integers(0, 1000),
+)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=30)
+@given(case=cases)
+def test_losses_and_gradients_are_those_of_the_specification(path, small_chunks, case):
+    tokens, features, vocabulary, ignored, reduction, seed = case
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        x, weight, targets = make(tokens, features, vocabulary, ignored=ignored, seed=seed, dtype=dtype)
+        assert_agrees(PATHS[path], x, weight, targets, reduction, tolerance)
+
+
+def test_torch_agrees_with_the_specification():
+    x, weight, targets = make(40, 8, 30)
+    assert_close(
+        linear_cross_entropy(x, weight, targets, impl="reference"), F.cross_entropy(x @ weight.T, targets), 1e-14
+    )
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "auto"])
+def test_nothing_counted_costs_nothing(impl):
+    x, weight, targets = make(6, 4, 9, ignored=1.0)
+    loss = linear_cross_entropy(x, weight, targets, impl=impl)
+    loss.backward()
+    assert loss.item() == 0 and x.grad.abs().sum() == 0 and weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "auto"])
+def test_a_mask_is_the_same_as_ignored_targets_and_leading_dimensions_are_kept(impl):
+    x, weight, targets = make(12, 4, 9, ignored=0.0)
+    mask = torch.arange(12).view(3, 4) % 3 != 0
+    x_3, targets_3 = x.view(3, 4, 4), targets.view(3, 4)
+    masked = linear_cross_entropy(x_3, weight, targets_3, mask=mask, reduction="none", impl=impl)
+    ignored = linear_cross_entropy(
+        x_3, weight, targets_3.masked_fill(~mask, 7), ignore_index=7, reduction="none", impl=impl
+    )
+    counts = mask & (targets_3 != 7)
+    assert masked.shape == (3, 4) and not masked[~mask].any()
+    assert torch.allclose(masked * counts, ignored * counts)
+
+
+def test_only_what_is_asked_for_is_differentiated(small_chunks):
+    x, weight, targets = make(23, 4, 9)
+    true, x64, weight64 = spelled_out(x, weight, targets)
+    dx, dweight = torch.autograd.grad(true, (x64, weight64))
+    only_x = linear_cross_entropy(x, weight.detach(), targets, impl="cpu")
+    only_weight = linear_cross_entropy(x.detach(), weight, targets, impl="cpu")
+    assert_close(torch.autograd.grad(only_x, x)[0], dx, 1e-12)
+    assert_close(torch.autograd.grad(only_weight, weight)[0], dweight, 1e-12)
+    with torch.no_grad():
+        assert not linear_cross_entropy(x, weight, targets, impl="cpu").requires_grad
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradient_twice():
+    x, weight, targets = make(9, 4, 9)
+    loss = 3 * linear_cross_entropy(x, weight, targets, impl="cpu")
+    first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    second = torch.autograd.grad(loss, (x, weight))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_pass_gradcheck(small_chunks, reduction):
+    x, weight, targets = make(7, 3, 4)
+    head = lambda x, w: linear_cross_entropy(x, w, targets, reduction=reduction, impl="cpu")  # noqa: E731
+    assert torch.autograd.gradcheck(head, (x, weight))
+    logits = (x @ weight.T).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: cross_entropy(v, targets, reduction=reduction), (logits,))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "auto"])
+def test_extreme_logits_stay_finite_and_right(impl):
+    x = torch.tensor([[1000.0], [-1000.0], [0.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0], [0.5]])
+    loss = linear_cross_entropy(x, weight, torch.tensor([1, 1, 0]), reduction="none", impl=impl)
+    assert torch.allclose(loss, torch.tensor([2000.0, 0.0, 1.0986123]))
+    loss.sum().backward()
+    assert x.grad.isfinite().all() and x.grad[0] == 2.0
+
+
+def test_tokens_of_no_probability_are_allowed_and_a_wrong_number_is_not_hidden():
+    logits = torch.tensor([[0.0, float("-inf")], [float("nan"), 0.0]])
+    loss = cross_entropy(logits, torch.tensor([0, 0]), reduction="none")
+    assert loss[0] == 0 and loss[1].isnan()
+
+
+@pytest.mark.parametrize("path", ["head cpu", "head auto", "logits cpu"])
+def test_bfloat16_is_as_right_as_its_inputs(path, small_chunks):
+    x, weight, targets = make(40, 8, 30, dtype=torch.bfloat16)
+    # the float64 form of the same rounded inputs; an eighth bit of rounding is 2^-9, a few of them meet in a sum
+    assert_agrees(PATHS[path], x, weight, targets, "mean", 4 * 2**-9)
+    assert linear_cross_entropy(x, weight, targets).dtype == torch.float32
+
+
+def test_under_autocast_masters_stay_float32_and_so_does_the_loss():
+    x, weight, targets = make(40, 8, 30, dtype=torch.float32)
+    true, *_ = spelled_out(x.bfloat16(), weight.bfloat16(), targets)
+    for impl in ("cpu", "auto"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = linear_cross_entropy(x, weight, targets, impl=impl)
+        dx, dweight = torch.autograd.grad(loss, (x, weight))
+        assert loss.dtype == dx.dtype == dweight.dtype == torch.float32
+        assert_close(loss, true, 4 * 2**-9)
+
+
+def test_scores_are_what_evaluation_computes_from_logits(small_chunks):
+    x, weight, targets = make(33, 4, 9, dtype=torch.float32)
+    scores = token_scores(x.view(3, 11, 4), weight, targets.view(3, 11))
+    logits, counts = (x @ weight.T).detach(), targets != -100
+    assert scores.loss.shape == scores.correct.shape == (3, 11) and not scores.loss.requires_grad
+    assert torch.equal(scores.correct.flatten(), (logits.argmax(1) == targets) & counts)
+    assert torch.allclose(scores.logsumexp.flatten()[counts], logits.logsumexp(1)[counts], atol=1e-6)
+    assert torch.allclose(scores.loss.sum(), F.cross_entropy(logits, targets, reduction="sum"), rtol=1e-6)
+    nothing = token_scores(x[:0], weight, targets[:0])
+    assert nothing.loss.shape == (0,) and nothing.correct.dtype == torch.bool
+
+
+def test_equal_likeliest_tokens_count_as_the_first():
+    scores = token_scores(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 1]))
+    assert scores.correct.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("need", [(True, True), (False, False), (True, False)])
+def test_the_operators_keep_torchs_contract(small_chunks, need):
+    x, weight, targets = make(13, 4, 9, dtype=torch.float32)
+    torch.library.opcheck(OPS.linear_cross_entropy, (x, weight, targets, -100, *need, False))
+    logits = (x @ weight.T).detach().requires_grad_()
+    torch.library.opcheck(OPS.cross_entropy, (logits, targets, -100, False))
+
+
+def test_both_compile_in_one_graph_and_export():
+    x, weight, targets = make(13, 4, 9, dtype=torch.float32)
+
+    def both(x, weight):
+        head = linear_cross_entropy(x, weight, targets, mask=targets > 2, impl="cpu")
+        return head + on_logits(x, weight, targets) + linear_cross_entropy(x, weight, targets)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for mine, theirs in zip(
+        torch.autograd.grad(compiled(x, weight), (x, weight)),
+        torch.autograd.grad(both(x, weight), (x, weight)),
+        strict=True,
+    ):
+        assert_close(mine, theirs.double(), 1e-6)
+
+    class Head(torch.nn.Module):
+        def forward(self, x, weight):
+            return both(x, weight)
+
+    exported = torch.export.export(Head(), (x.detach(), weight.detach())).module()
+    assert_close(exported(x, weight).detach(), both(x, weight).detach().double(), 1e-6)
+
+
+def test_auto_is_torchs_own_calls_for_one_chunk_and_chunks_beyond(monkeypatch):
+    x, weight, targets = make(300, 4, 9, ignored=0.0, dtype=torch.float32)
+    assert linear.chunk_rows(256) == 8192 and linear.chunk_rows(4096) == 512 and linear.chunk_rows(50257) == 128
+    assert "LinearCrossEntropy" not in graph_names(linear_cross_entropy(x, weight, targets))
+    assert "linear_cross_entropy" in graph_names(linear_cross_entropy(x, weight, targets, mask=targets > 3))
+    monkeypatch.setattr(linear, "_FUSED_BYTES", 0)
+    assert "linear_cross_entropy" in graph_names(linear_cross_entropy(x, weight, targets))
+
+
+def graph_names(loss):
+    """Return the names of all backward nodes, joined."""
+    found, nodes = [], [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        found.append(node.name())
+        nodes += [parent for parent, _ in node.next_functions if parent is not None]
+    return " ".join(found)
+
+
+def test_bad_input_is_told_in_words():
+    x, weight, targets = make(4, 3, 5, ignored=0.0, dtype=torch.float32)
+    for wrong, words in (
+        ({"x": x[0]}, r"x must be a floating-point tensor \(\.\.\., D\), not empty, got \(3,\)"),
+        ({"x": x.long()}, r"x must be a floating-point tensor .* got \(4, 3\), torch.int64"),
+        ({"weight": weight.T.contiguous()}, r"weight must have shape \(V, D\) = \(3, 3\), got \(3, 5\)"),
+        ({"weight": weight.double()}, r"weight must be torch.float32 like x, got torch.float64"),
+        ({"weight": weight[:0]}, r"weight must have at least one token \(V, D\), got \(0, 3\)"),
+        ({"targets": targets.float()}, r"targets must be a tensor of integers, got torch.float32"),
+        ({"targets": [1, 2, 3, 4]}, r"targets must be a tensor of integers, got list"),
+        ({"targets": targets[:3]}, r"targets must have shape \(4,\) like x, got \(3,\)"),
+        ({"mask": targets}, r"mask must be a tensor of bools, got torch.int64"),
+        ({"targets": targets.to("meta")}, r"targets must be on cpu like x, got meta"),
+    ):
+        with pytest.raises(KernelInputError, match="linear_cross_entropy " + words):
+            linear_cross_entropy(**({"x": x, "weight": weight, "targets": targets} | wrong))
+    for impl in ("cpu", "auto"):
+        with pytest.raises(KernelInputError, match=r"targets must be in 0\.\.4 or ignore_index=-100, got 5"):
+            linear_cross_entropy(x, weight, torch.tensor([0, 5, 1, -100]), impl=impl)
+        with pytest.raises(KernelInputError, match=r"targets must be in 0\.\.4 or ignore_index=-100, got -1"):
+            on_logits(x, weight, torch.tensor([0, -1, 1, 2]), impl=impl)
+    with pytest.raises(ConfigError, match="reduction='avg' must be one of mean, sum, none"):
+        linear_cross_entropy(x, weight, targets, reduction="avg")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes CPU tensors")
+def test_triton_is_refused_on_a_processor():
+    x, weight, targets = make(4, 3, 5)
+    with pytest.raises(KernelUnavailableError, match="linear_cross_entropy impl='triton' needs a CUDA device"):
+        linear_cross_entropy(x, weight, targets, impl="triton")
+    assert "torch; with the head in chunks" in describe("cpu")
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1, 37, 1031])
+def test_triton_rows_agree_with_the_specification(small_chunks, dtype, vocabulary):
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 4 * 2**-9}[dtype]
+    x, weight, targets = make(7, 3, vocabulary, dtype=dtype)
+    for reduction in ("mean", "none"):
+        assert_agrees(linear_by("triton"), x, weight, targets, reduction, tolerance)
+        assert_agrees(logits_by("triton"), x, weight, targets, reduction, 4 * tolerance)  # logits rounded as well
+
+
+@interpreted
+def test_triton_rows_take_strides_and_improbable_tokens_and_keep_torchs_contract():
+    logits = torch.randn(5, 2 * 37)[:, ::2]
+    logits[0, :36] = float("-inf")
+    targets = torch.tensor([36, 0, -100, 5, 36])
+    got = cross_entropy(logits, targets, reduction="none", impl="triton")
+    assert_close(got, cross_entropy(logits.double(), targets, reduction="none", impl="reference"), 1e-6)
+    torch.library.opcheck(OPS.cross_entropy, (torch.randn(5, 9, requires_grad=True), targets.clamp(max=8), -100, True))
+
+
+def run_here(expression, **environment):
+    """Run some of this file's tests in a fresh process: Triton decides at import whether it interprets."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-k", expression, "-p", "no:cacheprovider"],
+        env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this starts the interpreter")
+def test_triton_in_its_interpreter():
+    pytest.importorskip("triton")
+    run_here("triton_rows", TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize(("vocabulary", "dtype"), [(256, torch.bfloat16), (50257, torch.float32)])
+def test_the_triton_kernel_compiles_without_spills_for_every_target(vocabulary, dtype, monkeypatch):
+    pytest.importorskip("triton")
+    from hybridnas.kernels._triton import compiled
+    from hybridnas.kernels._triton.launch import recording
+    from hybridnas.kernels.cross_entropy.triton import losses
+
+    logits, scale = torch.empty(64, vocabulary, dtype=dtype, device="meta"), torch.empty(64, device="meta")
+    monkeypatch.setitem(compiled._TYPES, torch.int32, "*i32")
+    with recording() as launches:
+        losses(logits, torch.empty(64, dtype=torch.int64, device="meta"), scale, logits, gradient=True)
+    compilations = [compiled.Compilation("rows", launch, tile) for launch in launches for tile in launch.tiles]
+    assert len(compilations) == (1 if vocabulary == 256 else 2)
+    problems = [use for c in compilations for t in compiled.TARGETS.values() if (use := compiled.usage(c, t)).problem]
+    assert problems == []
