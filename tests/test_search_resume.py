@@ -127,6 +127,7 @@ def test_ctrl_c_ends_with_the_report_so_far(tmp_path, tiny):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "Traceback" not in err
+    assert "\x1b" not in out  # piped: no colours
     assert "stopped early; the same command goes on from here" in out
     assert (tmp_path / "demo/report.html").is_file()
     assert (tmp_path / "demo/best/model.safetensors").is_file()
