@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "generate": "stream text from an exported model",
     "evaluate": "measure the loss of an exported model",
     "replay": "run a trial of a study again: same seed, same data, same numbers on CPU",
+    "bench": "measure kernels, training and decoding side by side with the peers that are installed",
 }
 
 

@@ -1,0 +1,138 @@
+"""How a run of the benchmarks is asked for, and where it ran: settings, command, commit, machine, versions."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hybridnas.bench import peers
+from hybridnas.config import FrozenConfig, option
+from hybridnas.errors import ConfigError
+
+_ROOT = Path(__file__).resolve().parents[2]
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(FrozenConfig):
+    """Settings of the command."""
+
+    suite: str = option("all", "which suites: all, or names joined by ','")
+    out: str | None = option(None, "JSON file for everything that was measured; plots lie beside it")
+    quick: bool = option(False, "fewer rounds, and slow peers at shorter lengths")
+    threads: int | None = option(None, "threads of every form; none: torch's own number [count]", ge=1)
+    tiny: bool = option(False, "shapes so small that figures mean nothing: a check that every suite runs")
+    keep_memory: bool = option(True, "let malloc keep freed memory, which favours peers that allocate much")
+    patience: float = option(120.0, "a process that measures one length is ended after this time [s]", gt=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.out is not None and not self.out.endswith(".json"):
+            raise ConfigError(f"bench out={self.out!r} is a JSON file; give it a name that ends in .json")
+
+    @classmethod
+    def label(cls) -> str:
+        return "bench"
+
+    def pick(self, full: Any, quick: Any, tiny: Any) -> Any:
+        """Return the value for this size of run."""
+        return tiny if self.tiny else quick if self.quick else full
+
+    def beside(self, suffix: str) -> Path | None:
+        """Return a file beside ``out``: results.json and '-lengths.svg' make results-lengths.svg."""
+        return None if self.out is None else Path(self.out[: -len(".json")] + suffix)
+
+
+def provenance(argv: list[str]) -> dict[str, Any]:
+    """Return command, commit, machine and versions, for a result file."""
+    import torch
+
+    from hybridnas.hardware import describe_machine
+
+    commit, dirty = _commit()
+    return {
+        "command": " ".join(["python -m hybridnas.bench", *argv]),
+        "commit": commit,
+        "changed_since_commit": dirty,
+        "machine": {
+            "words": describe_machine(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_bytes": _memory(),
+        },
+        "versions": {
+            "hybridnas": _version("hybridnas"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **peers.versions(),
+        },
+    }
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc's malloc not to give memory back; returns whether it took that.
+
+    A fresh tensor of 64 MiB costs its page faults, many times the arithmetic on it; whoever allocates much is measured
+    without them.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        return bool(libc.mallopt(_M_MMAP_MAX, 0)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    except (OSError, AttributeError, TypeError):  # not glibc
+        return False
+
+
+def release_memory() -> None:
+    """Give back what malloc has kept, between suites."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """Return the commit of the checkout that this package is imported from, and whether its files differ from it."""
+    if not (_ROOT / ".git").exists():
+        return None, None
+    try:
+        head = _git("rev-parse", "HEAD")
+        return head, bool(_git("status", "--porcelain", "--untracked-files=no", "--", "hybridnas"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=True, timeout=20)
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return f"not installed, imported from a folder by Python {sys.version_info.major}"

@@ -1,0 +1,64 @@
+"""``python -m hybridnas.bench``: measure side by side, say which goals are met, keep the figures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hybridnas.cli import show
+
+HELP = "measure kernels, training and decoding side by side with the peers that are installed"
+
+
+def run(config: dict[str, Any]) -> int:
+    """Run the suites, print each when it is done and all goals at the end, and write ``out``."""
+    from hybridnas.bench import chosen
+    from hybridnas.bench import run as run_suites
+    from hybridnas.bench.context import BenchConfig, provenance
+    from hybridnas.bench.result import goal_rows
+    from hybridnas.files import write_json
+
+    settings = BenchConfig.from_dict(config)
+    names = chosen(settings.suite)
+    facts = provenance(sys.argv[1:])
+    show.line(f"machine: {facts['machine']['processor']}, {facts['machine']['words']}")
+    if settings.tiny:
+        show.line("tiny=true: the shapes are too small for figures to mean anything")
+    results = run_suites(settings, _print)
+    goals = goal_rows(results)
+    if goals:
+        columns = ["what", "against", "goal", "measured", "met", "note"]
+        show.table("Goals (ratios taken pair by pair: median, quartiles)", columns, goals, left=(0, 1, 2, 4, 5))
+    if settings.out:
+        body = {**facts, "settings": settings.to_dict(), "suites": [result.to_dict() for result in results]}
+        write_json(Path(settings.out), body)
+        show.line(f"written: {settings.out} ({', '.join(names)})")
+    return 0
+
+
+def _print(result: Any) -> None:
+    from hybridnas.bench import SUITES
+    from hybridnas.bench.result import ratio_rows, timed_rows
+
+    show.line(f"{result.suite}: {SUITES[result.suite]} ({result.seconds:.0f} s)")
+    rows = timed_rows(result)
+    if rows:
+        columns = ["case", "form", "median", "least", "quartiles", "rounds", "note"]
+        show.table(f"{result.suite}: times of one call", columns, rows, left=(0, 1, 6))
+    rows = ratio_rows(result)
+    if rows:
+        show.table(f"{result.suite}: ratios", ["case", "of / over", "ratio (quartiles)"], rows, left=(0, 1))
+    for table in result.tables:
+        shown = [[_cell(value) for value in row] for row in table.rows]
+        show.table(table.title, table.columns, shown, left=(0, 1))
+    for note in result.notes:
+        show.line(f"  {note}")
+    for file in result.files:
+        show.line(f"drawn: {file}")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
