@@ -20,10 +20,11 @@ _PROC = Path("/proc/self")
 
 
 class Child(NamedTuple):
-    """Seconds of the work, bytes of memory at its peak beyond what was there before it, or why there is neither."""
+    """Seconds of the work, bytes of memory at its peak beyond what was there before it, or why there are none."""
 
     seconds: float | None = None
     extra_bytes: int | None = None
+    rss_bytes: int | None = None  # memory of the whole process at that peak
     value: Any = None  # what the work returned
     failed: str = ""
 
@@ -62,8 +63,9 @@ def main(asked: str) -> None:
     began = time.perf_counter()
     value = work()
     seconds = time.perf_counter() - began
-    extra = None if before is None else max(0, _status("VmHWM") - before)
-    print(json.dumps({"seconds": seconds, "extra_bytes": extra, "value": value}))
+    peak = None if before is None else _status("VmHWM")
+    extra = None if before is None or peak is None else max(0, peak - before)
+    print(json.dumps({"seconds": seconds, "extra_bytes": extra, "rss_bytes": peak, "value": value}))
 
 
 def _reset_peak() -> int | None:

@@ -32,7 +32,7 @@ class Spread(NamedTuple):
     q1: float
     q3: float
     high: float
-    count: int
+    size: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:

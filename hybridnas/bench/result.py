@@ -138,7 +138,7 @@ def ratio_text(spread: Spread | None) -> str:
     """Write a ratio with its quartiles: 5.91x (5.7-6.2); one pair has no spread."""
     if spread is None:
         return ""
-    if spread.count == 1:
+    if spread.size == 1:
         return f"{_three(spread.median)}x (one pair)"
     return f"{_three(spread.median)}x ({_three(spread.q1)}-{_three(spread.q3)})"
 
@@ -161,7 +161,7 @@ def timed_rows(result: Result) -> list[list[str]]:
             continue
         quartiles = f"{seconds_text(spread.q1)} - {seconds_text(spread.q3)}"
         rows.append(
-            [case, name, seconds_text(spread.median), seconds_text(spread.low), quartiles, str(spread.count), note]
+            [case, name, seconds_text(spread.median), seconds_text(spread.low), quartiles, str(spread.size), note]
         )
     return rows
 

@@ -30,7 +30,7 @@ def work(batch: int, length: int, channels: int, size: int, form: str) -> Callab
 
 
 def run(config: BenchConfig) -> Result:
-    """Measure our forms at the goals' shapes; a ratio is (inputs + peak beyond them) / (inputs + outputs + gradients)."""
+    """Measure our forms at the goals' shapes: (inputs + peak beyond them) / (inputs + outputs + gradients)."""
     result = Result("memory")
     shapes = [(1, 16, 16, 4)] if config.tiny else [(1, 1024, 1024, 16), (8, 256, 256, 16)]
     rows = []

@@ -46,11 +46,11 @@ class Inputs(NamedTuple):
         normal = partial(torch.randn, generator=generator)
         wide, narrow = (batch, length, channels), (batch, length, size)
         step_D = torch.rand(channels, generator=generator) * 0.099 + 0.001
-        tensors = [
+        given = [
             normal(wide), 0.1 * normal(wide), -torch.arange(1.0, size + 1).repeat(channels, 1), normal(narrow),
             normal(narrow), torch.ones(channels), normal(wide), step_D + torch.log(-torch.expm1(-step_D)),
         ]  # fmt: skip
-        return cls(*(t.requires_grad_() for t in tensors), normal(wide))
+        return cls._make([*(t.requires_grad_() for t in given), normal(wide)])
 
 
 def ours(i: Inputs) -> Tensor:
@@ -66,7 +66,7 @@ def chunked(i: Inputs) -> Tensor:
 
 
 def mambapy(block: Any, i: Inputs) -> Tensor:
-    """mambapy's scan, (B, L, D) like ours; it leaves bias, softplus and gate to the layer."""
+    """The scan of mambapy, (B, L, D) like ours; it leaves bias, softplus and gate to the layer."""
     delta_BLD = F.softplus(i.delta_BLD + i.bias_D)
     y_BLD: Tensor = block.selective_scan(None, i.u_BLD, delta_BLD, i.A_DN, i.B_BLN, i.C_BLN, i.D_D)
     return y_BLD * F.silu(i.z_BLD)

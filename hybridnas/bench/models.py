@@ -1,0 +1,134 @@
+"""The models that whole-model suites compare: ours, a Transformer of equal parameters, and Hugging Face's Mamba.
+
+Shapes: B batch, L length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hybridnas.arch.arch import Arch
+from hybridnas.arch.match import match
+from hybridnas.arch.model import HybridLM
+from hybridnas.arch.presets import preset
+from hybridnas.bench import peers
+from hybridnas.train.config import TrainConfig
+from hybridnas.train.optim import make_optimizer
+
+MAMBA, TRANSFORMER = "ours, M", "ours, A and F (SDPA)"
+HF_MAMBAPY, HF_SLOW = "HF Mamba, mambapy", "HF Mamba, slow path"
+Logits = Callable[[Tensor], Tensor]  # (B, L) -> (B, L, V)
+
+
+class Sizes(NamedTuple):
+    """Sizes that all models of a comparison share."""
+
+    layers: int
+    d_model: int
+    vocab: int = 256
+
+
+def arch_of(name: str, sizes: Sizes) -> Arch:
+    """Return Mamba, or attention and MLP in turn with the MLP sized to Mamba's parameters; RMSNorm, as HF has it."""
+    shared = {"norm": "rmsnorm", "final_norm": True}
+    width = {"d_model": sizes.d_model, "n_blocks": sizes.layers, "vocab_size": sizes.vocab}
+    mamba = preset("mamba", **width, **shared)
+    if name == MAMBA:
+        return mamba
+    transformer = preset("transformer", **width, **shared)
+    return match(transformer, active_params=mamba.cost().active_params, free="d_ff", multiple=2)
+
+
+def hf_mamba(sizes: Sizes, *, use_mambapy: bool) -> Any:
+    """Return transformers' MambaForCausalLM of the same sizes, head untied as ours is."""
+    module = peers.load_quietly("transformers")
+    settings = module.MambaConfig(
+        vocab_size=sizes.vocab, hidden_size=sizes.d_model, num_hidden_layers=sizes.layers, state_size=16,
+        use_mambapy=use_mambapy, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = module.MambaForCausalLM(settings)
+    model.generation_config.eos_token_id = None  # generate as many tokens as asked
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def build(name: str, sizes: Sizes) -> tuple[nn.Module, Logits]:
+    """Return a model by its name here, and how it makes logits; its peer must be installed."""
+    if name in (MAMBA, TRANSFORMER):
+        own = HybridLM(arch_of(name, sizes))
+        return own, lambda ids_BL: own(ids_BL).logits_BLV
+    peer = hf_mamba(sizes, use_mambapy=name == HF_MAMBAPY)
+    return peer, lambda ids_BL: peer(ids_BL, use_cache=False).logits
+
+
+def needs(name: str) -> str:
+    """Return what is missing for a model, or ''."""
+    return peers.absent(*{HF_MAMBAPY: ("transformers", "mambapy"), HF_SLOW: ("transformers",)}.get(name, ()))
+
+
+def training_step(name: str, sizes: Sizes, batch: int, length: int) -> tuple[Callable[[], None], int]:
+    """Return one step (forward, cross-entropy, backward, fused AdamW), the same for every model, and its parameters."""
+    model, logits = build(name, sizes)
+    model.train()
+    optimizer = make_optimizer(model, TrainConfig()) if isinstance(model, HybridLM) else torch.optim.AdamW(
+        model.parameters(), lr=1e-3, fused=True
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    ids_BL = torch.randint(0, sizes.vocab, (batch, length + 1), generator=generator)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        logits_BLV = logits(ids_BL[:, :-1])
+        F.cross_entropy(logits_BLV.flatten(0, 1), ids_BL[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step, sum(p.numel() for p in model.parameters())
+
+
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operands of every matrix product that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[tuple[Any, list[tuple[torch.Size, tuple[int, ...]]]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operands = {torch.ops.aten.mm.default: args, torch.ops.aten.bmm.default: args}.get(func)
+        if func is torch.ops.aten.addmm.default:
+            operands = args[1:]
+        if operands is not None:
+            self.found.append((func, [(t.shape, t.stride()) for t in operands[:2]]))
+        return func(*args, **(kwargs or {}))
+
+
+def matmul_floor(step: Callable[[], None]) -> tuple[Callable[[], None], int]:
+    """Return a call that runs the same matrix products as ``step`` and nothing else, and their FLOPs.
+
+    Products of one shape share their operands, which keeps them warm: the floor is low rather than high.
+    """
+    with _Products() as products:
+        step()
+    operands: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
+    order, flops = [], 0
+    for func, pair in products.found:
+        (left, left_stride), (right, right_stride) = pair
+        key = (left, left_stride, right, right_stride)
+        if key not in operands:
+            a = torch.empty_strided(left, left_stride).normal_()
+            b = torch.empty_strided(right, right_stride).normal_()
+            operands[key] = (a, b, torch.empty(*left[:-1], right[-1]))
+        order.append((torch.bmm if func is torch.ops.aten.bmm.default else torch.mm, operands[key]))
+        flops += 2 * left.numel() * right[-1]
+
+    def replay() -> None:
+        for product, (a, b, out) in order:
+            product(a, b, out=out)
+
+    return replay, flops
