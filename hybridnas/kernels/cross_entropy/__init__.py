@@ -61,8 +61,9 @@ def linear_cross_entropy(
     """
     x_ND, weight, targets_N = _checked(x, weight, targets, mask, ignore_index, reduction)
     chosen = _resolve("linear_cross_entropy", impl, x.device)
-    if Impl.of(impl) is Impl.AUTO and chosen is Impl.CPU and mask is None and _is_small(x_ND, weight):
-        return _two_calls(x_ND, weight, targets, targets_N, ignore_index, reduction)
+    small = mask is None and _is_small(x_ND.shape[0], weight.shape[0])
+    if Impl.of(impl) is Impl.AUTO and chosen is Impl.CPU and small:
+        return _torchs_own(_plain_linear(x_ND, weight), targets, targets_N, ignore_index, reduction)
     if chosen is Impl.REFERENCE:
         loss_N, _ = linear_cross_entropy_reference(x_ND, weight, targets_N, ignore_index)
         return _reduced(loss_N.sum(), loss_N, targets, targets_N, ignore_index, reduction)
@@ -83,11 +84,14 @@ def cross_entropy(
 ) -> Tensor:
     """Return the cross-entropy [nats] of logits (..., V), for a head that must show its logits anyway.
 
-    Arguments, result and errors as in ``linear_cross_entropy``. Keeps only the logits for the backward.
+    Arguments, result and errors as in ``linear_cross_entropy``; auto is F.cross_entropy up to 8 MiB of float32 logits
+    on a processor. Beyond, only the logits are kept for the backward, where torch keeps their log-softmax too.
     """
     _check("cross_entropy", "logits", "(..., V)", logits, targets, mask, reduction)
     logits_NV, targets_N = logits.flatten(0, -2), _effective(targets, mask, ignore_index)
     chosen = _resolve("cross_entropy", impl, logits.device)
+    if Impl.of(impl) is Impl.AUTO and chosen is Impl.CPU and _is_small(*logits_NV.shape):
+        return _torchs_own(logits_NV, targets, targets_N, ignore_index, reduction)
     if chosen is Impl.REFERENCE:
         loss_N, _ = cross_entropy_reference(logits_NV, targets_N, ignore_index)
     else:
@@ -113,22 +117,24 @@ def describe(device: torch.device | str) -> str:
     return f"{rows}; with the head in chunks of tokens where the logits exceed 8 MiB"
 
 
-def _two_calls(
-    x_ND: Tensor, weight_VD: Tensor, targets: Tensor, targets_N: Tensor, ignore_index: int, reduction: str
-) -> Tensor:
-    """The plain form; the dtype of its matmul is the one that this device multiplies."""
+def _torchs_own(logits_NV: Tensor, targets: Tensor, targets_N: Tensor, ignore_index: int, reduction: str) -> Tensor:
     if not torch.compiler.is_compiling():
-        require_in_vocabulary(targets_N[targets_N != ignore_index], weight_VD.shape[0], ignore_index)
-    narrow = matmul_dtype(x_ND)
-    with torch.autocast(x_ND.device.type, enabled=False):
-        logits_NV = F.linear(x_ND.to(narrow), weight_VD.to(narrow)).to(state_dtype(x_ND))
-        kind = "none" if reduction == "none" else "sum"
-        loss = F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index, reduction=kind)
+        require_in_vocabulary(targets_N[targets_N != ignore_index], logits_NV.shape[1], ignore_index)
+    kind = "none" if reduction == "none" else "sum"
+    logits_NV = logits_NV.to(state_dtype(logits_NV))
+    loss = F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index, reduction=kind)
     return _reduced(loss, loss, targets, targets_N, ignore_index, reduction)
 
 
-def _is_small(x_ND: Tensor, weight_VD: Tensor) -> bool:
-    return x_ND.shape[0] <= chunk_rows(weight_VD.shape[0])
+def _plain_linear(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    """All logits, by a matmul in the dtype that this device multiplies."""
+    narrow = matmul_dtype(x_ND)
+    with torch.autocast(x_ND.device.type, enabled=False):
+        return F.linear(x_ND.to(narrow), weight_VD.to(narrow))
+
+
+def _is_small(tokens: int, vocabulary: int) -> bool:
+    return tokens <= chunk_rows(vocabulary)
 
 
 def _resolve(operation: str, impl: str | Impl, device: torch.device) -> Impl:
