@@ -18,6 +18,7 @@ from hybridnas.arch.graph import LayerPlan, arch_graph, plan
 from hybridnas.blocks.base import Aux, Block, BlockOutput, State, truncated_normal_
 from hybridnas.errors import ConfigError
 from hybridnas.hardware import Impl
+from hybridnas.kernels.rmsnorm import rms_norm
 from hybridnas.registry import BLOCKS
 
 LMState = tuple[State, ...]  # one block state per node, in the order of execution
@@ -27,6 +28,14 @@ class LMOutput(NamedTuple):
     """Logits, the next state (None when none was given), auxiliary losses and statistics of all layers."""
 
     logits_BLV: Tensor
+    state: LMState | None
+    aux: Aux
+
+
+class LMHidden(NamedTuple):
+    """What the head reads, the next state (None when none was given), auxiliary losses and statistics."""
+
+    x_BLD: Tensor
     state: LMState | None
     aux: Aux
 
@@ -73,6 +82,11 @@ class HybridLM(nn.Module):
 
         Raises ConfigError for a state when a block is not causal.
         """
+        x_BLD, following, aux = self.hidden(ids_BL, state)
+        return LMOutput(self.head(x_BLD), following, aux)
+
+    def hidden(self, ids_BL: Tensor, state: LMState | None = None) -> LMHidden:
+        """Return what the head reads, for a loss that computes logits chunk by chunk; otherwise as ``forward``."""
         if state is not None:
             self._need_causal()
         x_BLD = self.embedding(ids_BL)
@@ -90,7 +104,7 @@ class HybridLM(nn.Module):
             x_BLD = self.final_norm(x_BLD)
         # The mean over the layers that report a loss, as in the MoE-Mamba code: its weight is one per model.
         mean = {name: torch.stack(values).mean() for name, values in losses.items()}
-        return LMOutput(self.head(x_BLD), tuple(following) if state is not None else None, Aux(mean, stats))
+        return LMHidden(x_BLD, tuple(following) if state is not None else None, Aux(mean, stats))
 
     def init_state(self, batch_size: int = 1) -> LMState:
         """Return the state of ``batch_size`` sequences of which nothing has been read yet."""
@@ -192,10 +206,17 @@ class _ResidualLayer(nn.Module):
                 yield block
 
 
+class _RMSNorm(nn.RMSNorm):
+    """RMSNorm by our kernel room: torch's own is several unfused steps on a processor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps or 0.0)
+
+
 def make_norm(config: ModelConfig) -> nn.Module:
     """Return the norm that the architecture asks for."""
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        return _RMSNorm(config.d_model, eps=config.norm_eps)
     return nn.LayerNorm(config.d_model, eps=config.norm_eps)
 
 

@@ -12,13 +12,13 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from hybridnas.arch.model import HybridLM
 from hybridnas.data.source import Batch, Source
 from hybridnas.errors import DataError
+from hybridnas.kernels.cross_entropy import linear_cross_entropy, token_scores
 
-_SKIP = -100  # target of places that do not count
 Autocast = Callable[[], AbstractContextManager[object]]
 
 
@@ -44,12 +44,12 @@ def counted(batch: Batch) -> Tensor | int:
     return batch.targets_BL.numel() if batch.mask_BL is None else batch.mask_BL.sum()
 
 
-def cross_entropy_sum(logits_BLV: Tensor, batch: Batch) -> Tensor:
-    """Return the sum of ``-log p(target)`` over the places that count [nats], computed in float32."""
-    targets_BL = batch.targets_BL
-    if batch.mask_BL is not None:
-        targets_BL = targets_BL.masked_fill(~batch.mask_BL, _SKIP)
-    return F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten(), ignore_index=_SKIP, reduction="sum")
+def cross_entropy_sum(x_BLD: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
+    """Return the sum of ``-log p(target)`` over the places that count [nats], computed in float32.
+
+    x (B, L, D) is what the head reads: all logits exist at once only where that is faster.
+    """
+    return linear_cross_entropy(x_BLD, head_VD, batch.targets_BL, mask=batch.mask_BL, reduction="sum")
 
 
 def autocast(precision: str, device: torch.device) -> Autocast:
@@ -67,7 +67,7 @@ def autocast(precision: str, device: torch.device) -> Autocast:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: HybridLM,
     source: Source,
     *,
     n_tokens: int,
@@ -88,12 +88,10 @@ def evaluate(
         for raw in source.valid_batches(n_tokens, batch_size, seq_len):
             batch = to_device(raw, device)
             with around():
-                logits_BLV = model(batch.inputs_BL).logits_BLV
-            hits_BL = logits_BLV.argmax(dim=-1) == batch.targets_BL
-            if batch.mask_BL is not None:
-                hits_BL = hits_BL & batch.mask_BL
-            total += float(cross_entropy_sum(logits_BLV, batch))
-            right += int(hits_BL.sum())
+                x_BLD = model.hidden(batch.inputs_BL).x_BLD
+                scores = token_scores(x_BLD, model.head.weight, batch.targets_BL, mask=batch.mask_BL)
+            total += float(scores.loss.sum())
+            right += int(scores.correct.sum())
             places += int(counted(batch))
     finally:
         model.train(was_training)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridnas.arch.model import HybridLM, LMOutput
+from hybridnas.arch.model import HybridLM, LMHidden
 from hybridnas.data.source import Batch, Source
 from hybridnas.train import checkpoint, optim
 from hybridnas.train.config import TrainConfig
@@ -75,7 +75,7 @@ class Trainer:
         self.optimizer = optim.make_optimizer(model, config)
         self.state = Position()
         self._parameters = list(optim.named_parameters(model).values())
-        self._forward: Callable[[Tensor], LMOutput] = torch.compile(model) if config.compile else model
+        self._hidden: Callable[[Tensor], LMHidden] = torch.compile(model.hidden) if config.compile else model.hidden
         self._autocast = autocast(config.precision, device)
         self._sums: dict[str, Tensor] = {}
         self._smooth = self._scalar(0.0)
@@ -150,8 +150,8 @@ class Trainer:
         for part in range(config.accumulate):
             batch = _slice(whole, part * config.batch_size, config.batch_size)
             with self._autocast():
-                output = self._forward(batch.inputs_BL)
-            loss = cross_entropy_sum(output.logits_BLV, batch) / places
+                output = self._hidden(batch.inputs_BL)
+                loss = cross_entropy_sum(output.x_BLD, self.model.head.weight, batch) / places
             extra = sum(output.aux.losses.values(), start=loss.new_zeros(())) / config.accumulate
             (loss + extra).backward()  # type: ignore[no-untyped-call]
             _add(sums, "loss", loss.detach())
