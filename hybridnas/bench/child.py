@@ -29,10 +29,20 @@ class Child(NamedTuple):
     failed: str = ""
 
 
-def measured(function: str, arguments: dict[str, Any], *, threads: int | None = None, limit: float = 600.0) -> Child:
-    """Run one function in a fresh process; a crash, a lack of memory or a lack of patience ends up in ``failed``."""
+def measured(
+    function: str,
+    arguments: dict[str, Any],
+    *,
+    threads: int | None = None,
+    limit: float = 600.0,
+    variables: dict[str, str] | None = None,
+) -> Child:
+    """Run one function in a fresh process; a crash, a lack of memory or a lack of patience ends up in ``failed``.
+
+    ``limit`` in seconds; ``variables`` are added to its environment.
+    """
     asked = json.dumps({"function": function, "arguments": arguments, "threads": threads})
-    environment = dict(os.environ)
+    environment = {**os.environ, **(variables or {})}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     root = str(Path(__file__).resolve().parents[2])

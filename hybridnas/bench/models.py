@@ -108,6 +108,12 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+def _like(shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    """Return random numbers laid out like an operand, which may be expanded."""
+    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return torch.randn(last + 1).as_strided(shape, stride)
+
+
 def matmul_floor(step: Callable[[], None]) -> tuple[Callable[[], None], int]:
     """Return a call that runs the same matrix products as ``step`` and nothing else, and their FLOPs.
 
@@ -121,9 +127,8 @@ def matmul_floor(step: Callable[[], None]) -> tuple[Callable[[], None], int]:
         (left, left_stride), (right, right_stride) = pair
         key = (left, left_stride, right, right_stride)
         if key not in operands:
-            a = torch.empty_strided(left, left_stride).normal_()
-            b = torch.empty_strided(right, right_stride).normal_()
-            operands[key] = (a, b, torch.empty(*left[:-1], right[-1]))
+            out = torch.empty(*left[:-1], right[-1])
+            operands[key] = (_like(left, left_stride), _like(right, right_stride), out)
         order.append((torch.bmm if func is torch.ops.aten.bmm.default else torch.mm, operands[key]))
         flops += 2 * left.numel() * right[-1]
 
