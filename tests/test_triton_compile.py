@@ -1,0 +1,118 @@
+"""The Triton kernels compile for GPUs that are not here, spill nothing and fit; and what they are counted to move.
+
+Every tile at every size: ``python -m hybridnas.kernels._triton.report whole=true`` (long).
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hybridnas.kernels._triton.shapes import power_of_two, scan_parts
+from hybridnas.kernels._triton.traffic import Traffic, conv_traffic, scan_traffic
+
+KERNELS = {
+    "chunk_states", "pass_states", "chunk_outputs", "chunk_gradients", "pass_gradients", "chunk_inputs_gradients",
+    "conv_forward", "conv_backward",
+}  # fmt: skip
+
+
+def run_report(folder, *options):
+    pytest.importorskip("triton", reason="triton is not installed here (it has no wheel for this system)")
+    environment = os.environ | {"TRITON_CACHE_DIR": str(folder / "triton")}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-W", "error::UserWarning", "-m", "hybridnas.kernels._triton.report", *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_every_kernel_compiles_without_spills_and_fits(target, tmp_path):
+    out = tmp_path / "report.json"
+    done = run_report(tmp_path, f"targets={target}", f"out={out}", "timeout=300")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    rows = json.loads(out.read_text())
+    assert {row["kernel"] for row in rows} == KERNELS
+    most_registers = {"gfx942": 512}.get(target, 255)
+    most_shared = {"sm_80": 163, "sm_90": 227, "gfx942": 64}[target] * 1024
+    for row in rows:
+        assert (row["problem"], row["stack"], row["spills"]) == ("", 0, 0), row
+        assert 0 < row["registers"] <= most_registers, row
+        assert 0 <= row["shared"] <= most_shared, row
+
+
+def test_a_wrong_option_of_the_report_is_named(tmp_path):
+    done = run_report(tmp_path, "target=sm_80")
+    assert done.returncode == 1
+    assert "option 'target=sm_80' is not name=value of a known one; did you mean 'targets'?" in done.stderr
+
+
+_LIMITS = """
+from hybridnas.kernels._triton import compiled
+fine = compiled.Usage("k", "N=16", "", "sm_80", registers=255, shared=163 * 1024)
+assert fine.problem == "", fine.problem
+assert fine._replace(stack=8).problem == "spills registers: 0 spilled, 8 bytes of stack"
+assert fine._replace(spills=4).problem == "spills registers: 4 spilled, 0 bytes of stack"
+assert fine._replace(shared=163 * 1024 + 1).problem == "166913 bytes shared, 166912 are allowed"
+assert fine._replace(failed="did not compile in 1 s").problem == "did not compile in 1 s"
+from hybridnas.kernels.selective_scan.triton import tiles
+for size in range(1, 257):
+    for backward in (False, True):
+        assert tiles(size, backward=backward), (size, backward)
+"""
+
+
+def test_a_limit_that_is_passed_is_said_and_every_size_has_a_tile():
+    pytest.importorskip("triton", reason="triton is not installed here (it has no wheel for this system)")
+    done = subprocess.run([sys.executable, "-c", _LIMITS], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+_NOT_IMPORTED = """
+import sys
+import hybridnas.kernels.selective_scan, hybridnas.kernels.causal_conv1d, hybridnas.kernels._triton.traffic
+early = [name for name in sys.modules if name.startswith("hybridnas") and "triton" in name.split(".")[-1]]
+assert early == ["hybridnas.kernels._triton"], early  # torch may have imported triton itself
+"""
+
+
+def test_triton_is_not_imported_before_it_is_asked_for():
+    done = subprocess.run([sys.executable, "-c", _NOT_IMPORTED], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+def test_traffic_of_the_scan_is_what_its_tensors_weigh():
+    counted = scan_traffic(batch=2, length=128, channels=64, size=16, dtype_bytes=4)
+    wide, narrow, states = 2 * 128 * 64 * 4, 2 * 128 * 16 * 4, 2 * 2 * 64 * 16 * 4
+    # reads u, delta, z, writes y; B, C; the start states; A and the final state's like
+    assert counted["chunk_outputs"].bytes == 4 * wide + 2 * narrow + states + 2 * 64 * 16 * 4
+    assert counted["chunk_outputs"].flops > 8 * 2 * 128 * 64 * 16
+    halved = scan_traffic(batch=2, length=128, channels=64, size=16, dtype_bytes=2)
+    assert halved["chunk_outputs"].bytes < counted["chunk_outputs"].bytes
+    assert halved["chunk_outputs"].flops == counted["chunk_outputs"].flops
+    longer = scan_traffic(batch=2, length=256, channels=64, size=16)["chunk_inputs_gradients"].bytes
+    assert 1.9 < longer / counted["chunk_inputs_gradients"].bytes <= 2
+    assert scan_traffic(2, 64, 64, 16)["chunk_states"].flops == 0  # one chunk starts from the given state
+
+
+def test_traffic_of_the_convolution_is_what_its_tensors_weigh():
+    counted = conv_traffic(batch=2, length=100, channels=64, taps=4)
+    assert counted["conv_forward"] == Traffic(2 * 2 * 100 * 64 * 4 + 64 * 5 * 4, 13 * 2 * 100 * 64)
+    assert set(counted) == {"conv_forward", "conv_backward", "sums"}
+
+
+def test_time_is_that_of_the_slower_of_memory_and_arithmetic():
+    assert Traffic(bytes=300, flops=10).seconds(bytes_per_second=100, flops_per_second=100) == 3.0
+    assert Traffic(bytes=300, flops=1000).seconds(bytes_per_second=100, flops_per_second=100) == 10.0
+
+
+@pytest.mark.parametrize("channels", [1, 63, 64, 65, 512, 1000, 1024, 1100, 5120])
+def test_parts_cover_all_channels_once(channels):
+    parts, width = scan_parts(channels)
+    assert width % 64 == 0 and 1 <= parts <= 16
+    assert (parts - 1) * width < channels <= parts * width
+
+
+def test_powers_of_two_hold_their_number():
+    assert [power_of_two(n) for n in (1, 2, 3, 5, 16, 17)] == [1, 2, 4, 8, 16, 32]
