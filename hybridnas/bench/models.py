@@ -1,6 +1,6 @@
 """The models that whole-model suites compare: ours, a Transformer of equal parameters, and Hugging Face's Mamba.
 
-Shapes: B batch, L length, V vocabulary.
+Shapes: B batch, L length, D d_model.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from hybridnas.arch.match import match
 from hybridnas.arch.model import HybridLM
 from hybridnas.arch.presets import preset
 from hybridnas.bench import peers
+from hybridnas.kernels.cross_entropy import linear_cross_entropy
 from hybridnas.train.config import TrainConfig
 from hybridnas.train.optim import make_optimizer
 
 MAMBA, TRANSFORMER = "ours, M", "ours, A and F (SDPA)"
 HF_MAMBAPY, HF_SLOW = "HF Mamba, mambapy", "HF Mamba, slow path"
-Logits = Callable[[Tensor], Tensor]  # (B, L) -> (B, L, V)
+Loss = Callable[[Tensor, Tensor], Tensor]  # ids (B, L), targets (B, L) -> mean cross-entropy
 
 
 class Sizes(NamedTuple):
@@ -59,13 +60,17 @@ def hf_mamba(sizes: Sizes, *, use_mambapy: bool) -> Any:
     return model
 
 
-def build(name: str, sizes: Sizes) -> tuple[nn.Module, Logits]:
-    """Return a model by its name here, and how it makes logits; its peer must be installed."""
+def build(name: str, sizes: Sizes) -> tuple[nn.Module, Loss]:
+    """Return a model by its name here, and its loss as one trains it; its peer must be installed."""
     if name in (MAMBA, TRANSFORMER):
         own = HybridLM(arch_of(name, sizes))
-        return own, lambda ids_BL: own(ids_BL).logits_BLV
+        return own, lambda ids_BL, targets_BL: linear_cross_entropy(
+            own.hidden(ids_BL).x_BLD, own.head.weight, targets_BL
+        )
     peer = hf_mamba(sizes, use_mambapy=name == HF_MAMBAPY)
-    return peer, lambda ids_BL: peer(ids_BL, use_cache=False).logits
+    return peer, lambda ids_BL, targets_BL: F.cross_entropy(
+        peer(ids_BL, use_cache=False).logits.flatten(0, 1), targets_BL.flatten()
+    )
 
 
 def needs(name: str) -> str:
@@ -74,8 +79,8 @@ def needs(name: str) -> str:
 
 
 def training_step(name: str, sizes: Sizes, batch: int, length: int) -> tuple[Callable[[], None], int]:
-    """Return one step (forward, cross-entropy, backward, fused AdamW), the same for every model, and its parameters."""
-    model, logits = build(name, sizes)
+    """Return one step (forward, cross-entropy, backward, fused AdamW) and the count of parameters."""
+    model, loss = build(name, sizes)
     model.train()
     optimizer = make_optimizer(model, TrainConfig()) if isinstance(model, HybridLM) else torch.optim.AdamW(
         model.parameters(), lr=1e-3, fused=True
@@ -85,8 +90,7 @@ def training_step(name: str, sizes: Sizes, batch: int, length: int) -> tuple[Cal
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        logits_BLV = logits(ids_BL[:, :-1])
-        F.cross_entropy(logits_BLV.flatten(0, 1), ids_BL[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
+        loss(ids_BL[:, :-1], ids_BL[:, 1:]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step, sum(p.numel() for p in model.parameters())
