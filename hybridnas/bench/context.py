@@ -16,6 +16,11 @@ from hybridnas.bench import peers
 from hybridnas.config import FrozenConfig, option
 from hybridnas.errors import ConfigError
 
+# environment variables that change what is measured
+_TELLING = (
+    *("OMP_NUM_THREADS", "OMP_PROC_BIND", "GOMP_SPINCOUNT", "GOMP_CPU_AFFINITY", "MKL_NUM_THREADS"),
+    *("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"),
+)
 _ROOT = Path(__file__).resolve().parents[2]
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -50,8 +55,8 @@ class BenchConfig(FrozenConfig):
         return None if self.out is None else Path(self.out[: -len(".json")] + suffix)
 
 
-def provenance(argv: list[str]) -> dict[str, Any]:
-    """Return command, commit, machine and versions, for a result file."""
+def provenance(argv: list[str], threads: int | None = None) -> dict[str, Any]:
+    """Return command, commit, machine and versions, for a result file; ``threads`` where the command sets them."""
     import torch
 
     from hybridnas.hardware import describe_machine
@@ -65,8 +70,9 @@ def provenance(argv: list[str]) -> dict[str, Any]:
             "words": describe_machine(),
             "processor": _processor(),
             "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
+            "threads": threads or torch.get_num_threads(),
             "memory_bytes": _memory(),
+            "environment": {name: os.environ[name] for name in _TELLING if name in os.environ},
         },
         "versions": {
             "hybridnas": _version("hybridnas"),

@@ -21,7 +21,7 @@ def run(config: dict[str, Any]) -> int:
 
     settings = BenchConfig.from_dict(config)
     names = chosen(settings.suite)
-    facts = provenance(sys.argv[1:])
+    facts = provenance(sys.argv[1:], settings.threads)
     show.line(f"machine: {facts['machine']['processor']}, {facts['machine']['words']}")
     if settings.tiny:
         show.line("tiny=true: the shapes are too small for figures to mean anything")
