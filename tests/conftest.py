@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported: short waits between OpenMP threads
@@ -15,6 +16,7 @@ settings.register_profile(
     "hybridnas", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("hybridnas")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background ignores Ctrl-C; the tests send it
 
 
 @pytest.fixture(autouse=True, scope="session")

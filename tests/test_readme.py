@@ -53,8 +53,8 @@ def test_the_python_of_the_tour_runs_and_matches_what_it_asks_for(folder: Path) 
     (folder / "tour.py").write_text(code)
     pattern, cost, _ = re.match(r"(\S+) (Cost\(.*\)) (\w{12})\n", run(f"{sys.executable} tour.py", folder)).groups()
     active = int(re.search(r"active_params=(\d+)", cost).group(1))
-    assert pattern == "(ME)x3A"
-    assert abs(active - 200_000) < 2_000
+    assert pattern == "(ME)x4A"
+    assert abs(active - 250_000) < 2_000
 
 
 def test_the_integers_of_the_presets_table_are_those_of_the_presets() -> None:
