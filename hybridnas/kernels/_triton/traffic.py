@@ -1,7 +1,8 @@
 """Bytes that each Triton kernel moves and operations it does, counted by hand from its loads, stores and arithmetic.
 
 Every tensor counts once per kernel that touches it, as if caches were perfect within a kernel and cold between two;
-an exponential counts as one operation, as do a multiplication and an addition. Needs no triton and no GPU.
+what a program writes for itself and reads again (the backward's states of a few steps) is not counted. An exponential
+counts as one operation, as do a multiplication and an addition. Needs no triton and no GPU.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Imports triton at its top: import this module where a CUDA tensor, or the interpreter, asks for it. To hook it in, the
 dispatcher calls ``scan_triton`` where it would call ``scan_chunked`` or ``scan_c``: same arguments, same result.
+The same bits in every run on one machine: no atomics, and the tuner's choice of a tile, which the order of sums over
+channels depends on, is remembered on disk. A row's result does not depend on its batch.
 
 Shapes: B batch, L length, D channels, N state size.
 """
@@ -20,14 +22,16 @@ from hybridnas.kernels._triton.launch import Tile, launch, near_rows
 from hybridnas.kernels._triton.shapes import CHUNK, GROUP, MAX_STATE, power_of_two, scan_parts
 from hybridnas.kernels.selective_scan import triton_kernels as kernels
 
-_UNROLL = 4  # steps of the forward whose loads are in flight together
+_UNROLL = 2  # steps of the forward whose loads are in flight together
 _BLOCK = 256  # (n, d) pairs of one program of the chain over chunks
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 _Optional = Tensor | None
 
 # channels, warps
 _TILES = ((32, 1), (64, 2), (16, 1), (8, 1), (4, 1), (32, 2), (8, 2), (4, 2), (32, 4), (8, 4), (4, 4), (8, 8), (4, 8))
-_REGISTERS = {False: 160, True: 208}  # forward, backward; left alone, ptxas aims at 128 for some tiles and spills
+# what a thread may use: left alone, ptxas aims at 128 for some tiles and spills; found by the report
+_REGISTERS = {"forward": 208, "backward": 208, "backward, more warps": 255}
 
 
 def tiles(size: int, *, backward: bool) -> list[Tile]:
@@ -39,7 +43,10 @@ def tiles(size: int, *, backward: bool) -> list[Tile]:
     fitting = [(D1, w) for D1, w in _TILES if 32 * w <= block * D1 <= most * 32 * w]
     if backward and block > 4:  # sums over N and over channels: lanes along both
         fitting.sort(key=lambda tile: (tile[1], tile[0] > 8))
-    return [Tile.of(warps, _REGISTERS[backward], D1=D1) for D1, warps in fitting[:3]]
+    return [
+        Tile.of(w, _REGISTERS["forward" if not backward else "backward" if w == 1 else "backward, more warps"], D1=D1)
+        for D1, w in fitting[:3]
+    ]
 
 
 class Inputs(NamedTuple):
@@ -62,8 +69,8 @@ class Inputs(NamedTuple):
     @classmethod
     def of(cls, *tensors: _Optional, softplus: bool, chunk: int = CHUNK, only: Tile | None = None) -> Inputs:
         """Copy only what must be; raises KernelInputError for a dtype or a state size that the kernels don't take."""
-        for name, tensor in zip(cls._fields, tensors, strict=False):
-            if tensor is not None and name != "reset" and tensor.dtype not in _DTYPES:
+        for name, tensor in zip(_NAMES, tensors, strict=False):
+            if tensor is not None and tensor.dtype not in _DTYPES:
                 raise KernelInputError(
                     f"selective_scan impl='triton' takes float32, bfloat16 or float16, {name} is {tensor.dtype}"
                 )

@@ -16,9 +16,11 @@ and the backward, which recomputes a chunk's states from its start as the Mamba 
     chunk_inputs_gradients     the gradients of all inputs; sums over channels, chunks and batch go to partial buffers
 
 Inside a tile (BN, D1) lanes lie along D1, then BN: with D1 = 32 a thread owns all N states of one channel and
-the sum over N needs no other lane; with D1 = 8 the sums over N and over channels, both needed in the backward, cost
-the fewest exchanges. Steps past the end are masked to the identity (delta 0, decay 1). Every load is widened to
-float32 before arithmetic: bfloat16 arithmetic is rounded on a GPU and silently wrong in Triton's interpreter.
+the sum over N needs no other lane; with D1 = 8 and N = 16 the sums over N and over channels, both needed in the
+backward, cost the fewest exchanges. Steps past the end are masked to the identity (delta 0, decay 1). Every load is
+widened to float32 before arithmetic: bfloat16 arithmetic is rounded on a GPU and silently wrong in Triton's
+interpreter.
+Bases of batch and chunk are 64-bit offsets, what lies within a chunk 32-bit ones: with 64 bits the backward spills.
 """
 
 import triton
@@ -287,7 +289,8 @@ def chunk_inputs_gradients(
     """Store du, ddelta, dz (B, L, D) and the partial sums dA (B, C, N, D), dskip, dbias (B, C, D), dB, dC (P, B, L, N).
 
     A program has one chunk and WIDTH channels, block after block. A block walks its K * S steps forward once and
-    keeps the states before each S; then, from the last S to the first, walks them again keeping all, and goes back.
+    keeps the states before each S in ``scratch``; then, from the last S to the first, walks them again keeping all S
+    of them, and goes back. Each program has K + S states of scratch and uses them again for its next block.
     """
     pid = tl.program_id(0)
     part = (pid % PARTS).to(tl.int64)
