@@ -1,0 +1,110 @@
+"""Long texts through a model, chunk by chunk: only the state goes from one chunk to the next.
+
+Shapes: B batch, l tokens of one chunk, L of all chunks, D d_model, V vocabulary, P asked positions.
+
+What is held at a time is one chunk's activations and the state. The state of recurrent blocks (M, N) has one size; that
+of attention (A) holds keys and values of everything read and grows with L by nature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hybridnas.arch.model import HybridLM, LMHidden, LMState
+from hybridnas.errors import ConfigError
+
+
+def prefill(
+    model: HybridLM, chunks: Iterable[Tensor], *, state: LMState | None = None
+) -> Iterator[tuple[Tensor, LMState]]:
+    """Yield (logits (B, l, V), state after the chunk) for each chunk of ids (B, l) int64, without gradients.
+
+    ``state``: where to go on from; None starts fresh. The model evaluates (no dropped tokens in experts) while it
+    reads and is left in the mode it was in. Memory is that of one chunk as long as the caller keeps no logits, plus
+    the state, which grows with the text for attention alone. Raises ConfigError for a chunk that is no (B, l) with
+    l >= 1, and for a model with a block that is not causal.
+    """
+    for hidden in _read(model, chunks, state):
+        assert hidden.state is not None
+        with torch.no_grad():
+            logits_BlV = model.head(hidden.x_BLD)
+        yield logits_BlV, hidden.state
+
+
+def last_logits(
+    model: HybridLM,
+    ids_or_chunks: Tensor | Iterable[Tensor],
+    *,
+    chunk_tokens: int = 4096,
+    positions: Sequence[int] | Tensor | None = None,
+) -> Tensor:
+    """Return the logits (B, V) after the last token, or (B, P, V) after the tokens at ``positions``, in their order.
+
+    ids (B, L) int64, read ``chunk_tokens`` at a time, or an iterable of such pieces, for a text that need not exist
+    in memory at once. The head runs on the asked positions only, and nothing after the largest of them is read.
+    Memory as in ``prefill``. Raises ConfigError for no token, ``chunk_tokens`` below 1, no positions, and positions
+    that are negative or not in the text.
+    """
+    if chunk_tokens < 1:
+        raise ConfigError(f"last_logits chunk_tokens must be at least 1, got {chunk_tokens}")
+    wanted = None if positions is None else torch.as_tensor(positions, dtype=torch.int64).flatten()
+    if wanted is not None and (wanted.numel() == 0 or bool((wanted < 0).any())):
+        raise ConfigError(f"last_logits positions must be at least one index from 0 up, got {wanted.tolist()}")
+    pieces = [ids_or_chunks] if isinstance(ids_or_chunks, Tensor) else ids_or_chunks
+    chunks = (chunk for piece in pieces for chunk in _split(piece, chunk_tokens))
+    read, x_BlD, found_BPD = 0, None, None
+    for hidden in _read(model, chunks, None):
+        x_BlD = hidden.x_BLD
+        start, read = read, read + x_BlD.shape[1]
+        if wanted is None:
+            continue
+        if found_BPD is None:
+            found_BPD = x_BlD.new_empty(x_BlD.shape[0], wanted.numel(), x_BlD.shape[2])
+        here = (wanted >= start) & (wanted < read)
+        found_BPD[:, here] = x_BlD[:, (wanted[here] - start).to(x_BlD.device)]
+        if read > int(wanted.max()):
+            break
+    if x_BlD is None:
+        raise ConfigError("last_logits needs at least one token to read, got none")
+    if wanted is not None and read <= int(wanted.max()):
+        raise ConfigError(
+            f"last_logits position {int(wanted.max())} is beyond the text of {read} tokens; use 0 to {read - 1}"
+        )
+    with torch.no_grad():
+        logits: Tensor = model.head(x_BlD[:, -1] if found_BPD is None else found_BPD)
+    return logits
+
+
+def _split(ids_BL: Tensor, size: int) -> Sequence[Tensor]:
+    """Return pieces of at most ``size`` tokens; ids of a wrong shape go on as they are, to be refused by name."""
+    return torch.split(ids_BL, size, dim=1) if ids_BL.ndim == 2 else [ids_BL]
+
+
+def _read(model: HybridLM, chunks: Iterable[Tensor], state: LMState | None) -> Iterator[LMHidden]:
+    """Yield what the head reads, chunk after chunk."""
+    for chunk_Bl in chunks:
+        if chunk_Bl.ndim != 2 or chunk_Bl.shape[1] == 0:
+            raise ConfigError(f"a chunk of ids must be (batch, at least one token), got shape {tuple(chunk_Bl.shape)}")
+        if state is None:
+            state = model.init_state(chunk_Bl.shape[0])
+        with _evaluating(model), torch.no_grad():
+            hidden = model.hidden(chunk_Bl, state)
+        state = hidden.state
+        yield hidden
+
+
+@contextmanager
+def _evaluating(model: HybridLM) -> Iterator[None]:
+    """Evaluate inside, and leave the model in the mode it was in; a generator must not hold it between chunks."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
