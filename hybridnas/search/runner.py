@@ -20,7 +20,6 @@ from hybridnas.search.folder import StudyFolder
 from hybridnas.search.leaderboard import winner, write_leaderboard
 from hybridnas.search.records import (
     COMPLETE,
-    DUPLICATE,
     FAIL,
     INFEASIBLE,
     PRUNED,
@@ -28,10 +27,10 @@ from hybridnas.search.records import (
     TrialRecord,
     load_records,
 )
-from hybridnas.search.samplers import make_pruner, make_sampler
+from hybridnas.search.study import interrupted, open_study, repeat_lost
 from hybridnas.search.trial import TrialContext, TrialRun
-from hybridnas.search_spaces.enumerate import every_choice
-from hybridnas.search_spaces.space import Scale, Space
+from hybridnas.search.words import trial_news
+from hybridnas.search_spaces.space import Space
 
 if TYPE_CHECKING:
     import optuna
@@ -103,10 +102,10 @@ class Search:
             stored = self.folder.add_facts(stored, {"data_fingerprint": source.fingerprint})
             scale = self.config.budget.scale(source.vocab_size)
             target = self.space.target(scale)
-            study = self._study(scale, target)
+            study = open_study(self.config, self.folder, self.space, scale, target)
             loaded, self.warnings = load_records(self.folder.path)
             self.records = {record.number: record for record in loaded}
-            self._repeat_lost(study)
+            repeat_lost(study, self.records)
             tracker.sync(loaded)  # what a kill or an outage kept from MLflow
             context = TrialContext(self.config, self.space, scale, source, tracker, target, self.news)
             yield study, context, self._meta(stored, context)
@@ -117,45 +116,9 @@ class Search:
         finally:
             self.folder.close()
 
-    def _study(self, scale: Scale, target: int) -> optuna.Study:
-        import optuna
-        from optuna.storages.journal import JournalFileBackend
-
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        budget = self.config.budget
-        path = self.folder.journal()
-        study = optuna.create_study(
-            study_name=self.folder.name,
-            storage=optuna.storages.JournalStorage(JournalFileBackend(str(path))),
-            # A resumed process must not repeat the draws of the first, so the count of trials enters the seed.
-            sampler=make_sampler(self.config.sampler, self.config.seed + 7919 * _line_count(path)),
-            pruner=make_pruner(self.config.pruner, budget.rung_tokens(target), budget.reduction),
-            direction="minimize",
-            load_if_exists=True,
-        )
-        known = {trial.user_attrs.get("baseline") for trial in study.trials}
-        for name in self.space.baselines:
-            if name not in known:
-                study.enqueue_trial({}, user_attrs={"baseline": name})
-        if self.config.sampler == "bruteforce" and not study.user_attrs.get("enumerated"):
-            asked = [trial.system_attrs.get("fixed_params") for trial in study.trials]  # by a process that died here
-            for choices in every_choice(self.space, scale):
-                if choices not in asked:
-                    study.enqueue_trial(choices)
-            study.set_user_attr("enumerated", True)
-        return study
-
-    def _repeat_lost(self, study: optuna.Study) -> None:
-        """Queue again what the journal calls finished but whose record is gone or damaged."""
-        asked = {trial.user_attrs.get("repeats") for trial in study.trials}
-        for trial in study.trials:
-            if trial.state.is_finished() and trial.number not in self.records and trial.number not in asked:
-                attributes = {key: value for key, value in trial.user_attrs.items() if key == "baseline"}
-                study.enqueue_trial(trial.params, user_attrs={**attributes, "repeats": trial.number})
-
     def _loop(self, study: optuna.Study, context: TrialContext) -> str:
         budget = self.config.budget
-        for trial in self._interrupted(study):
+        for trial in interrupted(study):
             self.news(f"trial {trial.number} was interrupted; going on from its checkpoint")
             self._one(study, trial, context)
         draws = 0
@@ -187,7 +150,7 @@ class Search:
             study.tell(trial, state=TrialState.FAIL if state == FAIL else TrialState.PRUNED)
         self.records[record.number] = record
         write_leaderboard(self.folder.path, list(self.records.values()))
-        self.news(_news(record, self.records))
+        self.news(trial_news(record, self.records))
         self._drop_checkpoints()
         self._give_up_if_hopeless(record)
 
@@ -207,13 +170,6 @@ class Search:
                 f"the first {len(self.records)} candidates are all infeasible, the last one because: {last.reason}; "
                 f"change the budget (budget.active_params, budget.multiple) or the space, and choose study=NEWNAME"
             )
-
-    def _interrupted(self, study: optuna.Study) -> Iterator[optuna.Trial]:
-        """Yield trials that were running when their process died: their choices stand, their checkpoints go on."""
-        from optuna.trial import Trial, TrialState
-
-        for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            yield Trial(study, frozen._trial_id)
 
     def _finished(self) -> int:
         return sum(record.state in (COMPLETE, PRUNED, FAIL) for record in self.records.values())
@@ -318,29 +274,6 @@ def rebuild(study: Path, number: int) -> Arch:
         have = sorted(int(p.parent.name) for p in (study / "trials").glob("*/arch.json"))
         raise StudyError(f"study {study} has no trained trial {number}; trained: {', '.join(map(str, have)) or 'none'}")
     return Arch.from_dict(json.loads(path.read_text()))
-
-
-def _news(record: TrialRecord, records: dict[int, TrialRecord]) -> str:
-    name = record.preset or record.choices.get("candidate")
-    head = f"trial {record.number:>3}  {f'{name}  ' if name else ''}{record.pattern or dict(record.choices)}"
-    if record.state == INFEASIBLE:
-        return f"{head}  infeasible: {record.reason}"
-    if record.state == FAIL:
-        return f"{head}  failed: {record.reason}"
-    if record.state == DUPLICATE:
-        return f"{head}  {record.reason}"
-    loss = f"{record.valid_loss:.4f}" if record.valid_loss is not None else "-"
-    paper = next((r for r in records.values() if r.preset == "moe_mamba" and r.valid_loss is not None), None)
-    difference = ""
-    if record.state == COMPLETE and paper is not None and paper.valid_loss is not None and paper is not record:
-        difference = f"  ({(record.valid_loss or 0.0) - paper.valid_loss:+.4f} to moe_mamba)"
-    speed = f"{record.tokens_per_second:,.0f} tokens/s" if record.tokens_per_second else ""
-    state = "" if record.state == COMPLETE else f"  pruned at {record.tokens:,} tokens"
-    return f"{head}  loss {loss}{difference}{state}  {record.seconds:.0f} s, {speed}"
-
-
-def _line_count(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _command() -> str:
