@@ -36,9 +36,10 @@ def resolve_impl(impl: str | Impl, device: torch.device, operation: str) -> Impl
     if wanted is Impl.AUTO:
         return Impl.TRITON if device.type == "cuda" else Impl.CPU
     if wanted is Impl.TRITON and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise KernelUnavailableError(
-            f"{operation} impl='triton' needs a CUDA device, this tensor is on {device.type!r}; use impl='cpu'"
-        )
+        import torch
+
+        here = f"this tensor is on {device.type!r}" if torch.cuda.is_available() else "this machine has none"
+        raise KernelUnavailableError(f"{operation} impl='triton' needs a CUDA device, {here}; use impl='cpu'")
     return wanted
 
 

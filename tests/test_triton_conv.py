@@ -20,6 +20,7 @@ else:
     import torch
 
     from hybridnas.errors import KernelInputError
+    from hybridnas.kernels.causal_conv1d import causal_conv1d
     from hybridnas.kernels.causal_conv1d import triton as conv
     from hybridnas.kernels.causal_conv1d.reference import conv_reference
 
@@ -106,6 +107,24 @@ else:
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         op = torch.ops.hybridnas.causal_conv1d_triton
         torch.library.opcheck(op, (x, weight, None, None, None, True), test_utils=checks)
+
+    def test_the_dispatcher_runs_it_alone_and_compiled():
+        make = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 5, 3, generator=make, requires_grad=True)
+        weight = torch.randn(3, 2, generator=make, requires_grad=True)
+        torch.use_deterministic_algorithms(False)
+        y, final = causal_conv1d(x, weight, activation="silu", return_final_state=True, impl="triton")
+        wanted, state = causal_conv1d(x, weight, activation="silu", return_final_state=True, impl="reference")
+        assert torch.equal(final, state)
+        run = torch.compile(causal_conv1d, backend="aot_eager", fullgraph=True)
+        for got in (y, run(x, weight, activation="silu", impl="triton")):
+            torch.testing.assert_close(got, wanted)
+            for one, other in zip(
+                torch.autograd.grad(got.square().sum(), (x, weight)),
+                torch.autograd.grad(wanted.square().sum(), (x, weight), retain_graph=True),
+                strict=True,
+            ):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
     def test_a_dtype_or_number_of_taps_it_cannot_take_is_named():
         with pytest.raises(KernelInputError, match=r"takes float32, bfloat16 or float16, x is torch.float64"):

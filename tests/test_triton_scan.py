@@ -27,6 +27,7 @@ else:
     from hybridnas.errors import KernelInputError
     from hybridnas.kernels._inputs import boundaries
     from hybridnas.kernels._triton.launch import Tile
+    from hybridnas.kernels.selective_scan import selective_scan
     from hybridnas.kernels.selective_scan import triton as scan
     from hybridnas.kernels.selective_scan.reference import scan_reference
 
@@ -191,6 +192,30 @@ else:
         assert torch.equal(final, values["initial_state"])
         gradient = torch.autograd.grad(y.sum() + 3 * final.sum(), values["initial_state"])[0]
         assert torch.equal(gradient, torch.full_like(final, 3.0))
+
+    def test_the_dispatcher_runs_it_alone_and_compiled():
+        values = {name: v.float().requires_grad_() for name, v in Case(batch=1, length=3).tensors().items()}
+        ids = torch.tensor([[0, 0, 1]])
+
+        def scan_(impl):
+            y, final = selective_scan(**values, delta_softplus=True, seq_idx=ids, return_final_state=True, impl=impl)
+            return y.sum() + final.sum(), y
+
+        with torch.random.fork_rng():
+            torch.use_deterministic_algorithms(False)
+            loss, y = scan_("triton")
+            compiled_loss, compiled_y = torch.compile(scan_, backend="aot_eager", fullgraph=True)("triton")
+            wanted_loss, wanted = scan_("reference")
+            torch.testing.assert_close(y, wanted, rtol=2e-6, atol=2e-6)
+            assert torch.equal(y, compiled_y)
+            assert "TritonBackward" in str(y.grad_fn.name()) or "triton" in str(y.grad_fn.name())
+            for got in (loss, compiled_loss):
+                for one, other in zip(
+                    torch.autograd.grad(got, list(values.values())),
+                    torch.autograd.grad(wanted_loss, list(values.values()), retain_graph=True),
+                    strict=True,
+                ):
+                    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
     def test_a_dtype_or_state_size_it_cannot_take_is_named():
         values = Case().tensors()

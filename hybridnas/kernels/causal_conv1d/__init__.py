@@ -1,7 +1,7 @@
 """The causal depthwise convolution of Mamba, with SiLU, forward and backward, channel-last.
 
 Shapes: B batch, L length, D channels, K taps. ``reference.py`` is the specification; ``cpu.py`` with
-``conv.c`` is the fast path on a processor.
+``conv.c`` is the fast path on a processor, ``triton.py`` on a GPU.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridnas.errors import KernelInputError, KernelUnavailableError
-from hybridnas.hardware import Impl, resolve_impl
+from hybridnas.errors import KernelInputError
+from hybridnas.hardware import Impl
 from hybridnas.kernels._inputs import require_seq_idx, require_tensor, state_dtype
+from hybridnas.kernels._triton.choose import choose, takes_dtypes, words
+from hybridnas.kernels._triton.shapes import MAX_TAPS
 from hybridnas.kernels.causal_conv1d import cpu
 from hybridnas.kernels.causal_conv1d.reference import conv_reference, final_state_of, padded
 
@@ -35,14 +37,15 @@ def causal_conv1d(
 
     x (B, L, D); weight (D, K), last tap on the present; bias (D,); states (B, K - 1, D): the inputs before x.
     ``seq_idx`` (B, L) integers: no tap reaches over a change of it. All floating inputs are differentiable. With
-    ``return_final_state`` the result is (y, the last K - 1 inputs). ``impl``: auto, reference, cpu or triton.
+    ``return_final_state`` the result is (y, the last K - 1 inputs). ``impl``: auto, reference, cpu (C on a processor,
+    F.conv1d elsewhere) or triton; auto on a CUDA device is triton, torch for float64 and K > 16.
 
     Raises KernelInputError for a wrong rank, shape, dtype or device, KernelUnavailableError for an implementation
     that cannot run here. Source: the authors' ``causal_conv1d`` (arXiv 2312.00752, figure 3).
     """
-    chosen = _resolve(impl, x.device)
     _check(x, weight, bias, activation, initial_state, seq_idx)
-    run = conv_reference if chosen is Impl.REFERENCE else _fast_path(x, weight, seq_idx)
+    takes = takes_dtypes(x, weight, bias, initial_state) and weight.shape[1] <= MAX_TAPS
+    run = _form(choose(_NAME, impl, x.device, takes=takes), x, weight, seq_idx)
     y_BLD, final_BKD = run(x, weight, bias, activation, initial_state, seq_idx)
     return (y_BLD, final_BKD) if return_final_state else y_BLD
 
@@ -50,13 +53,19 @@ def causal_conv1d(
 def describe(device: torch.device | str) -> str:
     """Return words on what computes the convolution on ``device``."""
     if torch.device(device).type == "cuda":
-        return "torch, F.conv1d: no Triton kernel for it is built in this version"
+        return words(device, "F.conv1d")
     library = cpu.compiled()
     return library.words if library.handle is not None else f"torch, F.conv1d: {library.words}"
 
 
-def _fast_path(x: Tensor, weight: Tensor, seq_idx: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the C path for float32 sums on a processor that has it compiled, else F.conv1d; packed, tap by tap."""
+def _form(chosen: Impl, x: Tensor, weight: Tensor, seq_idx: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function that runs: C does float32 sums only; F.conv1d cannot mask taps of packed documents."""
+    if chosen is Impl.REFERENCE:
+        return conv_reference
+    if chosen is Impl.TRITON:
+        from hybridnas.kernels.causal_conv1d.triton import conv_triton
+
+        return conv_triton
     fits = x.device.type == "cpu" and state_dtype(x, weight) == torch.float32 and weight.shape[1] <= cpu.MAX_TAPS
     if fits and cpu.available():
         return cpu.conv_c
@@ -80,19 +89,6 @@ def _conv_torch(
     if activation == "silu":
         y_BLD = F.silu(y_BLD)
     return y_BLD.contiguous(), final_state_of(x, taps, initial_state, seq_idx)
-
-
-def _resolve(impl: str | Impl, device: torch.device) -> Impl:
-    """Return reference or cpu; auto on a CUDA device means torch until a Triton kernel is built."""
-    if Impl.of(impl) is Impl.AUTO:
-        return Impl.CPU
-    chosen = resolve_impl(impl, device, _NAME)
-    if chosen is Impl.TRITON:
-        raise KernelUnavailableError(
-            f"{_NAME} impl='triton' is not built in this version; impl='cpu' (F.conv1d) or impl='reference' works on "
-            "any device"
-        )
-    return chosen
 
 
 def _check(

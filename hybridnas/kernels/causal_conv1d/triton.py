@@ -1,7 +1,6 @@
 """The causal convolution on a GPU: the host's side of ``triton_kernels.py``, as a differentiable operator.
 
-Imports triton at its top: import this module where a CUDA tensor, or the interpreter, asks for it. To hook it in, the
-dispatcher calls ``conv_triton`` where it would call ``conv_c``: same arguments, same result.
+Imports triton at its top: import this module where a CUDA tensor, or the interpreter, asks for it.
 
 Shapes: B batch, L length, D channels, K taps.
 """
@@ -15,12 +14,12 @@ from torch import Tensor
 
 from hybridnas.errors import KernelInputError
 from hybridnas.kernels._inputs import boundaries
+from hybridnas.kernels._triton.choose import require_dtypes
 from hybridnas.kernels._triton.launch import Tile, launch, near_rows
 from hybridnas.kernels._triton.shapes import MAX_TAPS, conv_rows
 from hybridnas.kernels.causal_conv1d import triton_kernels as kernels
 from hybridnas.kernels.causal_conv1d.reference import final_state_of
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _Optional = Tensor | None
 
 
@@ -32,15 +31,13 @@ def tiles(taps: int) -> list[Tile]:
 
 def _ready(*tensors: _Optional) -> list[Any]:
     """Return x, weight (K, D), bias, initial, document as the kernels read them; raises KernelInputError."""
-    for name, tensor in zip(("x", "weight", "bias", "initial_state"), tensors, strict=False):
-        if tensor is not None and tensor.dtype not in _DTYPES:
-            raise KernelInputError(
-                f"causal_conv1d impl='triton' takes float32, bfloat16 or float16, {name} is {tensor.dtype}"
-            )
+    require_dtypes("causal_conv1d", **dict(zip(("x", "weight", "bias", "initial_state"), tensors, strict=False)))
     x, weight, *rest = tensors
     assert x is not None and weight is not None
     if weight.shape[1] > MAX_TAPS:
-        raise KernelInputError(f"causal_conv1d impl='triton' takes at most {MAX_TAPS} taps K, got {weight.shape[1]}")
+        raise KernelInputError(
+            f"causal_conv1d impl='triton' takes at most {MAX_TAPS} taps K, got {weight.shape[1]}; use impl='cpu'"
+        )
     return [near_rows(x), weight.t().contiguous(), *(None if t is None else t.contiguous() for t in rest)]
 
 

@@ -1,7 +1,7 @@
 """The selective scan of Mamba (arXiv 2312.00752), forward and backward, channel-last.
 
 Shapes: B batch, L length, D channels, N state size. ``reference.py`` is the specification; ``cpu.py`` with ``scan.c``
-is the fast path on a processor; ``chunked.py`` runs anywhere torch does.
+is the fast path on a processor, ``triton.py`` on a GPU; ``chunked.py`` runs anywhere torch does.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridnas.errors import KernelUnavailableError
-from hybridnas.hardware import Impl, resolve_impl
+from hybridnas.hardware import Impl
 from hybridnas.kernels._inputs import full_precision, require_finite, require_seq_idx, require_tensor, state_dtype
+from hybridnas.kernels._triton.choose import choose, takes_dtypes, words
+from hybridnas.kernels._triton.shapes import MAX_STATE
 from hybridnas.kernels.selective_scan import cpu
 from hybridnas.kernels.selective_scan.chunked import scan_chunked
 from hybridnas.kernels.selective_scan.reference import scan_reference
@@ -42,14 +43,16 @@ def selective_scan(
     u, delta, z (B, L, D); A (D, N); B, C (B, L, N); D, delta_bias (D,); states (B, D, N), float32 whatever the
     inputs (float64 for float64). ``seq_idx`` (B, L) integers: the state restarts where it changes along L. All
     floating inputs are differentiable. With ``return_final_state`` the result is (y, state after the last step).
-    ``impl``: auto, reference, cpu or triton; a requested one runs or raises.
+    ``impl``: auto, reference, cpu (C on a processor, chunked torch elsewhere) or triton; a requested one runs or
+    raises. auto on a CUDA device is triton, chunked torch for float64 and N > 256, which triton does not take.
 
     Raises KernelInputError for a wrong rank, shape, dtype, device or non-finite A, KernelUnavailableError for an
     implementation that cannot run here. Source: Gu and Dao 2023, algorithm 2 and section 3.3.
     """
-    chosen = _resolve(impl, u.device)
-    _check(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
-    run = scan_reference if chosen is Impl.REFERENCE else _fast_path(u.device, state_dtype(u, delta, A, B, C))
+    given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    _check(*given, seq_idx)
+    takes = takes_dtypes(*given) and A.shape[1] <= MAX_STATE
+    run = _form(choose(_NAME, impl, u.device, takes=takes), u.device, state_dtype(u, delta, A, B, C))
     with full_precision(u.device):
         y_BLD, final_BDN = run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx)
     return (y_BLD, final_BDN) if return_final_state else y_BLD
@@ -97,27 +100,20 @@ def selective_state_update(
 def describe(device: torch.device | str) -> str:
     """Return words on what computes the scan on ``device``."""
     if torch.device(device).type == "cuda":
-        return "torch, chunked: no Triton kernel for it is built in this version"
+        return words(device, "chunked")
     library = cpu.compiled()
     return library.words if library.handle is not None else f"torch, chunked: {library.words}"
 
 
-def _fast_path(device: torch.device, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the C path for float32 sums on a processor that has it compiled, else the torch form."""
-    return cpu.scan_c if device.type == "cpu" and dtype == torch.float32 and cpu.available() else scan_chunked
-
-
-def _resolve(impl: str | Impl, device: torch.device) -> Impl:
-    """Return reference or cpu; auto on a CUDA device means the torch form until a Triton kernel is built."""
-    if Impl.of(impl) is Impl.AUTO:
-        return Impl.CPU
-    chosen = resolve_impl(impl, device, _NAME)
+def _form(chosen: Impl, device: torch.device, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function that runs; ``dtype`` is that of the sums: C does them in float32 only."""
+    if chosen is Impl.REFERENCE:
+        return scan_reference
     if chosen is Impl.TRITON:
-        raise KernelUnavailableError(
-            f"{_NAME} impl='triton' is not built in this version; impl='cpu' (torch, chunked) or impl='reference' "
-            "works on any device"
-        )
-    return chosen
+        from hybridnas.kernels.selective_scan.triton import scan_triton
+
+        return scan_triton
+    return cpu.scan_c if device.type == "cpu" and dtype == torch.float32 and cpu.available() else scan_chunked
 
 
 def _check(

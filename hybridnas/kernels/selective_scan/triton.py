@@ -1,7 +1,6 @@
 """The selective scan on a GPU: the host's side of ``triton_kernels.py``, as a differentiable operator.
 
-Imports triton at its top: import this module where a CUDA tensor, or the interpreter, asks for it. To hook it in, the
-dispatcher calls ``scan_triton`` where it would call ``scan_chunked`` or ``scan_c``: same arguments, same result.
+Imports triton at its top: import this module where a CUDA tensor, or the interpreter, asks for it.
 The same bits in every run on one machine: no atomics, and the tuner's choice of a tile, which the order of sums over
 channels depends on, is remembered on disk. A row's result does not depend on its batch.
 
@@ -18,13 +17,13 @@ from torch import Tensor
 
 from hybridnas.errors import KernelInputError
 from hybridnas.kernels._inputs import boundaries
+from hybridnas.kernels._triton.choose import require_dtypes
 from hybridnas.kernels._triton.launch import Tile, launch, near_rows
 from hybridnas.kernels._triton.shapes import CHUNK, GROUP, MAX_STATE, power_of_two, scan_parts
 from hybridnas.kernels.selective_scan import triton_kernels as kernels
 
 _UNROLL = 2  # steps of the forward whose loads are in flight together
 _BLOCK = 256  # (n, d) pairs of one program of the chain over chunks
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 _Optional = Tensor | None
 
@@ -69,18 +68,15 @@ class Inputs(NamedTuple):
     @classmethod
     def of(cls, *tensors: _Optional, softplus: bool, chunk: int = CHUNK, only: Tile | None = None) -> Inputs:
         """Copy only what must be; raises KernelInputError for a dtype or a state size that the kernels don't take."""
-        for name, tensor in zip(_NAMES, tensors, strict=False):
-            if tensor is not None and tensor.dtype not in _DTYPES:
-                raise KernelInputError(
-                    f"selective_scan impl='triton' takes float32, bfloat16 or float16, {name} is {tensor.dtype}"
-                )
+        require_dtypes("selective_scan", **dict(zip(_NAMES, tensors, strict=False)))
         strided = (0, 1, 3, 4, 6)  # u, delta, B, C, z
         ready: list[Any] = [
             None if t is None else near_rows(t) if i in strided else t.contiguous() for i, t in enumerate(tensors)
         ]
         if ready[2].shape[1] > MAX_STATE:
             raise KernelInputError(
-                f"selective_scan impl='triton' takes a state size N of at most {MAX_STATE}, got {ready[2].shape[1]}"
+                f"selective_scan impl='triton' takes a state size N of at most {MAX_STATE}, got {ready[2].shape[1]}; "
+                "use impl='cpu'"
             )
         return cls._make([*ready, softplus, chunk, only])
 
