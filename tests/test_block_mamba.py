@@ -47,6 +47,41 @@ def test_constant_parameters_make_the_block_linear_and_time_invariant_before_the
     torch.testing.assert_close(late[:, 3:], once, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [19, 1, 5])
+def test_the_unselective_block_is_the_papers_linear_time_invariant_recurrence(chunk):
+    torch.manual_seed(0)
+    block = Mamba(Mamba.Config(d_model=8, d_state=3, selective=False)).eval()
+    x = torch.randn(2, 19, 8)
+    w = {name: value.detach().double() for name, value in block.named_parameters()}
+    u, z = (x.double() @ w["in_proj.weight"].T).chunk(2, dim=-1)
+    taps = w["conv1d.weight"][:, 0]
+    late = F.pad(u, (0, 0, 3, 0))
+    u = F.silu(sum(late[:, k : k + 19] * taps[:, k] for k in range(4)) + w["conv1d.bias"])
+    step = F.softplus(w["dt_proj.bias"])[:, None]
+    decay, gain = torch.exp(-step * w["A_log"].exp()), step * w["B"]
+    lags = torch.arange(19.0, dtype=torch.float64)
+    kernel = (decay[None] ** lags[:, None, None] * gain * w["C"]).sum(-1)  # the convolution that an LTI system is
+    y = torch.stack([(kernel[: t + 1].flip(0) * u[:, : t + 1]).sum(1) for t in range(19)], dim=1) + w["D"] * u
+    expected = (y * F.silu(z)) @ w["out_proj.weight"].T
+    state, parts = block.init_state(2, device=x.device, dtype=x.dtype), []
+    with torch.no_grad():
+        for piece in x.split(chunk, dim=1):
+            out, state, _ = block(piece, state)
+            parts.append(out)
+        torch.testing.assert_close(torch.cat(parts, dim=1).double(), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(block(x).y_BLD.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_selective_is_also_yes_or_no():
+    from hybridnas.arch.arch import Arch
+
+    fields = {"d_model": 16, "vocab_size": 8}
+    written = Arch.from_pattern("M{selective=false}x2", **fields)
+    assert written.fingerprint() == Arch.from_pattern("M{selective=none}x2", **fields).fingerprint()
+    assert written.fingerprint() == Arch.from_pattern("Mx2", selective=False, **fields).fingerprint()
+    assert Mamba.Config(d_model=16, selective=True).canonical() == Mamba.Config(d_model=16).canonical()
+
+
 @pytest.mark.parametrize(
     ("selective", "saved"),
     [

@@ -71,7 +71,9 @@ class Mamba(Block):
         dt_rank: int | None = option(None, "rank of the step-size projection; none: ceil(d_model / 16) [count]", ge=1)
         conv_bias: bool = option(True, "bias of the convolution")
         bias: bool = option(False, "biases of the input and output projections")
-        selective: str = option("dt+B+C", "which of dt, B, C depend on the input, joined by '+'; none: constants")
+        selective: str | bool = option(
+            "dt+B+C", "which of dt, B, C depend on the input, joined by '+'; none or false: constants; true: all three"
+        )
         inner_moe: str = option("none", "which projections are routed experts: conv, gate, out, joined by '+'; none")
         inner_experts: int = option(8, "routed experts of each such projection [count]", ge=1)
         inner_d_expert: int | None = option(
@@ -286,8 +288,10 @@ class _StepProjection(nn.Module):
             self.bias.copy_(dt_I + torch.log(-torch.expm1(-dt_I)))  # the inverse of softplus
 
 
-def _parts(text: str, allowed: tuple[str, ...], where: str) -> tuple[str, ...]:
+def _parts(text: str | bool, allowed: tuple[str, ...], where: str) -> tuple[str, ...]:
     """Split 'a+b' into names in their canonical order; raises ConfigError for unknown and repeated ones."""
+    if isinstance(text, bool):
+        return allowed if text else ()
     if text == "none":
         return ()
     names = text.split("+")
