@@ -23,6 +23,7 @@ from hybridnas.errors import CheckpointError, TrainingError
 from hybridnas.registry import BLOCKS, register_block
 from hybridnas.train import checkpoint, records
 from hybridnas.train.config import TrainConfig
+from hybridnas.train.trainer import PAUSE
 
 VOCAB = 16
 STEPS = 12
@@ -215,6 +216,28 @@ def test_a_time_limit_stops_and_the_same_call_goes_on(tmp_path, undisturbed):
         assert part.status == "stopped"
         assert part.reason == f"time limit of 0 s reached at {64 * step} tokens; the same call goes on"
     same_bits(run(tmp_path), undisturbed)
+
+
+def test_a_paused_run_keeps_its_moments_and_goes_on_to_the_bit(tmp_path, undisturbed):
+    for step in (4, 8):
+        part = run(tmp_path, on_eval=lambda value, step=step: PAUSE if value.step == step else None)
+        assert (part.status, part.reason) == ("paused", f"paused after the measurement at {64 * step} tokens")
+        assert json.loads((tmp_path / "run.json").read_text())["final"] is False
+        assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("checkpoint")) == [
+            "checkpoint.safetensors"
+        ]
+        assert checkpoint.load(tmp_path).optimizer
+        assert checkpoint.load(tmp_path).header["progress"]["step"] == step
+    same_bits(run(tmp_path), undisturbed)
+    assert checkpoint.load(tmp_path).optimizer == {}
+
+
+def test_a_paused_run_whose_checkpoint_was_deleted_is_trained_again_to_the_same_bits(tmp_path, undisturbed):
+    run(tmp_path, on_eval=lambda value: PAUSE if value.step == 4 else None)
+    checkpoint.remove(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    same_bits(run(tmp_path), undisturbed)
+    assert (tmp_path / "metrics.jsonl").read_text().startswith(before)
 
 
 def test_kill_9_loses_nothing_that_was_measured(tmp_path, undisturbed):

@@ -36,9 +36,8 @@ from hybridnas.train.records import (
     repair_evals,
     write_json,
 )
-from hybridnas.train.trainer import Outcome, Trainer
+from hybridnas.train.trainer import OnEval, Outcome, Trainer
 
-OnEval = Callable[[Eval], bool | None]
 _NO_MEMORY = re.compile(r"out of memory|(can.t|cannot|not able to|not enough) (allocate )?memory", re.IGNORECASE)
 
 
@@ -59,7 +58,8 @@ def run(
 
     ``on_eval`` sees every measurement of the run in order, those of earlier processes first (so report them
     idempotently), and stops the run by returning True. A run that is completed, failed or so stopped is not trained
-    again: its stored result is returned. One that ended by ``max_seconds``, Ctrl-C, a crash or lack of memory goes on.
+    again: its stored result is returned. Returning ``PAUSE`` leaves the run with status "paused" and its whole
+    checkpoint instead: the next call goes on, as after ``max_seconds``, Ctrl-C, a crash or lack of memory.
     On a processor with the same number of threads, a run that was interrupted equals one that was not, to the bit.
 
     ``progress``: True (bar or lines), False (silence) or a callable that takes lines. ``keep_checkpoint=False``
@@ -91,6 +91,8 @@ def run(
         ended = {"status": outcome.status, "reason": outcome.reason, "final": outcome.final, "tokens_per_second": speed}
         if outcome.final:
             _settle_checkpoints(trainer, where, keep_checkpoint, sound=outcome.status != "failed")
+        elif outcome.status == "paused":
+            checkpoint.remove(where, names=(checkpoint.PREVIOUS,))  # it may lie there for long, and the newest is whole
         write_json(where / RUN, {**about, **ended})
         model = trainer.model if trainer and outcome.status != "failed" else None
         return TrainResult(outcome.status, outcome.reason, evals, model, where, speed)

@@ -44,7 +44,10 @@ class Eval:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: completed, stopped (by ``on_eval`` or a time limit) or failed, and all that was measured."""
+    """How a run ended, and all that was measured.
+
+    ``status``: completed, stopped (by ``on_eval`` or a time limit), paused (by ``on_eval``, to go on later) or failed.
+    """
 
     status: str
     reason: str  # a sentence; empty for completed

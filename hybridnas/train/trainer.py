@@ -24,6 +24,8 @@ from hybridnas.train.evaluate import autocast, counted, cross_entropy_sum, evalu
 from hybridnas.train.progress import Progress
 from hybridnas.train.records import Eval, append_eval
 
+PAUSE = "pause"  # what on_eval returns to leave a run that may go on later
+OnEval = Callable[[Eval], bool | str | None]
 _CHECK_EVERY = 16  # steps between looks at the loss on a device that would have to be waited for
 _SMOOTH = 0.95  # decay of the running mean of the loss
 
@@ -95,15 +97,15 @@ class Trainer:
 
     def train(
         self,
-        on_eval: Callable[[Eval], bool | None] | None,
+        on_eval: OnEval | None,
         shown: Progress,
         interrupted: threading.Event,
         max_seconds: float | None,
     ) -> Outcome:
         """Run to the end, a stop, a failure or an interrupt; saves at measurements, at times, and before it leaves."""
         for value in self.evals:
-            if on_eval is not None and on_eval(value):
-                return _pruned(value)
+            if on_eval is not None and (said := on_eval(value)):
+                return _left(value, said)
         points = frozenset(self.config.eval_steps())
         self._started = self._lap_start = self._saved_at = time.perf_counter()
         while self.state.step < self.config.steps:
@@ -116,8 +118,8 @@ class Trainer:
                 if isinstance(measured, str):
                     return Outcome("failed", measured)
                 self.save()
-                if measured is not None and on_eval is not None and on_eval(measured):
-                    return _pruned(measured)
+                if measured is not None and on_eval is not None and (said := on_eval(measured)):
+                    return _left(measured, said)
                 self._lap_start = time.perf_counter()
             if interrupted.is_set():
                 self.save()
@@ -312,5 +314,7 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
 
 
-def _pruned(value: Eval) -> Outcome:
+def _left(value: Eval, said: bool | str) -> Outcome:
+    if said == PAUSE:
+        return Outcome("paused", f"paused after the measurement at {value.tokens:,} tokens", final=False)
     return Outcome("stopped", f"stopped after the measurement at {value.tokens:,} tokens")
