@@ -29,7 +29,7 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "generate": "device echo max_new_tokens model prompt seed stop_at_end temperature top_k",
     "evaluate": "arch batch_size device model pattern precision seed seq_len valid_tokens",
     "replay": "device out runs study trial",
-    "bench": "keep_memory out patience quick suite threads tiny",
+    "bench": "keep_memory minutes out part patience quick repeats space suite threads tiny",
 }
 GROUPS = {
     "search": "budget data experiment space",

@@ -19,7 +19,7 @@ from hybridnas.search_spaces.placement import PLACEMENTS, place
 from hybridnas.search_spaces.space import BASELINES, Scale, Space, list_spaces, load_space
 
 SCALE = Scale(d_model=32, depth=4, n_experts=4, multiple=2, seq_len=64)
-SHIPPED = ("attention_placement", "hybrid", "mamba_moe")
+SHIPPED = ("attention_placement", "hybrid", "mamba_moe", "tabular")
 
 
 class Dice:
@@ -256,7 +256,7 @@ def test_a_users_space_is_found_and_wins(tmp_path, monkeypatch):
     Path("search_spaces").mkdir()
     Path("search_spaces/mine.yaml").write_text("letters: [M, F]\nmotif_length: 2\n")
     Path("search_spaces/hybrid.yaml").write_text("description: ours\nletters: [M]\nmotif_length: [1]\n")
-    assert list_spaces() == ["attention_placement", "hybrid", "mamba_moe", "mine"]
+    assert list_spaces() == ["attention_placement", "hybrid", "mamba_moe", "mine", "tabular"]
     assert load_space("mine").motif_length == (2,)
     assert load_space("hybrid").description == "ours"
 

@@ -37,6 +37,11 @@ class BenchConfig(FrozenConfig):
     keep_memory: bool = option(True, "let malloc keep freed memory, which favours peers that allocate much")
     patience: float = option(120.0, "a process that measures one length is ended after this time [s]", gt=0)
 
+    space: str = option("tabular", "samplers, fidelity, table: the space whose table is read or built [name]")
+    repeats: int | None = option(None, "samplers: searches of each sampler with each pruner; none: 100 [count]", ge=1)
+    part: str = option("0/1", "table: which share of the trainings this process takes, as INDEX/COUNT")
+    minutes: float | None = option(None, "table: no training starts that would end later; none: no limit", gt=0)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.out is not None and not self.out.endswith(".json"):

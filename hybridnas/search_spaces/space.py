@@ -77,6 +77,7 @@ class Space(FrozenConfig):
     split: Any = option(None, "share of active parameters in mixers beside experts or MLPs [fractions]")
     baselines: tuple[str, ...] = option(BASELINES, "presets trained first, at the same active parameters [names]")
     match: bool = option(True, "whether candidates are matched to the target's active parameters [yes/no]")
+    table: Mapping[str, Any] = field(default_factory=dict, metadata={"doc": "scores of all candidates, if known"})
     fields: Mapping[str, Any] = field(default_factory=dict, metadata={"doc": "choices of block fields [mapping]"})
 
     @classmethod

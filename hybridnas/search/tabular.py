@@ -1,0 +1,266 @@
+"""A space whose every architecture has been trained: scores are looked up in a table instead of trained.
+
+The space's YAML has a ``table`` with the file and with what it was trained on::
+
+    table:
+      path: experiments/results/tabular.csv
+      data: {kind: stdlib}
+      budget: {d_model: 32, depth: 4, ...}
+
+A row is one training run; ``python -m hybridnas.bench table`` writes them, ``space=tabular`` reads them.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hybridnas.arch.arch import Arch
+from hybridnas.config import FrozenConfig, option
+from hybridnas.cost import Cost
+from hybridnas.data.source import Batch, Source
+from hybridnas.errors import ConfigError, StudyError
+from hybridnas.files import write_text
+from hybridnas.search.config import Budget
+from hybridnas.search_spaces.space import Space
+from hybridnas.train.records import Eval, TrainResult
+
+COSTS = tuple(item.name for item in dataclasses.fields(Cost))
+_HEAD = ("pattern", "fingerprint", "choices", "seed", *COSTS, "tokens")
+_TAIL = ("tokens_per_second", "seconds", "cpu_seconds", "failed", "settings", "data", "command", "commit")
+_LOSS, _ACCURACY = "loss_at_", "accuracy_at_"  # and the count of training tokens
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSpec(FrozenConfig):
+    """Where a space's table lies and how its rows were trained."""
+
+    path: str = option(doc="the table, a CSV file [path]")
+    data: Mapping[str, Any] = field(metadata={"doc": "the data's settings as a mapping"})
+    budget: Budget = field(metadata={"doc": "size, length and rungs of every row"})
+    seeds: int = option(2, "runs of each architecture in the best quarter, each of its own seed [count]", ge=1)
+    ladders: tuple[tuple[int, int], ...] = field(
+        default=(), metadata={"doc": "further (rungs, reduction) whose token counts are measured, too"}
+    )
+
+    @classmethod
+    def label(cls) -> str:
+        return "space.table"
+
+    @classmethod
+    def of(cls, space: Space) -> TableSpec:
+        """Read a space's ``table``; raises ConfigError for a space that has none, or a key that is wrong."""
+        if not space.table:
+            raise ConfigError(f"space {space.name!r} has no table; choose one that has, e.g. space=tabular")
+        given = dict(space.table)
+        for key in ("data", "budget"):
+            if not isinstance(given.get(key), Mapping):
+                raise ConfigError(f"space {space.name!r} table needs {key}, a mapping of settings")
+        given["budget"] = Budget.from_dict({"name": space.name, **given["budget"]}, where=f"space {space.name!r} table")
+        given["ladders"] = tuple((int(rungs), int(reduction)) for rungs, reduction in given.get("ladders", ()))
+        return cls.from_dict(given, where=f"space {space.name!r} table")
+
+    def points(self, active_params: int) -> tuple[int, ...]:
+        """Return the training-token counts at which every row is measured: the rungs of all ladders."""
+        counts: set[int] = set()
+        for rungs, reduction in ((self.budget.rungs, self.budget.reduction), *self.ladders):
+            counts |= set(self.budget.replace(rungs=rungs, reduction=reduction).rung_tokens(active_params))
+        return tuple(sorted(counts))
+
+    def settings(self, space: Space) -> str:
+        """Return 12 hex digits of all that decides a row's numbers: rows that differ in them cannot be compared."""
+        limits = ("name", "n_trials", "minutes", "rungs", "reduction", "evals")
+        budget = {key: value for key, value in self.budget.to_dict().items() if key not in limits}
+        data = {key: value for key, value in self.data.items() if key != "cache_dir"}
+        text = json.dumps({"data": data, "budget": budget, "match": space.match}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def file(self) -> Path:
+        """Return the table's path: as given, or else under the checkout that this package is imported from."""
+        path = Path(self.path).expanduser()
+        return path if path.exists() or path.is_absolute() or not (_ROOT / path).exists() else _ROOT / path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One training run of one architecture; losses are validation cross-entropy [nats per token]."""
+
+    pattern: str
+    fingerprint: str
+    choices: Mapping[str, Any]
+    seed: int
+    cost: Mapping[str, float]
+    tokens: int  # trained
+    losses: Mapping[int, float]  # training tokens -> loss
+    accuracies: Mapping[int, float]  # training tokens -> share of right predictions [0 to 1]
+    tokens_per_second: float
+    seconds: float  # wall time
+    cpu_seconds: float  # of all threads
+    settings: str
+    data: str  # first 12 hex digits of the data's fingerprint
+    failed: str = ""  # why there is no full score
+    command: str = ""
+    commit: str = ""
+
+    @property
+    def score(self) -> float:
+        """The loss at the last point; infinite for a run that failed."""
+        return math.inf if self.failed or not self.losses else self.losses[max(self.losses)]
+
+    def cells(self, points: Iterable[int]) -> dict[str, Any]:
+        """Return column -> cell."""
+        return {
+            **{name: getattr(self, name) for name in (*_HEAD, *_TAIL) if hasattr(self, name)},
+            "choices": json.dumps(dict(self.choices), sort_keys=True),
+            **self.cost,
+            **{f"{_LOSS}{point}": self.losses.get(point, "") for point in points},
+            **{f"{_ACCURACY}{point}": self.accuracies.get(point, "") for point in points},
+        }
+
+    @classmethod
+    def of(cls, cells: Mapping[str, str]) -> Row:
+        """Read a CSV line; raises KeyError or ValueError for what is not one of ours."""
+        return cls(
+            **{name: cells[name] for name in ("pattern", "fingerprint", "settings", "data", "failed", "command")},
+            commit=cells["commit"],
+            choices=json.loads(cells["choices"]),
+            seed=int(cells["seed"]),
+            cost={name: float(cells[name]) for name in COSTS},
+            tokens=int(cells["tokens"]),
+            losses=_at(cells, _LOSS),
+            accuracies=_at(cells, _ACCURACY),
+            tokens_per_second=float(cells["tokens_per_second"]),
+            seconds=float(cells["seconds"]),
+            cpu_seconds=float(cells["cpu_seconds"]),
+        )
+
+
+def _at(cells: Mapping[str, str], kind: str) -> dict[int, float]:
+    return {int(key[len(kind) :]): float(value) for key, value in cells.items() if key.startswith(kind) and value}
+
+
+class Table:
+    """The rows of a table by architecture; the first seed is what a search sees."""
+
+    def __init__(self, rows: Iterable[Row], path: Path) -> None:
+        self.path = path
+        self.rows = sorted(rows, key=lambda row: (row.pattern, row.fingerprint, row.seed))
+        self.by_fingerprint: dict[str, list[Row]] = {}
+        for row in self.rows:
+            self.by_fingerprint.setdefault(row.fingerprint, []).append(row)
+
+    @property
+    def points(self) -> tuple[int, ...]:
+        """Every token count at which some row was measured."""
+        return tuple(sorted({point for row in self.rows for point in row.losses}))
+
+    def firsts(self) -> Iterator[Row]:
+        """Yield the run of lowest seed of every architecture."""
+        yield from (rows[0] for rows in self.by_fingerprint.values())
+
+    def write(self) -> None:
+        """Write the CSV, whole or not at all."""
+        points = self.points
+        text = io.StringIO()
+        columns = [*_HEAD, *(f"{kind}{point}" for kind in (_LOSS, _ACCURACY) for point in points), *_TAIL]
+        out = csv.DictWriter(text, columns, lineterminator="\n")
+        out.writeheader()
+        out.writerows(row.cells(points) for row in self.rows)
+        write_text(self.path, text.getvalue())
+
+    @classmethod
+    def read(cls, path: Path) -> Table:
+        """Read a CSV; raises StudyError in one sentence for one that is missing or not a table."""
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [Row.of(cells) for cells in csv.DictReader(file)]
+        except FileNotFoundError:
+            raise StudyError(
+                f"the table {path} is missing; build it with python -m hybridnas.bench table "
+                f"(an hour or more on one core), or give its place with space.table.path=FILE"
+            ) from None
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise StudyError(f"the table {path} cannot be read: {type(error).__name__} {error}") from None
+        return cls(rows, path)
+
+
+def load_table(space: Space) -> tuple[TableSpec, Table]:
+    """Return a space's table, ready for a search; raises StudyError where it is missing, empty or of other settings."""
+    spec = TableSpec.of(space)
+    table = Table.read(spec.file())
+    if not table.rows:
+        raise StudyError(f"the table {table.path} is empty; go on with python -m hybridnas.bench table")
+    others = sorted({row.settings for row in table.rows} - {spec.settings(space)})
+    if others:
+        raise StudyError(
+            f"the table {table.path} was trained with other settings than space {space.name!r} states "
+            f"({', '.join(others)} there, {spec.settings(space)} here); undo the change of space.table"
+        )
+    if len({row.data for row in table.rows}) > 1:
+        raise StudyError(f"the table {table.path} mixes runs on different data; build it again from one corpus")
+    return spec, table
+
+
+class TableSource(Source):
+    """Stands where data would: a search on a table reads none."""
+
+    def __init__(self, table: Table, vocab_size: int) -> None:
+        self.table = table
+        self._vocab_size = vocab_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the scores: those of the table's rows."""
+        known = [(row.fingerprint, row.seed, sorted(row.losses.items())) for row in self.table.rows]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+    def describe(self) -> str:
+        count = len(self.table.by_fingerprint)
+        return f"scores of {count} architectures looked up in {self.table.path}; nothing is trained"
+
+    def train_batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> Batch:
+        raise ConfigError("a search on a table trains nothing; train its winner with python -m hybridnas.train")
+
+    def valid_batches(self, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
+        raise ConfigError("a search on a table has no data; choose data=NAME and a space without a table")
+
+
+def look_up(
+    table: Table, arch: Arch, tokens: tuple[int, ...], folder: Path, on_eval: Callable[[Eval], bool | None]
+) -> TrainResult:
+    """Return what training ``arch`` gave when the table was made, measured at ``tokens``; ``on_eval`` may stop it.
+
+    Raises StudyError for a token count that the table does not have.
+    """
+    row = table.by_fingerprint[arch.fingerprint()][0]
+    missing = [point for point in tokens if point not in table.points]
+    if missing:
+        raise StudyError(
+            f"the table {table.path} has no scores at {missing[0]:,} tokens but at "
+            f"{', '.join(f'{point:,}' for point in table.points)}: choose space.table.budget.rungs and .reduction so "
+            f"that rungs meet these"
+        )
+    evals: list[Eval] = []
+    for point in tokens:
+        if point not in row.losses:
+            break
+        spent = row.seconds * point / max(row.losses)
+        accuracy = row.accuracies.get(point, math.nan)
+        value = Eval(point, 0, math.nan, row.losses[point], None, accuracy, row.tokens_per_second, spent)
+        evals.append(value)
+        if on_eval(value) and point != tokens[-1]:
+            return TrainResult("stopped", "", evals, None, folder, row.tokens_per_second)
+    return TrainResult("failed" if row.failed else "completed", row.failed, evals, None, folder, row.tokens_per_second)
