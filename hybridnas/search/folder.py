@@ -1,10 +1,11 @@
-"""A study's folder: one process at a time writes it, what it is about is written in it, and nothing in it is lost.
+"""A study's folder: one search command at a time writes it, what it is about is written in it, and nothing is lost.
 
 ::
 
     runs/STUDY/journal.log      Optuna's journal, the truth about trials
     runs/STUDY/study.json       what is searched, with which settings, on which machine
     runs/STUDY/trials/0007/     arch.json, metrics.jsonl, result.json, checkpoint
+    runs/STUDY/.lock, .leases/  who works here: locks that die with their process
     runs/STUDY/mlflow.db        the mirror in MLflow
     runs/STUDY/report.html, leaderboard.csv, best/
 """
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -21,6 +24,8 @@ from typing import Any
 
 from hybridnas.errors import StudyError
 from hybridnas.files import write_json
+from hybridnas.search.leases import FileLock
+from hybridnas.search.storage import repair_tail
 
 FORMAT = 1
 
@@ -33,21 +38,51 @@ class StudyFolder:
             raise StudyError(f"study={name!r} must be a plain folder name, without slashes and not starting with a dot")
         self.path = runs / name
         self.name = name
+        self.token = ""  # what a worker of this command shows to be let in
         self._lock: Any = None
 
-    def open(self, identity: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Create or reopen the folder; raises StudyError when it is busy or holds a study of something else."""
+    def open(self, identity: Mapping[str, Any], facts: Mapping[str, Any], *, shared: bool = False) -> dict[str, Any]:
+        """Create or reopen the folder; raises StudyError when it is busy or holds a study of something else.
+
+        ``shared``: other workers, each its own command, may be in it, too; nobody else may.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "trials").mkdir(exist_ok=True)
         except OSError as error:
             raise StudyError(f"study folder {self.path} cannot be made: {error.strerror or error}") from None
-        self._acquire()
+        self._acquire(shared)
         try:
-            return self._read_or_make(identity, facts)
+            if not shared:
+                return self._read_or_make(identity, facts)
+            making = FileLock(self.path / ".study.lock")
+            making.acquire()
+            try:
+                return self._read_or_make(identity, facts)
+            finally:
+                making.release()
         except BaseException:
             self.close()
             raise
+
+    def join(self, token: str) -> dict[str, Any]:
+        """Enter as a worker of the command that holds the folder; raises StudyError when that one has ended."""
+        try:
+            holder = json.loads((self.path / ".lock").read_text())["token"]
+        except (OSError, ValueError, KeyError, TypeError):
+            holder = ""
+        if not token or holder != token:
+            raise StudyError(f"study {self.name!r} is no longer held by the command that started this worker")
+        return read_study(self.path)
+
+    def alone(self) -> bool:
+        """Turn a shared hold into the only one; False, and nothing held, where other workers are still here."""
+        try:
+            _lock_file(self._lock, shared=False)
+        except OSError:
+            self.close()
+            return False
+        return True
 
     def _read_or_make(self, identity: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
         meta_path = self.path / "study.json"
@@ -94,13 +129,23 @@ class StudyFolder:
     def journal(self) -> Path:
         """Return the journal's path, repaired after a death in mid-write; raises StudyError for a corrupt line."""
         path = self.path / "journal.log"
-        # Whoever held these died with the folder lock, which is now ours.
+        # Optuna's own locks, of a version that used them or of another tool that died; ours is .journal.lock.
         for stale in self.path.glob("journal.log.lock*"):
             stale.unlink(missing_ok=True)
         if path.exists():
-            _repair_tail(path)
+            writing = FileLock(self.path / ".journal.lock")
+            writing.acquire()
+            try:
+                repair_tail(path)
+            finally:
+                writing.release(keep=True)
             _check_lines(path)
         return path
+
+    def limits(self, values: Mapping[str, Any]) -> None:
+        """Note the limits of the present call, which may differ from call to call."""
+        meta = read_study(self.path)
+        write_json(self.path / "study.json", {**meta, "limits": dict(values)})
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -108,13 +153,13 @@ class StudyFolder:
             self._lock.close()
             self._lock = None
 
-    def _acquire(self) -> None:
+    def _acquire(self, shared: bool) -> None:
         try:
             handle = (self.path / ".lock").open("a+")
         except OSError as error:
             raise StudyError(f"study folder {self.path} cannot be written: {error.strerror or error}") from None
         try:
-            _lock_file(handle)
+            _lock_file(handle, shared=shared)
         except (BlockingIOError, PermissionError):  # what flock and msvcrt say of a lock that is held
             handle.close()
             raise StudyError(
@@ -127,6 +172,11 @@ class StudyFolder:
                 f"choose another with runs=FOLDER"
             ) from None
         self._lock = handle
+        if not shared:
+            self.token = secrets.token_hex(16)
+            handle.truncate(0)
+            handle.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "token": self.token}))
+            handle.flush()
 
 
 def read_study(path: Path) -> dict[str, Any]:
@@ -148,7 +198,7 @@ def read_study(path: Path) -> dict[str, Any]:
     return dict(meta)
 
 
-def _lock_file(handle: Any) -> None:
+def _lock_file(handle: Any, *, shared: bool) -> None:
     if sys.platform == "win32":
         import msvcrt
 
@@ -156,21 +206,7 @@ def _lock_file(handle: Any) -> None:
     else:
         import fcntl
 
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _repair_tail(path: Path) -> None:
-    """Cut a last line without its end: the process died while writing it, and appending would join two lines."""
-    with path.open("rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size == 0:
-            return
-        file.seek(size - 1)
-        if file.read(1) == b"\n":
-            return
-        file.seek(0)
-        end = file.read().rfind(b"\n") + 1
-        file.truncate(end)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
 def _check_lines(path: Path) -> None:

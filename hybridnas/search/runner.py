@@ -18,6 +18,7 @@ from hybridnas.hardware import describe_machine, pick_device
 from hybridnas.search.config import SearchConfig
 from hybridnas.search.folder import StudyFolder
 from hybridnas.search.leaderboard import winner, write_leaderboard
+from hybridnas.search.leases import Crew, Earlier
 from hybridnas.search.records import (
     COMPLETE,
     FAIL,
@@ -27,7 +28,7 @@ from hybridnas.search.records import (
     TrialRecord,
     load_records,
 )
-from hybridnas.search.study import interrupted, open_study, repeat_lost
+from hybridnas.search.study import open_study, repeat_lost
 from hybridnas.search.trial import TrialContext, TrialRun
 from hybridnas.search.words import trial_news
 from hybridnas.search_spaces.space import Space
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 MAX_DRAWS_PER_TRIAL = 20  # duplicates and infeasible draws cost nothing, but a space can be exhausted
 HOPELESS = 5  # so many trials without any that trained end the search
+WAIT_SECONDS = 0.2  # between looks at what other workers have finished
 KEPT_CHECKPOINTS = 3  # of the best trials besides the baselines; others come back through replay
 
 
@@ -63,6 +65,7 @@ class Search:
         self.source_config = source_config(config.data)  # every setting is checked before a folder is made
         pick_device(config.device)
         self.folder = StudyFolder(Path(config.runs), config.name)
+        self.crew = Crew(self.folder.path)
         self.started = time.monotonic()
         self.records: dict[int, TrialRecord] = {}
         self.warnings: list[str] = []
@@ -114,36 +117,59 @@ class Search:
                 tracker.close("FAILED")
             raise
         finally:
+            self.crew.close()
             self.folder.close()
 
     def _loop(self, study: optuna.Study, context: TrialContext) -> str:
-        budget = self.config.budget
-        for trial in interrupted(study):
-            self.news(f"trial {trial.number} was interrupted; going on from its checkpoint")
-            self._one(study, trial, context)
         draws = 0
-        while self._finished() < budget.n_trials:
-            waiting = any(trial.state.name == "WAITING" for trial in study.trials)
-            if not waiting and self._out_of_time():
-                return "time"
-            if draws >= MAX_DRAWS_PER_TRIAL * budget.n_trials:
-                return "exhausted"
+        while True:
+            # Whatever looks at the study to decide what comes next stands in _next: no other worker chooses meanwhile.
+            with self.crew.taking():
+                self.crew.refresh(study, self.records)
+                found = self._next(study, draws)
+                if isinstance(found, str):
+                    return found
+                if found is not None:
+                    self.crew.take(study, found.number)
+            if found is None:
+                time.sleep(WAIT_SECONDS)
+                continue
             draws += 1
-            if not waiting and self.config.sampler == "bruteforce":
-                return "exhausted"
-            self._one(study, study.ask(), context)
-        return "completed"
+            self._one(study, found, context)
+            self.crew.done(found.number)
+
+    def _next(self, study: optuna.Study, draws: int) -> optuna.Trial | str | None:
+        """Return the trial to run now, None while only others' trials can decide, or why there is nothing to do."""
+        budget = self.config.budget
+        orphan = self.crew.adopt(study)
+        if orphan is not None:
+            self.news(f"trial {orphan.number} was interrupted; going on from its checkpoint")
+            return orphan
+        others = len(self.crew.running(study))
+        if self._finished() >= budget.n_trials:
+            return "completed"
+        if self._finished() + others >= budget.n_trials:
+            return None
+        waiting = any(trial.state.name == "WAITING" for trial in study.trials)
+        if not waiting and self._out_of_time():
+            return "time"
+        if draws >= MAX_DRAWS_PER_TRIAL * budget.n_trials:
+            return "exhausted"
+        if not waiting and self.config.sampler == "bruteforce":
+            return None if others else "exhausted"
+        return study.ask()
 
     def _one(self, study: optuna.Study, trial: optuna.Trial, context: TrialContext) -> None:
         from optuna.trial import TrialState
 
-        finished = {r.fingerprint: r for r in self.records.values() if r.state in (COMPLETE, PRUNED, FAIL)}
         # A process may have died between a trial's record and the journal's last word on it: the record stands.
         record = self.records.get(trial.number)
         if record is None:
-            record = TrialRun(context, trial, self.folder.trial(trial.number)).run(finished)
+            earlier = Earlier(self.crew, study, trial, self.records)
+            record = TrialRun(context, trial, self.folder.trial(trial.number)).run(earlier)
         source = self.records.get(record.duplicate_of) if record.duplicate_of is not None else record
-        state = source.state if source is not None else record.state
+        state = source.state if source is not None else FAIL  # of one that another worker trains: nothing to tell yet
+        self.crew.publish(trial, record)
         if state == COMPLETE:
             study.tell(trial, record.valid_loss)
         else:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridnas.search.config import SearchConfig
 from hybridnas.search.folder import StudyFolder
 from hybridnas.search.samplers import make_pruner, make_sampler
+from hybridnas.search.storage import open_journal
 from hybridnas.search_spaces.enumerate import every_choice
 from hybridnas.search_spaces.space import Scale, Space
 
@@ -16,23 +17,30 @@ if TYPE_CHECKING:
     import optuna
 
 
-def open_study(config: SearchConfig, folder: StudyFolder, space: Space, scale: Scale, target: int) -> optuna.Study:
-    """Open or make the study in the folder's journal, its baselines queued first."""
+def open_study(
+    config: SearchConfig, folder: StudyFolder, space: Space, scale: Scale, target: int, worker: int | None = None
+) -> optuna.Study:
+    """Open or make the study in the folder's journal, its baselines queued first; ``worker``: one that is made."""
     import optuna
-    from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     budget = config.budget
-    path = folder.journal()
+    path = folder.journal() if worker is None else folder.path / "journal.log"
     study = optuna.create_study(
         study_name=folder.name,
-        storage=optuna.storages.JournalStorage(JournalFileBackend(str(path))),
-        # A resumed process must not repeat the draws of the first, so the count of trials enters the seed.
-        sampler=make_sampler(config.sampler, config.seed + 7919 * _line_count(path)),
+        storage=open_journal(path),
+        # A resumed process must not repeat the draws of the first, nor a worker those of another.
+        sampler=make_sampler(config.sampler, config.seed + 7919 * _line_count(path) + 104_729 * (worker or 0)),
         pruner=make_pruner(config.pruner, budget.rung_tokens(target), budget.reduction),
         direction="minimize",
         load_if_exists=True,
     )
+    if worker is None:
+        _queue(study, config, space, scale)
+    return study
+
+
+def _queue(study: optuna.Study, config: SearchConfig, space: Space, scale: Scale) -> None:
     known = {trial.user_attrs.get("baseline") for trial in study.trials}
     for name in space.baselines:
         if name not in known:
@@ -43,7 +51,6 @@ def open_study(config: SearchConfig, folder: StudyFolder, space: Space, scale: S
             if choices not in asked:
                 study.enqueue_trial(choices)
         study.set_user_attr("enumerated", True)
-    return study
 
 
 def repeat_lost(study: optuna.Study, recorded: Container[int]) -> None:
@@ -53,14 +60,6 @@ def repeat_lost(study: optuna.Study, recorded: Container[int]) -> None:
         if trial.state.is_finished() and trial.number not in recorded and trial.number not in asked:
             attributes = {key: value for key, value in trial.user_attrs.items() if key == "baseline"}
             study.enqueue_trial(trial.params, user_attrs={**attributes, "repeats": trial.number})
-
-
-def interrupted(study: optuna.Study) -> Iterator[optuna.Trial]:
-    """Yield trials that were running when their process died: their choices stand, their checkpoints go on."""
-    from optuna.trial import Trial, TrialState
-
-    for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        yield Trial(study, frozen._trial_id)
 
 
 def _line_count(path: Path) -> int:
