@@ -1,0 +1,102 @@
+"""One token through a whole Mamba layer (arXiv 2312.00752), norm and residual included, in one call.
+
+Shapes: B batch, D d_model, I d_inner, N d_state, K d_conv, R dt_rank, P what x_proj yields. ``reference.py`` is the
+specification and runs where nothing can be compiled; ``cpu.py`` with ``step.c`` is the fast path of decoding on a
+processor, where dozens of small operations would each cost more than their arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybridnas.errors import ConfigError, KernelInputError, KernelUnavailableError
+from hybridnas.hardware import Impl, resolve_impl
+from hybridnas.kernels._inputs import full_precision, require_tensor
+from hybridnas.kernels.mamba_step import cpu
+from hybridnas.kernels.mamba_step.reference import Norm, Weights, step_reference
+
+_NAME = "mamba_step"
+_KINDS = ("rmsnorm", "layernorm")
+
+
+def mamba_step(
+    x: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    weights: Weights,
+    *,
+    norm: Norm | None = None,
+    residual: bool = False,
+    impl: str | Impl = Impl.AUTO,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return block(norm(x)) (B, D), plus x with ``residual``, and the next two states; the given ones stay as they are.
+
+    x (B, D); conv_state (B, K - 1, I), the inputs before x's; ssm_state (B, I, N); weights as in ``Weights``. Not
+    differentiable: for generating. ``impl``: auto, reference or cpu; auto takes C for float32 on a processor with a
+    compiler, else torch.
+
+    Raises KernelInputError for a wrong rank, shape, dtype or device, KernelUnavailableError for triton. Source: Gu and
+    Dao 2023, figure 3 and algorithm 2.
+    """
+    chosen = Impl.CPU if Impl.of(impl) is Impl.AUTO else resolve_impl(impl, x.device, _NAME)
+    if chosen is Impl.TRITON:
+        raise KernelUnavailableError(f"{_NAME} impl='triton' is not built in this version; use impl='auto'")
+    _check(x, conv_state, ssm_state, weights, norm)
+    tensors = (x, conv_state, ssm_state, *weights, *(() if norm is None else (norm.weight, norm.bias)))
+    fits = all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
+    run = cpu.step_c if chosen is Impl.CPU and fits and cpu.available() else step_reference
+    with torch.no_grad(), full_precision(x.device):
+        return run(x, conv_state, ssm_state, weights, norm, residual)
+
+
+def describe(device: torch.device | str) -> str:
+    """Return words on what computes one token's step on ``device``."""
+    if torch.device(device).type != "cpu":
+        return "torch, operation by operation"
+    library = cpu.compiled()
+    return library.words if library.handle is not None else f"torch, operation by operation: {library.words}"
+
+
+def _check(x: Tensor, conv_state: Tensor, ssm_state: Tensor, w: Weights, norm: Norm | None) -> None:
+    device = x.device
+    require_tensor(_NAME, "x", x, "(B, D)", tuple(x.shape) if x.dim() == 2 else (0, 0), device)
+    (batch, width), (inner, states), taps = x.shape, _pair("A_log", w.A_log), _pair("conv", w.conv)[1]
+    rank = 0 if w.dt_proj is None else _pair("dt_proj", w.dt_proj)[1]
+    parts = rank + states * ((w.B is None) + (w.C is None))
+    if (w.x_proj is None) != (parts == 0):
+        raise KernelInputError(
+            f"{_NAME} x_proj must be given exactly where dt_proj is or B or C is not, to yield {parts} numbers a token"
+        )
+    expected = (
+        ("conv_state", conv_state, "(B, K - 1, I)", (batch, taps - 1, inner)),
+        ("ssm_state", ssm_state, "(B, I, N)", (batch, inner, states)),
+        ("in_proj", w.in_proj, "(2I, D)", (2 * inner, width)),
+        ("in_bias", w.in_bias, "(2I,)", (2 * inner,)),
+        ("conv", w.conv, "(I, K)", (inner, taps)),
+        ("conv_bias", w.conv_bias, "(I,)", (inner,)),
+        ("x_proj", w.x_proj, "(P, I)", (parts, inner)),
+        ("dt_proj", w.dt_proj, "(I, R)", (inner, rank)),
+        ("dt_bias", w.dt_bias, "(I,)", (inner,)),
+        ("D", w.D, "(I,)", (inner,)),
+        ("B", w.B, "(N,)", (states,)),
+        ("C", w.C, "(N,)", (states,)),
+        ("out_proj", w.out_proj, "(D, I)", (width, inner)),
+        ("out_bias", w.out_bias, "(D,)", (width,)),
+    )
+    for name, tensor, letters, shape in expected:
+        if tensor is not None:
+            require_tensor(_NAME, name, tensor, letters, shape, device)
+    if norm is None:
+        return
+    if norm.kind not in _KINDS:
+        raise ConfigError(f"{_NAME} norm={norm.kind!r} must be one of {', '.join(_KINDS)}")
+    for name, tensor in (("norm weight", norm.weight), ("norm bias", norm.bias)):
+        if tensor is not None:
+            require_tensor(_NAME, name, tensor, "(D,)", (width,), device)
+
+
+def _pair(name: str, tensor: Tensor) -> tuple[int, int]:
+    if tensor.dim() != 2 or tensor.shape[1] < 1:
+        raise KernelInputError(f"{_NAME} {name} must have two dimensions, got shape {tuple(tensor.shape)}")
+    return tensor.shape[0], tensor.shape[1]
