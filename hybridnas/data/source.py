@@ -56,6 +56,26 @@ class Source(ABC):
         """Identity of what is trained on and validated on: 64 hex digits, equal wherever the tokens are equal."""
 
     @property
+    def seq_len(self) -> int | None:
+        """Length of one example of a task [tokens], or None where the context can be chosen freely, as with text."""
+        return None
+
+    def context(self, asked: int | None, default: int) -> int:
+        """Return the context to train and measure with: the task's own, else what was asked for, else ``default``.
+
+        Raises ConfigError where the user asked for another length than the task's; a default merely gives way.
+        """
+        own = self.seq_len
+        if own is None:
+            return default if asked is None else asked
+        if asked not in (None, own):
+            raise ConfigError(
+                f"seq_len={asked} disagrees with the task's own length: {self.describe()}; leave seq_len out, or give "
+                f"the task that length with data.seq_len={asked}"
+            )
+        return own
+
+    @property
     def bytes_per_token(self) -> float | None:
         """UTF-8 bytes of validation text per validation token, or None where bytes mean nothing."""
         return None

@@ -1,0 +1,90 @@
+"""What tasks have in common below their examples: numbers, sets, contexts, and settings that make no sense."""
+
+import numpy as np
+import pytest
+
+from hybridnas.data import open_source, source_config
+from hybridnas.data.draws import Draws, keys_of
+from hybridnas.data.task import shuffled
+from hybridnas.errors import ConfigError, DataError
+
+
+def task(kind, **changes):
+    return open_source(source_config({"kind": kind, **changes}))
+
+
+def test_a_finite_training_set_is_read_once_an_epoch_in_new_orders():
+    source = task("mqar", n_train_examples=24, seq_len=16, n_pairs=2)
+    rows = [tuple(row) for step in range(6) for row in source.train_batch(step, 8, 16, 0).inputs_BL.tolist()]
+    assert len(set(rows[:24])) == 24
+    assert set(rows[:24]) == set(rows[24:])
+    assert rows[:24] != rows[24:]
+    other = [tuple(row) for step in range(3) for row in source.train_batch(step, 8, 16, 1).inputs_BL.tolist()]
+    assert set(other) == set(rows)  # another seed is another order of the same set
+    assert other != rows[:24]
+    assert source.train_tokens == 24 * 16
+    assert sorted(shuffled(np.arange(5000), 5000, 3).tolist()) == list(range(5000))
+
+
+def test_numbers_drawn_are_even_and_different_where_they_must_be():
+    draws = Draws(keys_of(np.arange(6000), "test"))
+    for limit, count in ((5, 3), (7, 3), (40, 3)):
+        chosen = draws.distinct(limit, count)
+        assert all(len(set(row)) == count for row in chosen.tolist())
+        expected = len(chosen) * count / limit
+        assert ((np.bincount(chosen.reshape(-1), minlength=limit) - expected) ** 2 / expected).sum() < 3 * limit + 20
+        pairs = np.bincount(chosen[:, 0] * limit + chosen[:, 1], minlength=limit * limit)
+        assert pairs.max() < 3 * 6000 / (limit * (limit - 1)) + 20
+    orders = [tuple(row) for row in draws.order(4).tolist()]
+    counts = [orders.count(order) for order in set(orders)]
+    assert len(counts) == 24
+    assert sum((count - 250) ** 2 / 250 for count in counts) < 49.7  # chi-squared, 23 degrees, 0.1 %
+    first = draws.weighted(np.array([1.0, 2.0, 5.0]), 2)[:, 0]
+    assert np.bincount(first) / 6000 == pytest.approx([0.125, 0.25, 0.625], abs=0.03)
+    assert draws.chance(0.3, 4).mean() == pytest.approx(0.3, abs=0.02)
+
+
+def test_what_one_example_draws_does_not_depend_on_its_neighbours():
+    keys = keys_of(np.arange(50), "test")
+
+    def drawn(rows):
+        draws = Draws(keys[rows])
+        return np.concatenate((draws.distinct(30, 12), draws.below(9, 3), draws.order(6)), axis=1)
+
+    whole = drawn(slice(None))
+    assert all((drawn([row])[0] == whole[row]).all() for row in range(50))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("mqar", {"vocab_size": 33}, "vocab_size=33 must be even"),
+        ("mqar", {"seq_len": 65}, "seq_len=65 must be even"),
+        ("mqar", {"seq_len": 64, "n_pairs": 17}, "n_pairs=17 need seq_len >= 68"),
+        ("mqar", {"vocab_size": 16, "n_pairs": 8}, "n_pairs=8 need as many different keys: vocab_size >= 18, got 16"),
+        ("mqar", {"n_pair": 3}, "did you mean 'n_pairs'"),
+        ("selective_copying", {"seq_len": 32}, "n_tokens_to_copy=16 need seq_len >= 33"),
+        ("in_context_recall", {"seq_len": 127}, "seq_len=127 must be even"),
+        ("in_context_recall", {"frac_noise": 0.2}, "needs noise ids: noise_vocab_size >= 1"),
+        ("in_context_recall", {"vocab_size": 16, "noise_vocab_size": 13}, "vocab_size=16 must be at least 17"),
+        ("induction_heads", {"vocab_size": 2}, "must be >= 3"),
+    ],
+)
+def test_settings_that_make_no_sense_get_one_sentence(kind, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        task(kind, **changes)
+
+
+def test_too_few_different_examples_to_hold_some_out_are_refused():
+    source = task("induction_heads", vocab_size=3, seq_len=4, n_train_examples=10)
+    with pytest.raises(ConfigError, match="too few different examples to hold some out"):
+        next(source.valid_batches(1, 8, 4))
+
+
+def test_a_task_has_its_own_context():
+    source = task("mqar", seq_len=64, n_pairs=4)
+    assert source.context(None, 256) == source.context(64, 256) == 64
+    with pytest.raises(ConfigError, match=r"seq_len=128 disagrees .* mqar: 4 key-value pairs.*data.seq_len=128"):
+        source.context(128, 256)
+    with pytest.raises(DataError, match="examples of 64 tokens, asked for seq_len=32"):
+        source.train_batch(0, 4, 32, 0)

@@ -1,0 +1,241 @@
+"""Every task, found by its registration: pure, reproducible, solvable, not to be guessed, and never both sides.
+
+For each task there is a solver as plain as can be (an oracle) and a strategy of settings to try it at. An oracle takes
+the config, the inputs of one example and which places count, and returns {place: target} for all places whose target
+the inputs alone decide; it never sees a target.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import hybridnas.conf
+from hybridnas.config import read_yaml
+from hybridnas.data import SOURCES, open_source, source_config
+from hybridnas.data.task import Task, TaskConfig
+
+CONF = Path(hybridnas.conf.__file__).parent / "data"
+TASKS = sorted(name for name in SOURCES if issubclass(SOURCES.get(name).config, TaskConfig))
+
+
+def mqar(config, inputs, mask):
+    start = 2 * config.n_pairs
+    values = dict(zip(inputs[0:start:2], inputs[1:start:2], strict=True))
+    return {place: values[inputs[place]] for place in range(len(inputs)) if mask[place]}
+
+
+def selective_copying(config, inputs, mask):
+    marker = config.vocab_size - 1
+    tokens = [token for token in inputs if token not in (0, marker)]
+    places = [place for place, token in enumerate(inputs) if token == marker]
+    return dict(zip(places, tokens, strict=True))
+
+
+def induction_heads(config, inputs, mask):
+    return {len(inputs) - 1: inputs[inputs.index(config.vocab_size - 1) + 1]}
+
+
+def in_context_recall(config, inputs, mask):
+    keys = range(config.plain_ids // 2)
+    found, values = {}, {}
+    for place in range(len(inputs)):
+        if inputs[place] not in keys:
+            continue
+        if inputs[place] in values:
+            found[place] = values[inputs[place]]
+        elif place + 1 < len(inputs):
+            values[inputs[place]] = inputs[place + 1]
+    return found if config.multi_query else {len(inputs) - 1: found[len(inputs) - 1]}
+
+
+ORACLES = {
+    "in_context_recall": in_context_recall,
+    "induction_heads": induction_heads,
+    "mqar": mqar,
+    "selective_copying": selective_copying,
+}
+
+
+@st.composite
+def _mqar(draw):
+    pairs = draw(st.integers(1, 20))
+    return {
+        "n_pairs": pairs,
+        "vocab_size": 2 * draw(st.integers(pairs + 9, pairs + 60)),
+        "seq_len": 4 * pairs + 2 * draw(st.integers(0, 30)),
+        "filler": draw(st.sampled_from(["random", "zero"])),
+        "power_a": draw(st.sampled_from([0.01, 0.5, 1.0])),
+    }
+
+
+@st.composite
+def _selective_copying(draw):
+    count = draw(st.integers(1, 20))
+    return {
+        "n_tokens_to_copy": count,
+        "seq_len": 2 * count + draw(st.integers(4, 60)),
+        "vocab_size": draw(st.integers(6, 40)),
+    }
+
+
+@st.composite
+def _recall(draw):
+    noise = draw(st.integers(1, 8))
+    return {
+        "vocab_size": noise + draw(st.integers(8, 40)),
+        "noise_vocab_size": noise,
+        "frac_noise": draw(st.sampled_from([0.0, 0.2, 0.8])),
+        "seq_len": 2 * draw(st.integers(4, 40)),
+        "multi_query": draw(st.booleans()),
+        "train_on": draw(st.sampled_from(["all", "scored"])),
+    }
+
+
+def settings_of(kind):
+    """Return a strategy of settings that make sense for a task."""
+    return {
+        "in_context_recall": _recall(),
+        "induction_heads": st.fixed_dictionaries({"vocab_size": st.integers(5, 40), "seq_len": st.integers(12, 100)}),
+        "mqar": _mqar(),
+        "selective_copying": _selective_copying(),
+    }[kind]
+
+
+def task(kind, **changes):
+    return open_source(source_config({"kind": kind, **changes}))
+
+
+def small(kind):
+    """A task at a size that suits a test, else at its own."""
+    return task(kind, **({"seq_len": 64} if SOURCES.get(kind).config(kind=kind).seq_len > 256 else {}))
+
+
+def same(one, other):
+    return all(a.equal(b) for a, b in zip(one, other, strict=True))
+
+
+def test_every_task_has_an_oracle_and_a_yaml_that_lists_its_defaults():
+    assert set(TASKS) == set(ORACLES)
+    for kind in TASKS:
+        assert read_yaml(CONF / f"{kind}.yaml") == SOURCES.get(kind).config().to_dict()
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_batch_has_ids_targets_and_places_that_count(kind):
+    source = small(kind)
+    assert isinstance(source, Task)
+    for batch in (source.train_batch(3, 5, source.seq_len, 1), next(source.valid_batches(10**6, 5, source.seq_len))):
+        inputs, targets, mask = batch
+        assert inputs.shape == targets.shape == mask.shape == (5, source.seq_len)
+        assert (inputs.dtype, targets.dtype, mask.dtype) == (torch.int64, torch.int64, torch.bool)
+        assert all(ids.min() >= 0 and ids.max() < source.vocab_size for ids in (inputs, targets))
+        assert mask.any(dim=1).all()
+    assert source.tokenizer is None
+    assert kind in source.describe()
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_plain_solver_derives_every_target_from_its_own_input(kind):
+    @settings(max_examples=300, phases=[Phase.explicit, Phase.generate])
+    @given(changes=settings_of(kind), seed=st.integers(0, 2**31), step=st.integers(0, 10**6))
+    def check(changes, seed, step):
+        source = task(kind, n_test_examples=3, **changes)
+        train = source.train_batch(step, 3, source.seq_len, seed)
+        test = next(source.valid_batches(3 * source.seq_len, 3, source.seq_len))
+        for batch, training in ((train, True), (test, False)):
+            for inputs, targets, mask in zip(*(part.tolist() for part in batch), strict=True):
+                wanted = ORACLES[kind](source.config, inputs, mask)
+                scored = [place for place, counts in enumerate(mask) if counts]
+                if training and getattr(source.config, "train_on", "scored") == "all":
+                    scored = [place for place in scored if place in wanted]
+                assert scored
+                assert {place: wanted[place] for place in scored} == {place: targets[place] for place in scored}
+
+    check()
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_positions_alone_tell_no_target(kind):
+    source = small(kind)
+    length = source.seq_len
+    if source.vocab_size > 256:
+        source = task(kind, vocab_size=64, seq_len=length)
+    learn, tests = list(source.valid_batches(1024 * length, 512, length))
+    places = torch.arange(length).expand(512, length)
+    seen = torch.zeros(length, source.vocab_size)  # all that a guesser can learn: each id's share of each place
+    seen.index_put_((places[learn.mask_BL], learn.targets_BL[learn.mask_BL]), torch.ones(()), accumulate=True)
+    guesses = seen.argmax(dim=1).expand(512, length)
+    right = (guesses == tests.targets_BL)[tests.mask_BL].float().mean()
+    chance = 1 / len(tests.targets_BL[tests.mask_BL].unique())
+    assert right < chance + 4 * (chance / min(512, int(tests.mask_BL.sum()))) ** 0.5
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_examples_are_the_same_whatever_the_batch_size_and_the_step_that_is_resumed(kind):
+    source, resumed = small(kind), small(kind)
+    length = source.seq_len
+    large = source.train_batch(1, 12, length, 5)
+    cut = [resumed.train_batch(step, 4, length, 5) for step in (5, 3, 4)]  # in another order, too
+    assert same(large, [torch.cat(parts) for parts in zip(cut[1], cut[2], cut[0], strict=True)])
+    whole = [torch.cat(parts) for parts in zip(*source.valid_batches(40 * length, 40, length), strict=True)]
+    pieces = [torch.cat(parts) for parts in zip(*resumed.valid_batches(40 * length, 7, length), strict=True)]
+    assert len(whole[0]) == 40
+    assert same(whole, pieces)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_seeds_and_steps_give_other_examples_and_the_same_test_set(kind):
+    source = small(kind)
+    length = source.seq_len
+    first = source.train_batch(0, 8, length, 0)
+    for step, seed in ((0, 1), (1, 0)):
+        assert not first.inputs_BL.equal(source.train_batch(step, 8, length, seed).inputs_BL)
+    config = source.config
+    assert source.fingerprint == open_source(config).fingerprint
+    assert source.fingerprint != open_source(config.replace(task_seed=1)).fingerprint
+    one, other = (next(open_source(config.replace(task_seed=seed)).valid_batches(1, 1, length)) for seed in (0, 1))
+    assert not one.inputs_BL.equal(other.inputs_BL)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_train_and_test_share_no_example_however_few_there_are(kind):
+    source = task(kind, **SMALLEST[kind])
+    length = source.seq_len
+    train = {tuple(row) for step in range(20) for row in source.train_batch(step, 200, length, 0).inputs_BL.tolist()}
+    test = {tuple(row) for batch in source.valid_batches(10**6, 100, length) for row in batch.inputs_BL.tolist()}
+    assert train and test
+    assert not train & test
+
+
+SMALLEST = {  # so few different examples that chance alone would put many on both sides
+    "in_context_recall": {"vocab_size": 4, "seq_len": 16},
+    "induction_heads": {"vocab_size": 3, "seq_len": 9},
+    "mqar": {"vocab_size": 8, "seq_len": 12, "n_pairs": 3, "filler": "zero"},
+    "selective_copying": {"vocab_size": 4, "seq_len": 16, "n_tokens_to_copy": 3},
+}
+
+
+def test_every_process_sees_the_same_examples():
+    code = (
+        "import json, sys, hashlib\n"
+        "from hybridnas.data import open_source, source_config\n"
+        "found = {}\n"
+        "for kind in json.loads(sys.argv[1]):\n"
+        "    source = open_source(source_config({'kind': kind}))\n"
+        "    test = next(source.valid_batches(1, 2, source.seq_len))\n"
+        "    batches = [source.train_batch(7, 2, source.seq_len, 3), test]\n"
+        "    text = json.dumps([part.tolist() for batch in batches for part in batch])\n"
+        "    found[kind] = [source.fingerprint, hashlib.sha256(text.encode()).hexdigest()]\n"
+        "print(json.dumps(found))\n"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code, json.dumps(kinds)], capture_output=True, text=True, check=True)
+        for kinds in (TASKS, TASKS[::-1])
+    ]
+    assert json.loads(runs[0].stdout) == json.loads(runs[1].stdout)
