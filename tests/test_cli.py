@@ -21,7 +21,7 @@ TRAIN = (
     "final_lr_fraction grad_clip lr precision schedule seed seq_len tokens valid_tokens warmup_fraction weight_decay"
 )
 SURFACE = {  # a setting more or less is a decision: change this table with it
-    "search": "device minutes n_trials pruner runs sampler seed study tracking",
+    "search": "device minutes n_trials pruner runs sampler seed study tracking workers",
     "train": "arch device impl max_seconds out pattern recipe tracking train",
     "describe": "arch device out pattern seq_len",
     "compare": "baseline out run runs study uri",

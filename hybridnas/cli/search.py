@@ -22,7 +22,10 @@ def run(config: dict[str, Any]) -> int:
             "space": config["space"],
             "data": config["data"],
             "budget": budget,
-            **{key: config[key] for key in ("study", "runs", "seed", "sampler", "pruner", "tracking", "device")},
+            **{
+                key: config[key]
+                for key in ("study", "runs", "seed", "sampler", "pruner", "tracking", "device", "workers")
+            },
             "progress": show.is_terminal(),
         }
     )
@@ -48,6 +51,7 @@ def _print(summary: Any) -> None:
     ended = {
         "completed": "all trials are finished",
         "time": "the budget's minutes are used",
+        "tokens": "the budget's max_tokens are trained",
         "exhausted": "the space has no further architecture to try",
         "interrupted": "stopped early; the same command goes on from here",
     }[summary.ended]

@@ -142,10 +142,11 @@ class StudyFolder:
             _check_lines(path)
         return path
 
-    def limits(self, values: Mapping[str, Any]) -> None:
+    def limits(self, meta: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """Note the limits of the present call, which may differ from call to call."""
-        meta = read_study(self.path)
-        write_json(self.path / "study.json", {**meta, "limits": dict(values)})
+        meta = {**meta, "limits": dict(values)}
+        write_json(self.path / "study.json", meta)
+        return meta
 
     def close(self) -> None:
         """Let go of the folder."""
