@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from hybridnas.config import FrozenConfig, option
+from hybridnas.search.objectives import read_objectives
 from hybridnas.search_spaces.space import Scale
 from hybridnas.train.config import TrainConfig
 
-SAMPLERS = ("tpe", "random", "bruteforce")
-PRUNERS = ("hyperband", "none")
+SAMPLERS = ("tpe", "evolution", "nsga2", "gp", "random", "bruteforce")
+PRUNERS = ("halving", "hyperband", "none")
+LIMITS_OF_A_CALL = ("n_trials", "minutes", "max_tokens", "name")  # of a budget; they may change when a study goes on
+LATER_SETTINGS = (
+    "objectives",
+    "state_length",
+    "max_params",
+    "max_active_params",
+    "max_state_bytes",
+    "max_latency_ms",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +48,9 @@ class Budget(FrozenConfig):
     n_trials: int = option(30, "the search ends with this many finished trials, baselines included [count]", ge=1)
     minutes: float | None = option(
         None, "no trial starts that would end later than this [minutes]; none: no limit", gt=0
+    )
+    max_tokens: int | None = option(
+        None, "no new candidate once so many tokens were trained in all [tokens]; none: no limit", ge=1
     )
     precision: str = option(
         "auto", "auto: bfloat16 on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16")
@@ -104,14 +118,30 @@ class SearchConfig(FrozenConfig):
     runs: str = option("runs", "folder in which studies lie [path]")
     seed: int = option(0, "everything random derives from it [integer]", ge=0)
     sampler: str = option("tpe", "what draws the next candidate", choices=SAMPLERS)
-    pruner: str = option("hyperband", "what stops a trial early", choices=PRUNERS)
+    pruner: str = option("hyperband", "what stops or pauses a trial early", choices=PRUNERS)
+    objectives: tuple[str, ...] = option(("val_loss",), "what is looked for; the first decides the order [names]")
+    state_length: int | None = option(
+        None, "context at which state_bytes counts as objective or limit [tokens]; none: the budget's seq_len", ge=1
+    )
+    max_params: float | None = option(None, "most parameters of a candidate [count]; none: no limit", gt=0)
+    max_active_params: float | None = option(None, "most active parameters of a candidate [count]; none: any", gt=0)
+    max_state_bytes: float | None = option(None, "most state of one sequence [bytes]; none: no limit", gt=0)
+    max_latency_ms: float | None = option(None, "longest time to generate a token here [ms]; none: no limit", gt=0)
     tracking: str | None = option(None, "MLflow tracking URI; none: sqlite in the study folder; off: no MLflow [URI]")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    workers: int = option(1, "processes on this host that train trials side by side [count]", ge=1)
     progress: bool = option(True, "news on the terminal [yes/no]")
 
     @classmethod
     def label(cls) -> str:
         return "search"
+
+    def __post_init__(self) -> None:
+        names = [self.objectives] if isinstance(self.objectives, str) else self.objectives
+        if isinstance(names, (list, tuple)):
+            object.__setattr__(self, "objectives", tuple(names))
+        super().__post_init__()
+        read_objectives(self.objectives)
 
     @property
     def name(self) -> str:
@@ -120,7 +150,10 @@ class SearchConfig(FrozenConfig):
 
     def identity(self) -> dict[str, Any]:
         """Return what makes two calls the same study; limits such as n_trials and minutes may change in between."""
-        budget = {k: v for k, v in self.budget.to_dict().items() if k not in ("n_trials", "minutes", "name")}
+        budget = {k: v for k, v in self.budget.to_dict().items() if k not in LIMITS_OF_A_CALL}
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        # What did not exist once is left out where it is as it was then, so that older studies go on.
+        chosen = {k: getattr(self, k) for k in LATER_SETTINGS if getattr(self, k) != usual[k]}
         return {
             "space": {k: v for k, v in self.space.items() if k != "description"},
             "data": {k: v for k, v in self.data.items() if k != "cache_dir"},
@@ -128,4 +161,5 @@ class SearchConfig(FrozenConfig):
             "seed": self.seed,
             "sampler": self.sampler,
             "pruner": self.pruner,
+            **chosen,
         }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridnas.search.objectives import eligible, score
 from hybridnas.search.records import (
     COMPLETE,
     DUPLICATE,
@@ -101,9 +102,11 @@ def rows(records: Iterable[TrialRecord]) -> list[Row]:
 
 
 def winner(records: Iterable[TrialRecord]) -> TrialRecord | None:
-    """Return the completed trial with the lowest loss, the earlier one of two equals; None before the first."""
-    done = [record for record in records if record.state == COMPLETE and record.valid_loss is not None]
-    return min(done, key=lambda record: (record.valid_loss, record.number), default=None)
+    """Return the completed trial that is best in the first objective, the earlier of two equals; None before the first.
+
+    A baseline that passes one of the limits cannot win.
+    """
+    return min(filter(eligible, records), key=lambda record: (score(record), record.number), default=None)
 
 
 def baseline(records: Iterable[TrialRecord], preset: str) -> TrialRecord | None:

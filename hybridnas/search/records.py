@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from hybridnas.errors import StudyError
 from hybridnas.files import write_text
 
 COMPLETE = "COMPLETE"  # trained to the full budget
-PRUNED = "PRUNED"  # stopped at a rung, its loss is that rung's
+PRUNED = "PRUNED"  # stopped or paused at a rung, its loss is that rung's
 FAIL = "FAIL"  # diverged, ran out of memory or crashed; the reason says which
 DUPLICATE = "DUPLICATE"  # the architecture of an earlier trial, whose result it reuses
 INFEASIBLE = "INFEASIBLE"  # rejected before any training
@@ -51,6 +51,12 @@ class TrialRecord:
     reason: str | None = None  # why it failed, was pruned or rejected
     seed: int = 0
     duplicate_of: int | None = None  # number of the trial whose result is reused
+    objectives: Mapping[str, float] = field(default_factory=dict)  # asked for, in their order and directions
+    figures: Mapping[str, float] = field(default_factory=dict)  # measured here, and state_bytes as asked for
+    violation: str | None = None  # which limit a baseline passes: it is trained as a yardstick and cannot win
+    legs: Sequence[Sequence[float]] = field(
+        default_factory=list
+    )  # [Unix time at its end, tokens trained] of each start
 
     def __post_init__(self) -> None:
         if self.state not in STATES:
@@ -77,7 +83,7 @@ class TrialRecord:
         known = {key: value for key, value in values.items() if key in names}
         if type(known.get("number")) is not int or not isinstance(known.get("state"), str):
             raise StudyError("a trial's record needs an integer 'number' and a 'state'")
-        for key in ("choices", "cost"):
+        for key in ("choices", "cost", "objectives", "figures"):
             if not isinstance(known.setdefault(key, {}), Mapping):
                 raise StudyError(f"a trial's record needs a mapping for {key!r}, got {type(known[key]).__name__}")
         for key in ("valid_loss", "bits_per_byte", "accuracy", "tokens", "seconds", "tokens_per_second"):
@@ -116,6 +122,12 @@ class StudyMeta:
     def path(self) -> str:
         """Return the study folder as commands spell it."""
         return self.folder or f"runs/{self.name}"
+
+
+def trained_tokens(records: Iterable[TrialRecord]) -> int:
+    """Return the tokens that a study trained in all: each once, but again where a candidate had to start anew."""
+    own = [record for record in records if record.state != DUPLICATE]
+    return sum(round(sum(tokens for _, tokens in r.legs)) if r.legs else r.tokens for r in own)
 
 
 def clean_points(pairs: Sequence[Sequence[Any]]) -> list[tuple[float, float]]:

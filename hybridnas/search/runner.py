@@ -19,6 +19,8 @@ from hybridnas.search.config import SearchConfig
 from hybridnas.search.folder import StudyFolder
 from hybridnas.search.leaderboard import winner, write_leaderboard
 from hybridnas.search.leases import Crew, Earlier
+from hybridnas.search.objectives import eligible, score
+from hybridnas.search.promotion import FROM_TOKENS, busy, candidate_of, continues, promote
 from hybridnas.search.records import (
     COMPLETE,
     FAIL,
@@ -27,6 +29,7 @@ from hybridnas.search.records import (
     StudyMeta,
     TrialRecord,
     load_records,
+    trained_tokens,
 )
 from hybridnas.search.study import open_study, repeat_lost
 from hybridnas.search.trial import TrialContext, TrialRun
@@ -35,6 +38,8 @@ from hybridnas.search_spaces.space import Space
 
 if TYPE_CHECKING:
     import optuna
+
+    from hybridnas.search.workers import Orders
 
 MAX_DRAWS_PER_TRIAL = 20  # duplicates and infeasible draws cost nothing, but a space can be exhausted
 HOPELESS = 5  # so many trials without any that trained end the search
@@ -51,7 +56,7 @@ class SearchSummary:
     folder: Path
     exported: Path | None
     report: Path
-    ended: str  # completed | time | exhausted | interrupted
+    ended: str  # completed | time | tokens | exhausted | interrupted
     seconds: float
 
 
@@ -63,9 +68,12 @@ class Search:
         self.news = news or (lambda text: None)
         self.space = Space.from_mapping(config.space)
         self.source_config = source_config(config.data)  # every setting is checked before a folder is made
+        seq_len = self.source_config.own_seq_len or config.budget.seq_len  # a task's examples have their own length
+        self.config = config.replace(budget=config.budget.replace(seq_len=seq_len))
         pick_device(config.device)
         self.folder = StudyFolder(Path(config.runs), config.name)
         self.crew = Crew(self.folder.path)
+        self.orders: Orders | None = None  # of the command whose worker this is
         self.started = time.monotonic()
         self.records: dict[int, TrialRecord] = {}
         self.warnings: list[str] = []
@@ -80,7 +88,7 @@ class Search:
                 self._announce(context)
                 ended = "interrupted"
                 try:
-                    ended = self._loop(study, context)
+                    ended = self._search(study, context)
                 except KeyboardInterrupt:
                     self.news("stopping: writing the report of what is finished; the same command goes on from here")
                 return self._finish(context, meta, ended)
@@ -91,26 +99,53 @@ class Search:
                 f"nothing already recorded is lost"
             ) from error
 
+    def work(self, orders: Orders, ready: Callable[[], None]) -> str:
+        """Take part in the search of another command, as one of its workers; returns why there is nothing left to do.
+
+        Raises StudyError when that command has ended.
+        """
+        self.orders, self.crew = orders, Crew(self.folder.path, orders.worker)
+        self.started -= max(0.0, time.time() - orders.started)
+        with self._opened() as (study, context, _):
+            ready()
+            return self._loop(study, context)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this call began."""
+        return time.monotonic() - self.started
+
+    def _search(self, study: optuna.Study, context: TrialContext) -> str:
+        if self.config.workers == 1:
+            return self._loop(study, context)
+        from hybridnas.search.workers import Supervisor
+
+        return Supervisor(self, study, context).run()
+
     @contextmanager
     def _opened(self) -> Iterator[tuple[optuna.Study, TrialContext, StudyMeta]]:
         from hybridnas.search.tracking import Tracker
 
-        facts = {"machine": describe_machine(), "command": _command(), "versions": _versions()}
-        stored = self.folder.open(self.config.identity(), facts)
+        stored = self._enter()
         tracker: Tracker | None = None
         try:
             source = open_source(self.source_config)
             # MLflow's start takes seconds; it runs beside the first trial, after everything else is imported.
             tracker = Tracker.open(self.config.tracking, self.folder.path, self.folder.name, self.config.identity())
-            stored = self.folder.add_facts(stored, {"data_fingerprint": source.fingerprint})
+            if self.orders is None:
+                stored = self.folder.add_facts(stored, {"data_fingerprint": source.fingerprint})
             scale = self.config.budget.scale(source.vocab_size)
             target = self.space.target(scale)
-            study = open_study(self.config, self.folder, self.space, scale, target)
+            worker = None if self.orders is None else self.orders.worker + 1
+            study = open_study(self.config, self.folder, self.space, scale, target, worker)
             loaded, self.warnings = load_records(self.folder.path)
             self.records = {record.number: record for record in loaded}
-            repeat_lost(study, self.records)
+            if worker is None:
+                repeat_lost(study, self.records)
             tracker.sync(loaded)  # what a kill or an outage kept from MLflow
-            context = TrialContext(self.config, self.space, scale, source, tracker, target, self.news)
+            context = TrialContext(
+                self.config, self.space, scale, source, tracker, target, self.news, lambda: self._by_now(study)
+            )
             yield study, context, self._meta(stored, context)
         except BaseException:
             if tracker is not None:
@@ -120,13 +155,22 @@ class Search:
             self.crew.close()
             self.folder.close()
 
+    def _enter(self) -> dict[str, Any]:
+        if self.orders is not None:
+            return self.folder.join(self.orders.token)
+        facts = {"machine": describe_machine(), "command": _command(), "versions": _versions()}
+        stored = self.folder.open(self.config.identity(), facts)
+        budget = self.config.budget
+        limits = {"n_trials": budget.n_trials, "minutes": budget.minutes, "workers": self.config.workers}
+        return self.folder.limits(stored, {**limits, "since": time.time()})
+
     def _loop(self, study: optuna.Study, context: TrialContext) -> str:
         draws = 0
         while True:
             # Whatever looks at the study to decide what comes next stands in _next: no other worker chooses meanwhile.
             with self.crew.taking():
                 self.crew.refresh(study, self.records)
-                found = self._next(study, draws)
+                found = self._next(study, context, draws)
                 if isinstance(found, str):
                     return found
                 if found is not None:
@@ -138,47 +182,76 @@ class Search:
             self._one(study, found, context)
             self.crew.done(found.number)
 
-    def _next(self, study: optuna.Study, draws: int) -> optuna.Trial | str | None:
+    def _by_now(self, study: optuna.Study) -> list[TrialRecord]:
+        """Return what is finished by now, also by other workers."""
+        self.crew.refresh(study, self.records)
+        return list(self.records.values())
+
+    def _next(self, study: optuna.Study, context: TrialContext, draws: int) -> optuna.Trial | str | None:
         """Return the trial to run now, None while only others' trials can decide, or why there is nothing to do."""
         budget = self.config.budget
         orphan = self.crew.adopt(study)
         if orphan is not None:
-            self.news(f"trial {orphan.number} was interrupted; going on from its checkpoint")
+            self.news(f"trial {candidate_of(orphan)} was interrupted; going on from its checkpoint")
             return orphan
+        again = self._promoted(study, context)
+        if again is not None:
+            return again
         others = len(self.crew.running(study))
         if self._finished() >= budget.n_trials:
             return "completed"
         if self._finished() + others >= budget.n_trials:
             return None
         waiting = any(trial.state.name == "WAITING" for trial in study.trials)
-        if not waiting and self._out_of_time():
+        if not waiting and not self._time_for(1.0):
             return "time"
+        if budget.max_tokens is not None and trained_tokens(self.records.values()) >= budget.max_tokens:
+            return "tokens"
         if draws >= MAX_DRAWS_PER_TRIAL * budget.n_trials:
             return "exhausted"
         if not waiting and self.config.sampler == "bruteforce":
             return None if others else "exhausted"
         return study.ask()
 
+    def _promoted(self, study: optuna.Study, context: TrialContext) -> optuna.Trial | None:
+        """Return a paused candidate to go on with, where the pruner is halving and one has its turn."""
+        if context.ladder is None or not self._time_for(1.0 - 1.0 / context.ladder.reduction):
+            return None
+        trial = promote(study, context.ladder, self.records)
+        if trial is not None:
+            record = self.records[candidate_of(trial)]
+            self.news(f"trial {record.number} is among the best at {record.tokens:,} tokens by now and goes on")
+        return trial
+
     def _one(self, study: optuna.Study, trial: optuna.Trial, context: TrialContext) -> None:
         from optuna.trial import TrialState
 
-        # A process may have died between a trial's record and the journal's last word on it: the record stands.
-        record = self.records.get(trial.number)
-        if record is None:
-            earlier = Earlier(self.crew, study, trial, self.records)
-            record = TrialRun(context, trial, self.folder.trial(trial.number)).run(earlier)
+        record = self._record(study, trial, context)
+        if record is None:  # what it was to go on with is lost, and is repeated under another number
+            study.tell(trial, state=TrialState.FAIL)
+            return
         source = self.records.get(record.duplicate_of) if record.duplicate_of is not None else record
         state = source.state if source is not None else FAIL  # of one that another worker trains: nothing to tell yet
         self.crew.publish(trial, record)
         if state == COMPLETE:
-            study.tell(trial, record.valid_loss)
+            study.tell(trial, list(record.objectives.values()) or record.valid_loss)
         else:
             study.tell(trial, state=TrialState.FAIL if state == FAIL else TrialState.PRUNED)
         self.records[record.number] = record
         write_leaderboard(self.folder.path, list(self.records.values()))
         self.news(trial_news(record, self.records))
-        self._drop_checkpoints()
+        self._drop_checkpoints(study, context)
         self._give_up_if_hopeless(record)
+
+    def _record(self, study: optuna.Study, trial: optuna.Trial, context: TrialContext) -> TrialRecord | None:
+        """Train the trial; where a process died between record and the journal's last word, the record stands."""
+        number = candidate_of(trial)
+        record, run = self.records.get(number), TrialRun(context, trial, self.folder.trial(number))
+        if continues(trial) is None:
+            return record or run.run(Earlier(self.crew, study, trial, self.records))
+        if record is None or record.state == FAIL or record.tokens > trial.user_attrs.get(FROM_TOKENS, 0):
+            return record
+        return run.go_on(record)
 
     def _give_up_if_hopeless(self, last: TrialRecord) -> None:
         """Raise where nothing has worked so far: then it is the settings, not the candidates."""
@@ -200,20 +273,26 @@ class Search:
     def _finished(self) -> int:
         return sum(record.state in (COMPLETE, PRUNED, FAIL) for record in self.records.values())
 
-    def _out_of_time(self) -> bool:
-        """Whether another full trial would end after the budget's minutes, judged by the trials so far."""
+    def _time_for(self, part: float) -> bool:
+        """Whether this part of a full training would end within the budget's minutes, judged by the trials so far."""
         minutes = self.config.budget.minutes
         if minutes is None:
-            return False
+            return True
         full = [r.seconds for r in self.records.values() if r.state == COMPLETE]
         expected = sorted(full)[len(full) // 2] if full else 0.0
-        return time.monotonic() - self.started + expected > 60 * minutes
+        return time.monotonic() - self.started + part * expected <= 60 * minutes
 
-    def _drop_checkpoints(self) -> None:
-        """Keep the weights of the baselines and of the best few; disks are finite, and replay brings any back."""
-        ranked = sorted((r for r in self.records.values() if r.state == COMPLETE), key=lambda r: r.valid_loss or 0.0)
-        keep = {r.number for r in ranked[:KEPT_CHECKPOINTS]} | {r.number for r in ranked if r.preset}
-        for record in self.records.values():
+    def _drop_checkpoints(self, study: optuna.Study, context: TrialContext) -> None:
+        """Keep the weights of baselines, of the best few, and of paused candidates that may yet go on.
+
+        Disks are finite; replay brings any back, and a candidate that goes on without its checkpoint is trained again.
+        """
+        records = list(self.records.values())
+        ranked = sorted(filter(eligible, records), key=lambda r: (score(r), r.number))
+        keep = {r.number for r in ranked[:KEPT_CHECKPOINTS]} | {r.number for r in records if r.preset}
+        if context.ladder is not None:
+            keep |= {*context.ladder.hopeful(records), *busy(study)}
+        for record in records:
             if record.state in (COMPLETE, PRUNED, FAIL) and record.number not in keep:
                 for path in self.folder.trial(record.number).glob("checkpoint*"):
                     path.unlink(missing_ok=True)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from hybridnas.search.config import SearchConfig
 from hybridnas.search.folder import StudyFolder
+from hybridnas.search.objectives import directions
+from hybridnas.search.promotion import continues
 from hybridnas.search.samplers import make_pruner, make_sampler
 from hybridnas.search.storage import open_journal
 from hybridnas.search_spaces.enumerate import every_choice
@@ -30,9 +32,9 @@ def open_study(
         study_name=folder.name,
         storage=open_journal(path),
         # A resumed process must not repeat the draws of the first, nor a worker those of another.
-        sampler=make_sampler(config.sampler, config.seed + 7919 * _line_count(path) + 104_729 * (worker or 0)),
+        sampler=make_sampler(config.sampler, _seed(config, path, worker), space, scale),
         pruner=make_pruner(config.pruner, budget.rung_tokens(target), budget.reduction),
-        direction="minimize",
+        directions=directions(config.objectives),
         load_if_exists=True,
     )
     if worker is None:
@@ -57,9 +59,14 @@ def repeat_lost(study: optuna.Study, recorded: Container[int]) -> None:
     """Queue again what the journal calls finished but whose record is gone or damaged."""
     asked = {trial.user_attrs.get("repeats") for trial in study.trials}
     for trial in study.trials:
-        if trial.state.is_finished() and trial.number not in recorded and trial.number not in asked:
+        own = continues(trial) is None  # what goes on with another has no record of its own
+        if own and trial.state.is_finished() and trial.number not in recorded and trial.number not in asked:
             attributes = {key: value for key, value in trial.user_attrs.items() if key == "baseline"}
             study.enqueue_trial(trial.params, user_attrs={**attributes, "repeats": trial.number})
+
+
+def _seed(config: SearchConfig, path: Path, worker: int | None) -> int:
+    return (config.seed + 7919 * _line_count(path) + 104_729 * (worker or 0)) % 2**31
 
 
 def _line_count(path: Path) -> int:
