@@ -33,6 +33,7 @@ def run(config: dict[str, Any]) -> int:
     if not (config.get("preset") or config.get("pattern")):
         raise ConfigError("train needs an architecture: preset=moe_mamba, or pattern='(ME)x2' arch.d_model=64")
     source = open_source(source_config(config["data"]))
+    settings = settings.replace(seq_len=source.context(config["train"].get("seq_len"), settings.seq_len))
     arch = wanted_arch(config, source.vocab_size)
     assert arch is not None
 

@@ -41,6 +41,11 @@ class SourceConfig(FrozenConfig):
     def label(cls) -> str:
         return "data"
 
+    @property
+    def own_seq_len(self) -> int | None:
+        """Length of one example of a task [tokens], or None where the context can be chosen freely, as with text."""
+        return None
+
 
 class Source(ABC):
     """Tokens for training and validation; equal for every trial and process that opens the same config."""
@@ -57,7 +62,7 @@ class Source(ABC):
 
     @property
     def seq_len(self) -> int | None:
-        """Length of one example of a task [tokens], or None where the context can be chosen freely, as with text."""
+        """The context of a task, whose examples have a length of their own [tokens]; None: any, as with text."""
         return None
 
     def context(self, asked: int | None, default: int) -> int:
@@ -106,6 +111,10 @@ class Source(ABC):
     @abstractmethod
     def valid_batches(self, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
         """Yield the same validation batches at every call, at least ``n_tokens`` in all or as many as exist."""
+
+    def valid_parts(self, n_tokens: int, batch_size: int, seq_len: int) -> dict[str, Iterator[Batch]]:
+        """Return the parts that are measured apart, by name, and their batches; one part without a name: the whole."""
+        return {"": self.valid_batches(n_tokens, batch_size, seq_len)}
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``; raises DataError where ids are not text."""

@@ -56,6 +56,10 @@ class TaskConfig(SourceConfig):
     n_test_examples: int = option(1280, "examples held out for validation [count]", ge=1)
     task_seed: int = option(0, "seed of the test set, of a finite training set, and of what examples share", ge=0)
 
+    @property
+    def own_seq_len(self) -> int:
+        return self.seq_len
+
     def require(self, holds: bool, words: str) -> None:
         """Raise ConfigError that opens with the task's name unless ``holds``."""
         if not holds:

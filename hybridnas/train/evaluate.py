@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -22,13 +23,27 @@ from hybridnas.kernels.cross_entropy import linear_cross_entropy, token_scores
 Autocast = Callable[[], AbstractContextManager[object]]
 
 
-class Score(NamedTuple):
-    """What one measurement finds; ``bits_per_byte`` is None where the data has no bytes."""
+class Part(NamedTuple):
+    """What one measurement finds of one part of the data."""
 
     loss: float  # nats per token
-    bits_per_byte: float | None
     accuracy: float  # share of places where the likeliest token is the right one
     tokens: int  # places that counted
+
+
+class Score(NamedTuple):
+    """What one measurement finds: of data in parts, the mean of the parts, each counting the same."""
+
+    loss: float  # nats per token
+    bits_per_byte: float | None  # None where the data has no bytes
+    accuracy: float
+    tokens: int
+    parts: Mapping[str, Part] = MappingProxyType({})  # by name, where the data has several
+
+    def figures(self) -> dict[str, float]:
+        """Return each part's loss and accuracy as ``loss.NAME`` and ``accuracy.NAME``."""
+        kinds = ("loss", "accuracy")
+        return {f"{kind}.{name}": getattr(part, kind) for kind in kinds for name, part in self.parts.items()}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -78,28 +93,40 @@ def evaluate(
 ) -> Score:
     """Measure the model on the source's validation batches, the same ones at every call; leaves the mode as it was.
 
-    Raises DataError when the source has no validation tokens.
+    Of data in several parts (``Source.valid_parts``) each is measured by itself, and the score is their mean: a part
+    with few places counts as much as one with many. Raises DataError when a part has no validation tokens.
     """
     was_training = model.training
     model.eval()
     around = autocast(precision, device)
-    total, right, places = 0.0, 0, 0
     try:
-        for raw in source.valid_batches(n_tokens, batch_size, seq_len):
-            batch = to_device(raw, device)
-            with around():
-                x_BLD = model.hidden(batch.inputs_BL).x_BLD
-                scores = token_scores(x_BLD, model.head.weight, batch.targets_BL, mask=batch.mask_BL)
-            total += float(scores.loss.sum())
-            right += int(scores.correct.sum())
-            places += int(counted(batch))
+        parts = {
+            name: _measure(model, batches, device, around)
+            for name, batches in source.valid_parts(n_tokens, batch_size, seq_len).items()
+        }
     finally:
         model.train(was_training)
-    if places == 0:
+    if not parts or any(part.tokens == 0 for part in parts.values()):
         raise DataError(f"{source.describe()}: no validation tokens to measure; raise valid_fraction or add text")
-    loss = total / places
+    loss = sum(part.loss for part in parts.values()) / len(parts)
+    accuracy = sum(part.accuracy for part in parts.values()) / len(parts)
     per_byte = source.bytes_per_token
-    return Score(loss, loss / math.log(2) / per_byte if per_byte else None, right / places, places)
+    bits = loss / math.log(2) / per_byte if per_byte else None
+    tokens = sum(part.tokens for part in parts.values())
+    return Score(loss, bits, accuracy, tokens, {name: part for name, part in parts.items() if name})
+
+
+def _measure(model: HybridLM, batches: Iterable[Batch], device: torch.device, around: Autocast) -> Part:
+    total, right, places = 0.0, 0, 0
+    for raw in batches:
+        batch = to_device(raw, device)
+        with around():
+            x_BLD = model.hidden(batch.inputs_BL).x_BLD
+            scores = token_scores(x_BLD, model.head.weight, batch.targets_BL, mask=batch.mask_BL)
+        total += float(scores.loss.sum())
+        right += int(scores.correct.sum())
+        places += int(counted(batch))
+    return Part(total / max(1, places), right / max(1, places), places)
 
 
 def mean_stats(stats: Mapping[str, Tensor]) -> dict[str, Tensor]:

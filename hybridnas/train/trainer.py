@@ -149,8 +149,10 @@ class Trainer:
         places = places.clamp(min=1) if isinstance(places, Tensor) else places
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
+        rows = len(whole.inputs_BL)  # more than batch_size * accumulate where a mixture's part has shorter examples
         for part in range(config.accumulate):
-            batch = _slice(whole, part * config.batch_size, config.batch_size)
+            first, last = (rows * number // config.accumulate for number in (part, part + 1))
+            batch = _slice(whole, first, last - first)
             with self._autocast():
                 output = self._hidden(batch.inputs_BL)
                 loss = cross_entropy_sum(output.x_BLD, self.model.head.weight, batch) / places
@@ -248,6 +250,7 @@ class Trainer:
         means = {name: float(value) / state.since_steps for name, value in self._sums.items()}
         train_loss = means.pop("loss")
         means["lr"] = optim.learning_rate(config, self.tokens)
+        means.update(score.figures())
         return Eval(
             tokens=self.tokens,
             step=state.step,
