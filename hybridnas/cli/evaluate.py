@@ -56,7 +56,7 @@ def run(config: dict[str, Any]) -> int:
         source,
         n_tokens=settings.valid_tokens or facts.get("valid_tokens") or 131_072,
         batch_size=settings.batch_size,
-        seq_len=settings.seq_len or facts.get("seq_len") or 256,
+        seq_len=source.context(settings.seq_len, facts.get("seq_len") or 256),
         device=device,
         precision=settings.precision,
     )
