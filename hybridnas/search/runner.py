@@ -70,8 +70,6 @@ class Search:
         self.source_config = source_config(config.data)  # every setting is checked before a folder is made
         seq_len = self.source_config.own_seq_len or config.budget.seq_len  # a task's examples have their own length
         self.config = config.replace(budget=config.budget.replace(seq_len=seq_len))
-        seq_len = self.source_config.own_seq_len or config.budget.seq_len  # a task's examples have their own length
-        self.config = config.replace(budget=config.budget.replace(seq_len=seq_len))
         pick_device(config.device)
         self.folder = StudyFolder(Path(config.runs), config.name)
         self.crew = Crew(self.folder.path)
