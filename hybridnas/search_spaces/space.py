@@ -12,6 +12,7 @@ Every other key is a choice for a block's field: ``n_experts: [1, 8, 32]`` or ``
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,6 +184,22 @@ class Space(FrozenConfig):
         if self.candidates:
             return self._listed(chooser, scale)
         choices: dict[str, Any] = {}
+        pattern, fields, share = self._choices(chooser, scale, choices)
+        arch = Arch.from_pattern(pattern, d_model=scale.d_model, vocab_size=scale.vocab_size, **fields)
+        return Proposal(fit(arch, self.target(scale), scale.multiple, share) if self.match else arch, choices)
+
+    def choose(self, chooser: Chooser, scale: Scale) -> None:
+        """Draw one candidate's choices and build nothing: for those who want to know them first."""
+        if self.candidates:
+            self._candidate(chooser)
+            return
+        with contextlib.suppress(MatchError):  # of a rule; propose says it
+            self._choices(chooser, scale, {})
+
+    def _choices(
+        self, chooser: Chooser, scale: Scale, choices: dict[str, Any]
+    ) -> tuple[Pattern, dict[str, dict[str, Any]], float | None]:
+        """Return pattern, block fields by letter, and the mixers' share; every choice is put into ``choices``."""
         pattern = self._pattern(chooser, scale, choices)
         letters = {slot.letter for slot in pattern.slots}
         missing = [letter for letter in self.requires if letter not in letters]
@@ -190,7 +207,7 @@ class Space(FrozenConfig):
             raise MatchError(
                 f"pattern '{pattern}' has no {' and no '.join(missing)}, which space {self.name!r} requires"
             )
-        fields: dict[str, Any] = {}
+        fields: dict[str, dict[str, Any]] = {}
         for key, choice in self.fields.items():
             letter, dot, name = key.rpartition(".")
             owners = [x for x in letters if name in BLOCKS.get(x).Config.field_names() and (not dot or x == letter)]
@@ -201,8 +218,7 @@ class Space(FrozenConfig):
         share = None
         if self.split is not None and share_free(pattern):
             choices["split"] = share = _draw(chooser, "split", self.split)
-        arch = Arch.from_pattern(pattern, d_model=scale.d_model, vocab_size=scale.vocab_size, **fields)
-        return Proposal(fit(arch, self.target(scale), scale.multiple, share) if self.match else arch, choices)
+        return pattern, fields, share
 
     def _pattern(self, chooser: Chooser, scale: Scale, choices: dict[str, Any]) -> Pattern:
         def draw(name: str, options: Sequence[Any]) -> Any:
@@ -224,9 +240,12 @@ class Space(FrozenConfig):
         pieces = [self.insert if i in chosen else str(layer) for i, layer in enumerate(base.layers)]
         return parse("".join(pieces))
 
-    def _listed(self, chooser: Chooser, scale: Scale) -> Proposal:
+    def _candidate(self, chooser: Chooser) -> tuple[str, list[str]]:
         names = [str(entry.get("name", index)) for index, entry in enumerate(self.candidates)]
-        name = chooser.suggest_categorical("candidate", names) if len(names) > 1 else names[0]
+        return chooser.suggest_categorical("candidate", names) if len(names) > 1 else names[0], names
+
+    def _listed(self, chooser: Chooser, scale: Scale) -> Proposal:
+        name, names = self._candidate(chooser)
         entry = dict(self.candidates[names.index(name)])
         entry.pop("name", None)
         share, motif = entry.pop("split", None), entry.pop("motif", None)
