@@ -176,7 +176,7 @@ MISTAKES = [
     ("search", ["minutes=0"], "budget minutes=0 must be > 0"),
     ("search", ["minutes=inf"], "budget minutes="),
     ("search", ["seed=-1"], "search seed=-1 must be >= 0"),
-    ("search", ["sampler=tp"], "search sampler='tp' must be one of tpe, random, bruteforce"),
+    ("search", ["sampler=tp"], "search sampler='tp' must be one of tpe, evolution, nsga2, gp, random, bruteforce"),
     ("search", ["device=foo"], "device='foo' is not a device"),
     ("search", ["study=a/b"], "study='a/b' must be a plain folder name"),
     ("search", ["data=text"], "data=text needs data.path=FILE, FOLDER or GLOB"),
