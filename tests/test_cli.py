@@ -27,7 +27,8 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "compare": "baseline out run runs study uri",
     "export": "out runs study trial",
     "generate": "device echo max_new_tokens model prompt seed stop_at_end temperature top_k",
-    "evaluate": "arch batch_size device model pattern precision seed seq_len valid_tokens",
+    "evaluate": "arch batch_size device lengths max_gib model out pattern patterns precision seed seq_len tracking "
+    "valid_tokens",
     "replay": "device out runs study trial",
     "bench": "keep_memory minutes out part patience quick repeats space suite threads tiny",
 }
@@ -35,7 +36,7 @@ GROUPS = {
     "search": "budget data experiment space",
     "train": "data experiment preset",
     "describe": "experiment preset",
-    "evaluate": "data experiment preset",
+    "evaluate": "data experiment preset suite",
 }
 
 

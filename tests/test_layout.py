@@ -23,10 +23,11 @@ LINKED = ("blocks", "kernels", "search_spaces")
 FLOORS = {
     **dict.fromkeys(("errors", "registry", "config", "cost", "hardware", "files", "units"), 0),
     **{"kernels": 1, "blocks": 2, "arch": 3, "search_spaces": 4},
-    **dict.fromkeys(("data", "train", "search", "export"), 5),
+    **dict.fromkeys(("data", "train", "search", "export", "suites"), 5),
     **dict.fromkeys(("cli", "conf", "api", "bench"), 6),
 }
 BESIDE = {
+    "suites": {"data", "train", "search"},
     "search": {"train", "data", "export"},
     "export": {"data", "train"},
     "train": {"data"},
@@ -42,7 +43,7 @@ DOORS = {  # third-party name -> the only places that import it
     "tokenizers": ("data/",),
     "safetensors": ("train/checkpoint.py", "export/"),
     "triton": ("kernels/",),
-    "matplotlib": ("arch/draw.py", "search/plots.py", "bench/"),
+    "matplotlib": ("arch/draw.py", "search/plots.py", "suites/plots.py", "bench/"),
     "jinja2": ("search/report.py",),
     "yaml": ("config.py",),
     "numpy": ("data/", "bench/"),

@@ -18,7 +18,7 @@ COMMANDS: dict[str, str] = {
     "compare": "put runs and studies from MLflow side by side: table, curves, steps to reach a loss",
     "export": "write a trial's model as a folder that hybridnas.load reads",
     "generate": "stream text from an exported model",
-    "evaluate": "measure the loss of an exported model",
+    "evaluate": "measure a model's loss, its accuracy by length, or architectures on a suite of tasks",
     "replay": "run a trial of a study again: same seed, same data, same numbers on CPU",
     "bench": "measure kernels, training and decoding side by side with the peers that are installed",
 }

@@ -1,6 +1,6 @@
 """Hydra, used for composition alone: YAML groups and ``key=value`` overrides in, one plain dict out.
 
-Groups: ``data`` and ``budget`` are folders of conf/; ``preset`` is the registry of presets; ``space`` and
+Groups: ``data`` and ``budget`` are folders of conf/; ``preset`` and ``suite`` are registries; ``space`` and
 ``experiment`` are YAML files, the package's own and those in ``./search_spaces`` and ``./experiments`` of the folder
 where the user stands.
 """
@@ -23,6 +23,7 @@ TEXT = (
     *("data.path", "data.name", "data.config", "data.split", "data.revision", "data.text_field", "data.separator"),
     *("data.tokenizer", "data.cache_dir", "suite"),
 )
+    *("patterns", "suite.out", "suite.runs", "suite.against"),
 # Commands whose first word may stand without its key: 'bench scan' is 'bench suite=scan'.
 FIRST_WORD = {"bench": "suite"}
 
@@ -59,6 +60,8 @@ def compose(command: str, overrides: list[str]) -> dict[str, Any]:
     if isinstance(settings.get("preset"), dict) and "name" not in settings["preset"]:
         raise ConfigError(f"{command} preset.{next(iter(settings['preset']))} needs a preset, e.g. preset=moe_mamba")
     return settings
+    if "suite" in _groups_of(command) and isinstance(settings["suite"], dict) and "name" not in settings["suite"]:
+        raise ConfigError(f"{command} suite.{next(iter(settings['suite']))} needs a suite, e.g. suite=mad")
 
 
 def help_text(command: str, summary: str) -> str:
@@ -77,11 +80,11 @@ def help_text(command: str, summary: str) -> str:
 
 
 # Mappings that take keys they do not have yet; whoever reads them checks the keys, with better words than Hydra's.
-OPEN = ("arch.", "space.", "preset.", "budget.", "data.")
+OPEN = ("arch.", "space.", "preset.", "budget.", "data.", "suite.")
 
 
 def _groups() -> tuple[str, ...]:
-    return ("preset", "space", "data", "budget", "experiment")
+    return ("preset", "space", "data", "budget", "suite", "experiment")
 
 
 def _defaults(command: str) -> dict[str, Any]:
@@ -127,6 +130,10 @@ def _options(group: str) -> list[str]:
 
         return sorted(list_presets())
     return sorted(_files(group))
+    if group == "suite":
+        from hybridnas.suites.suite import SUITES
+
+        return list(SUITES)
 
 
 def _files(group: str) -> dict[str, Path]:
@@ -148,6 +155,8 @@ def _store_groups(overrides: list[str]) -> None:
     for name in list_presets():
         store.store(group="preset", name=name, node={"name": name, **preset_arguments(name)})
     for group in ("space", "experiment"):
+    for name in _options("suite"):
+        store.store(group="suite", name=name, node=_suite_settings(name))
         package = "_global_" if group == "experiment" else None
         for name, path in _files(group).items():
             try:
@@ -159,7 +168,13 @@ def _store_groups(overrides: list[str]) -> None:
             store.store(group=group, name=name, node={"name": name, **node} if not package else node, package=package)
 
 
-def _taken_apart(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
+def _suite_settings(name: str) -> dict[str, Any]:
+    from hybridnas.suites.suite import SuiteConfig
+
+    return {key: [] if value == () else value for key, value in SuiteConfig(name=name).to_dict().items()}
+
+
+def _taken_apart(overrides: list[str], groups: list[str]) -> tuple[dict[str, str], list[str]]:
     """Separate what is plain text from what Hydra reads."""
     texts: dict[str, str] = {}
     rest: list[str] = []

@@ -1,4 +1,4 @@
-"""python -m hybridnas.evaluate model=DIR: the loss of an exported model, or of an untrained preset or pattern."""
+"""python -m hybridnas.evaluate: the loss of a model, its accuracy at other lengths, or a suite of small trainings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hybridnas.arch.model import HybridLM
     from hybridnas.data.source import Source
 
-HELP = "measure the loss of an exported model"
+HELP = "measure a model's loss, its accuracy by length (lengths=), or architectures on a suite of tasks (suite=)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,17 @@ class EvaluateConfig(FrozenConfig):
 
 
 def run(config: dict[str, Any]) -> int:
-    """Measure on the data's validation part and print loss, bits per byte, accuracy and speed."""
+    """Measure on the data's validation part and print loss, bits per byte, accuracy and speed; or run a suite."""
+    if config.get("suite"):
+        from hybridnas.cli.suites import run_suite
+
+        return run_suite(config)
+    if config.get("lengths"):
+        from hybridnas.cli.suites import run_lengths
+
+        return run_lengths(config)
+    if config.get("patterns"):
+        raise ConfigError("patterns=[...] belongs to a suite, e.g. suite=mad; give pattern=TEXT for one model")
     settings = EvaluateConfig.from_dict({k: v for k, v in config.items() if k in EvaluateConfig.field_names()})
     from hybridnas.data import check_vocab
     from hybridnas.hardware import pick_device

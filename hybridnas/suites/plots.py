@@ -1,0 +1,177 @@
+"""A suite's figure: scores per task, accuracy over state, accuracy by length, or loss curves; ours beside published."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from hybridnas.files import write_atomic
+from hybridnas.suites import results, speed
+from hybridnas.suites.results import Row
+from hybridnas.suites.suite import Suite
+from hybridnas.units import human, human_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from hybridnas.suites.runner import Outcome
+
+_INK, _FAINT = "#1F2933", "#9AA5B1"
+_COLOURS = ("#2F6DA8", "#C8553D", "#5B8C3A", "#7B519D", "#17877E", "#D08A1D", "#8A6642", "#B0457B", "#4C5FA8")
+_MARKS = "osD^vP*X<>"
+_SETTINGS: dict[Any, Any] = {
+    "svg.hashsalt": "hybridnas",
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _INK,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.grid": True,
+    "grid.color": "#E4E7EB",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+
+def draw(suite: Suite, outcome: Outcome, out: Path) -> list[Path]:
+    """Draw the suite's figure as SVG and PNG beside ``out``; returns the files, none where there is nothing to draw."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    painters = {"tasks": _tasks, "state": _state, "lengths": _lengths, "curves": _curves}
+    rows = [row for row in results.choose(outcome.rows, suite) if row.chosen and row.score is not None]
+    if not rows:
+        return []
+    paths = []
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=(9.2, 4.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        ax = figure.subplots()
+        painters[suite.figure](ax, suite, rows, outcome)
+        ax.set_title(suite.title, loc="left", fontsize=11, weight="bold")
+        handles, labels = ax.get_legend_handles_labels()
+        if labels:
+            figure.legend(handles, labels, loc="outside right upper", fontsize=8.5)
+        for kind in ("svg", "png"):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, dpi=144, metadata={"Date": None} if kind == "svg" else None)
+            paths.append(out.with_suffix(f".{kind}"))
+            write_atomic(paths[-1], buffer.getvalue())
+    return paths
+
+
+def _tasks(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> None:
+    """One place per column of the table; ours filled, published hollow."""
+    ours, columns = results.scores(rows, suite), suite.columns
+    scale = 100 if suite.higher else 1
+    for index, (model, own) in enumerate(ours.items()):
+        places = [(i, scale * own[c]) for i, c in enumerate(columns) if c in own]
+        ax.plot(*_pairs(places), ls="-", lw=0.8, alpha=0.9, label=model, **_style(index))
+    for index, row in enumerate(suite.published):
+        places = [(i, row.values[c]) for i, c in enumerate(columns) if c in row.values]
+        mark = _MARKS[index % len(_MARKS)]
+        ax.plot(*_pairs(places), ls="", mfc="none", mec=_FAINT, marker=mark, label=f"{row.model} [published]")
+    ax.set_xticks(range(len(columns)), [column.replace(" ", "\n", 1) for column in columns])
+    ax.set_ylabel(_unit(suite))
+    if suite.higher:
+        ax.set_ylim(-3, 103)
+
+
+def _state(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> None:
+    """Accuracy over the bytes that a sequence carries: one line per pattern, one point per width or state size."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    for index, (model, own) in enumerate(results.grouped(rows, lambda row: row.model.partition(",")[0]).items()):
+        by_state = results.grouped(own, lambda row: row.state_bytes)
+        points = sorted((state, 100 * max(_by_model(group))) for state, group in by_state.items())
+        ax.plot(*_pairs(points), lw=1.2, label=model, **_style(index))
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("state of one sequence at the task's length")
+    ax.set_ylabel(_unit(suite))
+    ax.set_ylim(-3, 103)
+
+
+def _lengths(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> None:
+    """Accuracy by length, mean over seeds; the published rows dashed."""
+    by_model: dict[str, dict[int, list[float]]] = {}
+    for row in outcome.lengths:
+        if row.accuracy is not None:
+            by_model.setdefault(row.model, {}).setdefault(row.length, []).append(100 * row.accuracy)
+    for index, (model, own) in enumerate(by_model.items()):
+        points = [(length, fmean(values)) for length, values in sorted(own.items())]
+        ax.plot(*_pairs(points), lw=1.6, label=model, **_style(index))
+    powers = {results.power_of_two(2**power): 2**power for power in range(31)}
+    for index, published in enumerate(suite.published):
+        points = [(powers[name], value) for name, value in published.values.items() if name in powers]
+        style = {
+            "color": _FAINT,
+            "lw": 0.9,
+            "ls": "--",
+            "marker": _MARKS[index % len(_MARKS)],
+            "ms": 3.5,
+            "mfc": "none",
+        }
+        ax.plot(*_pairs(points), label=f"{published.model} [published]", **(_style(index) | dashed))
+    _trained_at(ax, rows)
+    lengths = sorted({row.length for row in outcome.lengths})
+    if lengths:
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(lengths, [results.power_of_two(length) for length in lengths])
+        ax.minorticks_off()
+    ax.set_xlabel("length [tokens]")
+    ax.set_ylabel("accuracy [%]")
+    ax.set_ylim(-3, 103)
+
+
+def _trained_at(ax: Axes, rows: Iterable[Row]) -> None:
+    for length in sorted({row.seq_len for row in rows}):
+        ax.axvline(length, color=_FAINT, lw=0.8, ls=":")
+        ax.text(length, 50, " trained at", color=_FAINT, fontsize=8, rotation=90, va="center", ha="right")
+
+
+def _curves(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> None:
+    """Validation loss over training tokens of the chosen runs, and the baseline's final loss."""
+    from matplotlib.ticker import FuncFormatter
+
+    names: dict[str, int] = {}
+    seen: list[float] = []
+    for row in rows:
+        points = speed.points(outcome.curves, row)
+        seen += [loss for _, loss in points[len(points) // 5 :]]
+        style = _style(names.setdefault(row.model, len(names))) | {"ms": 2.5}
+        ax.plot(*_pairs(points), lw=1.2, label=row.model if row.seed == suite.seeds[0] else None, **style)
+    base = next((row.valid_loss for row in rows if row.model == suite.baseline), None)
+    if base is not None:
+        ax.axhline(base, color=_FAINT, lw=0.9, ls="--")
+    if seen:
+        room = 0.04 * (max(seen) - min(seen) or 1)
+        ax.set_ylim(min(seen) - room, max(seen) + room)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+    ax.set_xlabel("training tokens")
+    ax.set_ylabel("validation loss [nats/token]")
+
+
+def _by_model(rows: Iterable[Row]) -> list[float]:
+    """Return each model's mean score over tasks and seeds."""
+    return [fmean(row.score or 0.0 for row in own) for own in results.grouped(rows, lambda row: row.model).values()]
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKS[index % len(_MARKS)], "ms": 5}
+
+
+def _pairs(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _unit(suite: Suite) -> str:
+    return "accuracy [%]" if suite.higher else "validation loss [nats/token]"

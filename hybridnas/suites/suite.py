@@ -1,0 +1,223 @@
+"""What a suite is: tasks, architectures, a grid of optimiser settings, and published rows to stand beside ours."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from hybridnas.config import FrozenConfig, option
+from hybridnas.errors import ConfigError, suggest
+from hybridnas.registry import Registry
+
+if TYPE_CHECKING:  # names of suites are listed without torch
+    from hybridnas.arch.arch import Arch
+
+S = Callable[[bool], "Suite"]
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Data and a training schedule; tasks of one column are averaged in the table."""
+
+    name: str
+    column: str
+    data: Fields  # of a SourceConfig
+    train: Fields  # of a TrainConfig, all but lr, weight_decay and seed
+    tokens_per_active: float | None = None  # training tokens per active parameter; none: train's tokens
+    lengths: tuple[int, ...] = ()  # lengths at which the trained model's accuracy is measured
+
+    @property
+    def digest(self) -> str:
+        """Eight hex digits of all that makes two trainings comparable: data and schedule."""
+        said = {"data": dict(self.data), "train": dict(self.train), "per_active": self.tokens_per_active}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One architecture of a suite: a pattern or a preset with fields, by the name that tables give it."""
+
+    name: str
+    pattern: str | None = None
+    preset: str | None = None
+    fields: Fields = field(default_factory=dict)
+    optional: Fields = field(default_factory=dict)  # fields for the blocks that have them; others do without
+    active_params: int | None = None  # size the free widths to this many active parameters
+    free: tuple[str, ...] = ("d_expert", "d_ff")
+    rates: tuple[float, ...] | None = None  # none: the suite's
+    seeds: tuple[int, ...] | None = None  # none: the suite's
+
+    def arch(self, vocab_size: int) -> Arch:
+        """Return the architecture for a vocabulary; raises PatternError, ConfigError or MatchError."""
+        from hybridnas.arch.arch import Arch
+        from hybridnas.arch.match import match
+        from hybridnas.arch.pattern import parse
+        from hybridnas.arch.presets import preset
+        from hybridnas.registry import BLOCKS
+
+        if self.preset is not None:
+            arch = preset(self.preset, **{**self.fields, "vocab_size": vocab_size})
+        else:
+            parsed = parse(self.pattern or "")
+            known = {name for slot in parsed.slots for name in BLOCKS.get(slot.letter).Config.field_names()}
+            mine = {key: value for key, value in self.optional.items() if key in known}
+            arch = Arch.from_pattern(parsed, **{**mine, **self.fields, "vocab_size": vocab_size})
+        if self.active_params is None:
+            return arch
+        return match(arch, active_params=self.active_params, free=self.free, multiple=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A row as printed by others: figures by column [the suite's unit], with source and settings."""
+
+    model: str
+    values: Mapping[str, float]
+    source: str
+    settings: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Tasks, architectures and the grid; every architecture is judged at its own best setting of the grid."""
+
+    name: str
+    title: str
+    tasks: tuple[Task, ...]
+    entries: tuple[Entry, ...]  # trained where the user names no architecture
+    rates: tuple[float, ...]
+    decays: tuple[float, ...] = (0.0,)
+    seeds: tuple[int, ...] = (0,)  # the first searches the grid, the others repeat its best setting
+    score: str = "accuracy"  # or valid_loss: what is compared, tabulated and drawn
+    fields: Fields = field(default_factory=dict)  # of architectures that the user names by pattern
+    optional: Fields = field(default_factory=dict)  # the same, where a block has them
+    variants: tuple[Fields, ...] = ({},)  # each architecture once with each of these: a sweep of widths or states
+    stop_at: float | None = None  # accuracy that ends a training early
+    published: tuple[Published, ...] = ()
+    figure: str = "tasks"  # tasks | state | curves | lengths
+    baseline: str | None = None  # whose final loss the others' steps are measured against
+    notes: tuple[str, ...] = ()  # how this differs from the papers, printed under the table
+
+    def __post_init__(self) -> None:
+        if self.score not in ("accuracy", "valid_loss"):
+            raise ConfigError(f"suite {self.name!r} score={self.score!r} must be accuracy or valid_loss")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the table, in the order of the tasks."""
+        return tuple(dict.fromkeys(task.column for task in self.tasks))
+
+    @property
+    def higher(self) -> bool:
+        """Whether a higher score is better."""
+        return self.score == "accuracy"
+
+    def best(self, scores: Sequence[float]) -> float:
+        """Return the better of several scores."""
+        return max(scores) if self.higher else min(scores)
+
+    def expanded(self, architectures: Sequence[str], fields: Fields) -> tuple[Entry, ...]:
+        """Return what to train: the user's patterns and presets, or the suite's own, each in every variant."""
+        from hybridnas.arch.presets import list_presets
+
+        chosen = [self._named(text, fields, text in list_presets()) for text in architectures]
+        entries = chosen or [replace(e, fields={**e.fields, **fields}) for e in self.entries]
+        return tuple(_variant(entry, variant) for entry in entries for variant in self.variants)
+
+    def _named(self, text: str, fields: Fields, is_preset: bool) -> Entry:
+        if is_preset:
+            own = {key: value for key, value in self.fields.items() if key == "d_model"}
+            return Entry(name=text, preset=text, fields={**own, **fields})
+        return Entry(name=text, pattern=text, fields={**self.fields, **fields}, optional=self.optional)
+
+    def only(self, tasks: Sequence[str]) -> Suite:
+        """Keep the tasks or columns of these names; raises ConfigError for others."""
+        known = dict.fromkeys(name for task in self.tasks for name in (task.column, task.name))
+        for name in tasks:
+            if name not in known:
+                raise ConfigError(f"suite {self.name!r} has no task {name!r}{suggest(name, known)}")
+        kept = tuple(task for task in self.tasks if not tasks or {task.name, task.column} & set(tasks))
+        return replace(self, tasks=kept)
+
+
+def _variant(entry: Entry, variant: Fields) -> Entry:
+    """A sweep's fields reach those blocks that have them; d_model and the like are the model's."""
+    if not variant:
+        return entry
+    words = ", ".join(f"{key} {value}" for key, value in variant.items())
+    model = {key: value for key, value in variant.items() if key == "d_model" and key not in entry.fields}
+    blocks = {key: value for key, value in variant.items() if key != "d_model"}
+    optional = {**entry.optional, **blocks}
+    return replace(entry, name=f"{entry.name}, {words}", fields={**entry.fields, **model}, optional=optional)
+
+
+SUITES: Registry[S] = Registry("suite", "hybridnas.suites")
+
+
+def register_suite(name: str) -> Callable[[S], S]:
+    """Decorate a function that returns the suite, full or quick."""
+
+    def decorate(make: S) -> S:
+        SUITES.add(name, make)
+        return make
+
+    return decorate
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteConfig(FrozenConfig):
+    """What the user says about a suite; empty lists and none keep the suite's own."""
+
+    name: str = option(doc="name of the suite")
+    quick: bool = option(False, "a smaller grid and shorter trainings: minutes on two cores instead of days [yes/no]")
+    tasks: tuple[str, ...] = option((), "tasks or columns to run; none: all")
+    rates: tuple[float, ...] = option((), "learning rates of the grid; none: the suite's")
+    decays: tuple[float, ...] = option((), "weight decays of the grid; none: the suite's")
+    seeds: tuple[int, ...] = option((), "seeds; the first searches the grid; none: the suite's")
+    tokens: int | None = option(None, "training tokens of every run; none: the suite's [tokens]", ge=1)
+    minutes: float | None = option(None, "stop after this long; the same command goes on [min]", gt=0)
+    runs: str = option("runs", "folder in which the runs lie")
+    out: str | None = option(None, "CSV of the results, figures beside it; none: RUNS/SUITE/SUITE.csv")
+    against: str | None = option(None, "CSV of another version of the suite: print rank correlations, train nothing")
+
+    @classmethod
+    def label(cls) -> str:
+        return "suite"
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "rates", "decays", "seeds"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)):
+                raise ConfigError(f"suite {name}={value!r} must be a list, such as suite.{name}=[{value}]")
+            object.__setattr__(self, name, tuple(value))
+        super().__post_init__()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "", parse: bool = False) -> SuiteConfig:
+        """Build from a mapping, with the lists that YAML makes of tuples."""
+        listed = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return super().from_dict({k: () if v is None and k in _LISTS else v for k, v in listed.items()}, where=where)
+
+    def suite(self) -> Suite:
+        """Return the suite as the user wants it; raises ConfigError for unknown names."""
+        suite = SUITES.get(self.name)(self.quick).only(self.tasks)
+        grid: dict[str, Any] = {name: getattr(self, name) for name in _LISTS[1:] if getattr(self, name)}
+        own: dict[str, Any] = {name: None for name in ("rates", "seeds") if getattr(self, name)}
+        grid["entries"] = tuple(replace(entry, **own) for entry in suite.entries)
+        if self.tokens is not None:
+            tasks = (replace(task, train=_shortened(task.train, self.tokens)) for task in suite.tasks)
+            grid["tasks"] = tuple(replace(task, tokens_per_active=None) for task in tasks)
+        return replace(suite, **grid)
+
+
+_LISTS = ("tasks", "rates", "decays", "seeds")
+
+
+def _shortened(train: Fields, tokens: int) -> dict[str, Any]:
+    """Return a schedule of so many tokens, measured at the same points as far as it goes."""
+    points = [point for point in train.get("eval_at", ()) if point < tokens]
+    return {**train, "tokens": tokens, "eval_at": points}
