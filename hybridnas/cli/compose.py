@@ -20,10 +20,11 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 # settings are taken as they stand and Hydra never sees them.
 TEXT = (
     *("pattern", "prompt", "out", "model", "study", "storage", "tracking", "run", "baseline", "uri", "runs"),
+    "against",
     *("data.path", "data.name", "data.config", "data.split", "data.revision", "data.text_field", "data.separator"),
     *("data.tokenizer", "data.cache_dir", "suite"),
-)
     *("patterns", "suite.out", "suite.runs", "suite.against"),
+)
 # Commands whose first word may stand without its key: 'bench scan' is 'bench suite=scan'.
 FIRST_WORD = {"bench": "suite"}
 
@@ -40,7 +41,7 @@ def compose(command: str, overrides: list[str]) -> dict[str, Any]:
     if command in FIRST_WORD and overrides and re.fullmatch(r"[\w,]+", overrides[0]):
         overrides = [f"{FIRST_WORD[command]}={overrides[0]}", *overrides[1:]]
     _check_form(command, overrides)
-    texts, overrides = _taken_apart(overrides)
+    texts, overrides = _taken_apart(overrides, _groups_of(command))
     _store_groups(overrides)
     GlobalHydra.instance().clear()
     with initialize_config_module("hybridnas.conf", version_base="1.3"):
@@ -59,9 +60,9 @@ def compose(command: str, overrides: list[str]) -> dict[str, Any]:
         _set(command, settings, key, text)
     if isinstance(settings.get("preset"), dict) and "name" not in settings["preset"]:
         raise ConfigError(f"{command} preset.{next(iter(settings['preset']))} needs a preset, e.g. preset=moe_mamba")
-    return settings
     if "suite" in _groups_of(command) and isinstance(settings["suite"], dict) and "name" not in settings["suite"]:
         raise ConfigError(f"{command} suite.{next(iter(settings['suite']))} needs a suite, e.g. suite=mad")
+    return settings
 
 
 def help_text(command: str, summary: str) -> str:
@@ -129,11 +130,11 @@ def _options(group: str) -> list[str]:
         from hybridnas.arch.presets import list_presets
 
         return sorted(list_presets())
-    return sorted(_files(group))
     if group == "suite":
         from hybridnas.suites.suite import SUITES
 
         return list(SUITES)
+    return sorted(_files(group))
 
 
 def _files(group: str) -> dict[str, Path]:
@@ -154,9 +155,9 @@ def _store_groups(overrides: list[str]) -> None:
     store = ConfigStore.instance()
     for name in list_presets():
         store.store(group="preset", name=name, node={"name": name, **preset_arguments(name)})
-    for group in ("space", "experiment"):
     for name in _options("suite"):
         store.store(group="suite", name=name, node=_suite_settings(name))
+    for group in ("space", "experiment"):
         package = "_global_" if group == "experiment" else None
         for name, path in _files(group).items():
             try:
@@ -180,7 +181,7 @@ def _taken_apart(overrides: list[str], groups: list[str]) -> tuple[dict[str, str
     rest: list[str] = []
     for override in overrides:
         key, equals, value = override.partition("=")
-        if equals and key.lstrip("+") in TEXT and value not in ("", "null"):
+        if equals and key.lstrip("+") in TEXT and key not in groups and value not in ("", "null"):
             texts[key.lstrip("+")] = value
         else:
             texts.pop(key.lstrip("+"), None)  # the last one counts, also when it takes a text back

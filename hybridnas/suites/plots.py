@@ -112,15 +112,8 @@ def _lengths(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> N
     powers = {results.power_of_two(2**power): 2**power for power in range(31)}
     for index, published in enumerate(suite.published):
         points = [(powers[name], value) for name, value in published.values.items() if name in powers]
-        style = {
-            "color": _FAINT,
-            "lw": 0.9,
-            "ls": "--",
-            "marker": _MARKS[index % len(_MARKS)],
-            "ms": 3.5,
-            "mfc": "none",
-        }
-        ax.plot(*_pairs(points), label=f"{published.model} [published]", **(_style(index) | dashed))
+        style: dict[str, Any] = {**_style(index), "color": _FAINT, "lw": 0.9, "ls": "--", "mfc": "none", "ms": 3.5}
+        ax.plot(*_pairs(points), label=f"{published.model} [published]", **style)
     _trained_at(ax, rows)
     lengths = sorted({row.length for row in outcome.lengths})
     if lengths:
