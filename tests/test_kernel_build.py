@@ -43,6 +43,17 @@ def test_the_second_time_is_cached(cache):
 
 
 @needs_compiler
+def test_a_changed_header_beside_the_source_is_compiled_again(cache, tmp_path):
+    source, header = tmp_path / "seven.c", tmp_path / "seven.h"
+    source.write_text('#include "seven.h"\nint seven(void) { return SEVEN; }\n')
+    header.write_text("#define SEVEN 7\n")
+    assert build(source).handle.seven() == 7
+    header.write_text("#define SEVEN 8\n")
+    assert build(source).handle.seven() == 8
+    assert len(list(cache.iterdir())) == 2
+
+
+@needs_compiler
 def test_a_damaged_cached_file_is_compiled_again(cache, monkeypatch, tmp_path):
     build(SOURCE)
     (file,) = cache.iterdir()

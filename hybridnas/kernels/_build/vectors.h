@@ -55,11 +55,10 @@ INLINE vf exp2_any(vf t) {
     return choose(t == t, y, t);
 }
 
-/* e^x for x <= 0 or NaN. */
+/* e^x for x <= 0, no less than 1e-38; what NaN gives is for the caller, who has x. */
 INLINE vf exp_negative(vf x) {
     const vf t = x * LOG2E;
-    const vf y = exp2_inside(choose(t < splat(-126.f), splat(-126.f), t));
-    return choose(x == x, y, x);
+    return exp2_inside(choose(t < splat(-126.f), splat(-126.f), t));
 }
 
 /* log(1 + e) for 0 <= e <= 1, to 3e-8 relative. */
@@ -76,16 +75,15 @@ INLINE vf log1p_unit(vf e) {
 
 INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
-INLINE vf sigmoid(vf x) {
-    const vf e = exp_negative(-magnitude(x));
-    return choose(x < splat(0.f), e, splat(1.f)) / (1.f + e);
-}
+/* 1 / (1 + e^-x) given e = e^-|x|. */
+INLINE vf sigmoid_from(vf x, vf e) { return choose(x < splat(0.f), e, splat(1.f)) / (1.f + e); }
 
-/* softplus(x), and its derivative through *slope. */
-INLINE vf softplus(vf x, vf *slope) {
-    const vf e = exp_negative(-magnitude(x));
-    *slope = choose(x < splat(0.f), e, splat(1.f)) / (1.f + e);
-    return choose(x > splat(0.f), x, splat(0.f)) + log1p_unit(e) + choose(x == x, splat(0.f), x);
+INLINE vf sigmoid(vf x) { return sigmoid_from(x, exp_negative(-magnitude(x))); }
+
+/* log(1 + e^x) given e = e^-|x|; NaN stays NaN. */
+INLINE vf softplus_from(vf x, vf e) {
+    const vf y = choose(x > splat(0.f), x, splat(0.f)) + log1p_unit(e);
+    return choose(x == x, y, x);
 }
 
 /* The first `count` of V floats, zeros after. */
@@ -108,6 +106,36 @@ INLINE float sum_lanes(vf x) {
         for (int i = 0; i < step; i++) s[i] += s[i + step];
     return s[0];
 }
+
+/* out[i] = the sum over the lanes of x[i * stride], for eight of them. */
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define HAVE_SHUFFLE 1
+#endif
+#endif
+#ifdef HAVE_SHUFFLE
+typedef float v8 __attribute__((vector_size(32)));
+typedef float v8_unaligned __attribute__((vector_size(32), aligned(4)));
+INLINE v8 eight_lanes(const vf *x) {
+    const v8 *half = (const v8 *)x;
+    return V == 16 ? half[0] + half[1] : half[0];
+}
+INLINE v8 add_neighbours(v8 a, v8 b) { /* within each half: a0+a1, a2+a3, b0+b1, b2+b3 */
+    return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) + __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+}
+INLINE void sum_lanes_8(const vf *x, int64_t stride, float *out) {
+    v8 four[2];
+    for (int i = 0; i < 2; i++, x += 4 * stride)
+        four[i] = add_neighbours(add_neighbours(eight_lanes(x), eight_lanes(x + stride)),
+                                 add_neighbours(eight_lanes(x + 2 * stride), eight_lanes(x + 3 * stride)));
+    *(v8_unaligned *)out = __builtin_shufflevector(four[0], four[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+                           __builtin_shufflevector(four[0], four[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+#else
+INLINE void sum_lanes_8(const vf *x, int64_t stride, float *out) {
+    for (int i = 0; i < 8; i++) out[i] = sum_lanes(x[i * stride]);
+}
+#endif
 
 INLINE int any_lane(vi x) {
     int32_t a[V], found = 0;
