@@ -58,10 +58,10 @@ def describe(device: torch.device | str) -> str:
     return library.words if library.handle is not None else f"torch, operation by operation: {library.words}"
 
 
-def _check(x: Tensor, conv_state: Tensor, ssm_state: Tensor, w: Weights, norm: Norm | None) -> None:
-    device = x.device
-    require_tensor(_NAME, "x", x, "(B, D)", tuple(x.shape) if x.dim() == 2 else (0, 0), device)
-    (batch, width), (inner, states), taps = x.shape, _pair("A_log", w.A_log), _pair("conv", w.conv)[1]
+def check_weights(w: Weights, norm: Norm | None) -> None:
+    """Raise KernelInputError unless the weights fit together and lie on one device."""
+    device = w.in_proj.device
+    (inner, states), taps, width = _pair("A_log", w.A_log), _pair("conv", w.conv)[1], _pair("in_proj", w.in_proj)[1]
     rank = 0 if w.dt_proj is None else _pair("dt_proj", w.dt_proj)[1]
     parts = rank + states * ((w.B is None) + (w.C is None))
     if (w.x_proj is None) != (parts == 0):
@@ -69,8 +69,6 @@ def _check(x: Tensor, conv_state: Tensor, ssm_state: Tensor, w: Weights, norm: N
             f"{_NAME} x_proj must be given exactly where dt_proj is or B or C is not, to yield {parts} numbers a token"
         )
     expected = (
-        ("conv_state", conv_state, "(B, K - 1, I)", (batch, taps - 1, inner)),
-        ("ssm_state", ssm_state, "(B, I, N)", (batch, inner, states)),
         ("in_proj", w.in_proj, "(2I, D)", (2 * inner, width)),
         ("in_bias", w.in_bias, "(2I,)", (2 * inner,)),
         ("conv", w.conv, "(I, K)", (inner, taps)),
@@ -78,22 +76,29 @@ def _check(x: Tensor, conv_state: Tensor, ssm_state: Tensor, w: Weights, norm: N
         ("x_proj", w.x_proj, "(P, I)", (parts, inner)),
         ("dt_proj", w.dt_proj, "(I, R)", (inner, rank)),
         ("dt_bias", w.dt_bias, "(I,)", (inner,)),
+        ("A_log", w.A_log, "(I, N)", (inner, states)),
         ("D", w.D, "(I,)", (inner,)),
         ("B", w.B, "(N,)", (states,)),
         ("C", w.C, "(N,)", (states,)),
         ("out_proj", w.out_proj, "(D, I)", (width, inner)),
         ("out_bias", w.out_bias, "(D,)", (width,)),
+        ("norm weight", None if norm is None else norm.weight, "(D,)", (width,)),
+        ("norm bias", None if norm is None else norm.bias, "(D,)", (width,)),
     )
     for name, tensor, letters, shape in expected:
         if tensor is not None:
             require_tensor(_NAME, name, tensor, letters, shape, device)
-    if norm is None:
-        return
-    if norm.kind not in _KINDS:
+    if norm is not None and norm.kind not in _KINDS:
         raise ConfigError(f"{_NAME} norm={norm.kind!r} must be one of {', '.join(_KINDS)}")
-    for name, tensor in (("norm weight", norm.weight), ("norm bias", norm.bias)):
-        if tensor is not None:
-            require_tensor(_NAME, name, tensor, "(D,)", (width,), device)
+
+
+def _check(x: Tensor, conv_state: Tensor, ssm_state: Tensor, w: Weights, norm: Norm | None) -> None:
+    check_weights(w, norm)
+    device, batch = w.in_proj.device, x.shape[0] if x.dim() else 0
+    inner, states = w.A_log.shape
+    require_tensor(_NAME, "x", x, "(B, D)", (batch, w.in_proj.shape[1]), device)
+    require_tensor(_NAME, "conv_state", conv_state, "(B, K - 1, I)", (batch, w.conv.shape[1] - 1, inner), device)
+    require_tensor(_NAME, "ssm_state", ssm_state, "(B, I, N)", (batch, inner, states), device)
 
 
 def _pair(name: str, tensor: Tensor) -> tuple[int, int]:

@@ -54,7 +54,7 @@ def signature(weights: Weights, norm: Norm | None) -> Signature:
 
 def takes(tensor: Tensor | None) -> bool:
     """Whether step.c can read a parameter or a state as it lies."""
-    return tensor is None or (tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous())
+    return tensor is None or (tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous())
 
 
 class Step:
@@ -63,11 +63,11 @@ class Step:
     def __init__(self, weights: Weights, norm: Norm | None, residual: bool) -> None:
         w = weights
         inner, width = w.in_proj.shape[0] // 2, w.in_proj.shape[1]
-        self.widths = (width, inner, w.A_log.shape[1], w.conv.shape[1])
+        self._shapes = ((width,), (w.conv.shape[-1] - 1, inner), (inner, w.A_log.shape[1]))
         self.signature = signature(weights, norm)
         self._size = sum(t.numel() for t in weights if t is not None)
         self._args = _Args(
-            D=width, I=inner, N=w.A_log.shape[1], K=w.conv.shape[1], R=0 if w.dt_proj is None else w.dt_proj.shape[1],
+            D=width, I=inner, N=w.A_log.shape[1], K=w.conv.shape[-1], R=0 if w.dt_proj is None else w.dt_proj.shape[1],
             norm=0 if norm is None else _NORMS[norm.kind], residual=residual, eps=0.0 if norm is None else norm.eps,
             norm_weight=None if norm is None else pointer(norm.weight),
             norm_bias=None if norm is None else pointer(norm.bias),
@@ -79,6 +79,14 @@ class Step:
         handle = compiled().handle
         assert handle is not None
         self._function = handle.hybridnas_mamba_step
+
+    def fits(self, *tensors: Tensor) -> bool:
+        """Whether a token (B, D) and its states (B, K - 1, I), (B, I, N) are as step.c reads them."""
+        batch = tensors[0].shape[0]
+        for tensor, shape in zip(tensors, self._shapes, strict=True):
+            if not takes(tensor) or tensor.shape != (batch, *shape):
+                return False
+        return True
 
     def __call__(self, x_BD: Tensor, y_BD: Tensor, conv: tuple[Tensor, Tensor], ssm: tuple[Tensor, Tensor]) -> None:
         """Write y and the second tensor of each (before, after) pair; outputs may be their inputs."""

@@ -72,7 +72,7 @@ def _selected(u_BI: Tensor, w: Weights) -> tuple[Tensor, Tensor, Tensor]:
     size = w.A_log.shape[1]
     widths = [rank, 0 if w.B is not None else size, 0 if w.C is not None else size]
     proj_BP = u_BI.new_zeros(u_BI.shape[0], 0) if w.x_proj is None else F.linear(u_BI, w.x_proj)
-    dt_BR, B_BN, C_BN = proj_BP.split(widths, dim=-1)
+    dt_BR, B_BN, C_BN = torch.split(proj_BP, widths, dim=-1)
     delta_BI = u_BI.new_zeros(()) if w.dt_proj is None else F.linear(dt_BR, w.dt_proj)
     batch = u_BI.shape[0]
     return (

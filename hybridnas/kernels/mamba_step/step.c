@@ -136,6 +136,15 @@ static void normed(const args *a, float *out) {
     }
 }
 
+INLINE vf silu(vf x) {
+    const vf e = exp2_any(magnitude(x) * -LOG2E);
+    return x * choose(x < splat(0.f), e, splat(1.f)) / (1.f + e);
+}
+
+INLINE vf log_one_plus_exp(vf x) { /* softplus */
+    return choose(x > splat(0.f), x, splat(0.f)) + log1p_unit(exp2_any(magnitude(x) * -LOG2E));
+}
+
 /* The convolution and SiLU of channels first to last, in place in u; the window moves on by one. */
 INLINE void convolve_taps(const args *a, float *u, int64_t b, int64_t first, int64_t last, const int64_t K) {
     const int64_t I = a->I;
@@ -161,7 +170,7 @@ INLINE void convolve_taps(const args *a, float *u, int64_t b, int64_t first, int
             sum += taps * x;
             if (k > 0) store_part(after + (k - 1) * I + i, x, count);
         }
-        store_part(u + i, sum * sigmoid(sum), count);
+        store_part(u + i, silu(sum), count);
     }
 }
 
@@ -190,8 +199,8 @@ INLINE quad advance(const float *A_log, const float *before, float *after, const
                 continue;
             }
             const int64_t at = j * N + n;
-            const vf A = -exp2_any(load_states(A_log + at, left, whole) * LOG2E);
-            h[j] = exp_negative(A * dt[j]) * load_states(before + at, left, whole) + B_V * dtu[j];
+            const vf A = -LOG2E * exp2_any(load_states(A_log + at, left, whole) * LOG2E);
+            h[j] = exp2_any(A * dt[j]) * load_states(before + at, left, whole) + B_V * dtu[j];
             if (whole) store(after + at, h[j]);
             else store_part(after + at, h[j], left < V ? (int)left : V);
         }
@@ -229,8 +238,7 @@ static void select_and_gate(const args *a, const shared *s, int64_t b, int64_t f
             memcpy(raw + j, &sums, sizeof sums);
         }
         ask_for_output(a, i, i + count);
-        vf slope;
-        const vf dt = softplus(load(raw) + load_part(a->dt_bias + i, count), &slope);
+        const vf dt = log_one_plus_exp(load(raw) + load_part(a->dt_bias + i, count));
         const vf x = load_part(u + i, count);
         store(steps, dt);
         store(inputs, dt * x);
@@ -242,7 +250,7 @@ static void select_and_gate(const args *a, const shared *s, int64_t b, int64_t f
         }
         const vf gate = load_part(z + i, count);
         const vf y = load(read) + load_part(a->D_skip + i, count) * x;
-        store_part(u + i, y * (gate * sigmoid(gate)), count);
+        store_part(u + i, y * silu(gate), count);
     }
 }
 
