@@ -12,8 +12,8 @@ from hybridnas.config import read_yaml
 from hybridnas.errors import ConfigError
 
 BUDGET = (
-    "batch_size d_model depth evals lr minutes multiple n_experts n_trials name rungs seq_len "
-    "tokens_per_active_param valid_tokens"
+    "batch_size confirm confirm_seeds confirm_top d_model depth evals lr minutes multiple n_experts n_trials name "
+    "rungs seq_len tokens_per_active_param valid_tokens"
 )
 DATA = "cache_dir kind max_bytes tokenizer valid_fraction vocab_size"
 TRAIN = (
@@ -21,7 +21,9 @@ TRAIN = (
     "final_lr_fraction grad_clip lr precision schedule seed seq_len tokens valid_tokens warmup_fraction weight_decay"
 )
 SURFACE = {  # a setting more or less is a decision: change this table with it
-    "search": "device minutes n_trials pruner runs sampler seed study tracking workers",
+    "search": "action against confirm confirm_seeds confirm_top device heartbeat launch max_active_params "
+    "max_latency_ms max_params max_state_bytes minutes n_trials nodes objectives pruner runs sampler seed "
+    "state_length storage study tracking worker workers",
     "train": "arch device impl max_seconds out pattern recipe tracking train",
     "describe": "arch device out pattern seq_len",
     "compare": "baseline out run runs study uri",

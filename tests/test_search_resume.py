@@ -11,7 +11,7 @@ import pytest
 
 from hybridnas.cli import _guarded
 from hybridnas.errors import StudyError
-from hybridnas.search.folder import StudyFolder, _first_difference, read_study
+from hybridnas.search.folder import StudyFolder, first_difference, read_study
 from hybridnas.search.records import load_records
 from hybridnas.train import checkpoint
 
@@ -316,10 +316,10 @@ def test_a_journal_without_its_study_is_refused(tmp_path):
 
 
 def test_differences_name_the_deepest_key_that_differs():
-    assert _first_difference({"a": {"b": 1}}, {"a": {"b": 1}}) == ""
-    assert _first_difference({"a": {"b": 1}}, {"a": {"b": 2}}) == "a.b is 1 there and 2 here"
-    assert _first_difference({"a": 1}, {}) == "a is 1 there and None here"
-    assert _first_difference({"z": 1, "name": "x"}, {"z": 2, "name": "y"}) == "name is 'x' there and 'y' here"
+    assert first_difference({"a": {"b": 1}}, {"a": {"b": 1}}) == ""
+    assert first_difference({"a": {"b": 1}}, {"a": {"b": 2}}) == "a.b is 1 there and 2 here"
+    assert first_difference({"a": 1}, {}) == "a is 1 there and None here"
+    assert first_difference({"z": 1, "name": "x"}, {"z": 2, "name": "y"}) == "name is 'x' there and 'y' here"
 
 
 def test_nothing_of_a_study_lies_outside_its_folder(tmp_path, tiny, capsys, monkeypatch):

@@ -15,7 +15,8 @@ from hybridnas.train.config import TrainConfig
 
 SAMPLERS = ("tpe", "evolution", "nsga2", "gp", "random", "bruteforce")
 PRUNERS = ("halving", "hyperband", "none")
-LIMITS_OF_A_CALL = ("n_trials", "minutes", "max_tokens", "name")  # of a budget; they may change when a study goes on
+# Of a budget, what may change when a study goes on.
+LIMITS_OF_A_CALL = ("n_trials", "minutes", "max_tokens", "name", "confirm", "confirm_top", "confirm_seeds")
 LATER_SETTINGS = (
     "objectives",
     "state_length",
@@ -49,6 +50,9 @@ class Budget(FrozenConfig):
     minutes: float | None = option(
         None, "no trial starts that would end later than this [minutes]; none: no limit", gt=0
     )
+    confirm: str = option("off", "train the best and the baselines again with fresh seeds", choices=("off", "on"))
+    confirm_top: int = option(3, "how many of the best are confirmed [count]", ge=1)
+    confirm_seeds: int = option(3, "fresh seeds of each confirmed architecture [count]", ge=2)
     max_tokens: int | None = option(
         None, "no new candidate once so many tokens were trained in all [tokens]; none: no limit", ge=1
     )
@@ -56,6 +60,11 @@ class Budget(FrozenConfig):
         "auto", "auto: bfloat16 on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16")
     )
     compile: bool = option(False, "torch.compile each model [yes/no]")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.confirm, bool):  # YAML's on and off
+            object.__setattr__(self, "confirm", "on" if self.confirm else "off")
+        super().__post_init__()
 
     @classmethod
     def label(cls) -> str:
@@ -120,6 +129,9 @@ class SearchConfig(FrozenConfig):
     sampler: str = option("tpe", "what draws the next candidate", choices=SAMPLERS)
     pruner: str = option("hyperband", "what stops or pauses a trial early", choices=PRUNERS)
     objectives: tuple[str, ...] = option(("val_loss",), "what is looked for; the first decides the order [names]")
+    against: str | None = option(
+        None, "a study to be better than; random: a random search of equal cost is run; none: the baselines alone"
+    )
     state_length: int | None = option(
         None, "context at which state_bytes counts as objective or limit [tokens]; none: the budget's seq_len", ge=1
     )
@@ -130,6 +142,15 @@ class SearchConfig(FrozenConfig):
     tracking: str | None = option(None, "MLflow tracking URI; none: sqlite in the study folder; off: no MLflow [URI]")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     workers: int = option(1, "processes on this host that train trials side by side [count]", ge=1)
+    worker: str = option(
+        "off",
+        "join: take part in a study that others began; create: begin it if need be",
+        choices=("off", "join", "create"),
+    )
+    heartbeat: int = option(20, "in a database, sign of life of a worker; three missed: its trial is taken [s]", ge=1)
+    storage: str | None = field(
+        default=None, repr=False, metadata={"doc": "PostgreSQL URL, or env; none: a journal in the folder [URL]"}
+    )
     progress: bool = option(True, "news on the terminal [yes/no]")
 
     @classmethod

@@ -94,7 +94,7 @@ class StudyFolder:
             write_json(meta_path, meta)
             return meta
         meta = read_study(self.path)
-        difference = _first_difference(meta["identity"], identity)
+        difference = first_difference(meta["identity"], identity)
         if difference and not self._begun():  # a first call that went wrong leaves nothing to be kept
             (self.path / "journal.log").unlink(missing_ok=True)
             meta_path.unlink()
@@ -137,9 +137,9 @@ class StudyFolder:
             writing.acquire()
             try:
                 repair_tail(path)
+                _check_lines(path)
             finally:
                 writing.release(keep=True)
-            _check_lines(path)
         return path
 
     def limits(self, meta: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,13 +224,13 @@ def _check_lines(path: Path) -> None:
                 )
 
 
-def _first_difference(stored: Any, asked: Any, where: str = "") -> str:
+def first_difference(stored: Any, asked: Any, where: str = "") -> str:
     if isinstance(stored, dict) and isinstance(asked, dict):
         for key in sorted({**stored, **asked}, key="name".__ne__):  # what things are called says most, so it is first
             place = f"{where}.{key}" if where else str(key)
             if key not in stored or key not in asked:
                 return f"{place} is {stored.get(key)!r} there and {asked.get(key)!r} here"
-            found = _first_difference(stored[key], asked[key], place)
+            found = first_difference(stored[key], asked[key], place)
             if found:
                 return found
         return ""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridnas.arch.arch import Arch
-from hybridnas.data import open_source, source_config
+from hybridnas.data import source_config
 from hybridnas.errors import MatchError, StudyError, TrainingError
 from hybridnas.hardware import describe_machine, pick_device
 from hybridnas.search.config import SearchConfig
@@ -20,6 +17,7 @@ from hybridnas.search.folder import StudyFolder
 from hybridnas.search.leaderboard import winner, write_leaderboard
 from hybridnas.search.leases import Crew, Earlier
 from hybridnas.search.objectives import eligible, score
+from hybridnas.search.opening import opened
 from hybridnas.search.promotion import FROM_TOKENS, busy, candidate_of, continues, promote
 from hybridnas.search.records import (
     COMPLETE,
@@ -28,10 +26,8 @@ from hybridnas.search.records import (
     PRUNED,
     StudyMeta,
     TrialRecord,
-    load_records,
     trained_tokens,
 )
-from hybridnas.search.study import open_study, repeat_lost
 from hybridnas.search.trial import TrialContext, TrialRun
 from hybridnas.search.words import trial_news
 from hybridnas.search_spaces.space import Space
@@ -55,7 +51,7 @@ class SearchSummary:
     best: TrialRecord | None
     folder: Path
     exported: Path | None
-    report: Path
+    report: Path | None  # None: other workers go on, and the last one writes it
     ended: str  # completed | time | tokens | exhausted | interrupted
     seconds: float
 
@@ -84,14 +80,14 @@ class Search:
         Raises StudyError for a folder that is busy, damaged, of another study, or on a disk that refuses.
         """
         try:
-            with self._opened() as (study, context, meta):
+            with opened(self) as (study, context, meta):
                 self._announce(context)
                 ended = "interrupted"
                 try:
                     ended = self._search(study, context)
                 except KeyboardInterrupt:
                     self.news("stopping: writing the report of what is finished; the same command goes on from here")
-                return self._finish(context, meta, ended)
+                return self._end(context, meta, ended)
         except OSError as error:
             raise StudyError(
                 f"study folder {self.folder.path}: {error.filename or 'a file'} cannot be written or read "
@@ -106,7 +102,7 @@ class Search:
         """
         self.orders, self.crew = orders, Crew(self.folder.path, orders.worker)
         self.started -= max(0.0, time.time() - orders.started)
-        with self._opened() as (study, context, _):
+        with opened(self) as (study, context, _):
             ready()
             return self._loop(study, context)
 
@@ -115,54 +111,20 @@ class Search:
         """Seconds since this call began."""
         return time.monotonic() - self.started
 
+    def _end(self, context: TrialContext, meta: StudyMeta, ended: str) -> SearchSummary:
+        """Write what the search leaves; of several workers without a parent, the last one to end does."""
+        if self.config.worker == "off" or self.folder.alone():
+            return self._finish(context, meta, ended)
+        context.tracker.close("FINISHED")
+        records = [self.records[number] for number in sorted(self.records)]
+        return SearchSummary(records, winner(records), self.folder.path, None, None, ended, self.elapsed)
+
     def _search(self, study: optuna.Study, context: TrialContext) -> str:
         if self.config.workers == 1:
             return self._loop(study, context)
         from hybridnas.search.workers import Supervisor
 
         return Supervisor(self, study, context).run()
-
-    @contextmanager
-    def _opened(self) -> Iterator[tuple[optuna.Study, TrialContext, StudyMeta]]:
-        from hybridnas.search.tracking import Tracker
-
-        stored = self._enter()
-        tracker: Tracker | None = None
-        try:
-            source = open_source(self.source_config)
-            # MLflow's start takes seconds; it runs beside the first trial, after everything else is imported.
-            tracker = Tracker.open(self.config.tracking, self.folder.path, self.folder.name, self.config.identity())
-            if self.orders is None:
-                stored = self.folder.add_facts(stored, {"data_fingerprint": source.fingerprint})
-            scale = self.config.budget.scale(source.vocab_size)
-            target = self.space.target(scale)
-            worker = None if self.orders is None else self.orders.worker + 1
-            study = open_study(self.config, self.folder, self.space, scale, target, worker)
-            loaded, self.warnings = load_records(self.folder.path)
-            self.records = {record.number: record for record in loaded}
-            if worker is None:
-                repeat_lost(study, self.records)
-            tracker.sync(loaded)  # what a kill or an outage kept from MLflow
-            context = TrialContext(
-                self.config, self.space, scale, source, tracker, target, self.news, lambda: self._by_now(study)
-            )
-            yield study, context, self._meta(stored, context)
-        except BaseException:
-            if tracker is not None:
-                tracker.close("FAILED")
-            raise
-        finally:
-            self.crew.close()
-            self.folder.close()
-
-    def _enter(self) -> dict[str, Any]:
-        if self.orders is not None:
-            return self.folder.join(self.orders.token)
-        facts = {"machine": describe_machine(), "command": _command(), "versions": _versions()}
-        stored = self.folder.open(self.config.identity(), facts)
-        budget = self.config.budget
-        limits = {"n_trials": budget.n_trials, "minutes": budget.minutes, "workers": self.config.workers}
-        return self.folder.limits(stored, {**limits, "since": time.time()})
 
     def _loop(self, study: optuna.Study, context: TrialContext) -> str:
         draws = 0
@@ -182,7 +144,7 @@ class Search:
             self._one(study, found, context)
             self.crew.done(found.number)
 
-    def _by_now(self, study: optuna.Study) -> list[TrialRecord]:
+    def by_now(self, study: optuna.Study) -> list[TrialRecord]:
         """Return what is finished by now, also by other workers."""
         self.crew.refresh(study, self.records)
         return list(self.records.values())
@@ -347,7 +309,7 @@ class Search:
         if self.records:
             self.news(f"resuming: {self._finished()} trials are finished, of {budget.n_trials}")
 
-    def _meta(self, stored: dict[str, Any], context: TrialContext) -> StudyMeta:
+    def meta(self, stored: dict[str, Any], context: TrialContext) -> StudyMeta:
         budget = self.config.budget
         return StudyMeta(
             name=self.folder.name,
@@ -379,14 +341,3 @@ def rebuild(study: Path, number: int) -> Arch:
         have = sorted(int(p.parent.name) for p in (study / "trials").glob("*/arch.json"))
         raise StudyError(f"study {study} has no trained trial {number}; trained: {', '.join(map(str, have)) or 'none'}")
     return Arch.from_dict(json.loads(path.read_text()))
-
-
-def _command() -> str:
-    arguments = [shlex.quote(argument) for argument in sys.argv[1:]]
-    return " ".join(["python -m hybridnas.search", *arguments])
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("hybridnas", "torch", "optuna", "mlflow", "numpy")}

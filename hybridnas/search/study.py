@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,22 +18,34 @@ from hybridnas.search_spaces.space import Scale, Space
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.storages import RDBStorage
 
 
 def open_study(
-    config: SearchConfig, folder: StudyFolder, space: Space, scale: Scale, target: int, worker: int | None = None
+    config: SearchConfig,
+    folder: StudyFolder,
+    space: Space,
+    scale: Scale,
+    target: int,
+    worker: int | None = None,
+    storage: RDBStorage | None = None,
 ) -> optuna.Study:
-    """Open or make the study in the folder's journal, its baselines queued first; ``worker``: one that is made."""
+    """Open or make the study in the folder's journal or a database, its baselines queued first.
+
+    ``worker``: one that its command has made already, for a worker of this number.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     budget = config.budget
-    path = folder.journal() if worker is None else folder.path / "journal.log"
+    path = folder.path / "journal.log"
+    if worker is None and storage is None:
+        folder.journal()
     study = optuna.create_study(
         study_name=folder.name,
-        storage=open_journal(path),
+        storage=storage or open_journal(path),
         # A resumed process must not repeat the draws of the first, nor a worker those of another.
-        sampler=make_sampler(config.sampler, _seed(config, path, worker), space, scale),
+        sampler=make_sampler(config.sampler, _seed(config, path, worker, storage), space, scale),
         pruner=make_pruner(config.pruner, budget.rung_tokens(target), budget.reduction),
         directions=directions(config.objectives),
         load_if_exists=True,
@@ -65,7 +78,9 @@ def repeat_lost(study: optuna.Study, recorded: Container[int]) -> None:
             study.enqueue_trial(trial.params, user_attrs={**attributes, "repeats": trial.number})
 
 
-def _seed(config: SearchConfig, path: Path, worker: int | None) -> int:
+def _seed(config: SearchConfig, path: Path, worker: int | None, storage: RDBStorage | None) -> int:
+    if storage is not None:  # workers come from anywhere and know nothing of each other
+        return secrets.randbelow(2**31)
     return (config.seed + 7919 * _line_count(path) + 104_729 * (worker or 0)) % 2**31
 
 

@@ -171,7 +171,7 @@ class Supervisor:
                 self._fail(StudyError(f"workers cannot start ({how}); the last one said: {last[0]} (see {worker.log})"))
                 return
             self.search.news(
-                f"worker {worker.number} died ({how}); another takes its place, and its trial goes on from its checkpoint"
+                f"worker {worker.number} died ({how}); another takes its place and goes on from its trial's checkpoint"
             )
             self.workers.append(self._start(worker.number))
 
