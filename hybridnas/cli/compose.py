@@ -26,7 +26,7 @@ TEXT = (
     *("patterns", "suite.out", "suite.runs", "suite.against"),
 )
 # Commands whose first word may stand without its key: 'bench scan' is 'bench suite=scan'.
-FIRST_WORD = {"bench": "suite"}
+FIRST_WORD = {"bench": "suite", "search": "action"}
 
 
 def compose(command: str, overrides: list[str]) -> dict[str, Any]:
