@@ -9,11 +9,11 @@ import math
 import pytest
 
 import hybridnas
+from hybridnas.cli import search as cli
 from hybridnas.cli.compose import compose
-from hybridnas.cli.search import _limits
 from hybridnas.errors import ConfigError, MatchError, StudyError, TrainingError
 from hybridnas.search import records, runner, trial
-from hybridnas.search.config import Budget, SearchConfig
+from hybridnas.search.config import Budget
 from hybridnas.search.replay import replay
 from hybridnas.search.runner import Search
 from hybridnas.search_spaces.space import BASELINES
@@ -28,18 +28,10 @@ LISTED = ["space.letters=[]", "space.motif_length=[]", "space.requires=[]", "spa
 def search_config(settings):
     """Return the SearchConfig that the command line would make of these settings."""
     config = compose("search", settings)
-    space = {key: value for key, value in config["space"].items() if value is not None}
-    if space.get("candidates"):
-        space.pop("n_experts", None)
-    return SearchConfig.from_dict(
-        {
-            "space": space,
-            "data": config["data"],
-            "budget": Budget.from_dict(_limits(config)),
-            **{key: config[key] for key in ("study", "runs", "seed", "sampler", "pruner", "tracking", "device")},
-            "progress": False,
-        }
-    )
+    config["space"] = {key: value for key, value in config["space"].items() if value is not None}
+    if config["space"].get("candidates"):
+        config["space"].pop("n_experts", None)
+    return cli.search_config(config)
 
 
 def run(folder, settings, news=None):
