@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hybridnas.kernels._triton.launch import OPTIONS, Launch, Tile
+from hybridnas.kernels._triton.launch import OPTIONS, Launch, Tile, precision
 
 
 class Target(NamedTuple):
@@ -51,6 +51,7 @@ class Compilation(NamedTuple):
 
 
 _TYPES = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -93,6 +94,8 @@ def compile_for(compilation: Compilation, target: Target) -> Any:
     """
     kernel, arguments = compilation.launch.kernel, dict(compilation.launch.arguments)
     arguments |= dict(compilation.tile.constants)
+    if "PRECISION" in kernel.arg_names:
+        arguments["PRECISION"] = precision(target.backend == "cuda")
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]

@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
+from triton import knobs
+
+from hybridnas.kernels._triton.shapes import MAX_CHUNK
 
 # what a compiled kernel is launched with besides its tile; Triton warns where the first is left to its default
 OPTIONS = {"enable_fp_fusion": True}
@@ -68,13 +72,13 @@ def _tuner(kernel: Any, tiles: tuple[Tile, ...], key: tuple[str, ...]) -> Any:
 
 def launch(
     kernel: Any,
-    programs: Callable[[dict[str, int]], int],
+    programs: Callable[[dict[str, int]], int | tuple[int, ...]],
     tiles: Sequence[Tile],
     key: tuple[str, ...],
     device: torch.device,
     **arguments: Any,
 ) -> None:
-    """Run ``kernel`` on ``programs(constants of the tile)`` programs, with the fastest of ``tiles`` on this device.
+    """Run ``kernel`` with the fastest of ``tiles`` on this device, on ``programs(constants of the tile)`` programs.
 
     A single tile is taken as it is; so is the first one under the interpreter, where there is no device to tune on.
     ``key`` names the arguments whose values, besides all dtypes, make another measurement.
@@ -82,19 +86,45 @@ def launch(
     if _records:
         _records[-1].append(Launch(kernel, tuple(tiles), arguments))
         return
+    if "PRECISION" in kernel.arg_names:
+        arguments["PRECISION"] = precision(device.type == "cuda" and torch.version.hip is None)
     if device.type != "cuda":
-        kernel[(programs(dict(tiles[0].constants)),)](**arguments, **dict(tiles[0].constants))
+        kernel[_grid(programs(dict(tiles[0].constants)))](**arguments, **dict(tiles[0].constants))
         return
     with torch.cuda.device(device) if device.index is not None else nullcontext():
         if len(tiles) == 1:
             constants = dict(tiles[0].constants)
             options = tiles[0].options(torch.version.hip is None) | OPTIONS
-            kernel[(programs(constants),)](**arguments, **constants, **options)
+            kernel[_grid(programs(constants))](**arguments, **constants, **options)
         else:
-            _tuner(kernel, tuple(tiles), key)[lambda meta: (programs(meta),)](**arguments, **OPTIONS)
+            _tuner(kernel, tuple(tiles), key)[lambda meta: _grid(programs(meta))](**arguments, **OPTIONS)
+
+
+def _grid(programs: int | tuple[int, ...]) -> tuple[int, ...]:
+    return programs if isinstance(programs, tuple) else (programs,)
+
+
+def precision(nvidia: bool) -> str:
+    """Return how float32 matrices are multiplied: on NVIDIA as three TF32 products, within a few float32 roundings.
+
+    Where torch was told to use TF32 (torch.backends.cuda.matmul.fp32_precision), as one. AMD multiplies float32 itself.
+    """
+    if not nvidia:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def operand_dtype(*tensors: torch.Tensor) -> Any:
+    """Return the dtype that matrix products read these tensors in, as Triton calls it: that of half precision, if all
+    share it, else float32, also for bfloat16 in the interpreter, which multiplies it wrongly and says nothing.
+    """
+    (dtype, *others) = {t.dtype for t in tensors}
+    if others or dtype == torch.float32 or (dtype == torch.bfloat16 and knobs.runtime.interpret):
+        return tl.float32
+    return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
 
 
 def near_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Return (B, L, X) with X contiguous and steps of L that stay within 32 bits over a chunk, copied only if not."""
-    fits = (tensor.stride(-1) == 1 or tensor.shape[-1] == 1) and 0 <= tensor.stride(1) * 128 < 2**31
+    fits = (tensor.stride(-1) == 1 or tensor.shape[-1] == 1) and 0 <= tensor.stride(1) * MAX_CHUNK < 2**31
     return tensor if fits else tensor.contiguous()

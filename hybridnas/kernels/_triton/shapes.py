@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 CHUNK = 64  # steps of the scan between kept states: they take N / CHUNK of the inputs' size
+MAX_CHUNK = 256  # steps of a chunk of any kernel
+SSD_CHUNKS = (128, 256)  # steps of SSD's: fewer would write more of states than is read of inputs
+SSD_ROWS = 64  # steps of one of its tiles, half as many in float32
+MOE_CHOICES = 128  # choices of one program of the experts' grouping
 GROUP = 8  # steps whose states the backward holds at once; CHUNK / GROUP groups make a chunk
 BACKWARD_PARTS = 16  # at most so many partial sums over channels for dB and dC
+NORM_ROWS = 16  # rows of one program of the norms' backward: its partial sums take 1 / 16 of the input's size
 MAX_STATE = 256
-MAX_TAPS = 16
+MAX_TAPS = 8  # more spill registers, and take minutes to compile
 
 
 def power_of_two(number: int) -> int:

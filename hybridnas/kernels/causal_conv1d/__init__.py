@@ -38,7 +38,7 @@ def causal_conv1d(
     x (B, L, D); weight (D, K), last tap on the present; bias (D,); states (B, K - 1, D): the inputs before x.
     ``seq_idx`` (B, L) integers: no tap reaches over a change of it. All floating inputs are differentiable. With
     ``return_final_state`` the result is (y, the last K - 1 inputs). ``impl``: auto, reference, cpu (C on a processor,
-    F.conv1d elsewhere) or triton; auto on a CUDA device is triton, torch for float64 and K > 16.
+    F.conv1d elsewhere) or triton; auto on a CUDA device is triton, torch for float64 and K > 8.
 
     Raises KernelInputError for a wrong rank, shape, dtype or device, KernelUnavailableError for an implementation
     that cannot run here. Source: the authors' ``causal_conv1d`` (arXiv 2312.00752, figure 3).

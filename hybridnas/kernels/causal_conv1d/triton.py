@@ -24,9 +24,9 @@ _Optional = Tensor | None
 
 
 def tiles(taps: int) -> list[Tile]:
-    """Return the tiles to choose from; a thread holds 4 to 8 numbers of each of the 2K - 1 rows, 4 with many taps."""
-    warps = (4, 2, 8) if taps <= 4 else (4, 8)
-    return [Tile.of(w, BD=32 * w * 4 * (2 if taps <= 4 else 1) // conv_rows(taps)) for w in warps]
+    """Return the tiles to choose from; a thread holds 8, 4 or 2 numbers of each of 2K - 1 rows."""
+    warps, numbers = ((4, 2, 8), 8) if taps <= 4 else ((4, 8), 4) if taps < 8 else ((4, 8), 2)
+    return [Tile.of(w, BD=32 * w * numbers // conv_rows(taps)) for w in warps]
 
 
 def _ready(*tensors: _Optional) -> list[Any]:

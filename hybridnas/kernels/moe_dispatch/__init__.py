@@ -2,7 +2,8 @@
 
     y_NO, counts_E = token_choice(x_ND, gate_NK, expert_NK, Experts(up_EDF, down_EFO), capacity=64)
 
-``reference`` loops over tokens; ``cpu`` and ``triton`` are one path of batched matmuls that torch runs on any device.
+``reference`` loops over tokens; ``cpu`` is a path of torch's batched matmuls, on any device; ``triton`` groups tokens
+and multiplies in kernels of its own. ``auto`` is torch everywhere until Triton's is measured to be faster.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hybridnas.errors import KernelInputError
-from hybridnas.hardware import Impl, resolve_impl
+from hybridnas.hardware import Impl
+from hybridnas.kernels._triton.choose import choose, installed
 from hybridnas.kernels.moe_dispatch.fast import expert_choice_fast, token_choice_fast
 from hybridnas.kernels.moe_dispatch.reference import (
     ACTIVATIONS,
@@ -48,8 +50,13 @@ def token_choice(
         raise KernelInputError(f"token_choice capacity={capacity} must be >= 1, or None to drop nothing")
     if capacity is not None and capacity >= x_ND.shape[0]:
         capacity = None  # an expert meets a token once at most, so nothing can drop
-    if resolve_impl(impl, x_ND.device, "moe_dispatch") is Impl.REFERENCE:
+    chosen = choose("moe_dispatch", impl, x_ND.device, takes=False)
+    if chosen is Impl.REFERENCE:
         return token_choice_reference(x_ND, gate_NK, expert_NK, experts, capacity)
+    if chosen is Impl.TRITON and expert_NK.numel():
+        from hybridnas.kernels.moe_dispatch.triton import token_choice_triton
+
+        return token_choice_triton(x_ND, gate_NK, expert_NK, experts, capacity)
     return token_choice_fast(x_ND, gate_NK, expert_NK, experts, capacity)
 
 
@@ -66,14 +73,21 @@ def expert_choice(
             f"expert_choice needs gate and token of shape (E, C) with E={experts.up_EDF.shape[0]}, "
             f"got {tuple(gate_EC.shape)} and {tuple(token_EC.shape)}"
         )
-    if resolve_impl(impl, x_ND.device, "moe_dispatch") is Impl.REFERENCE:
+    chosen = choose("moe_dispatch", impl, x_ND.device, takes=False)
+    if chosen is Impl.REFERENCE:
         return expert_choice_reference(x_ND, gate_EC, token_EC, experts)
+    if chosen is Impl.TRITON and token_EC.numel():
+        from hybridnas.kernels.moe_dispatch.triton import expert_choice_triton
+
+        return expert_choice_triton(x_ND, gate_EC, token_EC, experts)
     return expert_choice_fast(x_ND, gate_EC, token_EC, experts)
 
 
 def describe(device: torch.device | str) -> str:
     """Return words on what runs on ``device``."""
-    return f"torch on {torch.device(device).type}: padded bmm with a capacity, grouped_mm without"
+    device = torch.device(device)
+    more = "; impl='triton' groups and multiplies in Triton" if device.type == "cuda" and installed() else ""
+    return f"torch on {device.type}: padded bmm with a capacity, grouped_mm without{more}"
 
 
 def _check(x_ND: Tensor, experts: Experts) -> None:

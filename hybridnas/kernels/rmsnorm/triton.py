@@ -14,11 +14,11 @@ from hybridnas.errors import KernelInputError
 from hybridnas.kernels._build.arguments import rows
 from hybridnas.kernels._inputs import state_dtype
 from hybridnas.kernels._triton.launch import Tile, launch
+from hybridnas.kernels._triton.shapes import NORM_ROWS as ROWS
 from hybridnas.kernels._triton.shapes import power_of_two
 from hybridnas.kernels.rmsnorm import triton_kernels as kernels
 
 MAX_FEATURES = 4096  # 8 numbers of a row a thread; the backward spills with 16
-ROWS = 16  # of one program of the backward: the partial sums take 1 / ROWS of the input's size
 _Optional = Tensor | None
 
 

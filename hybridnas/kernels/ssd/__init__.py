@@ -1,7 +1,7 @@
 """State-space duality, the scan of Mamba-2 (arXiv 2405.21060), in matrix products, forward and backward.
 
 Shapes: B batch, L length, H heads, P channels of a head, G groups, N state size. ``reference.py`` is the
-specification; ``chunked.py`` is the fast path, in torch's own matrix products.
+specification; ``chunked.py`` is the fast path in torch's own matrix products, ``triton.py`` the one on a GPU.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hybridnas.errors import KernelInputError, KernelUnavailableError
-from hybridnas.hardware import Impl, resolve_impl
+from hybridnas.errors import KernelInputError
+from hybridnas.hardware import Impl
 from hybridnas.kernels._inputs import full_precision, require_finite, require_seq_idx, require_tensor
+from hybridnas.kernels._triton.choose import choose, takes_dtypes, words
 from hybridnas.kernels.ssd.chunked import ssd_chunked
 from hybridnas.kernels.ssd.reference import ssd_reference
 
@@ -39,17 +40,23 @@ def ssd(
     x, z (B, L, H, P); dt (B, L, H); A, D, dt_bias (H,), A not positive; B, C (B, L, G, N), G dividing H; states
     (B, H, P, N), float32 whatever the inputs (float64 for float64). ``seq_idx`` (B, L) integers: the state restarts
     where it changes. All floating inputs are differentiable. With ``return_final_state``: (y, last state).
-    ``chunk_size`` [steps] trades matrix products for memory and does not change the result.
+    ``chunk_size`` [steps] trades matrix products for memory and does not change the result; triton takes 128 or 256.
+    ``impl``: auto, reference, cpu (torch, on any device) or triton; auto on a CUDA device is triton, torch for float64.
 
     Raises KernelInputError for a wrong rank, shape, dtype or device, KernelUnavailableError for an implementation
     that cannot run here. Source: Dao and Gu 2024, section 6.
     """
-    chosen = _resolve(impl, x.device)
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, chunk_size)
+    takes = takes_dtypes(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    chosen = choose(_NAME, impl, x.device, takes=takes)
     with full_precision(x.device):
         given = (x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx)
         if chosen is Impl.REFERENCE or x.shape[1] <= 1:  # one step is the recurrence itself
             y_BLHP, final_BHPN = ssd_reference(*given)
+        elif chosen is Impl.TRITON:
+            from hybridnas.kernels.ssd.triton import ssd_triton
+
+            y_BLHP, final_BHPN = ssd_triton(*given, chunk_size)
         else:
             y_BLHP, final_BHPN = ssd_chunked(*given, chunk_size)
     return (y_BLHP, final_BHPN) if return_final_state else y_BLHP
@@ -58,21 +65,8 @@ def ssd(
 def describe(device: torch.device | str) -> str:
     """Return words on what computes the operation on ``device``."""
     if torch.device(device).type == "cuda":
-        return "torch, chunked matrix products: no Triton kernel for it is built in this version"
+        return words(device, "chunked matrix products")
     return "torch, chunked matrix products"
-
-
-def _resolve(impl: str | Impl, device: torch.device) -> Impl:
-    """Return reference or cpu; auto on a CUDA device means torch until a Triton kernel is built."""
-    if Impl.of(impl) is Impl.AUTO:
-        return Impl.CPU
-    chosen = resolve_impl(impl, device, _NAME)
-    if chosen is Impl.TRITON:
-        raise KernelUnavailableError(
-            f"{_NAME} impl='triton' is not built in this version; impl='cpu' (torch, chunked) or impl='reference' "
-            "works on any device"
-        )
-    return chosen
 
 
 def _check(
