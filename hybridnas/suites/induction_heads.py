@@ -40,7 +40,7 @@ def induction_heads(quick: bool) -> Suite:
             "tokens": steps * 8 * 256,
             "schedule": "constant",
             "grad_clip": 1.0,
-            "eval_at": tuple(range(1024 * 2048, steps * 2048, 1024 * 2048)),
+            "eval_at": list(range(1024 * 2048, steps * 2048, 1024 * 2048)),
             "valid_tokens": 512 * 256,
         },
         lengths=LENGTHS,

@@ -107,7 +107,9 @@ def _score(model: HybridLM, batch: Batch, device: torch.device) -> tuple[int, in
 
     from hybridnas.arch.long import prefill
 
-    ids_BL, targets_BL, mask_BL = batch
+    ids_BL, targets_BL, mask_BL = batch.inputs_BL, batch.targets_BL, batch.mask_BL
+    if getattr(batch, "summary", None):
+        raise DataError("lengths= reads predictions from every place; this task takes them from the last one alone")
     size = max(1, CHUNK_TOKENS // ids_BL.shape[0])
     right = start = 0
     pieces = (piece.to(device) for piece in torch.split(ids_BL, size, dim=1))

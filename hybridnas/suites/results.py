@@ -166,6 +166,8 @@ def scores(rows: Sequence[Row], suite: Suite) -> dict[str, dict[str, float]]:
 def table(rows: Sequence[Row], suite: Suite) -> tuple[list[str], list[list[str]]]:
     """Return columns and rows of text: ours best first, then the published ones with their sources."""
     ours, columns = scores(rows, suite), suite.columns
+    said_elsewhere = [c for row in suite.published for c in row.values if c != "average" and c not in columns]
+    others = list(dict.fromkeys(said_elsewhere))
     average = ["average"] if len(columns) > 1 else []
     by_model = grouped(rows, lambda row: row.model)
     lines = []
@@ -174,12 +176,13 @@ def table(rows: Sequence[Row], suite: Suite) -> tuple[list[str], list[list[str]]
     for model in [*order, *(name for name in by_model if name not in ours)]:
         own = ours.get(model, {})
         mean = [_shown(fmean(own.values()), suite) if len(own) == len(columns) else "-"] if average else []
-        lines.append([model, *(_shown(own.get(c), suite) for c in columns), *mean, _words(by_model[model], suite)])
+        cells = [*(_shown(own.get(c), suite) for c in columns), *mean, *("-" for _ in others)]
+        lines.append([model, *cells, _words(by_model[model], suite)])
     for row in suite.published:
-        said = [f"{row.values[c]:g}" if c in row.values else "-" for c in columns]
+        said, more = ([f"{row.values[c]:g}" if c in row.values else "-" for c in part] for part in (columns, others))
         mean = [f"{row.values['average']:g}" if "average" in row.values else "-"] if average else []
-        lines.append([f"{row.model} [published]", *said, *mean, f"{row.source}; {row.settings}"])
-    return ["model", *columns, *average, "settings"], lines
+        lines.append([f"{row.model} [published]", *said, *mean, *more, f"{row.source}; {row.settings}"])
+    return ["model", *columns, *average, *others, "settings"], lines
 
 
 def length_table(rows: Sequence[LengthRow], suite: Suite) -> tuple[list[str], list[list[str]]]:

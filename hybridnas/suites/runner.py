@@ -127,6 +127,8 @@ class Runner:
         fields = {**task.train, "lr": rate, "weight_decay": decay, "seed": seed}
         if task.tokens_per_active is not None:
             fields["tokens"] = round(task.tokens_per_active * arch.cost().active_params)
+        if task.measurements:
+            fields["eval_at"] = even_points(fields["tokens"], task.measurements)
         config = TrainConfig.from_dict(fields)
         said = json.dumps(identity(arch, source, config), sort_keys=True)
         name = f"lr{rate:g}-wd{decay:g}-seed{seed}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
@@ -249,6 +251,11 @@ class Runner:
             known[name] = len(known)
             write_json(path, known)
         return int(known[name])
+
+
+def even_points(tokens: int, count: int) -> tuple[int, ...]:
+    """Return ``count`` even points of a training, the last at its end."""
+    return tuple(sorted({max(1, tokens * i // count) for i in range(1, count + 1)}))
 
 
 def _final(result: TrainResult) -> bool:

@@ -28,12 +28,14 @@ class Task:
     data: Fields  # of a SourceConfig
     train: Fields  # of a TrainConfig, all but lr, weight_decay and seed
     tokens_per_active: float | None = None  # training tokens per active parameter; none: train's tokens
+    measurements: int = 0  # even points at which a run is measured; none: train's eval_at
     lengths: tuple[int, ...] = ()  # lengths at which the trained model's accuracy is measured
 
     @property
     def digest(self) -> str:
         """Eight hex digits of all that makes two trainings comparable: data and schedule."""
         said = {"data": dict(self.data), "train": dict(self.train), "per_active": self.tokens_per_active}
+        said |= {"measurements": self.measurements} if self.measurements else {}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -50,6 +52,17 @@ class Entry:
     free: tuple[str, ...] = ("d_expert", "d_ff")
     rates: tuple[float, ...] | None = None  # none: the suite's
     seeds: tuple[int, ...] | None = None  # none: the suite's
+
+    def sizes(self) -> set[str]:
+        """Return the fields that its blocks have, and d_model."""
+        from hybridnas.registry import BLOCKS
+
+        slots = self.replace_free().arch(vocab_size=16).pattern.slots
+        return {"d_model", *(name for slot in slots for name in BLOCKS.get(slot.letter).Config.field_names())}
+
+    def replace_free(self) -> Entry:
+        """Return the same without a target of active parameters."""
+        return replace(self, active_params=None, fields={"d_model": 16, **self.fields})
 
     def arch(self, vocab_size: int) -> Arch:
         """Return the architecture for a vocabulary; raises PatternError, ConfigError or MatchError."""
@@ -73,7 +86,10 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A row as printed by others: figures by column [the suite's unit], with source and settings."""
+    """A row as printed by others: figures by column, with source and settings.
+
+    Figures of a column of the suite are in its unit (accuracies in per cent); other columns say theirs.
+    """
 
     model: str
     values: Mapping[str, float]
@@ -126,7 +142,8 @@ class Suite:
 
         chosen = [self._named(text, fields, text in list_presets()) for text in architectures]
         entries = chosen or [replace(e, fields={**e.fields, **fields}) for e in self.entries]
-        return tuple(_variant(entry, variant) for entry in entries for variant in self.variants)
+        swept = (_variant(entry, variant) for entry in entries for variant in self.variants)
+        return tuple({entry.name: entry for entry in swept}.values())  # sizes that a pattern lacks do not repeat it
 
     def _named(self, text: str, fields: Fields, is_preset: bool) -> Entry:
         if is_preset:
@@ -145,14 +162,13 @@ class Suite:
 
 
 def _variant(entry: Entry, variant: Fields) -> Entry:
-    """A sweep's fields reach those blocks that have them; d_model and the like are the model's."""
-    if not variant:
+    """Give an architecture the sizes of a sweep that it has and that the user has not set, and say so in its name."""
+    known = entry.sizes()
+    own = {key: value for key, value in variant.items() if key in known and key not in entry.fields}
+    if not own:
         return entry
-    words = ", ".join(f"{key} {value}" for key, value in variant.items())
-    model = {key: value for key, value in variant.items() if key == "d_model" and key not in entry.fields}
-    blocks = {key: value for key, value in variant.items() if key != "d_model"}
-    optional = {**entry.optional, **blocks}
-    return replace(entry, name=f"{entry.name}, {words}", fields={**entry.fields, **model}, optional=optional)
+    words = ", ".join(f"{key} {value}" for key, value in own.items())
+    return replace(entry, name=f"{entry.name}, {words}", fields={**entry.fields, **own})
 
 
 SUITES: Registry[S] = Registry("suite", "hybridnas.suites")
