@@ -26,6 +26,8 @@ SUITES: dict[str, str] = {
     "lengths": "time and memory of training and decoding against sequence length, drawn",
     "roofline": "bytes and FLOPs of the Triton kernels and what GPUs would need for them: calculated, not measured",
     "gpu": "the Triton kernels on this machine's GPU against mamba-ssm, flash-linear-attention and torch",
+    "samplers": "searches on a table: which sampler and pruner find the best architectures for the fewest tokens",
+    "fidelity": "rank correlation between early and full scores, on a table",
     "table": "builds a space's table, every architecture trained; hours, so never part of all",
 }
 

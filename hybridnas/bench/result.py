@@ -66,6 +66,7 @@ class Result:
     notes: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)  # what stands at the top of the JSON file
     _times: dict[tuple[str, str], list[float]] = field(default_factory=dict)
 
     def add(self, case: str, times: Mapping[str, Sequence[float]], notes: Mapping[str, str] | None = None) -> None:

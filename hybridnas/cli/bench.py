@@ -32,6 +32,8 @@ def run(config: dict[str, Any]) -> int:
         show.table("Goals (ratios taken pair by pair: median, quartiles)", columns, goals, left=(0, 1, 2, 4, 5))
     if settings.out:
         body = {**facts, "settings": settings.to_dict(), "suites": [result.to_dict() for result in results]}
+        for result in results:
+            body |= result.facts
         write_json(Path(settings.out), body)
         show.line(f"written: {settings.out} ({', '.join(names)})")
     return 0

@@ -20,7 +20,7 @@ from hybridnas.errors import HybridNASError
 from hybridnas.search_spaces.space import Scale, Space
 
 DRAWN = "hybridnas:drawn"  # system attribute: the architecture, before the trial that was asked for says it
-REDRAWS = 12  # by the sampler itself; a sampler that has settled on one point gives that one again and again
+REDRAWS = 8  # by the sampler itself; a sampler that has settled on one point gives that one again and again
 RANDOM_REDRAWS = 48  # then evenly from the space; where these are all known, too, the space is as good as exhausted
 
 Params = Mapping[str, Any]

@@ -23,6 +23,7 @@ from hybridnas.bench.result import Result
 from hybridnas.bench.result import Table as Sheet
 from hybridnas.data import Source, open_source, source_config
 from hybridnas.errors import ConfigError, MatchError
+from hybridnas.search.drawing import Fixed
 from hybridnas.search.fidelity import agreements
 from hybridnas.search.tabular import Row, Table, TableSpec
 from hybridnas.search_spaces.enumerate import every_choice
@@ -39,19 +40,6 @@ class Wanted(NamedTuple):
     choices: dict[str, Any]
 
 
-class _Fixed:
-    """A chooser whose choices are made."""
-
-    def __init__(self, choices: dict[str, Any]) -> None:
-        self.choices = choices
-
-    def suggest_categorical(self, name: str, choices: Any) -> Any:
-        return self.choices[name]
-
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float:
-        return float(self.choices[name])
-
-
 def architectures(space: Space, scale: Scale) -> list[Wanted]:
     """Return every distinct architecture that the space can draw, in an order that is random and always the same.
 
@@ -60,7 +48,7 @@ def architectures(space: Space, scale: Scale) -> list[Wanted]:
     found: dict[str, Wanted] = {}
     for choices in every_choice(space, scale):
         with contextlib.suppress(MatchError):
-            proposal = space.propose(_Fixed(choices), scale)
+            proposal = space.propose(Fixed(choices), scale)
             found.setdefault(proposal.arch.fingerprint(), Wanted(proposal.arch, choices))
     wanted = list(found.values())
     random.Random(0).shuffle(wanted)
@@ -69,11 +57,11 @@ def architectures(space: Space, scale: Scale) -> list[Wanted]:
 
 def run(config: BenchConfig) -> Result:
     """Build or go on with the table of ``space=``; returns what it holds."""
-    if config.tiny:
-        return _tiny()
     result = Result("table")
-    space = load_space(config.space)
-    table = build(space, part=_part(config.part), minutes=config.minutes, news=print)
+    if config.tiny:
+        table = tiny_table()
+    else:
+        table = build(load_space(config.space), part=_part(config.part), minutes=config.minutes, news=_say)
     result.tables.append(summary(table))
     result.tables.append(fidelity(table))
     result.files.append(str(table.path))
@@ -241,6 +229,10 @@ def fidelity(table: Table, points: tuple[int, ...] | None = None) -> Sheet:
     return Sheet(title, ("tokens", "of the full run", "Spearman", "Kendall", "architectures"), rows)
 
 
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
 def _part(text: str) -> tuple[int, int]:
     """Read '0/2'; raises ConfigError."""
     index, slash, count = text.partition("/")
@@ -249,9 +241,8 @@ def _part(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _tiny() -> Result:
-    """Build a table of four architectures in a temporary folder."""
-    result = Result("table")
+def tiny_table() -> Table:
+    """Build a table of four architectures in a temporary folder and return it."""
     with tempfile.TemporaryDirectory() as folder:
         budget = {
             **{"d_model": 8, "depth": 2, "n_experts": 2, "multiple": 1, "seq_len": 16, "batch_size": 2},
@@ -259,6 +250,4 @@ def _tiny() -> Result:
         }
         spec = {"path": f"{folder}/t.csv", "data": {"kind": "stdlib", "max_bytes": 100_000}, "budget": budget}
         space = {"name": "tiny", "letters": ["M", "F"], "motif_length": [2], "baselines": [], "table": spec}
-        table = build(Space.from_mapping(space), work=Path(folder))
-        result.tables.append(summary(table))
-    return result
+        return build(Space.from_mapping(space), work=Path(folder))

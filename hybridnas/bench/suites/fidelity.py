@@ -1,0 +1,24 @@
+"""Does an early score tell the final one: rank correlations between every measured point and the full training."""
+
+from __future__ import annotations
+
+from hybridnas.bench.context import BenchConfig
+from hybridnas.bench.result import Result
+from hybridnas.bench.suites.table import fidelity, summary, tiny_table
+from hybridnas.errors import StudyError
+from hybridnas.search.tabular import load_table
+from hybridnas.search_spaces.space import load_space
+
+
+def run(config: BenchConfig) -> Result:
+    """State Spearman's and Kendall's correlations over the architectures of ``space=``'s table."""
+    result = Result("fidelity")
+    try:
+        table = tiny_table() if config.tiny else load_table(load_space(config.space))[1]
+    except StudyError as error:
+        if config.suite != "all":
+            raise
+        result.notes.append(f"not run: {error}")
+        return result
+    result.tables += [summary(table), fidelity(table)]
+    return result
