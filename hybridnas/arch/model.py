@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridnas.arch.arch import Arch, ModelConfig
+from hybridnas.arch.decode import Decoder
 from hybridnas.arch.graph import LayerPlan, arch_graph, plan
 from hybridnas.blocks.base import Aux, Block, BlockOutput, State, truncated_normal_
 from hybridnas.errors import ConfigError
@@ -68,7 +69,7 @@ class HybridLM(nn.Module):
                         if node.module not in modules:
                             modules[node.module] = BLOCKS.get(node.slot.letter)(node.config, impl=Impl.of(impl))
                             modules[node.module].reset_parameters(config.init_scale)
-            self.layers = nn.ModuleList(_ResidualLayer(layer, modules, config) for layer in layers)
+            self.layers = nn.ModuleList(ResidualLayer(layer, modules, config) for layer in layers)
             self.final_norm: nn.Module | None = make_norm(config) if config.final_norm else None
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
             # The MoE-Mamba code draws the embedding with fan_in = 1 and cuts it at 2 * scale.
@@ -135,26 +136,42 @@ class HybridLM(nn.Module):
             raise ConfigError(f"generate needs {max_new_tokens=} >= 0, {temperature=} >= 0 and {top_k=} >= 1 or None")
         was_training = self.training
         self.eval()
+        try:
+            return self._generate(
+                ids_BL, max_new_tokens, temperature, top_k, seed, on_token or (lambda _: None), prefill_chunk
+            )
+        finally:
+            self.train(was_training)
+
+    def _generate(
+        self,
+        ids_BL: Tensor,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int | None,
+        seed: int,
+        on_token: Callable[[Tensor], bool | None],
+        prefill_chunk: int,
+    ) -> Tensor:
         generator = torch.Generator(device=ids_BL.device).manual_seed(seed)
         state: LMState | None = self.init_state(ids_BL.shape[0])
-        logits_BV = ids_BL.new_zeros(0)
+        x_BLD = self.embedding(ids_BL[:, :0])
         for chunk_BL in torch.split(ids_BL, prefill_chunk, dim=1):
-            output: LMOutput = self(chunk_BL, state)
-            logits_BV, state = output.logits_BLV[:, -1], output.state
+            x_BLD, state, _ = self.hidden(chunk_BL, state)
+        assert state is not None
+        logits_BV, decode = self.head(x_BLD[:, -1]), Decoder(self, state)
         pieces = [ids_BL]
         for step in range(max_new_tokens):
             next_B = sample(logits_BV, temperature, top_k, generator)
             pieces.append(next_B[:, None])
-            if (on_token is not None and on_token(next_B)) or step == max_new_tokens - 1:
+            if on_token(next_B) or step == max_new_tokens - 1:
                 break
-            output = self(next_B[:, None], state)
-            logits_BV, state = output.logits_BLV[:, -1], output.state
-        self.train(was_training)
+            logits_BV = decode(next_B)
         return torch.cat(pieces, dim=1)
 
     def blocks(self) -> Iterator[Block]:
         """Every block in the order of execution; a shared one comes once per use."""
-        return (block for layer in cast("Iterable[_ResidualLayer]", self.layers) for block in layer.blocks())
+        return (block for layer in cast("Iterable[ResidualLayer]", self.layers) for block in layer.blocks())
 
     def _need_causal(self) -> None:
         for node in self.arch.nodes:
@@ -165,7 +182,7 @@ class HybridLM(nn.Module):
                 )
 
 
-class _ResidualLayer(nn.Module):
+class ResidualLayer(nn.Module):
     """``x + sum of branches of norm(x)``; the blocks of a branch are applied one after another."""
 
     def __init__(self, layer: LayerPlan, modules: dict[str, Block], config: ModelConfig) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -88,6 +88,13 @@ class Block(nn.Module, ABC):
     @abstractmethod
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
         """Return the state of a sequence of which nothing has been read yet."""
+
+    def one_token(self, norm: nn.Module, state: State) -> Callable[[Tensor], Tensor] | None:
+        """Return a fast x (B, D) -> x + block(norm(x)) for decoding, or None where there is none but ``forward``.
+
+        It owns the state from now on and overwrites it, and may overwrite x. Called without gradients, in evaluation.
+        """
+        return None
 
     @abstractmethod
     def reset_parameters(self, init_scale: float = 0.1) -> None:

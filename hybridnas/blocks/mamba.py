@@ -6,6 +6,7 @@ Shapes: B batch, L length, D d_model, I d_inner, R dt_rank, N d_state, K d_conv.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 
 from hybridnas.blocks.base import NO_AUX, Aux, Block, BlockConfig, BlockOutput, State
 from hybridnas.blocks.experts import RoutedExperts, RoutedShape
+from hybridnas.blocks.stepping import FusedStep, InPlace
 from hybridnas.config import option
 from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError, suggest
 from hybridnas.hardware import Impl
 from hybridnas.kernels import causal_conv1d as conv_room
+from hybridnas.kernels import mamba_step as step_room
 from hybridnas.kernels import moe_dispatch as moe_room
 from hybridnas.kernels import selective_scan as scan_room
 from hybridnas.registry import register_block
@@ -168,9 +171,14 @@ class Mamba(Block):
         self.C = None if "C" in config.selected else nn.Parameter(torch.empty(n))
         self.out_proj = None if "out" in config.inner else nn.Linear(di, d, bias=config.bias)
         self.inner = nn.ModuleDict({part: RoutedExperts(config.inner_shape(part), impl=impl) for part in config.inner})
+        self._fused = FusedStep()
         self.reset_parameters()
 
     def forward(self, x_BLD: Tensor, state: State | None = None) -> BlockOutput:
+        if state is not None and x_BLD.shape[1] == 1:
+            fused = self._fused(self, x_BLD, *state)
+            if fused is not None:
+                return BlockOutput(fused[0], MambaState(*fused[1:]))
         auxes: dict[str, Aux] = {}
         u_BLI, z_BLI = self._project_in(x_BLD, auxes)
         before = None if state is None else cast(MambaState, state)
@@ -199,6 +207,11 @@ class Mamba(Block):
             torch.zeros(batch_size, config.width, config.d_state, device=device, dtype=torch.float32),
         )
 
+    def one_token(self, norm: nn.Module, state: State) -> Callable[[Tensor], Tensor] | None:
+        if type(self).forward is not Mamba.forward:
+            return None
+        return InPlace.of(self, norm, state)
+
     def reset_parameters(self, init_scale: float = 0.1) -> None:
         """Draw the authors' initialisation: plain PyTorch linears, S4D-real A; init_scale is for inner experts."""
         for module in (self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj):
@@ -219,6 +232,8 @@ class Mamba(Block):
         words = {"selective_scan": scan_room.describe(device), "causal_conv1d": conv_room.describe(device)}
         if self.config.inner:
             words["moe_dispatch"] = moe_room.describe(device)
+        else:
+            words["mamba_step"] = step_room.describe(device)
         return dict.fromkeys(words, "reference: step by step") if self.impl is Impl.REFERENCE else words
 
     def _project_in(self, x_BLD: Tensor, auxes: dict[str, Aux]) -> tuple[Tensor, Tensor]:

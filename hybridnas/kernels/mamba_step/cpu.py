@@ -6,6 +6,7 @@ Shapes: B batch, D d_model, I d_inner, N d_state, K d_conv. float32, contiguous.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from hybridnas.kernels.mamba_step.reference import Norm, Weights
 
 SOURCE = Path(__file__).resolve().with_name("step.c")
 _NORMS = {"rmsnorm": 1, "layernorm": 2}
-_THREAD_WEIGHTS = 65_536  # weights to read per thread below which waiting for each other costs more than it saves
+_THREAD_WEIGHTS = 262_144  # weights for each thread to read; with fewer, waiting for each other eats what it saves
 _INTEGERS = "B D I N K R norm residual threads"
 _POINTERS = (
     "x norm_weight norm_bias in_weight in_bias conv_weight conv_bias x_weight dt_weight dt_bias A_log D_skip "
@@ -43,15 +44,6 @@ def available() -> bool:
     return compiled().handle is not None
 
 
-Signature = tuple[tuple[int, torch.dtype] | None, ...]
-
-
-def signature(weights: Weights, norm: Norm | None) -> Signature:
-    """Return what changes when a parameter is replaced or moved; values are read from memory at every step."""
-    tensors = weights if norm is None else (*weights, norm.weight, norm.bias)
-    return tuple([None if t is None else (t.data_ptr(), t.dtype) for t in tensors])
-
-
 def takes(tensor: Tensor | None) -> bool:
     """Whether step.c can read a parameter or a state as it lies."""
     return tensor is None or (tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous())
@@ -64,7 +56,6 @@ class Step:
         w = weights
         inner, width = w.in_proj.shape[0] // 2, w.in_proj.shape[1]
         self._shapes = ((width,), (w.conv.shape[-1] - 1, inner), (inner, w.A_log.shape[1]))
-        self.signature = signature(weights, norm)
         self._size = sum(t.numel() for t in weights if t is not None)
         self._args = _Args(
             D=width, I=inner, N=w.A_log.shape[1], K=w.conv.shape[-1], R=0 if w.dt_proj is None else w.dt_proj.shape[1],
@@ -88,16 +79,25 @@ class Step:
                 return False
         return True
 
-    def __call__(self, x_BD: Tensor, y_BD: Tensor, conv: tuple[Tensor, Tensor], ssm: tuple[Tensor, Tensor]) -> None:
-        """Write y and the second tensor of each (before, after) pair; outputs may be their inputs."""
-        args = _Args.from_buffer_copy(self._args)  # several threads may run one layer
-        args.B = batch = x_BD.shape[0]
-        args.threads = min(threads(), max(1, self._size * batch // _THREAD_WEIGHTS))
-        args.x, args.y = x_BD.data_ptr(), y_BD.data_ptr()
+    def bound(self, conv: tuple[Tensor, Tensor], ssm: tuple[Tensor, Tensor]) -> Callable[[Tensor, Tensor], None]:
+        """Return what writes y, given x and y (B, D), and the second tensor of each (before, after) pair of states.
+
+        Outputs may be their inputs. The states must live as long as the call; one call at a time.
+        """
+        args = _Args.from_buffer_copy(self._args)
+        args.B = batch = conv[0].shape[0]
         args.conv_in, args.conv_out = conv[0].data_ptr(), conv[1].data_ptr()
         args.ssm_in, args.ssm_out = ssm[0].data_ptr(), ssm[1].data_ptr()
-        if self._function(ctypes.byref(args)):
-            raise MemoryError("hybridnas_mamba_step could not allocate its working memory")
+        most = max(1, self._size * batch // _THREAD_WEIGHTS)
+        function, reference = self._function, ctypes.byref(args)
+
+        def run(x_BD: Tensor, y_BD: Tensor) -> None:
+            args.x, args.y = x_BD.data_ptr(), y_BD.data_ptr()
+            args.threads = 1 if most == 1 else min(threads(), most)
+            if function(reference):
+                raise MemoryError("hybridnas_mamba_step could not allocate its working memory")
+
+        return run
 
 
 def step_c(
@@ -110,5 +110,5 @@ def step_c(
         norm = norm._replace(weight=weight, bias=bias)
     x_BD, conv_BKI, ssm_BIN = x_BD.contiguous(), conv_BKI.contiguous(), ssm_BIN.contiguous()
     y_BD, conv, ssm = (torch.empty_like(t) for t in (x_BD, conv_BKI, ssm_BIN))
-    Step(weights, norm, residual)(x_BD, y_BD, (conv_BKI, conv), (ssm_BIN, ssm))
+    Step(weights, norm, residual).bound((conv_BKI, conv), (ssm_BIN, ssm))(x_BD, y_BD)
     return y_BD, conv, ssm
