@@ -119,9 +119,9 @@ def mad(quick: bool) -> Suite:
         stop_at=0.999,
         published=TABLE,
         notes=(
-            "Mamba by its paper's MAD settings has state size 4; patterns given by name take our defaults (16). Accuracy "
-            "is per place, mad-lab's averaged over the vocabulary. Weight decay spares norms and embeddings; the rate "
-            "falls to 0; gradients are clipped at 1.",
+            "Our mamba has MAD's state size 4; patterns given by name take the blocks' defaults (16). Accuracy is per "
+            "place, mad-lab's averaged over the vocabulary. Weight decay spares norms and embeddings; the rate falls "
+            "to 0; gradients are clipped at 1.",
             *((_QUICK,) if quick else ()),
         ),
     )

@@ -74,15 +74,19 @@ class Runner:
         self.suite = suite
         self.entries = tuple(entries)
         self.folder = folder
-        self.out = out
+        # The issue of a suite is its main CSV: accuracy by length, where that is what it asks.
+        by_length = suite.figure == "lengths"
+        self.rows_path = results.beside(out, "runs") if by_length else out
+        self.lengths_path = out if by_length else results.beside(out, "lengths")
+        self.curves_path = results.beside(out, "curves")
         self.quick = quick
         self.device = device
         self.tracking = tracking
         self.until = None if minutes is None else time.monotonic() + 60 * minutes
         self.news = news or (lambda text: None)
-        self.rows = results.read_rows(out, suite)
-        self.lengths = results.read_lengths(results.beside(out, "lengths"))
-        self.curves = results.read_curves(results.beside(out, "curves"))
+        self.rows = results.read_rows(self.rows_path, suite)
+        self.lengths = results.read_lengths(self.lengths_path)
+        self.curves = results.read_curves(self.curves_path)
         self._sources: dict[str, Source] = {}
 
     def run(self) -> Outcome:
@@ -173,7 +177,7 @@ class Runner:
         row = self._row(cell, result)
         tracker.end_trial(number, FAIL if row.status == "failed" else COMPLETE)
         self.rows = results.choose(results.merged(self.rows, row), self.suite)
-        results.write_rows(self.out, self.rows)
+        results.write_rows(self.rows_path, self.rows)
         self._keep_curve(row, result.evals)
         self.news(_told(row))
         return True
@@ -219,7 +223,7 @@ class Runner:
             figures = {name: getattr(value, name) for name in ("tokens", "valid_loss", "train_loss", "accuracy")}
             kept.append(CurveRow(**about, **figures))
         self.curves = kept
-        results.write_rows(results.beside(self.out, "curves"), kept)
+        results.write_rows(self.curves_path, kept)
 
     def _measure_lengths(self, entry: Entry, task: Task) -> bool:
         from hybridnas.suites.lengths import at_lengths
@@ -237,7 +241,7 @@ class Runner:
             for found in measured:
                 named = {"task": task.name, "folder": row.folder}
                 self.lengths.append(LengthRow(**{**asdict(found), **named}))
-                results.write_rows(results.beside(self.out, "lengths"), self.lengths)
+                results.write_rows(self.lengths_path, self.lengths)
                 self.news(f"{entry.name}, seed {row.seed}, length {found.length:,}: {results.length_words(found)}")
                 if self.until is not None and time.monotonic() >= self.until:
                     return False
