@@ -1,9 +1,9 @@
 """Compiles the package's C files with the machine's own compiler at first use, and keeps the result.
 
-A library lies in a per-user cache under a name made of everything that decides its code: source, the headers beside it
-and here, flags, compiler, processor. It is written beside that name and renamed, so any number of processes may compile
-at once. Where nothing can be compiled the reason is logged once and said by ``describe``; nobody is stopped by a missing
-compiler.
+A library lies in a per-user cache under a name made of everything that decides its code: source, the headers beside
+it and here, flags, compiler, processor. It is written beside that name and renamed, so any number of processes may
+compile at once. Where nothing can be compiled the reason is logged once and said by ``describe``; nobody is stopped by
+a missing compiler.
 
 Environment: CC names the compiler, HYBRIDNAS_CACHE the cache folder (default: XDG_CACHE_HOME or ~/.cache, /hybridnas).
 """
