@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from hybridnas.blocks.base import State
 from hybridnas.errors import KernelInputError
 from hybridnas.hardware import Impl
 from hybridnas.kernels.mamba_step import check_weights, cpu
@@ -29,7 +30,7 @@ class _Layer:
     """What a prepared call was prepared from, and whether that still stands."""
 
     def __init__(self, block: Mamba, norm: nn.Module | None) -> None:
-        self._slots: list[tuple[_Own, str, Any]] = []  # where a module or parameter hangs, and which did
+        self._slots: list[tuple[_Own, str, Any]] = [(block.__dict__, "impl", block.impl)]  # what hangs where
         self._hooks: list[_Own] = []
         self.plain = block.impl in (Impl.AUTO, Impl.CPU) and not block.config.inner
         into, conv, out = (self._part(block, *part) for part in _PARTS)
@@ -127,19 +128,18 @@ class FusedStep:
 class InPlace:
     """``x + block(norm(x))`` for token after token, over states that it owns and overwrites."""
 
-    def __init__(self, block: Mamba, norm: nn.Module, conv_BKI: Tensor, ssm_BIN: Tensor) -> None:
-        self._block, self._norm = block, norm
-        self._conv_BKI, self._ssm_BIN = conv_BKI, ssm_BIN
+    def __init__(self, block: Mamba, norm: nn.Module, state: State) -> None:
+        self._block, self._norm, self._state = block, norm, state
         self._fused = FusedStep(norm, residual=True)
         self._last: cpu.Step | None = None
         self._run: Callable[[Tensor, Tensor], None] | None = None
 
     @classmethod
-    def of(cls, block: Mamba, norm: nn.Module, state: tuple[Tensor, ...]) -> InPlace | None:
+    def of(cls, block: Mamba, norm: nn.Module, state: State) -> InPlace | None:
         """Take over a state, or return None where the kernel cannot take its tokens."""
         if not as_written() or state[0].shape[0] > MAX_BATCH:
             return None
-        made = cls(block, norm, *state)
+        made = cls(block, norm, state)
         x_BD = state[0].new_empty(state[0].shape[0], block.config.d_model)
         return made if made._ready(x_BD) is not None else None
 
@@ -148,8 +148,7 @@ class InPlace:
         if run is not None:
             run(x_BD, x_BD)
             return x_BD
-        y_BLD, state, _ = self._block(self._norm(x_BD)[:, None], (self._conv_BKI, self._ssm_BIN))
-        self._conv_BKI, self._ssm_BIN = state
+        y_BLD, self._state, _ = self._block(self._norm(x_BD)[:, None], self._state)
         self._last = None  # the states lie elsewhere now
         y_BD: Tensor = y_BLD[:, 0]
         return x_BD + y_BD
@@ -159,7 +158,7 @@ class InPlace:
         if step is None or not cpu.takes(x_BD):
             return None
         if step is not self._last:
-            conv_BKI, ssm_BIN = self._conv_BKI, self._ssm_BIN
+            conv_BKI, ssm_BIN = self._state
             if not step.fits(x_BD, conv_BKI, ssm_BIN):
                 return None
             self._last, self._run = step, step.bound((conv_BKI, conv_BKI), (ssm_BIN, ssm_BIN))
