@@ -100,7 +100,7 @@ class Draws:
         chosen_BN = again.below(limit, count)
         rows = np.arange(len(chosen_BN))
         while True:
-            twice = _repeats(chosen_BN[rows])
+            twice = repeats(chosen_BN[rows])
             hit = twice.any(axis=1)
             if not hit.any():
                 return chosen_BN
@@ -117,7 +117,7 @@ class Draws:
         return np.argsort(arrival_BN, axis=1, kind="stable")[:, :count]
 
 
-def _repeats(values_BN: I64) -> Bools:
+def repeats(values_BN: I64) -> Bools:
     """Return where a number has come before in its row."""
     shift = max(1, values_BN.shape[1] - 1).bit_length()
     tagged_BN = np.sort((values_BN << shift) | np.arange(values_BN.shape[1]), axis=1)

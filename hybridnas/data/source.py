@@ -29,6 +29,7 @@ class Batch(NamedTuple):
     inputs_BL: Tensor
     targets_BL: Tensor
     mask_BL: Tensor | None = None
+    summary: bool = False  # every place is predicted from the last one's vector alone (train.readout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,11 @@ class Source(ABC):
                 f"the task that length with data.seq_len={asked}"
             )
         return own
+
+    @property
+    def summary(self) -> bool:
+        """Whether some batches ask for predictions out of the last position alone (``Batch.summary``)."""
+        return False
 
     @property
     def bytes_per_token(self) -> float | None:

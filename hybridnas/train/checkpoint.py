@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
 from hybridnas.errors import CheckpointError
+from hybridnas.train import readout
 from hybridnas.train.records import FORMAT_VERSION, disk_error, read_run
 
 NEWEST, PREVIOUS = "checkpoint.safetensors", "checkpoint.prev.safetensors"
@@ -54,7 +55,12 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_model(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy stored weights into the model; raises CheckpointError when names or shapes disagree."""
+    """Copy stored weights into the model; raises CheckpointError when names or shapes disagree.
+
+    A decoder that was trained with the model (train.readout) comes with it.
+    """
+    if isinstance(model, HybridLM) and any(name.startswith(f"{readout.NAME}.") for name in tensors):
+        readout.attach(model)
     own = model_tensors(model)
     for name in dict.fromkeys((*own, *tensors)):
         if name not in own or name not in tensors or own[name].shape != tensors[name].shape:

@@ -19,6 +19,7 @@ from hybridnas.arch.model import HybridLM
 from hybridnas.data.source import Batch, Source
 from hybridnas.errors import DataError
 from hybridnas.kernels.cross_entropy import linear_cross_entropy, token_scores
+from hybridnas.train.readout import read
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -48,10 +49,10 @@ class Score(NamedTuple):
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return the batch on ``device``."""
-    inputs, targets, mask = batch
     if device.type == "cpu":
         return batch
-    return Batch(inputs.to(device), targets.to(device), None if mask is None else mask.to(device))
+    inputs, targets, mask, summary = batch
+    return Batch(inputs.to(device), targets.to(device), None if mask is None else mask.to(device), summary)
 
 
 def counted(batch: Batch) -> Tensor | int:
@@ -121,7 +122,7 @@ def _measure(model: HybridLM, batches: Iterable[Batch], device: torch.device, ar
     for raw in batches:
         batch = to_device(raw, device)
         with around():
-            x_BLD = model.hidden(batch.inputs_BL).x_BLD
+            x_BLD = read(model, model.hidden(batch.inputs_BL).x_BLD, batch)
             scores = token_scores(x_BLD, model.head.weight, batch.targets_BL, mask=batch.mask_BL)
         total += float(scores.loss.sum())
         right += int(scores.correct.sum())

@@ -22,6 +22,7 @@ from hybridnas.train import checkpoint, optim
 from hybridnas.train.config import TrainConfig
 from hybridnas.train.evaluate import autocast, counted, cross_entropy_sum, evaluate, mean_stats, to_device
 from hybridnas.train.progress import Progress
+from hybridnas.train.readout import attach, read
 from hybridnas.train.records import Eval, append_eval
 
 PAUSE = "pause"  # what on_eval returns to leave a run that may go on later
@@ -74,6 +75,8 @@ class Trainer:
         self.device = device
         self.evals = evals
         self.identity = identity
+        if source.summary:
+            attach(model, config.seed)
         self.optimizer = optim.make_optimizer(model, config)
         self.state = Position()
         self._parameters = list(optim.named_parameters(model).values())
@@ -155,7 +158,8 @@ class Trainer:
             batch = _slice(whole, first, last - first)
             with self._autocast():
                 output = self._hidden(batch.inputs_BL)
-                loss = cross_entropy_sum(output.x_BLD, self.model.head.weight, batch) / places
+                x_BLD = read(self.model, output.x_BLD, batch)
+                loss = cross_entropy_sum(x_BLD, self.model.head.weight, batch) / places
             extra = sum(output.aux.losses.values(), start=loss.new_zeros(())) / config.accumulate
             (loss + extra).backward()  # type: ignore[no-untyped-call]
             _add(sums, "loss", loss.detach())
@@ -308,9 +312,9 @@ class Trainer:
 
 
 def _slice(batch: Batch, start: int, length: int) -> Batch:
-    inputs, targets, mask = (x if x is None else x[start : start + length] for x in batch)
-    assert inputs is not None and targets is not None
-    return Batch(inputs, targets, mask)
+    rows = slice(start, start + length)
+    mask_BL = None if batch.mask_BL is None else batch.mask_BL[rows]
+    return batch._replace(inputs_BL=batch.inputs_BL[rows], targets_BL=batch.targets_BL[rows], mask_BL=mask_BL)
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

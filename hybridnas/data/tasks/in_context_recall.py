@@ -118,7 +118,7 @@ def _seen_before(keys_BP: I64, shown_BP: Bools, n_keys: int) -> Bools:
     n_rows, pairs = keys_BP.shape
     first_BK = np.full((n_rows, n_keys), pairs, dtype=np.int64)
     places_BP = np.where(shown_BP, np.arange(pairs), pairs)
-    flat = np.arange(n_rows)[:, None] * n_keys + keys_BP
-    np.minimum.at(first_BK.reshape(-1), flat.reshape(-1), places_BP.reshape(-1))
+    flat_BP = keys_BP + np.arange(n_rows)[:, None] * n_keys
+    np.minimum.at(first_BK.reshape(-1), flat_BP.reshape(-1), places_BP.reshape(-1))
     seen: Bools = np.arange(pairs) > np.take_along_axis(first_BK, keys_BP, axis=1)
     return seen

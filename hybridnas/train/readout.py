@@ -1,0 +1,75 @@
+"""Predictions out of one position: the decoder of MAD's compression task (arXiv 2403.17844), trained with the model.
+
+The vector that the model holds at the last position, plus sines and cosines of the place that is asked for, goes
+through norm, linear, GELU twice and a last norm to the model's own head. The decoder is a module of the model named
+``readout``: the optimiser and the checkpoints find it there; architectures, costs and exports know nothing of it.
+Shapes: B batch, L length, D d_model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hybridnas.arch.model import HybridLM
+from hybridnas.data.source import Batch
+from hybridnas.errors import DataError
+
+NAME = "readout"
+_STD = 0.02  # of the initial weights, as in mad-lab
+_LONGEST = 10_000.0  # wavelength of the slowest sine, over 2 pi [tokens]
+
+
+class Readout(nn.Module):
+    """One vector and a place in, one vector for the head out; two layers of the model's width."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.RMSNorm(d_model), nn.Linear(d_model, d_model), nn.GELU(),
+            nn.RMSNorm(d_model), nn.Linear(d_model, d_model), nn.GELU(),
+            nn.RMSNorm(d_model),
+        )  # fmt: skip
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=_STD)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Return (B, L, D): for each place what the head reads, made of the last position's vector alone."""
+        y_BLD: Tensor = self.layers(x_BLD[:, -1:] + _places(x_BLD))
+        return y_BLD
+
+
+def _places(x_BLD: Tensor) -> Tensor:
+    """Return (L, D) sines and cosines of the places 0 to L-1."""
+    length, width = x_BLD.shape[1:]
+    half = (width + 1) // 2
+    rates = _LONGEST ** -(torch.arange(half, device=x_BLD.device) / max(1, half - 1))
+    angles = torch.arange(length, device=x_BLD.device)[:, None] * rates
+    return torch.cat((angles.sin(), angles.cos()), dim=1)[:, :width].to(x_BLD.dtype)
+
+
+def attach(model: HybridLM, seed: int = 0) -> None:
+    """Give the model a decoder with weights drawn from ``seed``, unless it has one."""
+    if getattr(model, NAME, None) is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.add_module(NAME, Readout(model.arch.d_model).to(model.head.weight.device))
+
+
+def read(model: HybridLM, x_BLD: Tensor, batch: Batch) -> Tensor:
+    """Return what the head reads: the model's output, or where the batch asks for a summary, what is decoded of it.
+
+    Raises DataError when the model has no decoder.
+    """
+    if not batch.summary:
+        return x_BLD
+    readout = getattr(model, NAME, None)
+    if readout is None:
+        raise DataError(
+            "this data is read out of one position by a decoder that is trained with the model and stays with its run: "
+            "this model has none; train it on the data, whose measurements are the score"
+        )
+    y_BLD: Tensor = readout(x_BLD)
+    return y_BLD
