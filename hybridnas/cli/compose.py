@@ -60,7 +60,7 @@ def compose(command: str, overrides: list[str]) -> dict[str, Any]:
         _set(command, settings, key, text)
     if isinstance(settings.get("preset"), dict) and "name" not in settings["preset"]:
         raise ConfigError(f"{command} preset.{next(iter(settings['preset']))} needs a preset, e.g. preset=moe_mamba")
-    if "suite" in _groups_of(command) and isinstance(settings["suite"], dict) and "name" not in settings["suite"]:
+    if "suite" in _groups_of(command) and isinstance(settings.get("suite"), dict) and "name" not in settings["suite"]:
         raise ConfigError(f"{command} suite.{next(iter(settings['suite']))} needs a suite, e.g. suite=mad")
     return settings
 

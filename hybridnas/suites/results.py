@@ -117,8 +117,7 @@ def write_rows(path: Path, rows: Sequence[Any]) -> None:
     writer = csv.DictWriter(text, [item.name for item in fields(rows[0])], lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        values = {key: int(value) if isinstance(value, bool) else value for key, value in asdict(row).items()}
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
+        writer.writerow({k: int(v) if isinstance(v, bool) else v for k, v in asdict(row).items()})
     write_text(path, text.getvalue())
 
 

@@ -1,0 +1,460 @@
+"""Suites: small trainings end to end, results that resume, published rows as printed, and accuracy by length."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybridnas.arch.arch import Arch
+from hybridnas.arch.model import HybridLM
+from hybridnas.cli import _guarded
+from hybridnas.cli.compose import CONF, compose
+from hybridnas.cli.suites import listed
+from hybridnas.data.source import SOURCES, Batch, Source, SourceConfig, SourceKind
+from hybridnas.errors import ConfigError, StudyError
+from hybridnas.suites import headline, induction_heads, mad, mqar, results, selective_copying, speed
+from hybridnas.suites.lengths import at_lengths
+from hybridnas.suites.results import CurveRow, LengthRow, Row
+from hybridnas.suites.runner import Runner, even_points
+from hybridnas.suites.suite import SUITES, Entry, Published, Suite, SuiteConfig, Task
+
+TINY = {"seq_len": 16, "batch_size": 4, "tokens": 256, "valid_tokens": 64}
+
+
+def toy(**fields):
+    task = Task(
+        name="recall",
+        column="recall",
+        data={"kind": "in_context_recall", "seq_len": 16, "n_test_examples": 8},
+        train=TINY,
+        measurements=2,
+    )
+    given = {
+        "name": "toy",
+        "title": "Toy",
+        "tasks": (task,),
+        "entries": (Entry(name="mamba", pattern="M", fields={"d_model": 8}),),
+        "rates": (1e-3, 1e-2),
+        "published": (Published(model="Theirs", values={"recall": 12.5}, source="Table 0", settings="width 1"),),
+    }
+    return Suite(**{**given, **fields})
+
+
+def run(suite, folder, **fields):
+    news = []
+    given = {"folder": folder / "runs", "out": folder / "toy.csv", "tracking": "off", "device": "cpu"}
+    runner = Runner(suite, suite.expanded([], {}), news=news.append, **{**given, **fields})
+    return runner.run(), news
+
+
+def row(**fields):
+    given = {"suite": "toy", "quick": False, "model": "a", "task": "recall", "column": "recall", "lr": 1e-3,
+             "weight_decay": 0.0, "seed": 0, "status": "completed", "score": 0.5}  # fmt: skip
+    return Row(**{**given, **fields})
+
+
+def test_a_suite_trains_the_grid_and_a_second_call_trains_nothing(tmp_path):
+    suite = toy(seeds=(0, 1), decays=(0.0, 0.1))
+    outcome, news = run(suite, tmp_path)
+    assert outcome.done
+    grid = {(r.lr, r.weight_decay) for r in outcome.rows if r.seed == 0}
+    assert grid == {(1e-3, 0.0), (1e-3, 0.1), (1e-2, 0.0), (1e-2, 0.1)}
+    best = results.best_setting(outcome.rows, suite)
+    assert [(r.lr, r.weight_decay) for r in outcome.rows if r.seed == 1] == [best]
+    assert {(r.lr, r.weight_decay) for r in outcome.rows if r.chosen} == {best}
+    assert len(news) == 5
+    assert len(list(tmp_path.glob("runs/mamba/recall/*/run.json"))) == 5
+    assert not list(tmp_path.glob("runs/**/*.safetensors"))  # nobody asks for the weights
+    again, silence = run(suite, tmp_path)
+    assert again.rows == outcome.rows
+    assert silence == []
+
+
+def test_a_suite_that_was_stopped_goes_on_inside_its_runs(tmp_path):
+    suite = toy(rates=(1e-3,))
+    stopped, _ = run(suite, tmp_path, minutes=1e-9)
+    assert (stopped.done, stopped.rows) == (False, [])
+    outcome, _ = run(suite, tmp_path)
+    (tmp_path / "toy.csv").unlink()  # the CSV is lost, the run is not: it is read again, not trained again
+    stamp = next(tmp_path.glob("runs/mamba/recall/*/metrics.jsonl")).stat().st_mtime_ns
+    again, _ = run(suite, tmp_path)
+    assert again.rows == outcome.rows
+    assert next(tmp_path.glob("runs/mamba/recall/*/metrics.jsonl")).stat().st_mtime_ns == stamp
+
+
+def test_rows_of_other_architectures_stay_and_those_of_other_settings_do_not_mix(tmp_path):
+    run(toy(), tmp_path)
+    other = toy(entries=(Entry(name="attention", pattern="A", fields={"d_model": 8}),))
+    outcome, _ = run(other, tmp_path)
+    assert {r.model for r in outcome.rows} == {"mamba", "attention"}
+    longer = replace(other.tasks[0], train={**TINY, "tokens": 320})
+    outcome, _ = run(replace(other, tasks=(longer,)), tmp_path)
+    assert {(r.model, r.tokens) for r in outcome.rows} == {("attention", 320)}
+
+
+def test_a_failed_run_is_a_row_with_its_reason_and_never_the_best(tmp_path):
+    outcome, news = run(toy(rates=(1e-3, 1e30)), tmp_path)
+    failed = next(r for r in outcome.rows if r.lr == 1e30)
+    assert failed.status == "failed"
+    assert failed.score is None
+    assert "lower train.lr" in failed.reason
+    assert failed.reason in news[1]
+    assert [r.lr for r in outcome.rows if r.chosen] == [1e-3]
+    assert results.table(outcome.rows, toy())[1][0][-1].endswith("1 of 2 runs failed")
+
+
+def test_accurate_enough_ends_a_run_early(tmp_path):
+    outcome, _ = run(toy(stop_at=0.0), tmp_path)
+    assert {(r.status, r.tokens) for r in outcome.rows} == {("stopped", 128)}
+
+
+def test_the_best_setting_is_the_best_score_and_among_equals_the_fewest_tokens():
+    suite = toy()
+    rows = [row(lr=1e-3, score=0.9, tokens=200), row(lr=1e-2, score=0.9, tokens=100), row(lr=1.0, score=0.1)]
+    assert results.best_setting(rows, suite) == (1e-2, 0.0)
+    losses = replace(suite, score="valid_loss")
+    assert results.best_setting(rows, losses) == (1.0, 0.0)
+    assert results.best_setting([row(status="failed"), row(seed=3)], suite) is None
+
+
+def test_a_score_is_the_mean_over_seeds_of_the_best_setting_then_over_a_columns_tasks():
+    suite = toy(tasks=(*toy().tasks, replace(toy().tasks[0], name="harder")))
+    rows = [row(score=0.2), row(lr=1e-2, score=0.6), row(lr=1e-2, score=0.8, seed=1), row(task="harder", score=0.1)]
+    assert results.scores(rows, suite) == {"a": {"recall": pytest.approx((0.7 + 0.1) / 2)}}
+    assert results.scores(rows[:3], suite) == {}  # half a column is no score
+
+
+def test_the_table_puts_published_rows_with_source_and_settings_under_ours():
+    columns, lines = results.table([row(score=0.25)], toy())
+    assert columns == ["model", "recall", "settings"]
+    assert lines == [["a", "25.0", "ours: lr 0.001, 1 seed"], ["Theirs [published]", "12.5", "Table 0; width 1"]]
+
+
+def test_rows_survive_the_csv(tmp_path):
+    suite = toy()
+    rows = [row(chosen=True, settings=suite.tasks[0].digest, reason='a "quoted", reason', accuracy=None, tokens=7)]
+    results.write_rows(tmp_path / "x.csv", rows)
+    assert results.read_rows(tmp_path / "x.csv", suite) == rows
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(StudyError, match=r"x\.csv line 2 is not a row of Row"):
+        results.read_rows(tmp_path / "x.csv", suite)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "rho"),
+    [
+        ([1, 2, 3], [10, 20, 30], 1.0),
+        ([1, 2, 3], [3, 2, 1], -1.0),
+        ([1, 2, 3, 4], [1, 3, 2, 4], 0.8),
+        ([1, 1, 2], [1, 1, 2], 1.0),
+        ([1, 1], [1, 2], None),
+        ([], [], None),
+    ],
+)
+def test_rank_correlation(one, other, rho):
+    found = results.spearman(one, other)
+    assert found is None if rho is None else found == pytest.approx(rho)
+
+
+def test_two_versions_of_a_suite_are_compared_where_both_have_measured():
+    one = {"a": {"x": 0.1, "y": 0.5}, "b": {"x": 0.2, "y": 0.3}, "c": {"x": 0.3}}
+    other = {"a": {"x": 0.5, "y": 0.5}, "b": {"x": 0.6, "y": 0.9}, "c": {"x": 0.9, "y": 1.0}}
+    found = results.agreement(one, other)
+    assert found == [["x", 3, pytest.approx(1.0)], ["y", 2, pytest.approx(-1.0)], ["average", 2, pytest.approx(-1.0)]]
+
+
+def test_the_share_of_a_baselines_steps_is_read_off_the_curve():
+    suite = toy(score="valid_loss", baseline="mamba")
+    rows = [row(model="mamba", score=1.0, valid_loss=1.0, tokens=100, folder="m"),
+            row(model="moe", score=0.8, valid_loss=0.8, tokens=100, folder="e"),
+            row(model="slow", score=1.5, valid_loss=1.5, tokens=100, folder="s")]  # fmt: skip
+    about = {"task": "recall", "lr": 1e-3, "weight_decay": 0.0, "seed": 0, "train_loss": 0.0, "accuracy": 0.0}
+    curves = [CurveRow(model="moe", folder="e", tokens=t, valid_loss=x, **about) for t, x in ((25, 1.4), (75, 0.6))]
+    curves += [CurveRow(model="mamba", folder="m", tokens=100, valid_loss=1.0, **about)]
+    assert speed.shares(rows, curves, suite) == {"mamba": [1.0], "moe": [0.5], "slow": [None]}
+    columns, lines = speed.table(rows, curves, suite)
+    assert columns[-2:] == ["share of mamba's steps", "speed-up"]
+    assert [line[-2:] for line in lines] == [["50 %", "2.00x"], ["100 %", "1.00x"], ["not reached", "-"]]
+
+
+def test_the_published_rows_are_the_printed_figures():
+    table = {r.model: r.values for r in mad.TABLE}
+    assert [table["Mamba"][c] for c in mad.COLUMNS] == [52.7, 6.7, 90.4, 89.5, 90.1, 86.3]
+    assert {name: values["average"] for name, values in table.items()} == {
+        "Transformer": 74.5, "Hyena": 66.0, "multi-head Hyena": 73.2, "Mamba": 69.3, "GLA": 60.0, "DeltaNet": 71.8,
+        "Mamba, rerun": 67.3,
+    }  # fmt: skip
+    for values in table.values():  # the printed average is the mean of the printed figures
+        assert sum(values[c] for c in mad.COLUMNS) / 6 == pytest.approx(values["average"], abs=0.06)
+    eleven = {r.model: r.values for r in induction_heads.TABLE_11}
+    assert set(eleven["Mamba"].values()) == {100}
+    assert len(eleven["Mamba"]) == 15
+    assert (eleven["MHA-RoPE"]["2^9"], eleven["MHA-RoPE"]["2^14"]) == (83.6, 5.5)
+    assert "2^15" not in eleven["MHA-Abs"]
+    assert eleven["H3"]["2^20"] == 7.4
+    one = {r.model: r.values["length 4096"] for r in selective_copying.TABLE_1}
+    assert one == {"S4, no gate": 18.3, "S6, no gate": 97.0, "H3 block, S4": 57.0, "H3 block, Hyena": 30.1,
+                   "H3 block, S6": 99.7, "Mamba block, S4": 56.4, "Mamba block, Hyena": 28.4,
+                   "Mamba block, S6": 99.8}  # fmt: skip
+    shares = {r.model: r.values.get("% of Mamba's steps, v1") for r in headline.HEADLINE}
+    assert shares["MoE-Mamba"] == 46
+    speeds = {r.model: r.values.get("speed-up, v2") for r in headline.HEADLINE}
+    assert (speeds["MoE-Mamba-25M"], speeds["Transformer-MoE-25M"]) == (1.76, 1.56)
+    ablated = {r.model: r.values["perplexity, 350M"] for r in headline.ABLATIONS}
+    assert (ablated["selective: none"], ablated["selective: dt+B+C"]) == (10.93, 8.71)
+    assert (ablated["selective: B+C"], ablated["Delta rank 4"]) == (9.12, 8.91)
+    assert (ablated["N 1, B and C selective"], ablated["N 8, B and C constant"]) == (9.73, 9.82)
+    assert {r.values[next(iter(r.values))] for r in mqar.METALA} == {99.0, 0.0, 28.5, 90.4}
+
+
+def test_mad_has_its_66_settings_and_six_optimiser_settings():
+    suite = mad.mad(quick=False)
+    counts = {column: sum(t.column == column for t in suite.tasks) for column in mad.COLUMNS}
+    assert counts == dict(zip(mad.COLUMNS, (11, 11, 11, 6, 14, 13), strict=True))
+    assert len(suite.tasks) * len(suite.rates) * len(suite.decays) == 396
+    assert suite.rates == (1e-4, 5e-4, 1e-3)
+    longest = next(t for t in suite.tasks if t.name == "noisy recall, seq_len 1024")
+    assert longest.data["frac_noise"] == 0.2
+    assert longest.train["tokens"] == 200 * 12_800 * 1024
+    assert len(mad.mad(quick=True).tasks) == 6
+
+
+@pytest.mark.parametrize("name", list(SUITES))
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_suite_can_be_begun(name, quick):
+    from hybridnas.data import source_config
+    from hybridnas.train.config import TrainConfig
+
+    suite = SUITES.get(name)(quick)
+    assert len({task.digest for task in suite.tasks}) == len(suite.tasks)
+    for task in suite.tasks:
+        config = source_config(task.data)
+        assert getattr(config, "seq_len", 256) == task.train["seq_len"]
+        tokens = task.train.get("tokens", 1_000_000)
+        TrainConfig.from_dict({**task.train, "tokens": tokens, "lr": suite.rates[0]})
+    names = [entry.name for entry in suite.expanded([], {})]
+    assert len(set(names)) == len(names)
+    for entry in suite.expanded([], {}):
+        arch = entry.arch(256)
+        if entry.active_params:
+            assert arch.cost().active_params == pytest.approx(entry.active_params, rel=0.002)
+
+
+def test_the_headlines_target_is_the_mamba_of_its_width():
+    entries = {entry.name: entry for entry in headline.headline(False).entries}
+    assert entries["mamba"].arch(256).cost().active_params == headline.MAMBA_ACTIVE
+    assert [name for name, entry in entries.items() if entry.seeds is None] == ["mamba", "moe_mamba"]
+
+
+def test_a_sweep_reaches_the_sizes_that_a_pattern_has_and_repeats_none():
+    suite = toy(variants=tuple({"d_model": d, "d_state": n} for d in (8, 16) for n in (2, 4)), entries=())
+    names = [entry.name for entry in suite.expanded(["M", "A"], {})]
+    assert names == ["M, d_model 8, d_state 2", "M, d_model 8, d_state 4", "M, d_model 16, d_state 2",
+                     "M, d_model 16, d_state 4", "A, d_model 8", "A, d_model 16"]  # fmt: skip
+    (given,) = suite.expanded(["A"], {"d_model": 24})
+    assert given.arch(16).d_model == 24
+
+
+def test_even_points():
+    assert even_points(100, 4) == (25, 50, 75, 100)
+    assert even_points(2, 4) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[Mx4,(ME)x2]", ["Mx4", "(ME)x2"]),
+        ("Mx4", ["Mx4"]),
+        ("[[M,E]x2, M{d_state=4,expand=2}]", ["[M,E]x2", "M{d_state=4,expand=2}"]),
+        ("['Mx2',\"A\"]", ["Mx2", "A"]),
+        (["M", "A"], ["M", "A"]),
+    ],
+)
+def test_lists_of_patterns(text, parts):
+    assert listed(text) == parts
+
+
+MISTAKES = [
+    (["suite=mda"], "evaluate suite=mda is unknown; did you mean 'mad'?"),
+    (["suite.quick=true"], "evaluate suite.quick needs a suite, e.g. suite=mad"),
+    (["suite=mad", "suite.tasks=[compres]"], "suite 'mad' has no task 'compres'; did you mean 'compress'?"),
+    (["suite=mad", "suite.rates=3"], "suite rates=3 must be a list, such as suite.rates=[3]"),
+    (["suite=mad", "suite.quik=true"], "did you mean 'quick'?"),
+    (["suite=mad", "suite.minutes=0"], "suite minutes=0 must be > 0"),
+    (["suite=mad", "pattern=M", "preset=mamba"], "not several of them"),
+    (["suite=mad", "pattern=X"], "PatternError"),
+    (["suite=mad", "suite.against=none.csv"], "has no finished column of suite 'mad'"),
+    (["patterns=[M,A]"], "patterns=[...] belongs to a suite"),
+    (["lengths=[64]"], "lengths=[...] needs model=FOLDER"),
+    (["lengths=[0]", "model=x"], "lengths has 0"),
+    (["lengths=[64]", "model=/absent"], "ExportError: /absent"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), MISTAKES, ids=lambda value: str(value)[:50])
+def test_mistakes_are_one_sentence(settings, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert _guarded("evaluate", ["tracking=off", *settings]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+def test_a_suite_by_its_command_resumes_draws_and_is_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["suite=mad", "suite.quick=true", "suite.tasks=['in-context recall','memorise']", "suite.tokens=4096",
+             "suite.rates=[0.001]", "patterns=[M,A]", "arch.d_model=16"]  # fmt: skip
+    assert _guarded("evaluate", small) == 0
+    out = capsys.readouterr().out
+    table = [line.split("\t") for line in out.splitlines() if "\t" in line]
+    assert table[0] == ["model", "in-context recall", "memorise", "average", "compress", "fuzzy recall",
+                        "noisy recall", "selective copy", "settings"]  # fmt: skip
+    assert {line[0] for line in table[1:3]} == {"M", "A"}
+    assert next(x for x in table if "DeltaNet" in x[0])[:4] == ["DeltaNet [published]", "100", "52.8", "71.8"]
+    folder = Path("runs/mad-quick")
+    assert (folder / "mad-quick.svg").read_text().count("<svg") == 1
+    assert (folder / "mad-quick.png").is_file()
+    with (folder / "mad-quick.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["model"], r["column"]) for r in rows] == [
+        ("M", "in-context recall"), ("A", "in-context recall"), ("M", "memorise"), ("A", "memorise")
+    ]  # fmt: skip
+    assert {r["chosen"] for r in rows} == {"1"}
+    from hybridnas.search.compare import CompareConfig, find_runs
+
+    mirrored = find_runs(CompareConfig())
+    assert len(mirrored) == 4
+    assert {r.status for r in mirrored} == {"finished"}
+    assert _guarded("evaluate", small) == 0
+    assert " | " not in capsys.readouterr().out  # no run was trained again
+    assert _guarded("evaluate", [*small, f"suite.against={folder}/mad-quick.csv"]) == 2
+    assert "run both versions first" in capsys.readouterr().err
+
+
+def test_recipes_of_this_repository_compose(monkeypatch):
+    root = CONF.parents[1]
+    if not (root / "experiments").is_dir():
+        pytest.skip("installed without the repository")
+    monkeypatch.chdir(root)
+    for name, suite in {
+        "induction_heads": "induction_heads",
+        "selective_copying": "selective_copying",
+        "mqar": "mqar",
+        "recall_state": "recall_state",
+        "moe_mamba_headline": "headline",
+        "experts_at_250": "expert_count",
+        "mamba_ablations": "mamba_ablations",
+    }.items():
+        config = compose("evaluate", [f"experiment={name}"])
+        assert SuiteConfig.from_dict(config["suite"]).suite().name == suite
+        assert config["suite"]["out"] == f"experiments/results/{name}.csv"
+
+
+class Counting(Source):
+    """Every token is the number of those before it, modulo the vocabulary; a model that knows is always right."""
+
+    vocab_size = 7
+    fingerprint = "counting"
+
+    def describe(self):
+        return "counting"
+
+    def train_batch(self, step, batch_size, seq_len, seed):
+        raise NotImplementedError
+
+    def valid_batches(self, n_tokens, batch_size, seq_len):
+        ids = (torch.arange(seq_len + 1) % 7).expand(batch_size, -1)
+        mask = torch.zeros(batch_size, seq_len, dtype=torch.bool)
+        mask[:, -3:] = True
+        for _ in range(0, n_tokens, batch_size * seq_len):
+            yield Batch(ids[:, :-1], ids[:, 1:], mask)
+
+
+@pytest.fixture
+def counting():
+    SOURCES.add("counting", SourceKind(SourceConfig, lambda config: Counting()))
+    yield {"kind": "counting"}
+    SOURCES.remove("counting")
+
+
+@pytest.mark.parametrize("pattern", ["M", "MA"])
+def test_accuracy_by_length_is_that_of_one_whole_pass(pattern, counting, monkeypatch):
+    monkeypatch.setattr("hybridnas.suites.lengths.CHUNK_TOKENS", 32)  # so that chunks are many
+    torch.manual_seed(0)
+    model = HybridLM(Arch.from_pattern(pattern, d_model=16, vocab_size=7), seed=1)
+    rows = list(at_lengths(model, counting, [40, 16], examples=4, name="counter", seed=3))
+    assert [(r.length, r.seed, r.model, r.examples) for r in rows] == [(16, 3, "counter", 4), (40, 3, "counter", 4)]
+    for found in rows:
+        batch = next(iter(Counting().valid_batches(1, 1, found.length)))
+        hits = (model(batch.inputs_BL).logits_BLV.argmax(-1) == batch.targets_BL)[batch.mask_BL]
+        assert found.accuracy == pytest.approx(hits.float().mean().item())
+        assert found.state_bytes == model.arch.cost(found.length).state_bytes
+
+
+def test_attention_stops_in_words_where_memory_ends_and_mamba_goes_on(counting):
+    attention = HybridLM(Arch.from_pattern("A", d_model=16, vocab_size=7))
+    rows = list(at_lengths(attention, counting, [16, 4096], examples=1, memory=100_000))
+    assert rows[0].accuracy is not None
+    assert rows[1].accuracy is None
+    assert rows[1].words == "out of memory: a state of 512 KiB needs 1.5 MiB, 97.7 KiB are free"
+    mamba = HybridLM(Arch.from_pattern("M", d_model=16, vocab_size=7))
+    assert all(r.accuracy is not None for r in at_lengths(mamba, counting, [16, 4096], examples=1, memory=100_000))
+
+
+def test_a_length_that_would_take_too_long_is_said_and_not_run(counting):
+    model = HybridLM(Arch.from_pattern("M", d_model=8, vocab_size=7))
+    rows = list(at_lengths(model, counting, [16, 2**40], examples=1, patience=60))
+    assert rows[1].accuracy is None
+    assert rows[1].words.startswith("not run: about ")
+    assert rows[1].words.endswith("by the speed at 16, allowed 1")
+
+
+def test_lengths_below_one_are_refused():
+    model = HybridLM(Arch.from_pattern("M", d_model=8, vocab_size=7))
+    with pytest.raises(ConfigError, match="must be whole numbers of at least 1"):
+        list(at_lengths(model, {"kind": "stdlib"}, [0]))
+
+
+def test_a_suite_with_lengths_keeps_weights_and_measures_the_chosen_run(tmp_path):
+    task = Task(
+        name="induction", column="16", data={"kind": "induction_heads", "seq_len": 16}, train=TINY, lengths=(16, 32)
+    )
+    suite = toy(tasks=(task,), figure="lengths", published=induction_heads.TABLE_11)
+    outcome, _ = run(suite, tmp_path)
+    assert [(r.model, r.length) for r in outcome.lengths] == [("mamba", 16), ("mamba", 32)]
+    assert results.read_lengths(tmp_path / "toy.csv") == outcome.lengths
+    chosen = next(r for r in outcome.rows if r.chosen)
+    assert (tmp_path / "runs" / chosen.folder / "checkpoint.safetensors").is_file()
+    columns, lines = results.length_table(outcome.lengths, suite)
+    assert columns == ["model", "2^4", "2^5", "settings"]
+    assert lines[0][0] == "mamba"
+    again, silence = run(suite, tmp_path)
+    assert [r.length for r in again.lengths] == [16, 32]
+    assert silence == []
+    assert (tmp_path / "toy-runs.csv").is_file()
+
+
+def test_lengths_by_the_command_for_a_run_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train = ["pattern=M", "arch.d_model=8", "data=induction_heads", "data.seq_len=16", "train.seq_len=16",
+             "train.batch_size=2", "train.tokens=64", "train.valid_tokens=32", "tracking=off", "out=run"]  # fmt: skip
+    assert _guarded("train", train) == 0
+    capsys.readouterr()
+    asked = ["model=run", "data=induction_heads", "lengths=[32,16]", "max_gib=1", "out=by_length.csv"]
+    assert _guarded("evaluate", asked) == 0
+    table = [line.split("\t") for line in capsys.readouterr().out.splitlines() if "\t" in line]
+    assert [line[0] for line in table] == ["length", "16", "32"]
+    rows = results.read_lengths(Path("by_length.csv"))
+    assert [(r.length, r.examples) for r in rows] == [(16, 512), (32, 512)]
+    assert json.loads(Path("run/run.json").read_text())["status"] == "completed"
+
+
+def test_rows_of_lengths_say_words_where_there_is_no_accuracy():
+    rows = [LengthRow(model="a", task="", seed=0, length=64, accuracy=0.5),
+            LengthRow(model="a", task="", seed=0, length=100, accuracy=None, words="out of memory")]  # fmt: skip
+    columns, lines = results.length_table(rows, toy(published=()))
+    assert columns == ["model", "2^6", "100", "settings"]
+    assert lines == [["a", "50.0", "out of memory", "ours: seed 0"]]
