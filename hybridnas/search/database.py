@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridnas.errors import ConfigError, StudyError
 from hybridnas.files import write_json
-from hybridnas.search.leases import Crew
+from hybridnas.search.leases import Crew, TrialLostError
 from hybridnas.search.promotion import candidate_of
 from hybridnas.search.records import RESULT, TrialRecord, trial_folder, write_record
 from hybridnas.search.tracking import masked
@@ -98,7 +98,9 @@ def open_database(url: str, heartbeat: int, news: Callable[[str], None], patienc
 
         return wrapped
 
-    kind = type("PatientStorage", (RDBStorage,), {n: patient(getattr(RDBStorage, n), n) for n in _CALLS})
+    calls: dict[str, Any] = {name: patient(getattr(RDBStorage, name), name) for name in _CALLS}
+    calls["get_heartbeat_interval"] = lambda self: None  # the crew's heart beats, Optuna's own would warn of ask()
+    kind = type("PatientStorage", (RDBStorage,), calls)
     alive = {"keepalives": 1, "keepalives_idle": 20, "keepalives_interval": 5, "keepalives_count": 3}
     arguments = {"connect_timeout": 10, **alive} if "psycopg" in url.partition("://")[0] else {}
     try:
@@ -206,13 +208,10 @@ class DatabaseCrew(Crew):
                 continue
             self._known[trial.number] = text
             record = TrialRecord.from_dict(json.loads(text))
-            ours = records.get(record.number)
-            if ours is not None and ours.tokens > record.tokens:
-                continue  # a later leg of the same candidate
             records[record.number] = record
             news.append(record)
             folder = trial_folder(self.folder, candidate_of(trial))
-            if not (folder / RESULT).exists():
+            if trial.user_attrs.get("owner") != self._owner or not (folder / RESULT).exists():
                 write_record(folder, record)
                 if "arch" in trial.user_attrs:
                     write_json(folder / "arch.json", json.loads(trial.user_attrs["arch"]))
@@ -237,10 +236,6 @@ class DatabaseCrew(Crew):
             for trial_id in list(self._beating.values()):
                 with contextlib.suppress(Exception):  # the next beat may come through; a trial just finished needs none
                     self.storage.record_heartbeat(trial_id)
-
-
-class TrialLostError(StudyError):
-    """Another worker has taken over the trial."""
 
 
 def agree(study: optuna.Study, card: dict[str, Any], *, difference: Callable[[Any, Any], str]) -> dict[str, Any]:

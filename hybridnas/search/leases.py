@@ -218,6 +218,10 @@ class Crew:
         self._trials, self._archs = {}, {}
 
 
+class TrialLostError(StudyError):
+    """Another worker has taken over the trial, because this one was silent for too long."""
+
+
 class Earlier(Mapping[str, TrialRecord]):
     """Finished trials by fingerprint, for one trial that asks for its own: asking claims the architecture."""
 
