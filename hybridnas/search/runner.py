@@ -15,7 +15,7 @@ from hybridnas.hardware import describe_machine, pick_device
 from hybridnas.search.config import SearchConfig
 from hybridnas.search.folder import StudyFolder
 from hybridnas.search.leaderboard import winner, write_leaderboard
-from hybridnas.search.leases import Crew, Earlier
+from hybridnas.search.leases import Crew, Earlier, TrialLostError
 from hybridnas.search.objectives import eligible, score
 from hybridnas.search.opening import opened
 from hybridnas.search.promotion import FROM_TOKENS, busy, candidate_of, continues, promote
@@ -28,6 +28,7 @@ from hybridnas.search.records import (
     TrialRecord,
     trained_tokens,
 )
+from hybridnas.search.tabular import TableSource, on_table
 from hybridnas.search.trial import TrialContext, TrialRun
 from hybridnas.search.words import trial_news
 from hybridnas.search_spaces.space import Space
@@ -63,6 +64,9 @@ class Search:
         self.config = config
         self.news = news or (lambda text: None)
         self.space = Space.from_mapping(config.space)
+        self.table: TableSource | None = None
+        if self.space.table:
+            config, self.table = on_table(config, self.space)
         self.source_config = source_config(config.data)  # every setting is checked before a folder is made
         seq_len = self.source_config.own_seq_len or config.budget.seq_len  # a task's examples have their own length
         self.config = config.replace(budget=config.budget.replace(seq_len=seq_len))
@@ -141,7 +145,10 @@ class Search:
                 time.sleep(WAIT_SECONDS)
                 continue
             draws += 1
-            self._one(study, found, context)
+            try:
+                self._one(study, found, context)
+            except TrialLostError as error:
+                self.news(str(error))
             self.crew.done(found.number)
 
     def by_now(self, study: optuna.Study) -> list[TrialRecord]:
@@ -277,16 +284,20 @@ class Search:
         report = write_report(self.folder.path, records, meta)
         context.tracker.sync(records)  # duplicates and infeasible draws have no run of their own yet
         context.tracker.log_artifacts([report, self.folder.path / "leaderboard.csv"])
-        exported = self._export(best, context) if best is not None else None
+        exported = self._export(best, context) if best is not None and self.table is None else None
         context.tracker.close("FINISHED" if ended != "interrupted" else "KILLED")
         return SearchSummary(records, best, self.folder.path, exported, report, ended, seconds)
 
-    def _export(self, best: TrialRecord, context: TrialContext) -> Path:
+    def _export(self, best: TrialRecord, context: TrialContext) -> Path | None:
         from hybridnas.export.folder import export
         from hybridnas.export.trials import card_facts
-        from hybridnas.train.checkpoint import load_model
+        from hybridnas.train.checkpoint import NEWEST, load_model
 
         folder = self.folder.trial(best.number)
+        if self.config.storage is not None and not (folder / NEWEST).exists():
+            again = f"python -m hybridnas.replay study={self.folder.name} runs={self.config.runs} trial={best.number}"
+            self.news(f"the winner was trained in another folder, where its weights are; to have them here: {again}")
+            return None
         model = load_model(folder)
         return export(
             model,
