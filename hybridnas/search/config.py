@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hybridnas.config import FrozenConfig, option
+from hybridnas.errors import ConfigError
 from hybridnas.search.objectives import read_objectives
 from hybridnas.search_spaces.space import Scale
 from hybridnas.train.config import TrainConfig
@@ -163,6 +164,11 @@ class SearchConfig(FrozenConfig):
             object.__setattr__(self, "objectives", tuple(names))
         super().__post_init__()
         read_objectives(self.objectives)
+        if len(self.objectives) > 1 and self.pruner == "hyperband":
+            raise ConfigError(
+                "search pruner=hyperband cannot prune by several objectives, Optuna takes no reports of them; "
+                "choose pruner=halving, or none"
+            )
 
     @property
     def name(self) -> str:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridnas.search.objectives import eligible, score
+from hybridnas.search.confirm import confirmed_winner, summaries
+from hybridnas.search.objectives import eligible, front, score
 from hybridnas.search.records import (
     COMPLETE,
     DUPLICATE,
@@ -33,6 +34,7 @@ BASELINES = ("moe_mamba", "mamba")  # the paper's model and the one that it was 
 _ORDER = {COMPLETE: 0, PRUNED: 1, FAIL: 2, INFEASIBLE: 3, DUPLICATE: 4, RUNNING: 5}
 CSV_COLUMNS = (
     "rank",
+    "front",
     "trial",
     "preset",
     "pattern",
@@ -44,8 +46,13 @@ CSV_COLUMNS = (
     "valid_loss",
     "vs_moe_mamba",
     "vs_mamba",
+    "confirmed_mean",
+    "confirmed_error",
+    "confirmed_seeds",
     "bits_per_byte",
     "accuracy",
+    "ms_per_token",
+    "tokens_read_per_second",
     "tokens",
     "tokens_per_active_param",
     "tokens_per_second",
@@ -67,6 +74,7 @@ class Row:
     loss: float | None  # of a pruned trial: at its last rung
     vs: dict[str, float | None]
     tokens_per_active: float | None
+    front: bool = False  # no other completed trial beats it in all objectives
 
     @property
     def is_baseline(self) -> bool:
@@ -84,6 +92,7 @@ def rows(records: Iterable[TrialRecord]) -> list[Row]:
     """Return the leaderboard's rows: completed by loss, pruned by tokens then loss, then failed, then the others."""
     kept = list(records)
     marks = {name: baseline_loss(kept, name) for name in BASELINES}
+    best = {record.number for record in front(kept)}
     ranked = 0
     found = []
     for record in sorted(kept, key=_key):
@@ -97,16 +106,22 @@ def rows(records: Iterable[TrialRecord]) -> list[Row]:
             for name, mark in marks.items()
         }
         active = record.cost.get("active_params")
-        found.append(Row(record, rank, loss, vs, record.tokens / active if active and record.tokens else None))
+        ratio = record.tokens / active if active and record.tokens else None
+        found.append(Row(record, rank, loss, vs, ratio, record.number in best))
     return found
 
 
 def winner(records: Iterable[TrialRecord]) -> TrialRecord | None:
     """Return the completed trial that is best in the first objective, the earlier of two equals; None before the first.
 
-    A baseline that passes one of the limits cannot win.
+    Once the best were trained again with fresh seeds, their mean over these decides, and only they can win. A baseline
+    that passes one of the limits cannot.
     """
-    return min(filter(eligible, records), key=lambda record: (score(record), record.number), default=None)
+    kept = list(records)
+    sure = confirmed_winner(kept)
+    if sure is not None:
+        return sure
+    return min(filter(eligible, kept), key=lambda record: (score(record), record.number), default=None)
 
 
 def baseline(records: Iterable[TrialRecord], preset: str) -> TrialRecord | None:
@@ -149,12 +164,19 @@ def write_leaderboard(study_folder: Path | str, records: Iterable[TrialRecord]) 
 def exact(row: Row) -> list[str]:
     """Return a row's values in the order of ``CSV_COLUMNS``, unrounded; unknown values are empty."""
     record, cost = row.record, row.record.cost
+    sure = next(iter(summaries([record])), None)
     values: dict[str, Any] = {
         **{column: getattr(record, column, None) for column in CSV_COLUMNS},
         **{name: cost.get(name) for name in ("params", "active_params", "embedding_params", "state_bytes")},
         "flops_per_token": cost.get("flops_per_token"),
         "rank": row.rank,
+        "front": 1 if row.front else None,
         "trial": record.number,
+        "ms_per_token": record.figures.get("ms_per_token"),
+        "tokens_read_per_second": record.figures.get("tokens_per_second"),
+        "confirmed_mean": sure.value if sure else None,
+        "confirmed_error": sure.error if sure else None,
+        "confirmed_seeds": sure.n if sure else None,
         "valid_loss": row.loss,
         "vs_moe_mamba": row.vs["moe_mamba"],
         "vs_mamba": row.vs["mamba"],
@@ -255,9 +277,9 @@ def signed(value: float | None) -> str:
 
 
 def _key(record: TrialRecord) -> tuple[int, float, float, int]:
-    loss = last_loss(record)
-    known = float("inf") if loss is None else loss
-    order = _ORDER[record.state] if record.state != COMPLETE or loss is not None else _ORDER[FAIL]
+    value = score(record) if record.objectives else last_loss(record)
+    known = float("inf") if value is None else value
+    order = _ORDER[record.state] if record.state != COMPLETE or value is not None else _ORDER[FAIL]
     return (order, -record.tokens if record.state == PRUNED else 0, known, record.number)
 
 

@@ -54,6 +54,7 @@ class TrialRecord:
     objectives: Mapping[str, float] = field(default_factory=dict)  # asked for, in their order and directions
     figures: Mapping[str, float] = field(default_factory=dict)  # measured here, and state_bytes as asked for
     violation: str | None = None  # which limit a baseline passes: it is trained as a yardstick and cannot win
+    confirmed: Mapping[str, float | None] = field(default_factory=dict)  # fresh seed -> result at full length
     legs: Sequence[Sequence[float]] = field(
         default_factory=list
     )  # [Unix time at its end, tokens trained] of each start
@@ -83,7 +84,7 @@ class TrialRecord:
         known = {key: value for key, value in values.items() if key in names}
         if type(known.get("number")) is not int or not isinstance(known.get("state"), str):
             raise StudyError("a trial's record needs an integer 'number' and a 'state'")
-        for key in ("choices", "cost", "objectives", "figures"):
+        for key in ("choices", "cost", "objectives", "figures", "confirmed"):
             if not isinstance(known.setdefault(key, {}), Mapping):
                 raise StudyError(f"a trial's record needs a mapping for {key!r}, got {type(known[key]).__name__}")
         for key in ("valid_loss", "bits_per_byte", "accuracy", "tokens", "seconds", "tokens_per_second"):

@@ -9,6 +9,7 @@ import dataclasses
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ from hybridnas.search.records import (
     TrialRecord,
     write_record,
 )
+from hybridnas.search.tabular import TableSource
 from hybridnas.search_spaces.space import Proposal, Scale, Space, reason_of
 from hybridnas.train import checkpoint
 from hybridnas.train.loop import run as train_run
@@ -109,14 +111,14 @@ class TrialRun:
         arch = self._propose().arch
         self.known = objectives.known_of(record)
         self.before = self.passed = record.tokens
-        if not (self.folder / checkpoint.NEWEST).exists():
+        if not self._kept():
             self.context.news(f"trial {self.number}: its checkpoint is gone, so it is trained again from nothing")
         return self._train_and_write(record, arch, started)
 
     def _train_and_write(self, record: TrialRecord, arch: Arch, started: float) -> TrialRecord:
         measured = read_evals(self.folder)
         self.passed = max([self.passed, *(value.tokens for value in measured[:-1])])  # a later one says: it went on
-        resumed = record.tokens if (self.folder / checkpoint.NEWEST).exists() else 0
+        resumed = record.tokens if self._kept() else 0
         self._start_tracking(record)
         result = self._train(arch)
         record = self._conclude(record, result, time.time() - started)
@@ -136,8 +138,12 @@ class TrialRun:
     def _propose(self) -> Proposal:
         space, scale = self.context.space, self.context.scale
         if self.baseline is not None:
-            return Proposal(space.baseline(self.baseline, scale), {}, self.baseline)
-        return space.propose(self.trial, scale)
+            proposal = Proposal(space.baseline(self.baseline, scale), {}, self.baseline)
+        else:
+            proposal = space.propose(self.trial, scale)
+        if isinstance(self.context.source, TableSource):
+            self.context.source.require(proposal.arch)
+        return proposal
 
     def _describe(self, proposal: Proposal) -> TrialRecord:
         arch = proposal.arch
@@ -191,18 +197,30 @@ class TrialRun:
             **{name: getattr(same, name) for name in kept},
         )
 
+    def _kept(self) -> bool:
+        """Whether what was trained of this candidate still stands; a table never forgets."""
+        return isinstance(self.context.source, TableSource) or (self.folder / checkpoint.NEWEST).exists()
+
     def _train(self, arch: Arch) -> TrainResult:
         config = self.context.config
+        if isinstance(self.context.source, TableSource):
+            return self.context.source.look_up(arch, self.rungs, self.folder, self._on_eval)
+        quiet: AbstractContextManager[None] = nullcontext()
+        if objectives.wants_hardware(config):
+            from hybridnas.search.measure import training
+
+            quiet = training(self.folder.parent.parent)
         try:
-            return train_run(
-                arch,
-                self.context.source,
-                config.budget.train_config(self.context.target, config.seed),
-                folder=self.folder,
-                device=config.device,
-                on_eval=self._on_eval,
-                progress=config.progress,
-            )
+            with quiet:
+                return train_run(
+                    arch,
+                    self.context.source,
+                    config.budget.train_config(self.context.target, config.seed),
+                    folder=self.folder,
+                    device=config.device,
+                    on_eval=self._on_eval,
+                    progress=config.progress,
+                )
         except (CheckpointError, DataError, KernelUnavailableError, OSError, TrainingError):
             raise  # a full disk, another process, data, machine: the next trial would meet it, too, so the search ends
         except Exception as error:  # what one architecture provokes costs that trial alone
