@@ -33,7 +33,7 @@ def opened(search: Search) -> Iterator[tuple[optuna.Study, TrialContext, StudyMe
     tracker: Tracker | None = None
     config, folder = search.config, search.folder
     try:
-        source = open_source(search.source_config)
+        source = search.table or open_source(search.source_config)
         # MLflow's start takes seconds; it runs beside the first trial, after everything else is imported.
         tracker = Tracker.open(_tracking(search), folder.path, folder.name, config.identity())
         if search.orders is None:

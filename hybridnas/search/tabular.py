@@ -27,14 +27,15 @@ from hybridnas.arch.arch import Arch
 from hybridnas.config import FrozenConfig, option
 from hybridnas.cost import Cost
 from hybridnas.data.source import Batch, Source
-from hybridnas.errors import ConfigError, StudyError
+from hybridnas.errors import ConfigError, MatchError, StudyError
 from hybridnas.files import write_text
-from hybridnas.search.config import Budget
+from hybridnas.search.config import Budget, SearchConfig
 from hybridnas.search_spaces.space import Space
 from hybridnas.train.records import Eval, TrainResult
+from hybridnas.train.trainer import PAUSE
 
 COSTS = tuple(item.name for item in dataclasses.fields(Cost))
-_HEAD = ("pattern", "fingerprint", "choices", "seed", *COSTS, "tokens")
+_HEAD = ("pattern", "fingerprint", "vocab_size", "choices", "seed", *COSTS, "tokens")
 _TAIL = ("tokens_per_second", "seconds", "cpu_seconds", "failed", "settings", "data", "command", "commit")
 _LOSS, _ACCURACY = "loss_at_", "accuracy_at_"  # and the count of training tokens
 _ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +97,7 @@ class Row:
 
     pattern: str
     fingerprint: str
+    vocab_size: int  # of the data, part of the fingerprint
     choices: Mapping[str, Any]
     seed: int
     cost: Mapping[str, float]
@@ -133,6 +135,7 @@ class Row:
             **{name: cells[name] for name in ("pattern", "fingerprint", "settings", "data", "failed", "command")},
             commit=cells["commit"],
             choices=json.loads(cells["choices"]),
+            vocab_size=int(cells["vocab_size"]),
             seed=int(cells["seed"]),
             cost={name: float(cells[name]) for name in COSTS},
             tokens=int(cells["tokens"]),
@@ -211,15 +214,14 @@ def load_table(space: Space) -> tuple[TableSpec, Table]:
 
 
 class TableSource(Source):
-    """Stands where data would: a search on a table reads none."""
+    """Stands where data would: a search on a table reads none, and looks up what training would give."""
 
-    def __init__(self, table: Table, vocab_size: int) -> None:
+    def __init__(self, table: Table) -> None:
         self.table = table
-        self._vocab_size = vocab_size
 
     @property
     def vocab_size(self) -> int:
-        return self._vocab_size
+        return self.table.rows[0].vocab_size
 
     @property
     def fingerprint(self) -> str:
@@ -229,7 +231,7 @@ class TableSource(Source):
 
     def describe(self) -> str:
         count = len(self.table.by_fingerprint)
-        return f"scores of {count} architectures looked up in {self.table.path}; nothing is trained"
+        return f"none; the scores of {count} architectures are looked up in {self.table.path}"
 
     def train_batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> Batch:
         raise ConfigError("a search on a table trains nothing; train its winner with python -m hybridnas.train")
@@ -237,30 +239,52 @@ class TableSource(Source):
     def valid_batches(self, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
         raise ConfigError("a search on a table has no data; choose data=NAME and a space without a table")
 
+    def require(self, arch: Arch) -> None:
+        """Raise MatchError for an architecture that the table does not have."""
+        if arch.fingerprint() not in self.table.by_fingerprint:
+            raise MatchError(
+                f"pattern '{arch.pattern}' at these sizes is not among the {len(self.table.by_fingerprint)} "
+                f"architectures of {self.table.path}; python -m hybridnas.bench table goes on building it"
+            )
 
-def look_up(
-    table: Table, arch: Arch, tokens: tuple[int, ...], folder: Path, on_eval: Callable[[Eval], bool | None]
-) -> TrainResult:
-    """Return what training ``arch`` gave when the table was made, measured at ``tokens``; ``on_eval`` may stop it.
+    def look_up(
+        self, arch: Arch, tokens: tuple[int, ...], folder: Path, on_eval: Callable[[Eval], bool | str]
+    ) -> TrainResult:
+        """Return what training ``arch`` gave, measured at ``tokens``; ``on_eval`` may stop or pause it, as in training.
 
-    Raises StudyError for a token count that the table does not have.
+        Raises MatchError for an architecture, StudyError for a token count that the table does not have.
+        """
+        self.require(arch)
+        row = self.table.by_fingerprint[arch.fingerprint()][0]
+        missing = [point for point in tokens if point not in self.table.points]
+        if missing:
+            raise StudyError(
+                f"the table {self.table.path} has no scores at {missing[0]:,} tokens but at "
+                f"{', '.join(f'{point:,}' for point in self.table.points)}: choose space.table.budget.rungs and "
+                f".reduction so that rungs meet these"
+            )
+        evals: list[Eval] = []
+        speed = row.tokens_per_second
+        for point in tokens:
+            if point not in row.losses:
+                break
+            spent = row.seconds * point / max(row.losses)
+            accuracy = row.accuracies.get(point, math.nan)
+            value = Eval(point, 0, math.nan, row.losses[point], None, accuracy, speed, spent)
+            evals.append(value)
+            said = on_eval(value)
+            if said and point != tokens[-1]:
+                return TrainResult("paused" if said == PAUSE else "stopped", "", evals, None, folder, speed)
+        return TrainResult("failed" if row.failed else "completed", row.failed, evals, None, folder, speed)
+
+
+def on_table(config: SearchConfig, space: Space) -> tuple[SearchConfig, TableSource]:
+    """Return the search with the table's own size and data, whatever else was asked for, and its scores.
+
+    The limits of the call (trials, minutes, tokens) stay; nothing is trained, so nothing is confirmed. Raises as
+    :func:`load_table`.
     """
-    row = table.by_fingerprint[arch.fingerprint()][0]
-    missing = [point for point in tokens if point not in table.points]
-    if missing:
-        raise StudyError(
-            f"the table {table.path} has no scores at {missing[0]:,} tokens but at "
-            f"{', '.join(f'{point:,}' for point in table.points)}: choose space.table.budget.rungs and .reduction so "
-            f"that rungs meet these"
-        )
-    evals: list[Eval] = []
-    for point in tokens:
-        if point not in row.losses:
-            break
-        spent = row.seconds * point / max(row.losses)
-        accuracy = row.accuracies.get(point, math.nan)
-        value = Eval(point, 0, math.nan, row.losses[point], None, accuracy, row.tokens_per_second, spent)
-        evals.append(value)
-        if on_eval(value) and point != tokens[-1]:
-            return TrainResult("stopped", "", evals, None, folder, row.tokens_per_second)
-    return TrainResult("failed" if row.failed else "completed", row.failed, evals, None, folder, row.tokens_per_second)
+    spec, table = load_table(space)
+    limits = {name: getattr(config.budget, name) for name in ("n_trials", "minutes", "max_tokens")}
+    budget = spec.budget.replace(**limits, confirm="off")
+    return config.replace(budget=budget, data=dict(spec.data)), TableSource(table)

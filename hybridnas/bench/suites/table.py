@@ -160,6 +160,7 @@ class _Builder:
         row = Row(
             pattern=str(arch.pattern),
             fingerprint=arch.fingerprint(),
+            vocab_size=arch.vocab_size,
             choices=wanted.choices,
             seed=seed,
             cost=dataclasses.asdict(arch.cost(self.spec.budget.seq_len)),
