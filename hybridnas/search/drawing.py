@@ -150,7 +150,12 @@ class Fresh(BaseSampler):
 def _known(study: Study, trial: FrozenTrial) -> set[str]:
     """Return the architectures that the study has tried or is trying."""
     found = set()
-    for other in study.get_trials(deepcopy=False):
+    for other in all_trials(study):
         if other.number != trial.number:
             found.add(other.user_attrs.get("fingerprint") or other.system_attrs.get(DRAWN, ""))
     return found
+
+
+def all_trials(study: Study) -> list[FrozenTrial]:
+    """Return every trial of a study; under Hyperband a sampler's study shows those of one bracket alone."""
+    return study._storage.get_all_trials(study._study_id, deepcopy=False)

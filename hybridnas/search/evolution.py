@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hybridnas.arch.neighbours import neighbours
 from hybridnas.arch.pattern import Pattern, parse
 from hybridnas.errors import ConfigError
+from hybridnas.search.drawing import all_trials
 from hybridnas.search_spaces.space import Scale, Space
 
 LENGTH, SLOT = "motif_length", "slot"
@@ -194,7 +195,7 @@ def members_of(study: Study) -> list[Member]:
     """
     sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
     found: dict[int, Member] = {}
-    for trial in study.get_trials(deepcopy=False):
+    for trial in all_trials(study):
         number = trial.user_attrs.get("continues", trial.number)
         scores = {step: sign * value for step, value in trial.intermediate_values.items() if not math.isnan(value)}
         if trial.state == TrialState.COMPLETE and not scores and trial.value is not None:
