@@ -1,6 +1,7 @@
 """The Triton kernels compile for GPUs that are not here, spill nothing and fit; and what they are counted to move.
 
-Every tile at every size: ``python -m hybridnas.kernels._triton.report whole=true`` (long).
+The likely best tile of every kernel: ``python -m hybridnas.kernels._triton.report``, as .ci/run does; every tile at
+every size: the same with ``whole=true`` (long).
 """
 
 import json
@@ -11,12 +12,29 @@ import sys
 import pytest
 
 from hybridnas.kernels._triton.shapes import power_of_two, scan_parts
-from hybridnas.kernels._triton.traffic import Traffic, conv_traffic, scan_traffic
+from hybridnas.kernels._triton.traffic import (
+    Traffic,
+    conv_traffic,
+    loss_traffic,
+    moe_traffic,
+    norm_traffic,
+    scan_traffic,
+    ssd_traffic,
+)
 
 KERNELS = {
     "chunk_states", "pass_states", "chunk_outputs", "chunk_gradients", "pass_gradients", "chunk_inputs_gradients",
-    "conv_forward", "conv_backward",
+    "conv_forward", "conv_backward", "norm_forward", "norm_backward", "cross_entropy_rows", "ssd_steps", "ssd_scores",
+    "ssd_states", "ssd_pass_states", "ssd_outputs", "ssd_gate_gradients", "ssd_pass_gradients",
+    "ssd_inputs_gradients", "ssd_scores_gradients", "ssd_maps_gradients", "ssd_steps_gradients", "count_choices",
+    "place_choices", "grouped_rows", "grouped_weights", "combine", "spread",
 }  # fmt: skip
+# a few for each target, because compiling takes seconds; all of them: the report, which .ci/run calls
+FEW = {
+    "sm_80": {"chunk_states", "chunk_inputs_gradients", "ssd_states"},
+    "sm_90": {"conv_forward", "conv_backward", "grouped_rows"},
+    "gfx942": {"chunk_outputs", "ssd_scores", "grouped_weights"},
+}
 
 
 def run_report(folder, *options):
@@ -27,13 +45,14 @@ def run_report(folder, *options):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-def test_every_kernel_compiles_without_spills_and_fits(target, tmp_path):
+@pytest.mark.parametrize("target", list(FEW))
+def test_kernels_compile_without_spills_and_fit(target, tmp_path):
     out = tmp_path / "report.json"
-    done = run_report(tmp_path, f"targets={target}", f"out={out}", "timeout=300")
+    asked = "kernel=" + ",".join(sorted(FEW[target]))
+    done = run_report(tmp_path, f"targets={target}", asked, f"out={out}", "timeout=300")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     rows = json.loads(out.read_text())
-    assert {row["kernel"] for row in rows} == KERNELS
+    assert {row["kernel"] for row in rows} >= FEW[target]
     most_registers = {"gfx942": 512}.get(target, 255)
     most_shared = {"sm_80": 163, "sm_90": 227, "gfx942": 64}[target] * 1024
     for row in rows:
@@ -46,6 +65,24 @@ def test_a_wrong_option_of_the_report_is_named(tmp_path):
     done = run_report(tmp_path, "target=sm_80")
     assert done.returncode == 1
     assert "option 'target=sm_80' is not name=value of a known one; did you mean 'targets'?" in done.stderr
+
+
+_CASES = """
+from hybridnas.kernels._triton.cases import compilations
+few, all_ = compilations(False), compilations(True)
+print(*sorted({c.launch.kernel.__name__ for c in few}))
+print(*sorted({c.launch.kernel.__name__ for c in all_}))
+tiles = {(c.launch.kernel.__name__, t) for c in all_ for t in c.launch.tiles}
+assert tiles == {(c.launch.kernel.__name__, c.tile) for c in all_}  # every configuration of the tuner
+"""
+
+
+def test_the_report_has_every_kernel_and_every_configuration():
+    pytest.importorskip("triton", reason="triton is not installed here (it has no wheel for this system)")
+    done = subprocess.run([sys.executable, "-c", _CASES], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    few, all_ = (set(line.split()) for line in done.stdout.splitlines())
+    assert few | {"ssd_gate_gradients"} == all_ == KERNELS
 
 
 _LIMITS = """
@@ -100,6 +137,26 @@ def test_traffic_of_the_convolution_is_what_its_tensors_weigh():
     counted = conv_traffic(batch=2, length=100, channels=64, taps=4)
     assert counted["conv_forward"] == Traffic(2 * 2 * 100 * 64 * 4 + 64 * 5 * 4, 13 * 2 * 100 * 64)
     assert set(counted) == {"conv_forward", "conv_backward", "sums"}
+
+
+def test_traffic_of_state_space_duality_is_what_its_tensors_weigh():
+    counted = ssd_traffic(batch=2, length=256, heads=4, width=8, groups=1, size=16, dtype_bytes=2)
+    wide, narrow, lines, states = 2 * 256 * 4 * 8 * 2, 2 * 256 * 16 * 2, 2 * 256 * 4 * 4, 2 * 2 * 4 * 8 * 16 * 4
+    assert counted["ssd_states"].bytes == wide + narrow + 3 * lines + states
+    scores = 2 * 2 * 128 * 128 * 4  # of which 3 of 4 tiles of 64 x 64 are not above the diagonal
+    assert counted["ssd_outputs"].bytes == 4 * wide + narrow + 3 * lines + 3 * scores // 4 + states
+    assert counted["ssd_states"].flops > 2 * 2 * 256 * 4 * 8 * 16
+    assert ssd_traffic(2, 256, 4, 8, 1, 16, gated=False)["ssd_gate_gradients"] == Traffic(0, 0)
+
+
+def test_traffic_of_experts_norms_and_losses_is_what_their_tensors_weigh():
+    counted = moe_traffic(tokens=100, choices=2, n_experts=4, width=8, hidden=16)
+    assert counted["grouped_rows, up"] == Traffic(4 * (100 * 8 + 200 + 4 * 8 * 16 + 200 * 16), 2 * 200 * 8 * 16)
+    assert counted["combine"].bytes == 4 * (200 * 8 + 2 * 200 + 100 * 8)
+    norm = norm_traffic(rows=32, features=64, centered=True, fused=True)
+    assert norm["norm_forward"].bytes == 4 * (4 * 32 * 64 + 2 * 64 + 2 * 32)
+    assert norm_traffic(rows=32, features=64)["norm_backward"].bytes == 4 * (3 * 32 * 64 + 64 + 32 + 2 * 64)
+    assert loss_traffic(rows=3, vocabulary=7)["cross_entropy_rows"].bytes == 4 * 3 * 3 * 7 + 16 * 3
 
 
 def test_time_is_that_of_the_slower_of_memory_and_arithmetic():

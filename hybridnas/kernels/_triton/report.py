@@ -1,9 +1,9 @@
 """Compile every Triton kernel for GPUs that need not be here, and print what each uses.
 
-``python -m hybridnas.kernels._triton.report [whole=true] [targets=sm_80,sm_90,gfx942] [kernel=NAME] [jobs=N]
+``python -m hybridnas.kernels._triton.report [whole=true] [targets=sm_80,sm_90,gfx942] [kernel=NAME,NAME] [jobs=N]
 [timeout=SECONDS] [out=FILE]`` compiles the first tile of every kernel at common sizes, or with ``whole`` every tile
-at every size class; ``kernel`` keeps those whose name contains it. The exit code is 1 where a kernel does not compile
-in time, spills registers or needs more than the target has.
+at every size class; ``kernel`` keeps those whose name contains one of these. The exit code is 1 where a kernel does
+not compile in time, spills registers or needs more than the target has.
 Nothing here runs a kernel.
 """
 
@@ -25,7 +25,7 @@ _DEFAULTS = {"whole": "false", "targets": ",".join(TARGETS), "kernel": "", "jobs
 
 def report(whole: bool, targets: list[str], kernel: str = "", jobs: int = 2, timeout: float = 120.0) -> Iterator[Usage]:
     """Yield what every kernel whose name contains ``kernel`` uses; each is compiled in a process of its own."""
-    found = [c for c in compilations(whole) if kernel in c.launch.kernel.__name__]
+    found = [c for c in compilations(whole) if any(name in c.launch.kernel.__name__ for name in kernel.split(","))]
     pairs = [(c, TARGETS[name]) for c in found for name in targets]
     with ThreadPoolExecutor(jobs) as pool:
         yield from pool.map(lambda pair: usage(pair[0], pair[1], timeout), pairs)

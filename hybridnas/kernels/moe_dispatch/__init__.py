@@ -53,7 +53,7 @@ def token_choice(
     chosen = choose("moe_dispatch", impl, x_ND.device, takes=False)
     if chosen is Impl.REFERENCE:
         return token_choice_reference(x_ND, gate_NK, expert_NK, experts, capacity)
-    if chosen is Impl.TRITON and expert_NK.numel():
+    if chosen is Impl.TRITON:
         from hybridnas.kernels.moe_dispatch.triton import token_choice_triton
 
         return token_choice_triton(x_ND, gate_NK, expert_NK, experts, capacity)
@@ -76,7 +76,7 @@ def expert_choice(
     chosen = choose("moe_dispatch", impl, x_ND.device, takes=False)
     if chosen is Impl.REFERENCE:
         return expert_choice_reference(x_ND, gate_EC, token_EC, experts)
-    if chosen is Impl.TRITON and token_EC.numel():
+    if chosen is Impl.TRITON:
         from hybridnas.kernels.moe_dispatch.triton import expert_choice_triton
 
         return expert_choice_triton(x_ND, gate_EC, token_EC, experts)

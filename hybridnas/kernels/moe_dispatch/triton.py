@@ -36,7 +36,7 @@ def _sides(dtype: torch.dtype, limit: dict[str, int]) -> list[Tile]:
 def group(expert_NK: Tensor, n_experts: int, capacity: int | None) -> tuple[Tensor, ...]:
     """Return each choice's row (N, K) or -1, each row's choice (S,), where experts' rows end (E,), counts (E,)."""
     chosen, blocks = expert_NK.flatten().contiguous(), blocks_of(MOE_CHOICES, expert_NK.numel())
-    counts = chosen.new_empty(blocks, n_experts, dtype=torch.int32)
+    counts = chosen.new_zeros(max(1, blocks), n_experts, dtype=torch.int32)
     launch(
         kernels.count_choices, lambda _: blocks, [Tile.of(4, BS=MOE_CHOICES, BE=min(32, power_of_two(n_experts)))], (),
         chosen.device, expert=chosen, counts=counts, S=chosen.numel(), E=n_experts,

@@ -34,7 +34,7 @@ _HALF: dict[str, tuple[tuple[int, dict[str, int]], ...]] = {
     "ssd_states": ((4, {"BP": 64, "BN": 64}), (8, {"BP": 64, "BN": 128}), (4, {"BP": 32, "BN": 64})),
     "ssd_outputs": ((4, {"BP": 64, "BN": 64}), (8, {"BP": 64, "BN": 64}), (4, {"BP": 32, "BN": 64})),
     "ssd_inputs_gradients": ((8, {"BP": 64, "BN": 64}), (8, {"BP": 64, "BN": 32}), (8, {"BP": 32, "BN": 64})),
-    "ssd_scores_gradients": ((8, {"BP": 64}), (4, {"BP": 64}), (4, {"BP": 32})),
+    "ssd_scores_gradients": ((8, {"BP": 64}), (8, {"BP": 32})),
     "ssd_maps_gradients": ((4, {"BP": 64}), (8, {"BP": 64}), (4, {"BP": 32})),
 }
 _FLOAT: dict[str, tuple[tuple[int, dict[str, int]], ...]] = {
@@ -311,7 +311,8 @@ def _shapes(*args: Any) -> tuple[Tensor, ...]:
     chunks = (length + chunk - 1) // chunk
 
     def buffer(*shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=torch.float32)
+        empty: Tensor = x.new_empty(shape, dtype=torch.float32)
+        return empty
 
     lines = (buffer(batch, heads, chunks * chunk) for _ in range(3))
     scores, states = buffer(batch, chunks, groups, chunk, chunk), buffer(batch, chunks, heads, width, size)
