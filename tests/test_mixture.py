@@ -154,7 +154,7 @@ def test_mad_is_its_six_tasks_at_their_baselines():
     assert read_yaml(CONF / "data" / "mad.yaml") == config.to_dict()
     assert read_yaml(CONF / "data" / "mixture.yaml") == {
         "kind": "mixture",
-        "parts": {},
+        "parts": None,
         "ids": "apart",
         "seq_len": None,
     }

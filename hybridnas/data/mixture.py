@@ -34,8 +34,8 @@ class MixtureConfig(SourceConfig):
     """Parts, how often each is read, and how their ids and lengths go together."""
 
     kind: str = option("mixture", "kind of data, a name in SOURCES")
-    parts: Mapping[str, Any] = field(
-        default_factory=dict,
+    parts: Mapping[str, Any] | None = field(
+        default=None,
         metadata={
             "doc": "name -> settings of that data, with its kind (none: the name) and weight (none: 1) [mapping]"
         },
@@ -51,7 +51,7 @@ class MixtureConfig(SourceConfig):
         super().__post_init__()
         if not self.parts:
             raise ConfigError(
-                "data=mixture needs parts, e.g. 'data.parts=[mqar,parity]', or data.parts.mqar.n_pairs=16 for each"
+                "data=mixture needs parts, e.g. 'data.parts=[mqar,parity]', or data.parts.mqar.n_pairs=16 to set some"
             )
         longest = max((config.own_seq_len or 0 for config, _ in self.opened().values()), default=0)
         if self.seq_len is not None and self.seq_len < longest:
@@ -59,7 +59,7 @@ class MixtureConfig(SourceConfig):
 
     def opened(self) -> dict[str, tuple[SourceConfig, int]]:
         """Return each part's config and weight by name; raises ConfigError that names the part."""
-        return {str(name): self._part(str(name), settings) for name, settings in self.parts.items()}
+        return {str(name): self._part(str(name), settings) for name, settings in (self.parts or {}).items()}
 
     def _part(self, name: str, settings: Any) -> tuple[SourceConfig, int]:
         if not isinstance(settings, Mapping) and settings is not None:
@@ -86,7 +86,7 @@ class MadConfig(MixtureConfig):
     """The six tasks of MAD at their baseline settings."""
 
     kind: str = option("mad", "kind of data, a name in SOURCES")
-    parts: Mapping[str, Any] = field(
+    parts: Mapping[str, Any] | None = field(
         default_factory=lambda: {name: {} for name in MAD},
         metadata={
             "doc": "name -> settings of that task, with its kind (none: the name) and weight (none: 1) [mapping]"
@@ -116,7 +116,8 @@ class Mixture(Source):
 
     @property
     def seq_len(self) -> int | None:
-        return self.config.own_seq_len
+        own: int | None = self.config.own_seq_len
+        return own
 
     @property
     def summary(self) -> bool:

@@ -51,6 +51,8 @@ class SourceConfig(FrozenConfig):
 class Source(ABC):
     """Tokens for training and validation; equal for every trial and process that opens the same config."""
 
+    config: Any = None  # the SourceConfig that it was opened with, by which another process opens the same
+
     @property
     @abstractmethod
     def vocab_size(self) -> int:
@@ -167,7 +169,9 @@ def open_source(config: SourceConfig) -> Source:
             f"data kind={config.kind!r} takes {entry.config.__name__}, got {type(config).__name__}; "
             f"build it with hybridnas.data.source_config"
         )
-    return entry.open(config)
+    source = entry.open(config)
+    source.config = config
+    return source
 
 
 def check_vocab(source_vocab: int, model_vocab: int) -> None:
