@@ -48,7 +48,7 @@ def compose(command: str, overrides: list[str]) -> dict[str, Any]:
         try:
             config = hydra_compose(command, overrides=overrides)
             plain = OmegaConf.to_container(config, resolve=True)
-        except (HydraException, OmegaConfBaseException, OSError) as error:
+        except (HydraException, OmegaConfBaseException, OSError, TypeError) as error:
             raise _in_our_words(command, overrides, error) from None
     assert isinstance(plain, dict)
     settings = {str(key): value for key, value in plain.items()}
