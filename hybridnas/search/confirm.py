@@ -130,11 +130,6 @@ def fresh_seeds(seed: int, count: int) -> list[int]:
     return [seed + 1 + index for index in range(count)]
 
 
-def expected_seconds(seconds: float, top: int, baselines: int, seeds: int) -> float:
-    """Return how long confirmation takes where a full training takes so many seconds."""
-    return seconds * seeds * (top + baselines)
-
-
 def confirm(
     context: TrialContext,
     records: Sequence[TrialRecord],

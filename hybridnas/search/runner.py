@@ -27,6 +27,7 @@ from hybridnas.search.records import (
     StudyMeta,
     TrialRecord,
     trained_tokens,
+    write_record,
 )
 from hybridnas.search.tabular import TableSource, on_table
 from hybridnas.search.trial import TrialContext, TrialRun
@@ -116,12 +117,37 @@ class Search:
         return time.monotonic() - self.started
 
     def _end(self, context: TrialContext, meta: StudyMeta, ended: str) -> SearchSummary:
-        """Write what the search leaves; of several workers without a parent, the last one to end does."""
+        """Confirm, and write what the search leaves; of several workers without a parent, the last one to end does."""
         if self.config.worker == "off" or self.folder.alone():
+            if ended != "interrupted" and self.table is None:
+                try:
+                    self._confirm(context)
+                except KeyboardInterrupt:
+                    ended = "interrupted"
+                    self.news("stopping: the same command goes on with the confirmation")
             return self._finish(context, meta, ended)
         context.tracker.close("FINISHED")
         records = [self.records[number] for number in sorted(self.records)]
         return SearchSummary(records, winner(records), self.folder.path, None, None, ended, self.elapsed)
+
+    def _confirm(self, context: TrialContext) -> None:
+        """Train the best, the baselines and the rival's best with fresh seeds, where that was asked for."""
+        from hybridnas.search.confirm import confirm, fresh_seeds
+        from hybridnas.search.rival import confirm_rival, meet
+
+        records = [self.records[number] for number in sorted(self.records)]
+        rival = meet(context, self.folder.path, records)
+        if self.config.budget.confirm == "off" or winner(records) is None:
+            return
+
+        def save(record: TrialRecord) -> None:
+            write_record(self.folder.trial(record.number), record)
+            self.records[record.number] = record
+
+        confirm(context, records, self.folder.trial, save)
+        if rival is not None:
+            seeds = fresh_seeds(self.config.seed, self.config.budget.confirm_seeds)
+            confirm_rival(context, self.folder.path, rival, seeds)
 
     def _search(self, study: optuna.Study, context: TrialContext) -> str:
         if self.config.workers == 1:
@@ -249,6 +275,9 @@ class Search:
             return True
         full = [r.seconds for r in self.records.values() if r.state == COMPLETE]
         expected = sorted(full)[len(full) // 2] if full else 0.0
+        budget = self.config.budget
+        if budget.confirm == "on":  # a part of the minutes: one training for each architecture and fresh seed
+            part += budget.confirm_seeds * (budget.confirm_top + len(self.space.baselines))
         return time.monotonic() - self.started + part * expected <= 60 * minutes
 
     def _drop_checkpoints(self, study: optuna.Study, context: TrialContext) -> None:
@@ -258,7 +287,8 @@ class Search:
         """
         records = list(self.records.values())
         ranked = sorted(filter(eligible, records), key=lambda r: (score(r), r.number))
-        keep = {r.number for r in ranked[:KEPT_CHECKPOINTS]} | {r.number for r in records if r.preset}
+        kept = max(KEPT_CHECKPOINTS, self.config.budget.confirm_top)
+        keep = {r.number for r in ranked[:kept]} | {r.number for r in records if r.preset}
         if context.ladder is not None:
             keep |= {*context.ladder.hopeful(records), *busy(study)}
         for record in records:
