@@ -222,6 +222,22 @@ def test_mad_has_its_66_settings_and_six_optimiser_settings():
     assert len(mad.mad(quick=True).tasks) == 6
 
 
+def test_the_rank_correlation_of_a_quick_version_is_one_command(tmp_path, capsys):
+    def write(quick, figures):
+        suite = mad.mad(quick)
+        rows = [row(model=model, task=task.name, column=task.column, settings=task.digest, score=score)
+                for model, score in figures.items() for task in suite.tasks]  # fmt: skip
+        results.write_rows(tmp_path / f"{quick}.csv", rows)
+        return tmp_path / f"{quick}.csv"
+
+    full = write(False, {"a": 0.9, "b": 0.8, "c": 0.3, "d": 0.2})
+    quick = write(True, {"a": 0.5, "b": 0.6, "c": 0.4, "e": 0.9})
+    assert _guarded("evaluate", ["suite=mad", "suite.quick=true", f"suite.out={quick}", f"suite.against={full}"]) == 0
+    table = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert table[0] == ["column", "models", "Spearman"]
+    assert table[1:] == [[column, "3", "0.500"] for column in (*mad.COLUMNS, "average")]
+
+
 @pytest.mark.parametrize("name", list(SUITES))
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_suite_can_be_begun(name, quick):

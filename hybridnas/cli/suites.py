@@ -28,7 +28,6 @@ def run_suite(config: dict[str, Any]) -> int:
         return _compare(suite, settings, out)
     fields = {key: value for key, value in (config.get("arch") or {}).items() if value is not None}
     entries = suite.expanded(architectures(config), fields)
-    show.line(f"suite {suite.name}: {suite.title}; {len(suite.tasks)} tasks, {len(entries)} architectures; {folder}")
     runner = Runner(
         suite,
         entries,
@@ -39,6 +38,10 @@ def run_suite(config: dict[str, Any]) -> int:
         tracking=config["tracking"],
         minutes=settings.minutes,
         news=show.line,
+    )
+    show.line(
+        f"suite {suite.name}: {suite.title}; tasks {len(suite.tasks)}, architectures {len(entries)}, "
+        f"trainings {runner.total}; folder {folder}"
     )
     outcome = runner.run()
     print_suite(suite, outcome)

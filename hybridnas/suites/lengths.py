@@ -27,6 +27,7 @@ TOKENS_PER_LENGTH = 1 << 22  # read at one length, unless that is fewer than LEA
 LEAST, MOST = 8, 512  # examples
 CHUNK_TOKENS = 1 << 15  # of all sequences of a batch together: what is held at a time
 PATIENCE = 1800.0  # seconds that one length may take; what would take longer is said, not run
+_IDS = 1 << 20  # ids that exist at a time: beside the state, the text itself is all that grows with the length
 _CACHE_COPIES = 3  # keys and values as they were, as they become, and one layer's mask and scores
 
 
@@ -90,7 +91,7 @@ def _accuracy(
     check_vocab(source.vocab_size, model.arch.vocab_size)
     room = memory if memory is not None else free_memory(device)
     fits = max(1, room // max(1, _CACHE_COPIES * state)) if grows(model) else count
-    batch_size = max(1, min(count, fits, CHUNK_TOKENS // min(length, 256)))
+    batch_size = max(1, min(count, fits, _IDS // length, CHUNK_TOKENS // 256))
     right = places = read = 0
     for batch in source.valid_batches(count * length, batch_size, length):
         found, scored = _score(model, batch, device)

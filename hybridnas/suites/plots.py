@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -88,7 +89,7 @@ def _state(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> Non
     """Accuracy over the bytes that a sequence carries: one line per pattern, one point per width or state size."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    for index, (model, own) in enumerate(results.grouped(rows, lambda row: row.model.partition(",")[0]).items()):
+    for index, (model, own) in enumerate(results.grouped(rows, lambda row: _family(row.model)).items()):
         by_state = results.grouped(own, lambda row: row.state_bytes)
         points = sorted((state, 100 * max(_by_model(group))) for state, group in by_state.items())
         ax.plot(*_pairs(points), lw=1.2, label=model, **_style(index))
@@ -151,6 +152,11 @@ def _curves(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> No
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
     ax.set_xlabel("training tokens")
     ax.set_ylabel("validation loss [nats/token]")
+
+
+def _family(model: str) -> str:
+    """Return a model's name without the sizes that a sweep added."""
+    return re.sub(r"(, \w+ [\w.]+)+$", "", model)
 
 
 def _by_model(rows: Iterable[Row]) -> list[float]:

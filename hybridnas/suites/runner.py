@@ -88,6 +88,16 @@ class Runner:
         self.lengths = results.read_lengths(self.lengths_path)
         self.curves = results.read_curves(self.curves_path)
         self._sources: dict[str, Source] = {}
+        self._visited = 0
+
+    @property
+    def total(self) -> int:
+        """How many trainings the suite asks for: the grid with the first seed, the best setting with the others."""
+        own = (
+            len(entry.rates or self.suite.rates) * len(self.suite.decays) + len(entry.seeds or self.suite.seeds) - 1
+            for entry in self.entries
+        )
+        return len(self.suite.tasks) * sum(own)
 
     def run(self) -> Outcome:
         """Train what is missing, writing the CSV after every run; returns what is there when it ends or time is up."""
@@ -112,8 +122,8 @@ class Runner:
     def _group(self, entry: Entry, task: Task, tracker: Tracker) -> bool:
         """Run one architecture on one task; returns False when the time is up."""
         for cell in self.cells(entry, task):
-            row = self._known(cell)
-            if row is None and not self._train(cell, tracker):
+            self._visited += 1
+            if self._known(cell) is None and not self._train(cell, tracker):
                 return False
         return not task.lengths or self._measure_lengths(entry, task)
 
@@ -179,7 +189,7 @@ class Runner:
         self.rows = results.choose(results.merged(self.rows, row), self.suite)
         results.write_rows(self.rows_path, self.rows)
         self._keep_curve(row, result.evals)
-        self.news(_told(row))
+        self.news(f"[{self._visited}/{self.total}] {_told(row)}")
         return True
 
     def _row(self, cell: Cell, result: TrainResult) -> Row:
