@@ -206,7 +206,7 @@ def test_a_database_killed_in_mid_search_costs_a_wait(server, tiny, tmp_path):
         time.sleep(2)
         server.start()
         assert process.wait(600) == 0, (tmp_path / "log").read_text()
-    assert set(states(server, "outage")) <= {"COMPLETE", "PRUNED", "FAIL"}
+    assert "RUNNING" not in states(server, "outage")
     found = load_records(tmp_path / "outage")[0]
     assert [record.state for record in found[:4]].count("FAIL") == 0
     assert_untold(tmp_path, (tmp_path / "log").read_text())
