@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hybridnas.arch.model import HybridLM, LMHidden, LMState
+from hybridnas.arch.model import HybridLM, LMState
 from hybridnas.errors import ConfigError
 
 
@@ -28,11 +28,10 @@ def prefill(
     the state, which grows with the text for attention alone. Raises ConfigError for a chunk that is no (B, l) with
     l >= 1, and for a model with a block that is not causal.
     """
-    for hidden in _read(model, chunks, state):
-        assert hidden.state is not None
-        with torch.no_grad():
-            logits_BlV = model.head(hidden.x_BLD)
-        yield logits_BlV, hidden.state
+    for chunk_Bl in chunks:
+        x_BlD, state = _read(model, chunk_Bl, state)
+        yield _head(model, x_BlD), state
+        del x_BlD  # while the next chunk is read
 
 
 def last_logits(
@@ -56,27 +55,40 @@ def last_logits(
         raise ConfigError(f"last_logits positions must be at least one index from 0 up, got {wanted.tolist()}")
     pieces = [ids_or_chunks] if isinstance(ids_or_chunks, Tensor) else ids_or_chunks
     chunks = (chunk for piece in pieces for chunk in _split(piece, chunk_tokens))
-    read, x_BlD, found_BPD = 0, None, None
-    for hidden in _read(model, chunks, None):
-        x_BlD = hidden.x_BLD
+    read, state, last_BD, found_BPD = 0, None, None, None
+    for chunk_Bl in chunks:
+        x_BlD, following = _read(model, chunk_Bl, state)
+        state = _kept(state, following)
         start, read = read, read + x_BlD.shape[1]
-        if wanted is None:
-            continue
-        if found_BPD is None:
-            found_BPD = x_BlD.new_empty(x_BlD.shape[0], wanted.numel(), x_BlD.shape[2])
-        here = (wanted >= start) & (wanted < read)
-        found_BPD[:, here] = x_BlD[:, (wanted[here] - start).to(x_BlD.device)]
-        if read > int(wanted.max()):
-            break
-    if x_BlD is None:
+        last_BD = x_BlD[:, -1].clone()
+        if wanted is not None:
+            if found_BPD is None:
+                found_BPD = x_BlD.new_empty(x_BlD.shape[0], wanted.numel(), x_BlD.shape[2])
+            here = (wanted >= start) & (wanted < read)
+            found_BPD[:, here] = x_BlD[:, (wanted[here] - start).to(x_BlD.device)]
+            if read > int(wanted.max()):
+                break
+        del x_BlD, following
+    if last_BD is None:
         raise ConfigError("last_logits needs at least one token to read, got none")
     if wanted is not None and read <= int(wanted.max()):
         raise ConfigError(
             f"last_logits position {int(wanted.max())} is beyond the text of {read} tokens; use 0 to {read - 1}"
         )
-    with torch.no_grad():
-        logits: Tensor = model.head(x_BlD[:, -1] if found_BPD is None else found_BPD)
-    return logits
+    return _head(model, last_BD if found_BPD is None else found_BPD)
+
+
+def _kept(state: LMState | None, following: LMState) -> LMState:
+    """Return the next state in the memory of the last one where it has the same size.
+
+    A million tokens are hundreds of chunks: states that move through the heap would keep it from being used again.
+    """
+    if state is None:
+        return following
+    return tuple(
+        type(new)(*(b.copy_(a) if a.shape == b.shape else a for a, b in zip(new, old, strict=True)))
+        for new, old in zip(following, state, strict=True)
+    )
 
 
 def _split(ids_BL: Tensor, size: int) -> Sequence[Tensor]:
@@ -84,17 +96,20 @@ def _split(ids_BL: Tensor, size: int) -> Sequence[Tensor]:
     return torch.split(ids_BL, size, dim=1) if ids_BL.ndim == 2 else [ids_BL]
 
 
-def _read(model: HybridLM, chunks: Iterable[Tensor], state: LMState | None) -> Iterator[LMHidden]:
-    """Yield what the head reads, chunk after chunk."""
-    for chunk_Bl in chunks:
-        if chunk_Bl.ndim != 2 or chunk_Bl.shape[1] == 0:
-            raise ConfigError(f"a chunk of ids must be (batch, at least one token), got shape {tuple(chunk_Bl.shape)}")
-        if state is None:
-            state = model.init_state(chunk_Bl.shape[0])
-        with _evaluating(model), torch.no_grad():
-            hidden = model.hidden(chunk_Bl, state)
-        state = hidden.state
-        yield hidden
+def _read(model: HybridLM, chunk_Bl: Tensor, state: LMState | None) -> tuple[Tensor, LMState]:
+    """Return what the head reads, and the state after a chunk."""
+    if chunk_Bl.ndim != 2 or chunk_Bl.shape[1] == 0:
+        raise ConfigError(f"a chunk of ids must be (batch, at least one token), got shape {tuple(chunk_Bl.shape)}")
+    with _evaluating(model), torch.no_grad():
+        x_BlD, following, _ = model.hidden(chunk_Bl, model.init_state(chunk_Bl.shape[0]) if state is None else state)
+    assert following is not None
+    return x_BlD, following
+
+
+@torch.no_grad()
+def _head(model: HybridLM, x: Tensor) -> Tensor:
+    logits: Tensor = model.head(x)
+    return logits
 
 
 @contextmanager
