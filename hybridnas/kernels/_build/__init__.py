@@ -77,16 +77,13 @@ class _BuildError(Exception):
 
 def _build(source: Path) -> Library:
     compiler, version = _compiler()
+    headers = [header for folder in (source.parent, _HERE) for header in sorted(folder.glob("*.h"))]
     key = hashlib.sha256()
     for part in (
-        source.read_bytes(),
-        *(header.read_bytes() for folder in (source.parent, _HERE) for header in sorted(folder.glob("*.h"))),
-        version,
-        _processor(),
-        repr(_VARIANTS),
-        repr(_COMMON),
+        *(file.read_bytes() for file in (source, *headers)),
+        *(text.encode() for text in (version, _processor(), repr(_VARIANTS), repr(_COMMON))),
     ):
-        key.update(part if isinstance(part, bytes) else part.encode())
+        key.update(part)
         key.update(b"\0")
     name = f"{source.stem}-{key.hexdigest()[:24]}.so"
     said = f"C, compiled by {compiler[0]}"
