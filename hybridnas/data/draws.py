@@ -79,14 +79,7 @@ class Draws:
 
     def order(self, size: int, count: int | None = None) -> I64:
         """Return (B, N) different numbers in [0, size), in random order: all of them, or the first ``count``."""
-        low = np.uint64((1 << max(1, (size - 1).bit_length())) - 1)
-        words_BN = self.words(size)
-        words_BN |= low
-        words_BN ^= low
-        words_BN |= np.arange(size, dtype=np.uint64)
-        words_BN.sort(axis=1)
-        words_BN &= low
-        return words_BN[:, :count].view(np.int64)
+        return _ranked(self.words(size))[:, :count]
 
     def distinct(self, limit: int, count: int) -> I64:
         """Return (B, N) different numbers in [0, limit), in random order, each ordered choice equally likely.
@@ -114,7 +107,20 @@ class Draws:
         By exponential races (Efraimidis and Spirakis, 2006): the first to arrive is the first drawn.
         """
         arrival_BN = -np.log(self.uniform(len(weights_N))) / weights_N
-        return np.argsort(arrival_BN, axis=1, kind="stable")[:, :count]
+        # Positive floats are ordered as their bits are, so the last bits can hold the place, and a plain sort does it.
+        return _ranked(arrival_BN.view(np.uint64))[:, :count]
+
+
+def _ranked(values_BN: U64) -> I64:
+    """Return the places of each row's numbers from the least to the greatest; ``values`` is overwritten."""
+    size = values_BN.shape[1]
+    low = np.uint64((1 << max(1, (size - 1).bit_length())) - 1)
+    values_BN |= low
+    values_BN ^= low
+    values_BN |= np.arange(size, dtype=np.uint64)
+    values_BN.sort(axis=1)
+    values_BN &= low
+    return values_BN.view(np.int64)
 
 
 def repeats(values_BN: I64) -> Bools:

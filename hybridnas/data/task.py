@@ -19,6 +19,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ from hybridnas.data.windows import permute
 from hybridnas.errors import ConfigError, DataError
 
 VERSION = 1  # part of every fingerprint: raise it whenever examples come out differently
+_TABLE = 1 << 18  # of training sets up to this size an epoch's order is a table; of larger ones it is computed
 _TEST_BITS = 4  # one example in 2^4 belongs to the test set
 _ATTEMPTS = 1024  # an example is made again at most so often: then there are too few different ones
 _CHUNK = 1 << 14  # test tokens made at once, the attempts that fail not counted
@@ -205,9 +207,19 @@ def shuffled(numbers_B: I64, size: int, seed: int) -> I64:
     chosen_B = np.empty_like(numbers_B)
     for epoch in np.unique(epochs_B):
         rows = epochs_B == epoch
-        keys = np.array([word(seed, epoch, size, part) for part in range(6)], dtype=np.uint64)
-        chosen_B[rows] = permute((numbers_B[rows] % size).astype(np.uint64), size, keys).astype(np.int64)
+        places_B = numbers_B[rows] % size
+        if size <= _TABLE:
+            chosen_B[rows] = _order(size, int(epoch), seed)[places_B]
+        else:
+            keys = np.array([word(seed, epoch, size, part) for part in range(6)], dtype=np.uint64)
+            chosen_B[rows] = permute(places_B.astype(np.uint64), size, keys).astype(np.int64)
     return chosen_B
+
+
+@lru_cache(maxsize=4)
+def _order(size: int, epoch: int, seed: int) -> I64:
+    order: I64 = Draws(keys_of(np.array([epoch], dtype=np.int64), "order", seed)).order(size)[0]
+    return order
 
 
 def next_tokens(whole_BN: I64, scored_BN: Bools, seq_len: int, *, everywhere: bool) -> Examples:

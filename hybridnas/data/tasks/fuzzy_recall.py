@@ -130,6 +130,7 @@ class _Layout:
         padding = config.vocab_size - 1 - (not config.multi_query)
         self.whole_BN = np.full((rows, config.seq_len + 2), padding, dtype=np.int64)
         self.mask_BN = np.zeros(self.whole_BN.shape, dtype=bool)
+        self.rows_B1 = np.arange(rows)[:, None] * self.whole_BN.shape[1]
         self.there_BQ = np.ones(start_BQ.shape, dtype=bool)
         self.noise_BQ = np.zeros(start_BQ.shape, dtype=bool)
         self.scored_BQ = np.ones(start_BQ.shape, dtype=bool)
@@ -141,14 +142,15 @@ class _Layout:
         for place, tokens_BQ in enumerate(values):
             there_BQ = self.there_BQ & (place < self.value_BQ)
             columns_BQ = self._put(place + self.key_BQ, there_BQ, n_keys + tokens_BQ, draws)
-            np.put_along_axis(self.mask_BN, columns_BQ, self.scored_BQ & there_BQ, axis=1)
+            self.mask_BN.reshape(-1)[columns_BQ] = self.scored_BQ & there_BQ
 
     def _put(self, place: int | I64, there_BQ: Bools, tokens_BQ: I64, draws: Draws) -> I64:
         columns_BQ = np.where(there_BQ, self.start_BQ + place, self.whole_BN.shape[1] - 1)
+        columns_BQ += self.rows_B1
         if self.config.frac_noise:
             noise_BQ = self.config.plain_ids + draws.below(self.config.noise_vocab_size, tokens_BQ.shape[1])
             tokens_BQ = np.where(self.noise_BQ, noise_BQ, tokens_BQ)
-        np.put_along_axis(self.whole_BN, columns_BQ, tokens_BQ, axis=1)
+        self.whole_BN.reshape(-1)[columns_BQ] = tokens_BQ
         return columns_BQ
 
 
@@ -171,9 +173,15 @@ def _part(hash_BP: U64, place: int, limit: int) -> I64:
 def _different(digits: list[I64]) -> list[I64]:
     """Turn digits, the t-th below n - t, into different tokens below n: each counts the tokens not yet taken."""
     tokens: list[I64] = []
+    rising: list[I64] = []  # the tokens so far, sorted
     for digit_BQ in digits:
         token_BQ = digit_BQ.copy()
-        for earlier_BQ in np.sort(np.stack(tokens), axis=0) if tokens else ():
+        for earlier_BQ in rising:
             token_BQ += token_BQ >= earlier_BQ
         tokens.append(token_BQ)
+        greatest_BQ, sorted_ = token_BQ, []
+        for earlier_BQ in rising:
+            sorted_.append(np.minimum(earlier_BQ, greatest_BQ))
+            greatest_BQ = np.maximum(earlier_BQ, greatest_BQ)
+        rising = [*sorted_, greatest_BQ]
     return tokens
