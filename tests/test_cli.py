@@ -17,8 +17,9 @@ BUDGET = (
 )
 DATA = "cache_dir kind max_bytes tokenizer valid_fraction vocab_size"
 TRAIN = (
-    "accumulate batch_size beta1 beta2 checkpoint_seconds compile data_seed decay_all divergence_factor eval_at "
-    "final_lr_fraction grad_clip lr precision schedule seed seq_len tokens valid_tokens warmup_fraction weight_decay"
+    "accumulate batch_size beta1 beta2 checkpoint_seconds compile data_seed decay_all devices divergence_factor "
+    "eval_at final_lr_fraction grad_clip lr precision schedule seed seq_len tokens valid_tokens warmup_fraction "
+    "weight_decay"
 )
 SURFACE = {  # a setting more or less is a decision: change this table with it
     "search": "action against confirm confirm_seeds confirm_top device heartbeat launch max_active_params "

@@ -61,6 +61,7 @@ class Budget(FrozenConfig):
         "auto", "auto: bfloat16 on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16")
     )
     compile: bool = option(False, "torch.compile each model [yes/no]")
+    devices: int = option(1, "processes, each with a device, that train a trial together [count]", ge=1)
 
     def __post_init__(self) -> None:
         if isinstance(self.confirm, bool):  # YAML's on and off
@@ -101,6 +102,7 @@ class Budget(FrozenConfig):
             valid_tokens=self.valid_tokens,
             precision=self.precision,
             compile=self.compile,
+            devices=self.devices,
             seed=seed,
         )
 
@@ -178,6 +180,8 @@ class SearchConfig(FrozenConfig):
     def identity(self) -> dict[str, Any]:
         """Return what makes two calls the same study; limits such as n_trials and minutes may change in between."""
         budget = {k: v for k, v in self.budget.to_dict().items() if k not in LIMITS_OF_A_CALL}
+        if budget["devices"] == 1:  # older studies do not know it
+            del budget["devices"]
         usual = {field.name: field.default for field in dataclasses.fields(self)}
         # What did not exist once is left out where it is as it was then, so that older studies go on.
         chosen = {k: getattr(self, k) for k in LATER_SETTINGS if getattr(self, k) != usual[k]}

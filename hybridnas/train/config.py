@@ -37,6 +37,7 @@ class TrainConfig(FrozenConfig):
         choices=("auto", "float32", "bfloat16"),
     )
     compile: bool = option(False, "compile the training step with torch.compile [yes/no]")
+    devices: int = option(1, "processes, each with a device, that share every batch [count]", ge=1)
     seed: int = option(0, "seed of weights and dropout", ge=0)
     data_seed: int | None = option(None, "seed of the data's order; none: as seed", ge=0)
     eval_at: tuple[int, ...] = option(
@@ -103,4 +104,7 @@ class TrainConfig(FrozenConfig):
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that decide the numbers of a run: what a checkpoint must agree with."""
-        return {name: value for name, value in self.to_dict().items() if name not in NOT_IDENTITY}
+        kept = {name: value for name, value in self.to_dict().items() if name not in NOT_IDENTITY}
+        if self.devices == 1:  # a field that older runs do not know
+            del kept["devices"]
+        return kept

@@ -11,7 +11,7 @@ import re
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from hybridnas.errors import KernelInputError, TrainingError
 from hybridnas.hardware import describe_machine, pick_device
 from hybridnas.train import checkpoint
 from hybridnas.train.config import TrainConfig
+from hybridnas.train.distributed import Group, check_devices, launch
 from hybridnas.train.progress import Progress, Report, make_progress
 from hybridnas.train.records import (
     FORMAT_VERSION,
@@ -53,6 +54,7 @@ def run(
     keep_checkpoint: bool = True,
     max_seconds: float | None = None,
     impl: str = "auto",
+    group: Group | None = None,
 ) -> TrainResult:
     """Train ``arch`` on ``source``, or go on from where ``folder`` stands; the same call again is how one resumes.
 
@@ -71,31 +73,67 @@ def run(
     check_vocab(source.vocab_size, arch.vocab_size)
     target = pick_device(device)
     where = Path(folder)
+    group = group or Group()
+    if config.devices > 1:
+        check_devices(config, target)
+    job = _Job(arch, source, config, where, target, impl, identity(arch, source, config), group)
+    if not group.first:
+        _follow(job, max_seconds)
+        return TrainResult("completed", "", [], None, where)
     with _claimed(where):
-        same = identity(arch, source, config)
         stored = read_run(where)
         if stored is not None:
-            compare_identity(stored, same, where)
+            compare_identity(stored, job.identity, where)
         evals, torn = repair_evals(where)
         if stored is not None and stored["final"]:
             return _stored_result(stored, evals, arch, where, target, impl, on_eval)
-        shown = make_progress(progress)
-        if torn:
-            shown.note(torn)
-        machine = {"device": str(target), "machine": describe_machine(), "data_words": source.describe()}
-        about = {"format": FORMAT_VERSION, **same, **machine}
-        write_json(where / RUN, {**about, "status": "running", "reason": "", "final": False})
-        job = _Job(arch, source, config, where, target, impl, same)
-        outcome, trainer = _train(job, evals, on_eval, shown, max_seconds)
-        speed = trainer.tokens_per_second if trainer else 0.0
-        ended = {"status": outcome.status, "reason": outcome.reason, "final": outcome.final, "tokens_per_second": speed}
-        if outcome.final:
-            _settle_checkpoints(trainer, where, keep_checkpoint, sound=outcome.status != "failed")
-        elif outcome.status == "paused":
-            checkpoint.remove(where, names=(checkpoint.PREVIOUS,))  # it may lie there for long, and the newest is whole
-        write_json(where / RUN, {**about, **ended})
-        model = trainer.model if trainer and outcome.status != "failed" else None
-        return TrainResult(outcome.status, outcome.reason, evals, model, where, speed)
+        if config.devices == group.size:
+            return _own(job, evals, torn, on_eval, make_progress(progress), max_seconds, keep_checkpoint)
+    result = launch(
+        arch,
+        source,
+        config,
+        folder=where,
+        device=device,
+        on_eval=on_eval,
+        shown=make_progress(progress),
+        max_seconds=max_seconds,
+        impl=impl,
+        keep_checkpoint=keep_checkpoint,
+    )
+    ended = read_run(where)
+    if result.status == "failed" or ended is None or not ended["final"]:
+        return result
+    return _stored_result(ended, result.evals, arch, where, target, impl, None)
+
+
+def _own(
+    job: _Job,
+    evals: list[Eval],
+    torn: str,
+    on_eval: OnEval | None,
+    shown: Progress,
+    max_seconds: float | None,
+    keep_checkpoint: bool,
+) -> TrainResult:
+    """Train what is ours to write: the folder is held, its measurements are read."""
+    where = job.folder
+    if torn:
+        shown.note(torn)
+    machine = {"device": str(job.device), "machine": describe_machine(), "data_words": job.source.describe()}
+    about = {"format": FORMAT_VERSION, **job.identity, **machine}
+    write_json(where / RUN, {**about, "status": "running", "reason": "", "final": False})
+    job.group.share([asdict(value) for value in evals])
+    outcome, trainer = _train(job, evals, on_eval, shown, max_seconds)
+    speed = trainer.tokens_per_second if trainer else 0.0
+    ended = {"status": outcome.status, "reason": outcome.reason, "final": outcome.final, "tokens_per_second": speed}
+    if outcome.final:
+        _settle_checkpoints(trainer, where, keep_checkpoint, sound=outcome.status != "failed")
+    elif outcome.status == "paused":
+        checkpoint.remove(where, names=(checkpoint.PREVIOUS,))  # it may lie there for long, and the newest is whole
+    write_json(where / RUN, {**about, **ended})
+    model = trainer.model if trainer and outcome.status != "failed" else None
+    return TrainResult(outcome.status, outcome.reason, evals, model, where, speed)
 
 
 @dataclass(frozen=True)
@@ -109,6 +147,7 @@ class _Job:
     device: torch.device
     impl: str
     identity: dict[str, Any]
+    group: Group
 
     def trainer(self, evals: list[Eval]) -> Trainer:
         model = HybridLM(self.arch, impl=self.impl, seed=self.config.seed).to(self.device)
@@ -120,7 +159,14 @@ class _Job:
             device=self.device,
             evals=evals,
             identity=self.identity,
+            group=self.group,
         )
+
+
+def _follow(job: _Job, max_seconds: float | None) -> None:
+    """Train along with rank 0, which owns the folder, measures and decides."""
+    evals = [Eval.from_dict(value) for value in job.group.share(None)]
+    _train(job, evals, None, Progress(), max_seconds)
 
 
 def _train(

@@ -20,6 +20,7 @@ from hybridnas.arch.model import HybridLM, LMHidden
 from hybridnas.data.source import Batch, Source
 from hybridnas.train import checkpoint, optim
 from hybridnas.train.config import TrainConfig
+from hybridnas.train.distributed import Group
 from hybridnas.train.evaluate import autocast, counted, cross_entropy_sum, evaluate, mean_stats, to_device
 from hybridnas.train.progress import Progress
 from hybridnas.train.readout import attach, read
@@ -67,6 +68,7 @@ class Trainer:
         device: torch.device,
         evals: list[Eval],
         identity: dict[str, Any],
+        group: Group | None = None,
     ) -> None:
         self.model = model
         self.source = source
@@ -75,6 +77,9 @@ class Trainer:
         self.device = device
         self.evals = evals
         self.identity = identity
+        self.group = group or Group()
+        self._interrupted = threading.Event()
+        self._stop = False  # whether any process of the group was asked to
         if source.summary:
             attach(model, config.seed)
         self.optimizer = optim.make_optimizer(model, config)
@@ -106,8 +111,9 @@ class Trainer:
         max_seconds: float | None,
     ) -> Outcome:
         """Run to the end, a stop, a failure or an interrupt; saves at measurements, at times, and before it leaves."""
+        self._interrupted = interrupted
         for value in self.evals:
-            if on_eval is not None and (said := on_eval(value)):
+            if said := self._ask(on_eval, value):
                 return _left(value, said)
         points = frozenset(self.config.eval_steps())
         self._started = self._lap_start = self._saved_at = time.perf_counter()
@@ -121,23 +127,30 @@ class Trainer:
                 if isinstance(measured, str):
                     return Outcome("failed", measured)
                 self.save()
-                if measured is not None and on_eval is not None and (said := on_eval(measured)):
+                if measured is not None and (said := self._ask(on_eval, measured)):
                     return _left(measured, said)
                 self._lap_start = time.perf_counter()
-            if interrupted.is_set():
+            if self._stop or (self.group.size == 1 and interrupted.is_set()):
                 self.save()
                 raise KeyboardInterrupt
             now = time.perf_counter()
-            if max_seconds is not None and now - self._started >= max_seconds and self.state.step < self.config.steps:
+            late = max_seconds is not None and self.group.share(now - self._started) >= max_seconds
+            if late and self.state.step < self.config.steps:
                 self.save()
                 reason = f"time limit of {max_seconds:g} s reached at {self.tokens:,} tokens; the same call goes on"
                 return Outcome("stopped", reason, final=False)
             if now - self._saved_at >= self.config.checkpoint_seconds:
                 reason = self._not_finite()
-                if reason:
+                if reason and self.group.size == 1:  # several look at the same step, or some would wait for ever
                     return Outcome("failed", reason)
-                self.save()
+                if not reason:
+                    self.save()
         return Outcome("completed")
+
+    def _ask(self, on_eval: OnEval | None, value: Eval) -> bool | str | None:
+        """Return what ``on_eval`` says of a measurement: rank 0 asks, and all hear it."""
+        said = on_eval(value) if on_eval is not None and self.group.first else None
+        return self.group.share(said)  # type: ignore[no-any-return]
 
     def _step(self) -> str:
         """Take one optimiser step; returns why it could not be taken, or ''. Nothing is changed by a refused step."""
@@ -153,18 +166,20 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         rows = len(whole.inputs_BL)  # more than batch_size * accumulate where a mixture's part has shorter examples
-        for part in range(config.accumulate):
-            first, last = (rows * number // config.accumulate for number in (part, part + 1))
+        parts = config.accumulate * self.group.size
+        for part in range(self.group.rank, parts, self.group.size):
+            first, last = (rows * number // parts for number in (part, part + 1))
             batch = _slice(whole, first, last - first)
             with self._autocast():
                 output = self._hidden(batch.inputs_BL)
                 x_BLD = read(self.model, output.x_BLD, batch)
                 loss = cross_entropy_sum(x_BLD, self.model.head.weight, batch) / places
-            extra = sum(output.aux.losses.values(), start=loss.new_zeros(())) / config.accumulate
+            extra = sum(output.aux.losses.values(), start=loss.new_zeros(())) / parts
             (loss + extra).backward()  # type: ignore[no-untyped-call]
             _add(sums, "loss", loss.detach())
             for name, value in (*output.aux.losses.items(), *mean_stats(output.aux.stats).items()):
-                _add(sums, name, value.detach() / config.accumulate)
+                _add(sums, name, value.detach() / parts)
+        self._stop = self.group.reduce(self._parameters, sums, self._interrupted.is_set())
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, config.grad_clip or math.inf, foreach=True)
         sums["grad_norm"] = norm
         self._count(sums)
@@ -229,10 +244,12 @@ class Trainer:
             return reason
         value: Eval | None = None
         if not self.evals or self.evals[-1].step < self.state.step:
-            value = self._evaluate()
+            measured = asdict(self._evaluate()) if self.group.first else None
+            value = Eval.from_dict(self.group.share(measured))
             if not math.isfinite(value.valid_loss):
                 return self.why("the validation loss is not a finite number")
-            append_eval(self.folder, value)
+            if self.group.first:
+                append_eval(self.folder, value)
             self.evals.append(value)
             shown.measured(value, self.config.tokens)
         self._sums = {}
@@ -269,6 +286,9 @@ class Trainer:
 
     def save(self, *, with_optimizer: bool = True) -> None:
         """Write a checkpoint of this moment; raises TrainingError when the disk refuses."""
+        if not self.group.first:
+            self._saved_at = time.perf_counter()
+            return
         self._lap()
         self.state.sums = {name: float(value) for name, value in self._sums.items()}
         self.state.smooth_loss = float(self._smooth)
