@@ -12,7 +12,7 @@ from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
 from hybridnas.cli import _guarded
 from hybridnas.cli.compose import CONF, compose
-from hybridnas.cli.suites import listed
+from hybridnas.cli.suites import listed, preset_sizes
 from hybridnas.data.source import SOURCES, Batch, Source, SourceConfig, SourceKind
 from hybridnas.errors import ConfigError, StudyError
 from hybridnas.suites import headline, induction_heads, mad, mqar, results, selective_copying, speed
@@ -263,6 +263,22 @@ def test_the_headlines_target_is_the_mamba_of_its_width():
     entries = {entry.name: entry for entry in headline.headline(False).entries}
     assert entries["mamba"].arch(256).cost().active_params == headline.MAMBA_ACTIVE
     assert [name for name, entry in entries.items() if entry.seeds is None] == ["mamba", "moe_mamba"]
+
+
+def test_what_the_user_names_is_matched_where_the_suite_matches():
+    suite = headline.headline(False)
+    named = suite.expanded(["(ME)x2", "Mx3", "(MF)x2"], {})
+    assert [entry.free for entry in named] == [("d_expert",), ("d_inner",), ("d_ff",)]
+    for entry in named:
+        assert entry.arch(256).cost().active_params == pytest.approx(headline.MAMBA_ACTIVE, rel=0.02)
+
+
+def test_sizes_given_to_a_preset_reach_it_and_its_own_leave_the_choice_to_the_suite():
+    config = compose("evaluate", ["suite=mad", "preset=moe_mamba", "preset.n_blocks=2", "preset.n_experts=4"])
+    assert preset_sizes(config) == {"n_blocks": 2, "n_experts": 4}
+    (entry,) = toy(fields={"d_model": 16}).expanded(["moe_mamba"], preset_sizes(config))
+    arch = entry.arch(16)
+    assert (str(arch.pattern), arch.d_model) == ("MEME", 16)
 
 
 def test_a_sweep_reaches_the_sizes_that_a_pattern_has_and_repeats_none():

@@ -26,7 +26,7 @@ def run_suite(config: dict[str, Any]) -> int:
     out = Path(settings.out) if settings.out else folder / f"{folder.name}.csv"
     if settings.against:
         return _compare(suite, settings, out)
-    fields = {key: value for key, value in (config.get("arch") or {}).items() if value is not None}
+    fields = {**preset_sizes(config), **{k: v for k, v in (config.get("arch") or {}).items() if v is not None}}
     entries = suite.expanded(architectures(config), fields)
     runner = Runner(
         suite,
@@ -92,6 +92,17 @@ def _compare(suite: Suite, settings: SuiteConfig, out: Path) -> int:
     lines = [[c, str(n), "-" if rho is None else f"{rho:.3f}"] for c, n, rho in results.agreement(*tables)]
     show.table(f"Rank correlation of {out} and {settings.against}", ["column", "models", "Spearman"], lines)
     return 0
+
+
+def preset_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes that the user has given to preset=; what is as the preset has it is the suite's to choose."""
+    from hybridnas.arch.presets import preset_arguments
+
+    chosen = config.get("preset")
+    if not chosen:
+        return {}
+    own = preset_arguments(chosen["name"])
+    return {key: value for key, value in chosen.items() if key != "name" and value != own.get(key, chosen)}
 
 
 def architectures(config: Mapping[str, Any]) -> list[str]:

@@ -78,6 +78,7 @@ def headline(quick: bool) -> Suite:
         decays=(0.1,),
         score="valid_loss",
         fields={"d_model": WIDTH},
+        active_params=MAMBA_ACTIVE,
         published=HEADLINE,
         figure="curves",
         baseline="mamba",
@@ -114,6 +115,7 @@ def expert_count(quick: bool) -> Suite:
         decays=(0.1,),
         score="valid_loss",
         fields={"d_model": WIDTH},
+        active_params=MAMBA_ACTIVE,
         published=(
             _experts("Mamba", 3.51, 3.72),
             _experts("1 expert", 3.56, 3.75),

@@ -139,11 +139,12 @@ def choose(rows: Sequence[Row], suite: Suite) -> list[Row]:
 
 
 def best_setting(rows: Sequence[Row], suite: Suite) -> tuple[float, float] | None:
-    """Return the (rate, decay) whose run of the first seed scored best; of equals the one that needed fewer tokens."""
+    """Return the (rate, decay) whose run of the first seed scored best; of equals by tokens, then by loss."""
     first = [row for row in rows if row.score is not None and row.seed == suite.seeds[0] and row.status != "failed"]
     if not first:
         return None
-    top = min(first, key=lambda row: (-_of(row.score) if suite.higher else _of(row.score), row.tokens))
+    sign = -1 if suite.higher else 1
+    top = min(first, key=lambda row: (sign * _of(row.score), row.tokens, row.valid_loss or 0.0))
     return (top.lr, top.weight_decay)
 
 

@@ -47,7 +47,6 @@ class Entry:
     pattern: str | None = None
     preset: str | None = None
     fields: Fields = field(default_factory=dict)
-    optional: Fields = field(default_factory=dict)  # fields for the blocks that have them; others do without
     active_params: int | None = None  # size the free widths to this many active parameters
     free: tuple[str, ...] = ("d_expert", "d_ff")
     rates: tuple[float, ...] | None = None  # none: the suite's
@@ -57,28 +56,18 @@ class Entry:
         """Return the fields that its blocks have, and d_model."""
         from hybridnas.registry import BLOCKS
 
-        slots = self.replace_free().arch(vocab_size=16).pattern.slots
+        free = replace(self, active_params=None, fields={"d_model": 16, **self.fields})
+        slots = free.arch(vocab_size=16).pattern.slots
         return {"d_model", *(name for slot in slots for name in BLOCKS.get(slot.letter).Config.field_names())}
-
-    def replace_free(self) -> Entry:
-        """Return the same without a target of active parameters."""
-        return replace(self, active_params=None, fields={"d_model": 16, **self.fields})
 
     def arch(self, vocab_size: int) -> Arch:
         """Return the architecture for a vocabulary; raises PatternError, ConfigError or MatchError."""
         from hybridnas.arch.arch import Arch
         from hybridnas.arch.match import match
-        from hybridnas.arch.pattern import parse
         from hybridnas.arch.presets import preset
-        from hybridnas.registry import BLOCKS
 
-        if self.preset is not None:
-            arch = preset(self.preset, **{**self.fields, "vocab_size": vocab_size})
-        else:
-            parsed = parse(self.pattern or "")
-            known = {name for slot in parsed.slots for name in BLOCKS.get(slot.letter).Config.field_names()}
-            mine = {key: value for key, value in self.optional.items() if key in known}
-            arch = Arch.from_pattern(parsed, **{**mine, **self.fields, "vocab_size": vocab_size})
+        fields = {**self.fields, "vocab_size": vocab_size}
+        arch = preset(self.preset, **fields) if self.preset else Arch.from_pattern(self.pattern or "", **fields)
         if self.active_params is None:
             return arch
         return match(arch, active_params=self.active_params, free=self.free, multiple=1)
@@ -110,7 +99,7 @@ class Suite:
     seeds: tuple[int, ...] = (0,)  # the first searches the grid, the others repeat its best setting
     score: str = "accuracy"  # or valid_loss: what is compared, tabulated and drawn
     fields: Fields = field(default_factory=dict)  # of architectures that the user names by pattern
-    optional: Fields = field(default_factory=dict)  # the same, where a block has them
+    active_params: int | None = None  # to which these are sized: experts and MLPs, else the Mamba layers
     variants: tuple[Fields, ...] = ({},)  # each architecture once with each of these: a sweep of widths or states
     stop_at: float | None = None  # accuracy that ends a training early
     published: tuple[Published, ...] = ()
@@ -148,8 +137,13 @@ class Suite:
     def _named(self, text: str, fields: Fields, is_preset: bool) -> Entry:
         if is_preset:
             own = {key: value for key, value in self.fields.items() if key == "d_model"}
-            return Entry(name=text, preset=text, fields={**own, **fields})
-        return Entry(name=text, pattern=text, fields={**self.fields, **fields}, optional=self.optional)
+            entry = Entry(name=text, preset=text, fields={**own, **fields})
+        else:
+            entry = Entry(name=text, pattern=text, fields={**self.fields, **fields})
+        if self.active_params is None:
+            return entry
+        free = tuple(sorted(entry.sizes() & {"d_expert", "d_ff"})) or ("d_inner",)
+        return replace(entry, active_params=self.active_params, free=free)
 
     def only(self, tasks: Sequence[str]) -> Suite:
         """Keep the tasks or columns of these names; raises ConfigError for others."""
