@@ -57,9 +57,10 @@ def close(got, expected):
         torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5)
 
 
-def model_of(pattern, seed=3, **fields):
-    experts = {"E": {"n_experts": 3, "d_expert": 8}} if "E" in pattern else {}
-    return HybridLM(Arch.from_pattern(pattern, d_model=16, vocab_size=V, **experts, **fields), seed=seed)
+def model_of(pattern, seed=3, experts=None, **fields):
+    if "E" in pattern:
+        fields["E"] = {"n_experts": 3, "d_expert": 8, **(experts or {})}
+    return HybridLM(Arch.from_pattern(pattern, d_model=16, vocab_size=V, **fields), seed=seed)
 
 
 def prompt(batch=1, length=7):
@@ -203,6 +204,24 @@ def test_greedy_tokens_are_those_of_reading_everything_again(pattern, norm, batc
     assert torch.equal(made, recomputed(model, prompt(batch), 12))
 
 
+@pytest.mark.parametrize(
+    "experts",
+    [
+        {"router": "top_k", "top_k": 2, "renormalise": True},
+        {"gated": True, "bias": True, "d_shared": 8},
+        {"eval_capacity_factor": 1.0},
+    ],
+    ids=str,
+)
+def test_any_routing_decodes_as_it_reads(experts):
+    model, ids = model_of("(ME)x2", experts=experts).eval(), prompt(1, 20)
+    with torch.no_grad():
+        state, decode = model.init_state(1), Decoder(model, model.init_state(1))
+        for t in range(20):
+            expected, state, _ = model(ids[:, t : t + 1], state)
+            close([decode(ids[:, t])], [expected[:, 0]])
+
+
 @pytest.mark.parametrize("pattern", ["Mx2", EVERY])
 def test_the_decoder_gives_the_logits_of_forward(pattern):
     model, ids = model_of(pattern).eval(), prompt(2, 40)
@@ -211,6 +230,15 @@ def test_the_decoder_gives_the_logits_of_forward(pattern):
         decode = Decoder(model, model(ids[:, :4], model.init_state(2)).state)
         for t in range(4, 40):
             close([decode(ids[:, t])], [whole[:, t]])
+
+
+@pytest.mark.parametrize("fields", [{}, {"positions": "none"}, {"n_heads": 4, "n_kv_heads": 2}], ids=str)
+def test_a_cache_of_keys_grows_as_often_as_it_must(fields):
+    model, ids = model_of("AF", A=fields).eval(), prompt(2, 170)
+    with torch.no_grad():
+        whole = model(ids).logits_BLV
+        decode = Decoder(model, model(ids[:, :5], model.init_state(2)).state)
+        close([torch.stack([decode(ids[:, t]) for t in range(5, 170)], dim=1)], [whole[:, 5:]])
 
 
 @needs_compiler

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridnas.blocks.base import State
+from hybridnas.blocks.stepping import one_row
 
 if TYPE_CHECKING:
     from hybridnas.arch.model import HybridLM, LMState, ResidualLayer
@@ -28,6 +28,7 @@ class Decoder:
     def __init__(self, model: HybridLM, state: LMState) -> None:
         given = iter(state)
         self._model = model
+        self._final_norm = None if model.final_norm is None else one_row(model.final_norm)
         self._steps = [_step_of(layer, given) for layer in cast("Iterable[ResidualLayer]", model.layers)]
 
     def __call__(self, ids_B: Tensor) -> Tensor:
@@ -36,11 +37,8 @@ class Decoder:
         x_BD: Tensor = model.embedding(ids_B)
         for step in self._steps:
             x_BD = step(x_BD)
-        norm = model.final_norm
-        if isinstance(norm, nn.RMSNorm) and not _hooked(norm):
-            x_BD = F.rms_norm(x_BD, norm.normalized_shape, norm.weight, norm.eps or 0.0)  # a few rows: no checks
-        elif norm is not None:
-            x_BD = norm(x_BD)
+        if self._final_norm is not None:
+            x_BD = self._final_norm(x_BD)
         logits_BV: Tensor = model.head(x_BD)
         return logits_BV
 

@@ -5,6 +5,7 @@ Shapes: B batch, L length, D d_model, H query heads, K key and value heads, P he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridnas.blocks.base import Block, BlockConfig, BlockOutput, State, truncated_normal_
+from hybridnas.blocks.stepping import as_written, one_row
 from hybridnas.config import option
 from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError
@@ -134,6 +136,11 @@ class Attention(Block):
         )
         return BlockOutput(self.out_proj(y_BHLP.transpose(1, 2).flatten(2)), state)
 
+    def one_token(self, norm: nn.Module, state: State) -> Callable[[Tensor], Tensor] | None:
+        if type(self).forward is not Attention.forward or not as_written():
+            return None
+        return _Cached(self, norm, cast(AttentionState, state))
+
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
         shape = (batch_size, self.config.kv_heads, 0, self.config.head_width)
         return AttentionState(*(torch.empty(shape, device=device, dtype=dtype) for _ in range(2)))
@@ -152,6 +159,49 @@ class Attention(Block):
         frequency_P = self.config.rope_base ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
         angle_LP = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequency_P
         return angle_LP.cos(), angle_LP.sin()
+
+
+class _Cached:
+    """``x + attention(norm(x))`` for token after token; its cache has room ahead, so that a token copies no others."""
+
+    def __init__(self, block: Attention, norm: nn.Module, state: AttentionState) -> None:
+        self._block, self._norm = block, one_row(norm)
+        self._k_BKTP, self._v_BKTP = state
+        self._read = state.k_BKTP.shape[2]
+        self._grow()
+
+    def __call__(self, x_BD: Tensor) -> Tensor:
+        block, config, at = self._block, self._block.config, self._read
+        width = config.head_width
+        parts = block.qkv_proj(self._norm(x_BD)).split([config.heads * width, *[block._kv_width] * 2], dim=-1)
+        q_BHP, k_BKP, v_BKP = (part.unflatten(-1, (-1, width)) for part in parts)
+        if at == self._k_BKTP.shape[2]:
+            self._grow()
+        if config.positions == "rope":
+            cos_P, sin_P = self._cos_TP[at], self._sin_TP[at]
+            q_BHP, k_BKP = _rotate(q_BHP, cos_P, sin_P), _rotate(k_BKP, cos_P, sin_P)
+        self._k_BKTP[:, :, at], self._v_BKTP[:, :, at] = k_BKP, v_BKP
+        self._read = at + 1
+        y_BHLP = F.scaled_dot_product_attention(
+            q_BHP[:, :, None],
+            self._k_BKTP[:, :, : at + 1].to(q_BHP.dtype),
+            self._v_BKTP[:, :, : at + 1].to(q_BHP.dtype),
+            enable_gqa=config.heads != config.kv_heads,
+        )
+        y_BD: Tensor = block.out_proj(y_BHLP.flatten(1))
+        return x_BD + y_BD
+
+    def _grow(self) -> None:
+        """Make room for half as many positions again, at least 64."""
+        kept = self._read
+        size = kept + max(64, kept // 2)
+        for name in ("_k_BKTP", "_v_BKTP"):
+            old = getattr(self, name)
+            new = old.new_empty(*old.shape[:2], size, old.shape[3])
+            new[:, :, :kept] = old[:, :, :kept]
+            setattr(self, name, new)
+        if self._block.config.positions == "rope":
+            self._cos_TP, self._sin_TP = self._block._rotation(0, size, self._k_BKTP.device)
 
 
 def _mask(length: int, past: int, device: torch.device) -> Tensor | None:

@@ -125,6 +125,10 @@ class RoutedExperts(nn.Module):
         y_NO, aux = route(x_ND, logits_NE, logits_NE.softmax(dim=-1))
         return y_NO.view(*x_BLD.shape[:2], -1), aux
 
+    def without_aux(self, x_ND: Tensor) -> Tensor:
+        """Return (N, O) of tokens that choose their experts, without the losses and statistics of the routing."""
+        return self._chosen(x_ND, self._logits(x_ND).softmax(dim=-1))[0]
+
     def reset_parameters(self, init_scale: float = 0.1) -> None:
         """Draw router and experts; with init_over_experts the second matrix counts all experts in its fan-in."""
         truncated_normal_(self.router.weight, self.shape.d_in, init_scale)
@@ -135,7 +139,8 @@ class RoutedExperts(nn.Module):
         with torch.autocast(x_ND.device.type, enabled=False):
             return F.linear(x_ND.to(wide), self.router.weight.to(wide))
 
-    def _token_choice(self, x_ND: Tensor, logits_NE: Tensor, probs_NE: Tensor) -> tuple[Tensor, Aux]:
+    def _chosen(self, x_ND: Tensor, probs_NE: Tensor) -> tuple[Tensor, Tensor, Tensor, int | None]:
+        """Return the output, the choices, how many of them each expert got, and how many it may take."""
         shape = self.shape
         gate_NK, expert_NK = probs_NE.topk(shape.top_k, dim=-1) if shape.top_k > 1 else probs_NE.max(-1, keepdim=True)
         if shape.renormalise:
@@ -145,6 +150,11 @@ class RoutedExperts(nn.Module):
         y_NO, counts_E = token_choice(
             x_ND, gate_NK, expert_NK, self.experts.tensors(), capacity=capacity, impl=self.impl
         )
+        return y_NO, expert_NK, counts_E, capacity
+
+    def _token_choice(self, x_ND: Tensor, logits_NE: Tensor, probs_NE: Tensor) -> tuple[Tensor, Aux]:
+        shape = self.shape
+        y_NO, expert_NK, counts_E, capacity = self._chosen(x_ND, probs_NE)
         load_E = counts_E / max(1, expert_NK.numel())
         losses = self._z_loss(logits_NE)
         if shape.load_balance_weight:

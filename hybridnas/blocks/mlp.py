@@ -5,6 +5,7 @@ Shapes: B batch, L length, D d_model, F d_ff.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridnas.blocks.base import Block, BlockConfig, BlockOutput, State, truncated_normal_
+from hybridnas.blocks.stepping import one_row
 from hybridnas.config import option
 from hybridnas.cost import Cost
 from hybridnas.hardware import Impl
@@ -82,6 +84,12 @@ class Mlp(Block):
 
     def forward(self, x_BLD: Tensor, state: State | None = None) -> BlockOutput:
         return BlockOutput(self.ff(x_BLD), state)
+
+    def one_token(self, norm: nn.Module, state: State) -> Callable[[Tensor], Tensor] | None:
+        if type(self).forward is not Mlp.forward:
+            return None
+        normed = one_row(norm)
+        return lambda x_BD: x_BD + self.ff(normed(x_BD))
 
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
         return ()

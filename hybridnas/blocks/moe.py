@@ -5,15 +5,17 @@ Shapes: B batch, L length, D d_model, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hybridnas.blocks.base import Block, BlockConfig, BlockOutput, State
 from hybridnas.blocks.experts import RoutedExperts, RoutedShape
 from hybridnas.blocks.mlp import FeedForward, feed_forward_params
+from hybridnas.blocks.stepping import one_row
 from hybridnas.config import option
 from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError
@@ -128,6 +130,19 @@ class Moe(Block):
         if self.shared is not None:
             y_BLD = y_BLD + self.shared(x_BLD)
         return BlockOutput(y_BLD, state, aux)
+
+    def one_token(self, norm: nn.Module, state: State) -> Callable[[Tensor], Tensor] | None:
+        listening = self.routed._forward_hooks or self.routed._forward_pre_hooks
+        if type(self).forward is not Moe.forward or not self.config.causal or listening:
+            return None
+        normed, shared = one_row(norm), self.shared
+
+        def run(x_BD: Tensor) -> Tensor:
+            y_BD = normed(x_BD)
+            found_BD = x_BD + self.routed.without_aux(y_BD)
+            return found_BD if shared is None else found_BD + shared(y_BD)
+
+        return run
 
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
         self._refuse_generation()

@@ -1,4 +1,4 @@
-"""One token of a Mamba block through the fused kernel, where that may stand for the block's own operations.
+"""One token of a block without the costs of many: Mamba through its fused kernel, where that may stand for the block.
 
 Shapes: B batch, D d_model, I d_inner, N d_state, K d_conv. Of a parameter nothing is kept but where it lies, which is
 compared at every step: weights that are replaced, moved or trained in between are seen by the next token. Hooks on the
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridnas.blocks.base import State
@@ -163,6 +164,20 @@ class InPlace:
                 return None
             self._last, self._run = step, step.bound((conv_BKI, conv_BKI), (ssm_BIN, ssm_BIN))
         return self._run
+
+
+def one_row(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return a norm for a few rows, whose checks would cost more than they: the same numbers, no backward."""
+    if not isinstance(norm, nn.RMSNorm) or norm._forward_hooks or norm._forward_pre_hooks:
+        return norm
+
+    def run(x_BD: Tensor) -> Tensor:
+        if x_BD.dtype != torch.float32:
+            found: Tensor = norm(x_BD)
+            return found
+        return F.rms_norm(x_BD, norm.normalized_shape, norm.weight, norm.eps or 0.0)
+
+    return run
 
 
 def as_written() -> bool:
