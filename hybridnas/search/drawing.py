@@ -14,7 +14,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from hybridnas.errors import HybridNASError
 from hybridnas.search_spaces.space import Scale, Space
@@ -82,6 +82,16 @@ class Naming:
         asking = _Asking(ask)
         self.space.choose(asking, self.scale)
         return asking
+
+
+def ask(study: Study) -> Trial:
+    """Return the study's next trial with its candidate drawn already, so that other workers can know it.
+
+    Optuna alone waits until the first choice is asked for.
+    """
+    trial = study.ask()
+    _ = trial.relative_params
+    return trial
 
 
 class Fresh(BaseSampler):

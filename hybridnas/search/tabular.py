@@ -36,7 +36,7 @@ from hybridnas.train.trainer import PAUSE
 
 COSTS = tuple(item.name for item in dataclasses.fields(Cost))
 _HEAD = ("pattern", "fingerprint", "vocab_size", "choices", "seed", *COSTS, "tokens")
-_TAIL = ("tokens_per_second", "seconds", "cpu_seconds", "failed", "settings", "data", "command", "commit")
+_TAIL = ("parts", "tokens_per_second", "seconds", "cpu_seconds", "failed", "settings", "data", "command", "commit")
 _LOSS, _ACCURACY = "loss_at_", "accuracy_at_"  # and the count of training tokens
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,6 +104,7 @@ class Row:
     tokens: int  # trained
     losses: Mapping[int, float]  # training tokens -> loss
     accuracies: Mapping[int, float]  # training tokens -> share of right predictions [0 to 1]
+    parts: Mapping[str, float]  # of data in parts: the last loss and accuracy of each, as loss.NAME and accuracy.NAME
     tokens_per_second: float
     seconds: float  # wall time
     cpu_seconds: float  # of all threads
@@ -122,7 +123,7 @@ class Row:
         """Return column -> cell."""
         return {
             **{name: getattr(self, name) for name in (*_HEAD, *_TAIL) if hasattr(self, name)},
-            "choices": json.dumps(dict(self.choices), sort_keys=True),
+            **{name: json.dumps(dict(getattr(self, name)), sort_keys=True) for name in ("choices", "parts")},
             **self.cost,
             **{f"{_LOSS}{point}": self.losses.get(point, "") for point in points},
             **{f"{_ACCURACY}{point}": self.accuracies.get(point, "") for point in points},
@@ -135,6 +136,7 @@ class Row:
             **{name: cells[name] for name in ("pattern", "fingerprint", "settings", "data", "failed", "command")},
             commit=cells["commit"],
             choices=json.loads(cells["choices"]),
+            parts=json.loads(cells["parts"]),
             vocab_size=int(cells["vocab_size"]),
             seed=int(cells["seed"]),
             cost={name: float(cells[name]) for name in COSTS},

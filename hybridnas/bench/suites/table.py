@@ -29,6 +29,7 @@ from hybridnas.search.tabular import Row, Table, TableSpec
 from hybridnas.search_spaces.enumerate import every_choice
 from hybridnas.search_spaces.space import Scale, Space, load_space
 from hybridnas.train.loop import run as train_run
+from hybridnas.train.records import Eval
 
 _WORK = Path("runs") / "table"  # where unfinished trainings lie
 
@@ -167,6 +168,7 @@ class _Builder:
             tokens=done.evals[-1].tokens if done.evals else 0,
             losses={value.tokens: value.valid_loss for value in done.evals},
             accuracies={value.tokens: value.accuracy for value in done.evals},
+            parts=_parts(done.evals),
             tokens_per_second=round(done.tokens_per_second),
             seconds=round(done.evals[-1].seconds, 2) if done.evals else 0.0,
             cpu_seconds=round(time.process_time() - began, 2),
@@ -185,6 +187,11 @@ class _Builder:
             table = Table([*old.rows, row], self.path)
             table.write()
         return table
+
+
+def _parts(evals: list[Eval]) -> dict[str, float]:
+    last = evals[-1].aux if evals else {}
+    return {name: value for name, value in last.items() if name.startswith(("loss.", "accuracy."))}
 
 
 @contextlib.contextmanager
