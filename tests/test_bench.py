@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from hybridnas.bench import SUITES, child, chosen, floor, method, models, peers
+from hybridnas.bench import SUITES, child, chosen, floor, method, models, peers, plain
 from hybridnas.bench import run as run_suites
 from hybridnas.bench.context import BenchConfig, provenance
 from hybridnas.bench.method import Form, Spread, measure, ratios
@@ -161,6 +161,28 @@ def test_every_suite_runs_at_shapes_of_no_size_and_fits_into_json(name, in_proce
         assert all(len(row) == len(table["columns"]) for row in table["rows"])
     if name not in ("lengths", "roofline", "first", "conv", "table", "fidelity"):
         assert read["goals"]
+
+
+@pytest.mark.parametrize(
+    ("name", "of", "over"), [("scan", scan.MAMBAPY, scan.OURS), ("step", models.TRANSFORMER, models.MAMBA)]
+)
+def test_a_suite_that_tunes_malloc_measures_again_without_and_labels_it(name, of, over, in_process):
+    pytest.importorskip("mambapy")
+    suite = __import__(f"hybridnas.bench.suites.{name}", fromlist=["run"])
+    tuned, as_it_comes = (suite.run(BenchConfig(suite=name, tiny=True, keep_memory=keep)) for keep in (True, False))
+    labelled = [r.case for r in tuned.ratios if r.case.endswith(", default malloc") and r[1:3] == (of, over)]
+    assert labelled and all(case.removesuffix(", default malloc") in [t.case for t in tuned.timed] for case in labelled)
+    assert not any("malloc" in r.case for r in as_it_comes.ratios)
+    assert any("default malloc throughout (keep_memory=false)" in note for note in as_it_comes.notes)
+
+
+def test_where_the_fresh_process_fails_the_labelled_case_says_why(monkeypatch):
+    monkeypatch.setattr(child, "measured", lambda *_, **__: child.Child(failed="ended by signal 9"))
+    result = Result("scan")
+    plain.again(BenchConfig(), result, "case", "module:work", {}, [("theirs", "ours")])
+    assert [(t.case, t.name, t.spread, t.note) for t in result.timed] == [
+        ("case, default malloc", "ours", None, "ended by signal 9")
+    ]
 
 
 def test_the_lengths_are_drawn_beside_the_results(in_process, tmp_path):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridnas.bench import floor, peers
+from hybridnas.bench import floor, peers, plain
 from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.method import Form, measure
 from hybridnas.bench.result import Result
@@ -136,6 +136,19 @@ def _one_shape(config: BenchConfig, result: Result, shape: tuple[int, int, int, 
     result.goal("at least", goal, case=case, of=MAMBAPY, over=OURS, what=what, against="mambapy's pscan")
     result.goal("at least", 300, case=at, of=HF, over=OURS, what=f"scan {at}", against="Hugging Face's reference path")
     result.goal("at most", 2.5, case=case, of=OURS, over=FLOOR, what=what, against="arithmetic floor")
+    if MAMBAPY in found:
+        given = {"batch": batch, "length": length, "channels": channels, "size": size, "rounds": config.pick(7, 3, 1)}
+        plain.again(config, result, case, "hybridnas.bench.suites.scan:default_malloc", given, [(MAMBAPY, OURS)])
+
+
+def default_malloc(
+    batch: int, length: int, channels: int, size: int, rounds: int
+) -> Callable[[], dict[str, list[float]]]:
+    """Build inputs; returns the interleaved run of ours and mambapy, forward and backward, for a process of its own."""
+    inputs = Inputs.draw(batch, length, channels, size)
+    found = _scans(Result("scan"), "")
+    forms = [Form(name, partial(forward_backward, found[name], inputs)) for name in (OURS, MAMBAPY)]
+    return partial(measure, forms, rounds)
 
 
 def _scans(result: Result, words: str) -> dict[str, Scan]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from hybridnas.bench import models
+from collections.abc import Callable
+from functools import partial
+
+from hybridnas.bench import models, plain
 from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.method import Form, measure
 from hybridnas.bench.models import HF_MAMBAPY, HF_SLOW, MAMBA, TRANSFORMER, Sizes
@@ -23,10 +26,22 @@ def run(config: BenchConfig) -> Result:
     equal = "a Transformer (SDPA) of equal parameters"
     result.goal("at most", 1.0, case=case, of=MAMBA, over=TRANSFORMER, what=what, against=equal)
     result.goal("at most", 2.0, case=case, of=MAMBA, over=FLOOR, what=what, against="its matrix products alone")
+    names = [name for name in (MAMBA, TRANSFORMER, HF_MAMBAPY) if not models.needs(name)]
+    given = {"names": names, "sizes": list(sizes), "batch": batch, "length": short, "rounds": config.pick(3, 2, 1)}
+    pairs = [(name, MAMBA) for name in names[1:]]
+    plain.again(config, result, case, "hybridnas.bench.suites.step:default_malloc", given, pairs)
     case = _one_length(config, result, sizes, batch, long, [TRANSFORMER])
     what = f"training step, Mamba {case}"
     result.goal("at most", 1.0, case=case, of=MAMBA, over=TRANSFORMER, what=what, against=equal)
     return result
+
+
+def default_malloc(
+    names: list[str], sizes: list[int], batch: int, length: int, rounds: int
+) -> Callable[[], dict[str, list[float]]]:
+    """Build the models; returns the interleaved run of their steps, for a process of its own."""
+    forms = [Form(name, models.training_step(name, Sizes(*sizes), batch, length)[0]) for name in names]
+    return partial(measure, forms, rounds)
 
 
 def _one_length(config: BenchConfig, result: Result, sizes: Sizes, batch: int, length: int, others: list[str]) -> str:
