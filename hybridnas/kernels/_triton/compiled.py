@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget, Language
+from triton.compiler import ASTSource, make_backend
 
 from hybridnas.kernels._triton.launch import OPTIONS, Launch, Tile, precision
 
@@ -88,8 +89,8 @@ class Usage(NamedTuple):
         return f"{self.shared} bytes shared, {target.shared} are allowed" if self.shared > target.shared else ""
 
 
-def compile_for(compilation: Compilation, target: Target) -> Any:
-    """Return Triton's compiled kernel for ``target``, its arguments specialised as a launch does.
+def source_of(compilation: Compilation, target: Target) -> ASTSource:
+    """Return what is compiled for ``target``, its arguments specialised as a launch does.
 
     Tensors are aligned to 16 bytes, integers divisible by 16 are known to be, and those that are 1 are constants.
     """
@@ -107,9 +108,32 @@ def compile_for(compilation: Compilation, target: Target) -> Any:
         signature[parameter.name] = _TYPES[value.dtype] if tensor else "i32" if value < 2**31 else "i64"
         if tensor or value % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = OPTIONS | compilation.tile.options(target.backend == "cuda")
-    return triton.compile(source, target=GPUTarget(target.backend, target.arch, target.lanes), options=options)
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def options_of(compilation: Compilation, target: Target) -> dict[str, Any]:
+    return OPTIONS | compilation.tile.options(target.backend == "cuda")
+
+
+def compile_for(compilation: Compilation, target: Target) -> Any:
+    """Return Triton's compiled kernel for ``target``."""
+    gpu = GPUTarget(target.backend, target.arch, target.lanes)
+    return triton.compile(source_of(compilation, target), target=gpu, options=options_of(compilation, target))
+
+
+def intermediate(compilation: Compilation, target: Target) -> str:
+    """Return Triton's own intermediate code, functions inlined, without compiling further."""
+    backend = make_backend(GPUTarget(target.backend, target.arch, target.lanes))
+    context, options = ir.context(), backend.parse_options(options_of(compilation, target))
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, Language.TRITON)
+    module = source_of(compilation, target).make_ir(
+        GPUTarget(target.backend, target.arch, target.lanes), options, backend.get_codegen_implementation(options),
+        backend.get_module_map(), context,
+    )  # fmt: skip
+    return str(stages["ttir"](module, {}))
 
 
 def _number(pattern: str, text: str) -> int:

@@ -43,11 +43,12 @@ class Tile(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A launch that was asked for: which kernel, the tiles to choose from, and all other arguments by name."""
+    """A launch that was asked for: which kernel, the tiles to choose from, the other arguments, and the tuner's key."""
 
     kernel: Any
     tiles: tuple[Tile, ...]
     arguments: dict[str, Any]
+    key: tuple[str, ...] = ()
 
 
 _records: list[list[Launch]] = []
@@ -84,7 +85,7 @@ def launch(
     ``key`` names the arguments whose values, besides all dtypes, make another measurement.
     """
     if _records:
-        _records[-1].append(Launch(kernel, tuple(tiles), arguments))
+        _records[-1].append(Launch(kernel, tuple(tiles), arguments, key))
         return
     if 0 in _grid(programs(dict(tiles[0].constants))):
         return  # nothing to do, which a GPU would refuse

@@ -143,11 +143,12 @@ class Inputs(NamedTuple):
             return first, per_chunk * number
 
         known = {k: v for k, v in sizes.items() if k in kernel.arg_names}
+        key = tuple(k for k in ("P", "N", "R") if k in known)
         launch(
             kernel,
             programs,
             tiles(name, self.width, self.size, half=self.half),
-            ("P", "N", "R"),
+            key,
             self.x.device,
             **known,
             **arguments,
