@@ -22,6 +22,7 @@ SUITES: dict[str, str] = {
     "moe": "routed experts against a dense MLP of equal active FLOPs, and against Hugging Face",
     "step": "a training step against a Transformer, Hugging Face's Mamba and its own matrix products",
     "decode": "one token at a time against Hugging Face's generate, after short and long contexts",
+    "tasks": "batches of the synthetic tasks against the training step that reads them",
     "long": "a million tokens in one pass: seconds and memory",
     "lengths": "time and memory of training and decoding against sequence length, drawn",
     "roofline": "bytes and FLOPs of the Triton kernels and what GPUs would need for them: calculated, not measured",
