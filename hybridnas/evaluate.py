@@ -1,4 +1,4 @@
-"""``python -m hybridnas.evaluate model=DIR data=stdlib`` measures the loss of a model."""
+"""``python -m hybridnas.evaluate``: the loss of a model, its accuracy by length, or architectures on a suite of tasks."""
 
 from hybridnas.cli import door
 

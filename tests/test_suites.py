@@ -345,7 +345,7 @@ def test_a_suite_by_its_command_resumes_draws_and_is_compared(tmp_path, monkeypa
     assert table[0] == ["model", "in-context recall", "memorise", "average", "compress", "fuzzy recall",
                         "noisy recall", "selective copy", "settings"]  # fmt: skip
     assert {line[0] for line in table[1:3]} == {"M", "A"}
-    assert next(x for x in table if "DeltaNet" in x[0])[:4] == ["DeltaNet [published]", "100", "52.8", "71.8"]
+    assert next(x for x in table if "DeltaNet" in x[0])[:4] == ["DeltaNet [published]", "100.0", "52.8", "71.8"]
     folder = Path("runs/mad-quick")
     assert (folder / "mad-quick.svg").read_text().count("<svg") == 1
     assert (folder / "mad-quick.png").is_file()

@@ -166,7 +166,6 @@ def mamba_ablations(quick: bool) -> Suite:
         tasks=(_text(20.0 if quick else 100.0, 6),),
         entries=tuple(Entry(name=name, pattern="Mx2", fields={**size, **fields}) for name, fields in made),
         rates=(4e-3, 1.2e-2),
-        seeds=(0,) if quick else (0, 1, 2),
         decays=(0.1,),
         score="valid_loss",
         fields={"d_model": 64},

@@ -179,8 +179,9 @@ def table(rows: Sequence[Row], suite: Suite) -> tuple[list[str], list[list[str]]
         cells = [*(_shown(own.get(c), suite) for c in columns), *mean, *("-" for _ in others)]
         lines.append([model, *cells, _words(by_model[model], suite)])
     for row in suite.published:
-        said, more = ([f"{row.values[c]:g}" if c in row.values else "-" for c in part] for part in (columns, others))
-        mean = [f"{row.values['average']:g}" if "average" in row.values else "-"] if average else []
+        said = [_printed(row.values.get(c), suite) for c in columns]
+        more = [f"{row.values[c]:g}" if c in row.values else "-" for c in others]
+        mean = [_printed(row.values.get("average"), suite)] if average else []
         lines.append([f"{row.model} [published]", *said, *mean, *more, f"{row.source}; {row.settings}"])
     return ["model", *columns, *average, *others, "settings"], lines
 
@@ -251,6 +252,11 @@ def _shown(value: float | None, suite: Suite) -> str:
     if value is None:
         return "-"
     return f"{100 * value:.1f}" if suite.higher else f"{value:.4f}"
+
+
+def _printed(value: float | None, suite: Suite) -> str:
+    """A published figure of the suite's own columns: accuracies are in per cent already."""
+    return "-" if value is None else f"{value:.1f}" if suite.higher else f"{value:g}"
 
 
 def _words(rows: Sequence[Row], suite: Suite) -> str:
