@@ -1,4 +1,4 @@
-"""``python -m hybridnas.evaluate``: the loss of a model, its accuracy by length, or architectures on a suite of tasks."""
+"""``python -m hybridnas.evaluate``: a model's loss, its accuracy by length, or architectures on a suite of tasks."""
 
 from hybridnas.cli import door
 
