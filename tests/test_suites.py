@@ -95,6 +95,16 @@ def test_rows_of_other_architectures_stay_and_those_of_other_settings_do_not_mix
     assert {(r.model, r.tokens) for r in outcome.rows} == {("attention", 320)}
 
 
+def test_two_processes_may_fill_one_csv(tmp_path):
+    suite = toy(rates=(1e-3,))
+    other = toy(rates=(1e-3,), entries=(Entry(name="attention", pattern="A", fields={"d_model": 8}),))
+    given = {"folder": tmp_path / "runs", "out": tmp_path / "toy.csv", "tracking": "off", "device": "cpu"}
+    first = Runner(suite, suite.expanded([], {}), **given)  # has read the CSV before the second writes
+    run(other, tmp_path)
+    assert {r.model for r in first.run().rows} == {"mamba", "attention"}
+    assert {point.model for point in results.read_curves(tmp_path / "toy-curves.csv")} == {"mamba", "attention"}
+
+
 def test_a_failed_run_is_a_row_with_its_reason_and_never_the_best(tmp_path):
     outcome, news = run(toy(rates=(1e-3, 1e30)), tmp_path)
     failed = next(r for r in outcome.rows if r.lr == 1e30)

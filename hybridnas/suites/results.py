@@ -121,11 +121,9 @@ def write_rows(path: Path, rows: Sequence[Any]) -> None:
     write_text(path, text.getvalue())
 
 
-def merged(old: Iterable[Row], new: Row) -> list[Row]:
-    """Return the rows with a new one in the place of its former self."""
-    kept = {row.key: row for row in old}
-    kept[new.key] = new
-    return list(kept.values())
+def merged(old: Iterable[Row], *new: Row) -> list[Row]:
+    """Return the rows with new ones in the places of their former selves."""
+    return list({row.key: row for row in (*old, *new)}.values())
 
 
 def choose(rows: Sequence[Row], suite: Suite) -> list[Row]:

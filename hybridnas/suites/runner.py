@@ -186,7 +186,9 @@ class Runner:
             return False
         row = self._row(cell, result)
         tracker.end_trial(number, FAIL if row.status == "failed" else COMPLETE)
-        self.rows = results.choose(results.merged(self.rows, row), self.suite)
+        # Read again: another process may have trained other architectures of this suite in the meantime.
+        known = results.merged(results.read_rows(self.rows_path, self.suite), *self.rows, row)
+        self.rows = results.choose(known, self.suite)
         results.write_rows(self.rows_path, self.rows)
         self._keep_curve(row, result.evals)
         self.news(f"[{self._visited}/{self.total}] {_told(row)}")
@@ -228,7 +230,7 @@ class Runner:
 
     def _keep_curve(self, row: Row, evals: Sequence[Eval]) -> None:
         about = {name: getattr(row, name) for name in ("model", "task", "lr", "weight_decay", "seed", "folder")}
-        kept = [point for point in self.curves if point.folder != row.folder]
+        kept = [point for point in results.read_curves(self.curves_path) if point.folder != row.folder]
         for value in evals:
             figures = {name: getattr(value, name) for name in ("tokens", "valid_loss", "train_loss", "accuracy")}
             kept.append(CurveRow(**about, **figures))
@@ -250,7 +252,7 @@ class Runner:
             measured = at_lengths(model, task.data, wanted, device=self.device, name=entry.name, seed=row.seed)
             for found in measured:
                 named = {"task": task.name, "folder": row.folder}
-                self.lengths.append(LengthRow(**{**asdict(found), **named}))
+                self.lengths = [*results.read_lengths(self.lengths_path), LengthRow(**{**asdict(found), **named})]
                 results.write_rows(self.lengths_path, self.lengths)
                 self.news(f"{entry.name}, seed {row.seed}, length {found.length:,}: {results.length_words(found)}")
                 if self.until is not None and time.monotonic() >= self.until:
