@@ -151,10 +151,11 @@ def test_equal_records_give_equal_pages(study, page, tmp_path):
 
 def test_plots_take_their_colours_from_the_page_and_ids_are_unique(page):
     svgs = re.findall(r'<svg class="plot".*?</svg>', page, flags=re.DOTALL)
-    assert len(svgs) == 3
+    assert len(svgs) == 4
     for svg in svgs:
         used = set(re.findall(r"var\(--(\w+)\)", svg))
-        assert {"winner", "moe_mamba", "mamba", "faint", "grid"} <= used
+        trials = {"winner", "moe_mamba", "mamba", "faint"} if "data-trial" in svg else {"c1"}  # letters have their own
+        assert {"grid", *trials} <= used
         assert re.findall(r"#[01]\w{5}\b", svg) == []
     ids = re.findall(r'\bid="([^"]+)"', "".join(svgs))
     assert len(ids) == len(set(ids))

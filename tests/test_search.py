@@ -247,7 +247,7 @@ def test_a_stop_by_the_pruner_is_recorded_as_pruned(tmp_path, tiny, monkeypatch)
         return True
 
     monkeypatch.setattr("optuna.Trial.should_prune", prune)
-    summary = run(tmp_path, [*tiny, "n_trials=6"])
+    summary = run(tmp_path, [*tiny, "pruner=hyperband", "n_trials=6"])
     assert asked == [0, 1, 2, 3, 4, 5]  # baselines enter the rungs, but run to the end
     assert [record.state for record in summary.records] == ["COMPLETE"] * 5 + ["PRUNED"]
     last = summary.records[-1]

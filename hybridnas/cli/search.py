@@ -133,7 +133,8 @@ def _print(summary: Any) -> None:
         show.line("no trial was trained to the end, so there is no winner yet")
     else:
         best = summary.best
-        show.line(f"winner: trial {best.number}, {best.pattern}, loss {best.valid_loss:.4f} (one seed: unconfirmed)")
+        sure = f"confirmed by {len(best.confirmed)} fresh seeds" if best.confirmed else "one seed: unconfirmed"
+        show.line(f"winner: trial {best.number}, {best.pattern}, loss {best.valid_loss:.4f} ({sure})")
     if summary.report is None:
         show.line("other workers go on; the last one to end writes the report, or the search's own command does")
         return

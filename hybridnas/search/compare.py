@@ -13,9 +13,9 @@ from hybridnas.config import FrozenConfig, option
 from hybridnas.errors import StudyError, suggest
 from hybridnas.search import tracking
 from hybridnas.search.leaderboard import signed
+from hybridnas.search.page import cell, difference, markup, render, short
 from hybridnas.search.plots import COLOURS, Axis, Series, curves_svg, scatter_svg
 from hybridnas.search.records import clean_points, save
-from hybridnas.search.report import cell, difference, markup, render, short
 from hybridnas.units import human, human_bytes
 
 COLUMNS = (

@@ -130,7 +130,7 @@ class SearchConfig(FrozenConfig):
     runs: str = option("runs", "folder in which studies lie [path]")
     seed: int = option(0, "everything random derives from it [integer]", ge=0)
     sampler: str = option("tpe", "what draws the next candidate", choices=SAMPLERS)
-    pruner: str = option("hyperband", "what stops or pauses a trial early", choices=PRUNERS)
+    pruner: str = option("halving", "what stops or pauses a trial early", choices=PRUNERS)
     objectives: tuple[str, ...] = option(("val_loss",), "what is looked for; the first decides the order [names]")
     against: str | None = option(
         None, "a study to be better than; random: a random search of equal cost is run; none: the baselines alone"

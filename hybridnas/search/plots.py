@@ -81,8 +81,11 @@ class Axis:
     target: float | None = None  # a value that all candidates were matched to
 
 
-def curves_svg(series: Sequence[Series], name: str = "curves") -> str:
-    """Draw losses over training tokens: labelled series in colour on top, all others faint; empty without points."""
+def curves_svg(series: Sequence[Series], name: str = "curves", marks: Sequence[float] = ()) -> str:
+    """Draw losses over training tokens: labelled series in colour on top, all others faint; empty without points.
+
+    ``marks``: token counts at which a dashed line stands.
+    """
     drawn = [line for line in series if line.points]
     if not drawn:
         return ""
@@ -96,15 +99,25 @@ def curves_svg(series: Sequence[Series], name: str = "curves") -> str:
             for line in sorted(drawn if index == 0 else close, key=lambda line: bool(line.label)):
                 _curve(ax, line, f"{name}{index}")
             _frame_curves(ax, drawn)
+            for mark in marks:
+                ax.axvline(mark, color=COLOURS["muted"], lw=0.8, ls=(0, (3, 3)), zorder=0)
         if close:
             _zoom(panels[1], close, end)
         _end_labels(panels[-1], [line for line in close or drawn if line.label])
         return _svg(figure, name, drawn)
 
 
-def scatter_svg(panels: Sequence[tuple[Axis, Sequence[Series]]], name: str, *, front: bool = False) -> str:
+def scatter_svg(
+    panels: Sequence[tuple[Axis, Sequence[Series]]],
+    name: str,
+    *,
+    front: bool = False,
+    ylabel: str = "validation loss [nats/token]",
+    joined: Sequence[Sequence[tuple[float, float]]] = (),
+) -> str:
     """Draw final losses against a figure, one panel beside the other on a common loss axis; ``front``: lower left.
 
+    ``joined``: for each panel the points that a line joins, where the front is not what lies to the lower left.
     Each series has one point (figure, loss). Hollow points are trials that were stopped early.
     """
     if not any(line.points for _, lines in panels for line in lines):
@@ -119,7 +132,9 @@ def scatter_svg(panels: Sequence[tuple[Axis, Sequence[Series]]], name: str, *, f
             _frame_scatter(ax, axis, drawn)
             if front:
                 _front(ax, drawn)
-            ax.set_ylabel("validation loss [nats/token]" if index == 0 else "")
+            if index < len(joined) and len(joined[index]) > 1:
+                ax.plot(*zip(*sorted(joined[index]), strict=True), color=COLOURS["muted"], lw=1, zorder=1)
+            ax.set_ylabel(ylabel if index == 0 else "")
             ax.tick_params(labelleft=index == 0)
         every = [line for _, lines in panels for line in lines]
         return _svg(figure, name, every)

@@ -1,21 +1,22 @@
 """The report of a study: one ``report.html`` that opens from disk, needs no network, and says how it was made.
 
-A section is a title, a sentence and a plot made from the records alone; a new one is a function in ``_SECTIONS``.
+Its sections are those of sections.py.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hybridnas.errors import HybridNASError
 from hybridnas.search import leaderboard as board
+from hybridnas.search.confirm import confirmed_winner, paired, trained_name, turned
 from hybridnas.search.leaderboard import Row
-from hybridnas.search.plots import COLOURS, Axis, Series, curves_svg, scatter_svg
+from hybridnas.search.objectives import objectives_of
+from hybridnas.search.page import cell, difference, markup, render
 from hybridnas.search.records import (
     COMPLETE,
     DUPLICATE,
@@ -25,22 +26,15 @@ from hybridnas.search.records import (
     StudyMeta,
     TrialRecord,
     save,
+    trained_tokens,
     trial_folder,
 )
+from hybridnas.search.rival import read_rival
+from hybridnas.search.sections import Story, colour_of, tell
 from hybridnas.units import human, human_bytes
 
 REPORT = "report.html"
 TABLE_LIMIT = 200  # rows in the page; leaderboard.csv has all
-
-
-@dataclass(frozen=True)
-class Section:
-    """One plot of the report with its words."""
-
-    title: str
-    intro: str
-    svg: Any
-    caption: str
 
 
 def write_report(study_folder: Path | str, records: Iterable[TrialRecord], meta: StudyMeta) -> Path:
@@ -65,36 +59,18 @@ def render_report(study_folder: Path | str, records: Sequence[TrialRecord], meta
         best=best,
         headline=headline(records),
         searched=_searched(records, meta),
-        confirmation=_confirmation(best, meta),
+        confirmation=_confirmation(records),
         notes=_notes(records, meta),
         cards=_cards(records, meta),
         drawing=drawing,
         drawing_missing=missing,
         table=_table(rows[:TABLE_LIMIT], best),
         footnotes=[note for note in board.footnotes(rows, len(rows) - TABLE_LIMIT) if "per active" not in note],
-        sections=[section for make in _SECTIONS if (section := make(records, meta)) is not None],
+        sections=tell(Story(records, meta, read_rival(Path(study_folder)))),
         failures=_failures(records),
-        commands=_commands(best, meta),
+        commands=_commands(records, meta),
         facts=_facts(records, meta),
     )
-
-
-def render(template: str, **values: Any) -> str:
-    """Fill one of this folder's templates; every value is escaped but what is marked as markup."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
-    )
-    return environment.get_template(template).render(**values)
-
-
-def markup(text: str) -> Any:
-    """Mark text that is SVG of our own making; the words in it are escaped where it is made."""
-    from markupsafe import Markup
-
-    return Markup(text)
 
 
 def headline(records: Sequence[TrialRecord]) -> str:
@@ -104,7 +80,11 @@ def headline(records: Sequence[TrialRecord]) -> str:
         over = [record for record in records if record.state in (FAIL, INFEASIBLE)]
         words = "1 trial" if len(over) == 1 else f"{len(over)} trials"
         return f"Nothing has completed: {words} failed" if over else "No trial has completed yet"
+    if trained_name(best) == "accuracy" and next(iter(objectives_of(best)), "") == "accuracy":
+        return f"{best.name} is best, with accuracy {best.accuracy:.4f}"
     paper = board.baseline(records, "moe_mamba")
+    if confirmed_winner(records) is not None and paper is not None and paper.confirmed:
+        return _confirmed_headline(best, paper)
     if paper is None or paper.valid_loss is None:
         return f"Best so far: {best.name} at {best.valid_loss:.4f} nats per token (moe_mamba has not completed)"
     if paper.number == best.number:
@@ -115,6 +95,15 @@ def headline(records: Sequence[TrialRecord]) -> str:
     if gap < 5e-5:
         return f"{best.name} and moe_mamba end at the same loss"
     return f"{best.name} beats moe_mamba by {gap:.4f} nats per token"
+
+
+def _confirmed_headline(best: TrialRecord, paper: TrialRecord) -> str:
+    if best.number == paper.number:
+        return f"moe_mamba stays ahead over {len(best.confirmed)} fresh seeds"
+    gap = paired(turned(best), turned(paper))
+    if not gap.clear:
+        return f"{best.name} is best on average, but its lead over moe_mamba is inside the noise"
+    return f"{best.name} beats moe_mamba by {-gap.mean:.4f} ± {gap.half:.4f} nats per token over {gap.n} fresh seeds"
 
 
 def _searched(records: Sequence[TrialRecord], meta: StudyMeta) -> str:
@@ -132,8 +121,14 @@ def _searched(records: Sequence[TrialRecord], meta: StudyMeta) -> str:
     return ", ".join(parts[:2]) + (f" {parts[2]}" if len(parts) > 2 else "") + "."
 
 
-def _confirmation(best: TrialRecord | None, meta: StudyMeta) -> str:
-    return "unconfirmed: one seed" if best is not None and meta.seeds_per_trial == 1 else ""
+def _confirmation(records: Sequence[TrialRecord]) -> tuple[str, str]:
+    """Return what the pill beside the headline says of the winner, and its tone."""
+    best = board.winner(records)
+    if best is None:
+        return "", ""
+    if confirmed_winner(records) is None:
+        return "unconfirmed: one seed", "bad"
+    return f"confirmed: {len(best.confirmed)} fresh seeds", "good"
 
 
 def _notes(records: Sequence[TrialRecord], meta: StudyMeta) -> list[str]:
@@ -198,77 +193,6 @@ def _drawing(study_folder: Path, best: TrialRecord | None) -> tuple[Any, str]:
         return "", f"It is not drawn: {error}"
 
 
-def _colour(record: TrialRecord, best: TrialRecord | None) -> str:
-    if best is not None and record.number == best.number:
-        return "winner"
-    return record.preset if record.preset in COLOURS else "faint"
-
-
-def _label(record: TrialRecord, best: TrialRecord | None) -> str:
-    if best is not None and record.number == best.number:
-        return f"best: {short(record.name, 15)}"
-    return record.preset if record.preset and record.state == COMPLETE else ""
-
-
-def short(text: str, limit: int = 20) -> str:
-    """Cut a long name in the middle."""
-    return text if len(text) <= limit else f"{text[: limit - 8]}…{text[-7:]}"
-
-
-def _title(record: TrialRecord) -> str:
-    loss = board.last_loss(record)
-    return f"trial {record.number} {record.name}" + ("" if loss is None else f", loss {loss:.4f}")
-
-
-def _series(records: Sequence[TrialRecord], figure: str | None) -> list[Series]:
-    """Return every trained trial as a curve, or as one point: a figure of its cost against its last loss."""
-    best = board.winner(records)
-    found = []
-    for record in records:
-        loss = board.last_loss(record)
-        if record.state not in (COMPLETE, PRUNED) or loss is None:
-            continue
-        points = record.points()
-        if figure is not None:
-            value = record.cost.get(figure)
-            points = [] if value is None else [(float(value), loss)]
-        hollow = record.state == PRUNED
-        found.append(Series(record.number, _title(record), _colour(record, best), _label(record, best), points, hollow))
-    return found
-
-
-def _curves(records: Sequence[TrialRecord], meta: StudyMeta) -> Section | None:
-    svg = curves_svg(_series(records, None))
-    intro = "All trials read the same data in the same order; a curve that ends early was stopped at a rung."
-    caption = "Rest the pointer on a row of the leaderboard to find its curve."
-    return Section("Loss over training tokens", intro, markup(svg), caption) if svg else None
-
-
-def _parameters(records: Sequence[TrialRecord], meta: StudyMeta) -> Section | None:
-    active = Axis("active parameters", target=meta.active_params)
-    total = Axis("parameters in all, without embeddings", log=True)
-    complete = [record for record in records if record.state == COMPLETE]
-    svg = scatter_svg(
-        [(active, _series(complete, "active_params")), (total, _series(complete, "params"))], "parameters"
-    )
-    intro = "Active parameters are matched, so the left panel should be a narrow column: what differs is architecture."
-    caption = "Completed trials. Dashed: the target that every candidate was matched to." if meta.active_params else ""
-    return Section("Loss against parameters", intro, markup(svg), caption) if svg else None
-
-
-def _state(records: Sequence[TrialRecord], meta: StudyMeta) -> Section | None:
-    complete = [record for record in records if record.state == COMPLETE]
-    length = f" at {meta.seq_len} tokens" if meta.seq_len else ""
-    axis = Axis(f"state of one sequence{length}", log=True, in_bytes=True)
-    svg = scatter_svg([(axis, _series(complete, "state_bytes"))], "state", front=True)
-    intro = "What a model must remember while it generates: keys and values of attention, states of Mamba."
-    caption = "The line joins the trials that none beats in both loss and state."
-    return Section("Loss against state", intro, markup(svg), caption) if svg else None
-
-
-_SECTIONS: tuple[Callable[[Sequence[TrialRecord], StudyMeta], Section | None], ...] = (_curves, _parameters, _state)
-
-
 def _table(rows: Sequence[Row], best: TrialRecord | None) -> dict[str, Any]:
     names = [
         ("#", "rank among completed trials"), ("trial", ""), ("architecture", ""), ("params", "without embeddings"),
@@ -283,7 +207,7 @@ def _table(rows: Sequence[Row], best: TrialRecord | None) -> dict[str, Any]:
 def _table_row(row: Row, best: TrialRecord | None) -> dict[str, Any]:
     record, cost = row.record, row.record.cost
     words = board.human_cells(row)
-    colour = _colour(record, best)
+    colour = colour_of(record, best)
     named = {
         "strong": record.preset or "",
         "text": record.pattern,
@@ -310,16 +234,6 @@ def _table_row(row: Row, best: TrialRecord | None) -> dict[str, Any]:
     return {"trial": record.number, "style": style, "cells": cells}
 
 
-def difference(gap: float | None) -> str:
-    """Return a difference of losses with a true minus sign."""
-    return board.signed(gap).replace("-", "\u2212")
-
-
-def cell(text: str, sort: Any, style: str = "") -> dict[str, Any]:
-    """Return a table cell: what is read, what it is sorted by, and its class."""
-    return {"text": text, "sort": "" if sort is None else sort, "style": style, "strong": "", "dot": ""}
-
-
 def _tone(gap: float | None) -> str:
     return "good" if gap is not None and gap < -5e-5 else ""
 
@@ -341,13 +255,14 @@ def _listed(numbers: Sequence[int]) -> str:
     return f"{shown} and {len(numbers) - 12} more" if len(numbers) > 12 else shown
 
 
-def _commands(best: TrialRecord | None, meta: StudyMeta) -> list[tuple[str, str]]:
-    study = f"study={meta.name}"
+def _commands(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str, str]]:
+    study, best = f"study={meta.name}", board.winner(records)
     found = [("search on, or start over in an empty folder", meta.command)] if meta.command else []
     if best is not None:
         found += [
             ("train the winner again: same seed, same data, same numbers on CPU",
              f"python -m hybridnas.replay {study} trial={best.number}"),
+            *_more_certain(records, meta),
             ("write any trial's model as a folder", f"python -m hybridnas.export {study} trial={best.number} out=DIR"),
             ("let the winner write", f"python -m hybridnas.generate model={meta.path}/best prompt='def '"),
             ("tokens to reach mamba's final loss", f"python -m hybridnas.compare {study} baseline=mamba"),
@@ -356,8 +271,15 @@ def _commands(best: TrialRecord | None, meta: StudyMeta) -> list[tuple[str, str]
     return found
 
 
+def _more_certain(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str, str]]:
+    if confirmed_winner(records) is not None or not meta.command:
+        return []
+    words = "train the best again with fresh seeds, against a random search of equal cost"
+    return [(words, f"{meta.command} confirm=on against=random")]
+
+
 def _facts(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str, str]]:
-    trained = sum(record.tokens for record in records if record.state != DUPLICATE)
+    trained = trained_tokens(records)
     facts: list[tuple[str, Any]] = [
         ("data", meta.data),
         ("context and batch", f"{meta.seq_len} tokens, {meta.batch_size} sequences" if meta.seq_len else ""),
