@@ -184,6 +184,8 @@ class Search:
 
     def _next(self, study: optuna.Study, context: TrialContext, draws: int) -> optuna.Trial | str | None:
         """Return the trial to run now, None while only others' trials can decide, or why there is nothing to do."""
+        from hybridnas.search.drawing import ask
+
         budget = self.config.budget
         orphan = self.crew.adopt(study)
         if orphan is not None:
@@ -206,7 +208,7 @@ class Search:
             return "exhausted"
         if not waiting and self.config.sampler == "bruteforce":
             return None if others else "exhausted"
-        return study.ask()
+        return ask(study)
 
     def _promoted(self, study: optuna.Study, context: TrialContext) -> optuna.Trial | None:
         """Return a paused candidate to go on with, where the pruner is halving and one has its turn."""
