@@ -20,6 +20,7 @@ from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.method import Form, Spread, measure, ratios
 from hybridnas.bench.models import HF_SLOW, MAMBA, Sizes
 from hybridnas.bench.result import Result
+from hybridnas.kernels import mamba_step
 
 _HF = "HF Mamba generate"
 _CONSTANT = 1.1  # how much slower a token may be after the long context and still count as equally fast
@@ -82,6 +83,7 @@ def run(config: BenchConfig) -> Result:
         result.add(case, {name.partition("|")[0]: v for name, v in times.items() if name.endswith(f"|{case}")})
         what = f"decoding one token, {case}"
         result.goal("at least", 5, case=case, of=_HF, over=MAMBA, what=what, against="Hugging Face generate with cache")
+    result.notes.append(f"one token through a Mamba layer: {mamba_step.describe('cpu')}")
     first, last = (times[f"{MAMBA}|{case}"] for case in cases.values())
     constant = Spread.of(ratios(last, first))
     what = f"decoding one token after {contexts[1]} tokens"
