@@ -28,6 +28,7 @@ LEAST, MOST = 8, 512  # examples
 CHUNK_TOKENS = 1 << 15  # of all sequences of a batch together: what is held at a time
 PATIENCE = 1800.0  # seconds that one length may take; what would take longer is said, not run
 _IDS = 1 << 20  # ids that exist at a time: beside the state, the text itself is all that grows with the length
+_MASK = 1 << 26  # places of attention's mask, a chunk's queries times all keys, that exist at a time
 _CACHE_COPIES = 3  # keys and values as they were, as they become, and one layer's mask and scores
 
 
@@ -111,7 +112,8 @@ def _score(model: HybridLM, batch: Batch, device: torch.device) -> tuple[int, in
     ids_BL, targets_BL, mask_BL = batch.inputs_BL, batch.targets_BL, batch.mask_BL
     if getattr(batch, "summary", None):
         raise DataError("lengths= reads predictions from every place; this task takes them from the last one alone")
-    size = max(1, CHUNK_TOKENS // ids_BL.shape[0])
+    size = CHUNK_TOKENS // ids_BL.shape[0]
+    size = max(1, min(size, _MASK // ids_BL.shape[1]) if grows(model) else size)
     right = start = 0
     pieces = (piece.to(device) for piece in torch.split(ids_BL, size, dim=1))
     for logits_BlV, _ in prefill(model, pieces):
