@@ -52,7 +52,7 @@ def _arguments(
 ) -> ctypes.Structure:
     D, z, bias, initial, reset = rest
     batch, length, channels = u.shape
-    blocks, tiles, group = min(batch, 64), -(-channels // _TILE), 8
+    blocks, tiles, group = min(batch, 64), -(-channels // _TILE), 16
     while group > 2 and blocks * -(-tiles // group) < 8:  # enough units for the threads of a larger machine
         group //= 2
     strides = {}
