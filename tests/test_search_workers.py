@@ -234,10 +234,14 @@ def orphaned(tmp_path_factory, tiny):
     settings = [*tiny, "budget.tokens_per_active_param=6", "budget.evals=12", "n_trials=4", "workers=2"]
     process = start(runs, settings)
     wait_for(lambda: len(pids(runs / "demo")) == 2, process)
+    left = pids(runs / "demo")
+    for pid in left:
+        os.kill(pid, signal.SIGSTOP)  # so that they are at work still, however slow the next two commands are
     refused = subprocess.run([*process.args], capture_output=True, text=True)
     status = subprocess.run([*process.args[:3], "status", *process.args[4:6]], capture_output=True, text=True)
-    left = pids(runs / "demo")
     process.kill()
+    for pid in left:
+        os.kill(pid, signal.SIGCONT)
     process.communicate()
     return runs, settings, refused, status, left
 

@@ -199,6 +199,8 @@ class Supervisor:
     def _take_in(self) -> None:
         """Read what the workers have recorded, and mirror it."""
         self.context.tracker.sync(self.search.crew.refresh(self.study, self.search.records))
+        if self.search.page is not None:
+            self.search.page.look(self.search.records.values())
 
     def _end_all(self) -> None:
         """Leave no process behind, whatever happened here: without this pipe they end by themselves, too."""
@@ -238,13 +240,14 @@ def environment(config: SearchConfig, worker: int) -> dict[str, str]:
 
 
 def _listen(stream: IO[str], words: queue.SimpleQueue[Mapping[str, Any] | None]) -> None:
-    for line in stream:
-        try:
-            message = json.loads(line)
-        except ValueError:
-            continue  # a library's own print
-        if isinstance(message, dict):
-            words.put(message)
+    with stream:
+        for line in stream:
+            try:
+                message = json.loads(line)
+            except ValueError:
+                continue  # a library's own print
+            if isinstance(message, dict):
+                words.put(message)
     words.put(None)
 
 
