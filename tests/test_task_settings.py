@@ -88,3 +88,53 @@ def test_a_task_has_its_own_context():
         source.context(128, 256)
     with pytest.raises(DataError, match="examples of 64 tokens, asked for seq_len=32"):
         source.train_batch(0, 4, 32, 0)
+
+
+def settings_of(command, *overrides):
+    from hybridnas.cli.compose import compose
+
+    return compose(command, list(overrides))
+
+
+def test_training_takes_the_context_of_its_task_unless_another_was_asked_for(tmp_path, capsys):
+    from hybridnas.cli.train import run
+
+    given = ("preset=mamba", "preset.d_model=16", "preset.n_blocks=1", "data=mqar", "data.n_pairs=2", "data.seq_len=16")
+    sizes = ("data.vocab_size=32", "train.tokens=512", "train.valid_tokens=128", "device=cpu", "tracking=off")
+    assert run(settings_of("train", *given, *sizes, f"out={tmp_path / 'run'}")) == 0
+    said = capsys.readouterr().out
+    assert "mqar: 2 key-value pairs" in said
+    assert "2 steps of 256 tokens" in said  # 16 sequences of 16
+    with pytest.raises(ConfigError, match=r"seq_len=32 disagrees with the task's own length.*data.seq_len=32"):
+        run(settings_of("train", *given, *sizes, "train.seq_len=32", f"out={tmp_path / 'other'}"))
+
+
+def test_a_search_and_its_budget_take_the_context_of_the_task(tmp_path):
+    from hybridnas.search.config import Budget, SearchConfig
+    from hybridnas.search.runner import Search
+
+    settings = settings_of("search", "data=mad", "budget=smoke", "space=hybrid")
+    budget = Budget.from_dict(settings["budget"])
+    assert budget.seq_len == 128
+    search = Search(
+        SearchConfig(space=settings["space"], data=settings["data"], budget=budget, runs=str(tmp_path), device="cpu")
+    )
+    assert search.config.budget.seq_len == 256
+    assert search.config.budget.step_tokens == 16 * 256
+    text = settings_of("search", "data=stdlib", "budget=smoke")["data"]
+    search = Search(SearchConfig(space=settings["space"], data=text, budget=budget, runs=str(tmp_path), device="cpu"))
+    assert search.config.budget.seq_len == 128
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("data=mqr",), "did you mean 'mqar'.*options: .*selective_copying"),
+        (("data=mad", "data.parts.compression.vocab_sise=3"), "data.parts.compression: data has no field 'vocab_sise'"),
+        (("data=mixture",), "needs parts"),
+        (("data=mixture", "data.parts=[mqar]", "data.parts.mqar.n_pairs=3"), "train cannot read its settings"),
+    ],
+)
+def test_mistyped_tasks_are_refused_in_one_sentence(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        source_config(settings_of("train", *overrides)["data"])

@@ -29,11 +29,12 @@ def run(config: dict[str, Any]) -> int:
     from hybridnas.cli.wanted import wanted_arch
     from hybridnas.data import open_source, source_config
 
-    settings = train_settings(config)
+    data = source_config(config["data"])
+    settings = train_settings(config, data.own_seq_len)
     if not (config.get("preset") or config.get("pattern")):
         raise ConfigError("train needs an architecture: preset=moe_mamba, or pattern='(ME)x2' arch.d_model=64")
-    source = open_source(source_config(config["data"]))
-    settings = settings.replace(seq_len=source.context(config["train"].get("seq_len"), settings.seq_len))
+    source = open_source(data)
+    source.context(settings.seq_len, settings.seq_len)  # refuses another length than the task's
     arch = wanted_arch(config, source.vocab_size)
     assert arch is not None
 
@@ -97,12 +98,17 @@ def _export(result: TrainResult, source: Source, settings: TrainConfig, config: 
     show.line(f"model: {where}")
 
 
-def train_settings(config: dict[str, Any]) -> TrainConfig:
-    """Return the training settings: what is given, else the paper's recipe with ``recipe=paper``, else the defaults."""
+def train_settings(config: dict[str, Any], own_seq_len: int | None = None) -> TrainConfig:
+    """Return the training settings: what is given, else the paper's recipe with ``recipe=paper``, else the defaults.
+
+    ``own_seq_len`` is the context of a task, which stands unless another one is given.
+    """
     from hybridnas.arch.presets import recipe
     from hybridnas.train.config import TrainConfig
 
     given = {key: value for key, value in config["train"].items() if value is not None}
+    if own_seq_len is not None:
+        given.setdefault("seq_len", own_seq_len)
     if config["recipe"] in (None, "none"):
         return TrainConfig.from_dict(given)
     if config["recipe"] != "paper":

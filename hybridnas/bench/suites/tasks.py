@@ -29,12 +29,14 @@ def run(config: BenchConfig) -> Result:
     sizes = Sizes(1, 16) if config.tiny else Sizes(4, 128)
     kinds = {kind: SOURCES.get(kind).config for kind in SOURCES}
     tasks = {kind: settings for kind, settings in kinds.items() if issubclass(settings, TaskConfig)}
+    tokens = config.pick(_TOKENS, _TOKENS, 512)
     for length in sorted({settings().seq_len for settings in tasks.values()}):
-        shape = (1, 16) if config.tiny else (_TOKENS // length, length)
-        case = f"{_TOKENS // length} x {length}"
+        size = max(1, tokens // length)
+        shape = (1, 16) if config.tiny else (size, length)
+        case = f"{size} x {length}"
         alike = [kind for kind, settings in tasks.items() if settings().seq_len == length]
         forms = [Form(STEP, models.training_step(MAMBA, sizes, *shape)[0])]
-        forms += [Form(kind, _batches(tasks[kind](), _TOKENS // length)) for kind in alike]
+        forms += [Form(kind, _batches(tasks[kind](), size)) for kind in alike]
         result.add(case, measure(forms, config.pick(9, 3, 1)))
         for kind in alike:
             what = f"a batch of {kind}, {case}"
