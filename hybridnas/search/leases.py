@@ -7,6 +7,7 @@ it ends, so nothing has to be timed out: a trial that the journal calls running 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from hybridnas.errors import StudyError
+from hybridnas.search.promotion import candidate_of, continues
 from hybridnas.search.records import FAIL, RESULT, TrialRecord, read_record, trial_folder, write_record
 
 try:
@@ -139,7 +141,7 @@ class Crew:
             if number in paused or number in self._trials or not self.take(study, number):
                 continue
             trial = Trial(study, frozen._trial_id)
-            marks = [*frozen.user_attrs.get("deaths", ()), _progress(self.folder, number)]
+            marks = [*frozen.user_attrs.get("deaths", ()), _progress(self.folder, candidate_of(frozen))]
             trial.set_user_attr("deaths", marks[-DEATHS:])
             if len(marks) >= DEATHS and len(set(marks[-DEATHS:])) == 1:
                 self._bury(trial)
@@ -147,7 +149,10 @@ class Crew:
         return None
 
     def _bury(self, trial: optuna.Trial) -> None:
-        folder = trial_folder(self.folder, trial.number)
+        folder = trial_folder(self.folder, candidate_of(trial))
+        reason = f"its process died {DEATHS} times in a row at the same place; is the machine's memory too small?"
+        if continues(trial) is not None and (folder / RESULT).exists():
+            write_record(folder, dataclasses.replace(read_record(folder), state=FAIL, reason=reason))
         if (folder / RESULT).exists():
             return
         known = trial.user_attrs
@@ -158,7 +163,7 @@ class Crew:
             fingerprint=known.get("fingerprint", ""),
             preset=known.get("baseline"),
             choices=dict(trial.params),
-            reason=f"its process died {DEATHS} times in a row at the same place; is the machine's memory too small?",
+            reason=reason,
         )
         write_record(folder, record)
 

@@ -16,6 +16,7 @@ from hybridnas.search.config import SearchConfig
 from hybridnas.search.folder import StudyFolder
 from hybridnas.search.leaderboard import winner, write_leaderboard
 from hybridnas.search.leases import Crew, Earlier, TrialLostError
+from hybridnas.search.live import LiveReport
 from hybridnas.search.objectives import eligible, score
 from hybridnas.search.opening import opened
 from hybridnas.search.promotion import FROM_TOKENS, busy, candidate_of, continues, promote
@@ -78,6 +79,7 @@ class Search:
         self.started = time.monotonic()
         self.records: dict[int, TrialRecord] = {}
         self.warnings: list[str] = []
+        self.page: LiveReport | None = None
 
     def run(self) -> SearchSummary:
         """Search until the budget's trials are finished or its minutes are up; Ctrl-C ends it with what there is.
@@ -87,6 +89,7 @@ class Search:
         try:
             with opened(self) as (study, context, meta):
                 self._announce(context)
+                self.page = LiveReport(self.folder.path, meta)
                 ended = "interrupted"
                 try:
                     ended = self._search(study, context)
@@ -231,17 +234,21 @@ class Search:
         state = source.state if source is not None else FAIL  # of one that another worker trains: nothing to tell yet
         self.crew.publish(trial, record)
         if state == COMPLETE:
-            study.tell(trial, list(record.objectives.values()) or record.valid_loss)
+            told = source or record
+            study.tell(trial, list(told.objectives.values()) or told.valid_loss)
         else:
             study.tell(trial, state=TrialState.FAIL if state == FAIL else TrialState.PRUNED)
         self.records[record.number] = record
         write_leaderboard(self.folder.path, list(self.records.values()))
+        if self.page is not None:
+            self.page.look(self.records.values())
         self.news(trial_news(record, self.records))
         self._drop_checkpoints(study, context)
         self._give_up_if_hopeless(record)
 
     def _record(self, study: optuna.Study, trial: optuna.Trial, context: TrialContext) -> TrialRecord | None:
         """Train the trial; where a process died between record and the journal's last word, the record stands."""
+        self.crew.refresh(study, self.records)
         number = candidate_of(trial)
         record, run = self.records.get(number), TrialRun(context, trial, self.folder.trial(number))
         if continues(trial) is None:

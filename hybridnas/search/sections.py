@@ -111,7 +111,7 @@ def _confirmed(story: Story) -> Section | None:
     notes = []
     if best is not None and best.confirmed:
         notes = [
-            confirm.paired(confirm.turned(best), values).words(best.name, name, _unit(best)).capitalize() + "."
+            _sentence(confirm.paired(confirm.turned(best), values).words(best.name, name, _unit(best)))
             for name, values in against
             if name != best.preset
         ]
@@ -123,6 +123,10 @@ def _confirmed(story: Story) -> Section | None:
     table = {"columns": [{"name": name, "help": "", "text": text} for name, text in columns], "rows": rows}
     caption = f"± is half the {confirm.LEVEL:.0%} interval of the paired difference; grey: inside the noise."
     return Section("Confirmation", intro, caption=caption, table=table, notes=notes)
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def _pair_cell(gap: confirm.Paired) -> dict[str, Any]:
