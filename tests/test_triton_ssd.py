@@ -24,7 +24,7 @@ else:
     import torch
 
     from hybridnas.errors import KernelInputError
-    from hybridnas.kernels.ssd import ssd
+    from hybridnas.kernels.ssd import ssd, triton_host
     from hybridnas.kernels.ssd import triton as host
     from hybridnas.kernels.ssd.reference import ssd_reference
 
@@ -72,11 +72,11 @@ else:
             for name, part in zip(("x", "B", "C"), joined.split(sizes, 2), strict=True):
                 given[name] = part.unflatten(2, given[name].shape[2:])
         document = None if ids is None else host.documents(ids, chunk)
-        tensors = [given.get(name) for name in host._NAMES]
-        inputs = host.Inputs.of(*tensors, document, softplus=softplus, chunk=chunk, rows=rows)
-        y, state, kept = host.ssd_forward(inputs)
-        found = host.ssd_backward(inputs, kept, grads[0].flatten(2), grads[1] if final else None)
-        got = {"y": y, "final": state} | {n: g for n, g in zip(host._NAMES, found, strict=True) if n in given}
+        tensors = [given.get(name) for name in triton_host.NAMES]
+        inputs = triton_host.Inputs.of(*tensors, document, softplus=softplus, chunk=chunk, rows=rows)
+        y, state, kept = triton_host.ssd_forward(inputs)
+        found = triton_host.ssd_backward(inputs, kept, grads[0].flatten(2), grads[1] if final else None)
+        got = {"y": y, "final": state} | {n: g for n, g in zip(triton_host.NAMES, found, strict=True) if n in given}
         right = {"y": true[0], "final": true[1]} | dict(zip(values, wanted, strict=True))
         return {
             name: ((got[name].double().view(t.shape) - t).abs().max() / t.abs().max().clamp_min(1e-30)).item()
@@ -134,7 +134,7 @@ else:
     def test_the_operator_keeps_torchs_contract():
         torch.use_deterministic_algorithms(False)
         values = {name: v.float().requires_grad_() for name, v in values_of((1, 3, 1, 2, 1, 2)).items()}
-        arguments = [values[name] for name in host._NAMES]
+        arguments = [values[name] for name in triton_host.NAMES]
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(torch.ops.hybridnas.ssd_triton, (*arguments, None, True, 16), test_utils=checks)
 
