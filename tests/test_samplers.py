@@ -53,7 +53,7 @@ def landscape(naming, seed=0, noise=0.3):
 LADDER = Ladder((100, 300, 900), 3)
 
 
-def courses(naming, name, repeats=9, pruner="none"):
+def courses(naming, name, repeats=7, pruner="none"):
     scores = landscape(naming)
     return [simulate(scores, naming, LADDER, name, pruner, seed=seed, max_tokens=1e9) for seed in range(repeats)]
 
@@ -68,7 +68,7 @@ def test_a_sampler_finds_the_optimum_of_a_table_sooner_than_random(plain, name):
 
 def test_gp_finds_the_optimum_of_a_table_sooner_than_random(plain):
     best = min(curve[900] for curve in landscape(plain).values())
-    ours = statistics.median(one.tokens_to(best) for one in courses(plain, "gp", repeats=3))
+    ours = statistics.median(one.tokens_to(best) for one in courses(plain, "gp", repeats=2))
     assert ours < statistics.median(one.tokens_to(best) for one in courses(plain, "random"))
 
 
@@ -93,13 +93,9 @@ def test_the_same_seed_is_the_same_search_and_another_is_another(plain):
 
 def test_a_promotion_costs_the_tokens_between_the_rungs(plain):
     name = next(iter(landscape(plain)))
-    for pruner in ("none", "hyperband", "halving"):
-        course = simulate(
-            {name: {100: 1.0, 300: 1.0, 900: 1.0}}, plain, LADDER, "random", pruner, seed=0, max_tokens=1e9
-        )
-        assert course.trials == 1
-        assert course.tokens in (100, 300, 900)  # one of one is not among the best third, so halving leaves it there
-    scores = {name: {100: float(i), 300: float(i), 900: float(i)} for i, name in enumerate(list(landscape(plain))[:9])}
+    alone = simulate({name: {100: 1.0, 300: 1.0, 900: 1.0}}, plain, LADDER, "random", "none", seed=0, max_tokens=1e9)
+    assert (alone.trials, alone.tokens, alone.found) == (1, 900, [(1, 900, 1.0)])
+    scores = {name: {100: float(i), 300: float(i), 900: float(i)} for i, name in enumerate(landscape(plain))}
     course = simulate(scores, plain, LADDER, "random", "halving", seed=1, max_tokens=1e9)
     full = [tokens for _, tokens, _ in course.found]
     reached = {100: course.trials, 900: len(full)}
@@ -131,7 +127,7 @@ def study_of(name, naming, seed=0, **rest):
 @pytest.mark.parametrize("name", DRAWING)
 def test_draws_stay_in_a_conditional_space_and_none_comes_twice(conditional, name):
     study = study_of(name, conditional)
-    found = asked(study, conditional, 26 if name == "gp" else 40)
+    found = asked(study, conditional, 16 if name == "gp" else 30)
     names = [conditional(params) for params in found]
     assert len(set(names)) == len(names)
     for params in found:
