@@ -20,6 +20,7 @@ def run_suite(config: dict[str, Any]) -> int:
     from hybridnas.suites.runner import Runner
     from hybridnas.suites.suite import SuiteConfig
 
+    _refuse_unread(config)
     settings = SuiteConfig.from_dict(config["suite"])
     suite = settings.suite()
     folder = Path(settings.runs) / (f"{suite.name}-quick" if settings.quick else suite.name)
@@ -54,6 +55,17 @@ def run_suite(config: dict[str, Any]) -> int:
     if not outcome.done:
         show.line(f"time is up after {settings.minutes:g} minutes; the same command goes on")
     return 0
+
+
+def _refuse_unread(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for settings that a suite decides itself."""
+    given = [name for name in ("model", "lengths", "valid_tokens", "seq_len", "max_gib", "out") if config.get(name)]
+    given += ["data"] if config["data"]["kind"] != "stdlib" else []
+    if given:
+        raise ConfigError(
+            f"{given[0]}={config[given[0]]!r} does not go with suite={config['suite']['name']}, which brings its own "
+            f"data and trains its own models; set suite.out= for the results, suite.tasks= for the data"
+        )
 
 
 def print_suite(suite: Suite, outcome: Outcome) -> None:
