@@ -192,3 +192,11 @@ def test_a_record_that_was_written_can_be_mirrored_whole(tmp_path):
         "pattern": "Mx4", "fingerprint": "0" * 64, "seed": "5", "params": "10", "active_params": "5",
         "choices.split": "0.5",
     }  # fmt: skip
+
+
+def test_a_database_that_a_killed_process_began_is_begun_again(tmp_path):
+    (tmp_path / ".mlflow.new.db").write_bytes(b"half of a database")
+    tracking.make_database(tracking.default_uri(tmp_path))
+    assert not (tmp_path / ".mlflow.new.db").exists()
+    runs = tracking.connect(tracking.default_uri(tmp_path)).search_experiments()
+    assert [experiment.name for experiment in runs] == ["Default"]

@@ -173,6 +173,7 @@ class Tracker:
         )
 
     def _open(self) -> None:
+        make_database(self.uri)
         self._client = connect(self.uri)
         self._experiment = _experiment(self._client, self._artifact_home())
         self._id = self._study_id()
@@ -181,9 +182,8 @@ class Tracker:
             if tags.get("hybridnas.kind") == self._kind:
                 self._parent = run.info.run_id
             elif "hybridnas.superseded" not in tags and tags.get("hybridnas.trial", "").isdigit():
-                state = tags.get("hybridnas.state", RUNNING)
-                known = (run.info.run_id, tags.get("hybridnas.fingerprint", ""), state)
-                self._runs[int(tags["hybridnas.trial"])] = known
+                known = (tags.get("hybridnas.fingerprint", ""), tags.get("hybridnas.state", RUNNING))
+                self._runs[int(tags["hybridnas.trial"])] = (run.info.run_id, *known)
         if self._parent:
             self._client.update_run(self._parent, status="RUNNING")
         else:
@@ -284,6 +284,16 @@ def record_params(record: TrialRecord) -> dict[str, str]:
 def default_uri(study_folder: Path | str) -> str:
     """Return the study's own database: ``sqlite:///`` and the absolute path of ``mlflow.db`` in its folder."""
     return f"sqlite:///{(Path(study_folder).absolute() / 'mlflow.db').as_posix()}"
+
+
+def make_database(uri: str) -> None:
+    """Make an sqlite file whole or not at all: MLflow cannot go on with tables that a killed process began."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not path.exists():
+        begun = path.with_name(f".{path.stem}.new.db")
+        begun.unlink(missing_ok=True)
+        connect(f"sqlite:///{begun.as_posix()}").search_experiments(max_results=1)
+        begun.replace(path)
 
 
 def masked(value: Any) -> Any:
