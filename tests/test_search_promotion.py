@@ -127,6 +127,15 @@ def test_baselines_run_to_the_end_and_count_in_the_rungs(tmp_path, tiny):
     assert all(len(record.legs) == 1 for record in summary.records[:5])
 
 
+def test_a_search_too_short_to_promote_anybody_still_ends_with_a_winner(tmp_path, tiny):
+    settings = [*tiny, *HALVING, "budget.reduction=3", "space.baselines=[]", "n_trials=2"]
+    summary = run(tmp_path, settings)
+    assert sorted(record.state for record in summary.records) == ["COMPLETE", "PRUNED"]
+    first = [record.rungs[0][1] for record in summary.records]
+    assert summary.best.rungs[0][1] == min(first)
+    assert summary.exported is not None
+
+
 def test_a_promotion_that_was_cut_off_goes_on_and_nothing_is_trained_twice(tmp_path, tiny, monkeypatch):
     real, cut = trial.TrialRun.go_on, []
 

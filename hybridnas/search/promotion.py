@@ -48,8 +48,19 @@ class Ladder:
         return halving.goes_on(scores, self.reduction, tokens, number)
 
     def next(self, records: Iterable[TrialRecord], busy: Collection[int] = ()) -> int | None:
-        """Return the paused candidate that should go on now, or None."""
-        return halving.next_promotion(rung_scores(records, self.rungs, {}), self.reduction, busy)
+        """Return the paused candidate that should go on now, or None.
+
+        Once as many as were asked for are there and none of them has been trained to the end (a short search, without
+        baselines), it is the best of the highest rung: a search ends with a winner.
+        """
+        kept = list(records)
+        scores = rung_scores(kept, self.rungs, {})
+        found = halving.next_promotion(scores, self.reduction, busy)
+        finished = sum(record.state in (COMPLETE, PRUNED, FAIL) for record in kept)
+        if found is not None or busy or scores[self.rungs[-1]] or finished < self.n_trials:
+            return found
+        highest = next((scores[rung] for rung in reversed(self.rungs) if scores[rung]), {})
+        return next(iter(halving.ranked(highest)), None)
 
     def hopeful(self, records: Collection[TrialRecord]) -> list[int]:
         """Return the paused candidates whose checkpoints are worth their room, at most KEPT_PAUSED."""
