@@ -31,9 +31,9 @@ KERNELS = {
 }  # fmt: skip
 # a few for each target, because compiling takes seconds; all of them: the report, which .ci/run calls
 FEW = {
-    "sm_80": {"chunk_states", "chunk_inputs_gradients", "ssd_states"},
-    "sm_90": {"conv_forward", "conv_backward", "grouped_rows"},
-    "gfx942": {"chunk_outputs", "ssd_scores", "grouped_weights"},
+    "sm_80": {"conv_backward", "grouped_weights"},
+    "sm_90": {"chunk_inputs_gradients", "spread"},
+    "gfx942": {"chunk_outputs", "ssd_pass_states"},
 }
 
 
