@@ -27,9 +27,7 @@ def again(
     Where this process itself has kept malloc as it comes, its own figures are those, and a note says so.
     """
     if not config.keep_memory:
-        result.notes.append(
-            f"{case}: default malloc throughout (keep_memory=false); who allocates much pays for it"
-        )
+        result.notes.append(f"{case}: default malloc throughout (keep_memory=false); who allocates much pays for it")
         return
     labelled = f"{case}, default malloc"
     one = child.measured(work, arguments, threads=config.threads)

@@ -80,6 +80,8 @@ class _Simulation:
             if number is not None:
                 self._promote(number)
                 continue
+            if len(self.tried) == len(self.scores):
+                break
             trial = self.study.ask()
             self.naming.space.choose(trial, self.naming.scale)
             name = self.naming(trial.params)

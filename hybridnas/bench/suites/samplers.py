@@ -260,12 +260,12 @@ def draw(field: Field, courses: dict[tuple[str, str], list[Course]], what: str, 
 
 
 def _toy() -> Field:
-    """Return a made-up landscape of 27 architectures: a check that everything runs, no result."""
-    space = Space.from_mapping({"name": "toy", "letters": ["M", "A", "F"], "motif_length": [3], "baselines": []})
+    """Return a made-up landscape of eight architectures: a check that everything runs, no result."""
+    space = Space.from_mapping({"name": "toy", "letters": ["M", "F"], "motif_length": [3], "baselines": []})
     naming = Naming(space, Scale(d_model=8, depth=3, multiple=1))
     ladder = Ladder((100, 300, 900), 3)
     scores = {}
-    for number, motif in enumerate(itertools.product("MAF", repeat=3)):
+    for number, motif in enumerate(itertools.product("MF", repeat=3)):
         name = naming({f"slot{i}": letter for i, letter in enumerate(motif)})
         final = 2.0 - 0.3 * motif.count("M") + 0.01 * number
         scores[name] = {rung: final + 90 / rung for rung in ladder.rungs}
