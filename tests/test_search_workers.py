@@ -19,6 +19,7 @@ from hybridnas.search.config import Budget, SearchConfig
 from hybridnas.search.folder import StudyFolder
 from hybridnas.search.leases import LEASES, Crew, Earlier, FileLock, held
 from hybridnas.search.records import TrialRecord, load_records, write_record
+from hybridnas.search.replay import _threads_of
 from hybridnas.search.storage import open_journal
 from hybridnas.search.workers import environment, threads_each
 
@@ -336,3 +337,15 @@ def test_a_shared_folder_is_joined_without_a_parent_and_its_last_worker_reports(
         text=True,
     )
     assert joined.returncode == 0, joined.stderr
+
+
+def test_a_replay_computes_with_the_threads_of_the_worker(tmp_path):
+    import torch
+
+    (tmp_path / "run.json").write_text('{"format": 1, "machine": "Linux x86_64, 8 cores, 3 threads, no GPU"}')
+    before = torch.get_num_threads()
+    with _threads_of(tmp_path):
+        assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == before
+    with _threads_of(tmp_path / "absent"):
+        assert torch.get_num_threads() == before

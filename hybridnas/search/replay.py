@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hybridnas.data import open_source, source_config
@@ -74,16 +76,33 @@ def replay(
     budget = Budget.from_dict(identity["budget"])
     target = Space.from_mapping(identity["space"]).target(budget.scale(source.vocab_size))
     folder = _fresh(out, study / "replays" / f"{number:04d}")
-    result = train_run(
-        arch,
-        source,
-        budget.train_config(target, identity["seed"]),
-        folder=folder,
-        device=device,
-        on_eval=lambda value: record.state != FAIL and value.tokens >= record.tokens,
-        progress=progress,
-    )
+    with _threads_of(trial_folder(study, number)):
+        result = train_run(
+            arch,
+            source,
+            budget.train_config(target, identity["seed"]),
+            folder=folder,
+            device=device,
+            on_eval=lambda value: record.state != FAIL and value.tokens >= record.tokens,
+            progress=progress,
+        )
     return Replay(record, result.evals, folder)
+
+
+@contextlib.contextmanager
+def _threads_of(folder: Path) -> Iterator[None]:
+    """Compute with as many threads as the trial did: one of several workers has only its share of the processor."""
+    import torch
+
+    stored = read_run(folder)
+    found = re.search(r"(\d+) threads", stored.get("machine", "") if stored is not None else "")
+    before = torch.get_num_threads()
+    if found:
+        torch.set_num_threads(int(found[1]))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _fresh(out: Path | None, usual: Path) -> Path:
