@@ -62,6 +62,7 @@ class Worker:
     ready: bool = False
     ended: str | None = None
     error: tuple[str, str] | None = None
+    silent: bool = False  # its last word has been heard
     words: queue.SimpleQueue[Mapping[str, Any] | None] = field(default_factory=queue.SimpleQueue)
 
 
@@ -110,6 +111,7 @@ class Supervisor:
                 stdout=subprocess.PIPE,
                 stderr=errors_to,
                 text=True,
+                errors="replace",  # a killed worker may leave half a character
                 env=environment(config, number),
                 start_new_session=True,  # Ctrl-C in the terminal is the parent's, which passes it on once
             )
@@ -137,9 +139,10 @@ class Supervisor:
     def _hear(self, worker: Worker, *, to_the_end: bool) -> bool:
         """Act on what a worker has said; of a dead one, on everything to its last word."""
         said = False
-        while to_the_end or not worker.words.empty():
+        while not worker.silent and (to_the_end or not worker.words.empty()):
             message = worker.words.get()
             if message is None:
+                worker.silent = True  # the pipe may end a moment before the process: nothing follows
                 break
             said = True
             worker.ready |= "ready" in message
@@ -240,15 +243,17 @@ def environment(config: SearchConfig, worker: int) -> dict[str, str]:
 
 
 def _listen(stream: IO[str], words: queue.SimpleQueue[Mapping[str, Any] | None]) -> None:
-    with stream:
-        for line in stream:
-            try:
-                message = json.loads(line)
-            except ValueError:
-                continue  # a library's own print
-            if isinstance(message, dict):
-                words.put(message)
-    words.put(None)
+    try:
+        with stream:
+            for line in stream:
+                try:
+                    message = json.loads(line)
+                except ValueError:
+                    continue  # a library's own print
+                if isinstance(message, dict):
+                    words.put(message)
+    finally:
+        words.put(None)
 
 
 def main() -> int:
