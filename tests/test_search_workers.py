@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -349,3 +350,14 @@ def test_a_replay_computes_with_the_threads_of_the_worker(tmp_path):
     assert torch.get_num_threads() == before
     with _threads_of(tmp_path / "absent"):
         assert torch.get_num_threads() == before
+
+
+def test_a_workers_last_word_is_heard_once_though_its_pipe_ends_before_its_process():
+    worker = workers.Worker(0, None, Path("log"))
+    worker.words.put(None)
+    parent = object.__new__(workers.Supervisor)
+    assert parent._hear(worker, to_the_end=False) is False
+    listening = threading.Thread(target=parent._hear, args=(worker,), kwargs={"to_the_end": True}, daemon=True)
+    listening.start()
+    listening.join(10)
+    assert not listening.is_alive()
