@@ -28,11 +28,27 @@ def start(runs, settings, log):
     return subprocess.Popen(command, stdout=log, stderr=log)
 
 
-def victims(folder: Path) -> list[int]:
-    """Return the processes that work on a trial now."""
-    leases = sorted((folder / LEASES).glob("trial-*"))
-    found = (FileLock(path).words().get("pid") for path in leases if held(path))
-    return [pid for pid in found if isinstance(pid, int)]
+def victims(folder: Path) -> list[tuple[int, Path]]:
+    """Return the processes that work on a trial now, and the trial's measurements."""
+    leases = [path for path in sorted((folder / LEASES).glob("trial-*")) if held(path)]
+    found = [
+        (FileLock(path).words().get("pid"), folder / "trials" / path.name[6:] / "metrics.jsonl") for path in leases
+    ]
+    return [(pid, curve) for pid, curve in found if isinstance(pid, int)]
+
+
+def after_some_work(victim: tuple[int, Path], measurements: int) -> None:
+    """Wait until the victim has measured so many times more, or is done with its trial; busy machines take longer."""
+    _, curve = victim
+    begun = count(curve)
+    for _ in range(3000):
+        if count(curve) >= begun + measurements or victim not in victims(curve.parents[2]):
+            return
+        time.sleep(0.01)
+
+
+def count(curve: Path) -> int:
+    return curve.read_bytes().count(b"\n") if curve.exists() else 0
 
 
 def kill(pid: int) -> bool:
@@ -53,7 +69,7 @@ def test_a_study_survives_workers_and_parents_killed_at_random(tmp_path, tiny):
     process = start(tmp_path, [*settings, f"n_trials={trials}"], log)
     while kills < KILLS:
         assert time.monotonic() - begun < PATIENCE, (tmp_path / "log").read_text()[-3000:]
-        time.sleep(chance.uniform(0.1, 0.9))
+        time.sleep(0.02)
         if process.poll() is not None:
             assert process.returncode in (0, -signal.SIGKILL), (tmp_path / "log").read_text()[-3000:]
             trials += 0 if process.returncode else 4  # it was done before it was killed often enough
@@ -62,12 +78,15 @@ def test_a_study_survives_workers_and_parents_killed_at_random(tmp_path, tiny):
         working = victims(folder)
         if not working:
             continue
+        victim = chance.choice(working)
+        after_some_work(victim, chance.choice((0, 1, 1, 2, 3)))
+        time.sleep(chance.uniform(0.0, 0.3))
         if kills % 10 == 7:  # the parent, too: its workers see it and leave
             process.kill()
             process.wait()
             kills, parents = kills + 1, parents + 1
         else:
-            kills += kill(chance.choice(working))
+            kills += kill(victim[0])
     if process.wait(PATIENCE) == -signal.SIGKILL:  # the last one killed was the parent
         process = start(tmp_path, [*settings, f"n_trials={trials}"], log)
     assert process.wait(PATIENCE) == 0, (tmp_path / "log").read_text()[-3000:]
