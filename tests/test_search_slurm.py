@@ -31,7 +31,7 @@ def test_the_script_is_an_array_of_one_worker_a_node_that_bash_can_read(tmp_path
     assert f"#SBATCH --array=0-{nodes - 1}\n" in script
     command = script.split("\nsrun ")[1].replace("\\\n", " ").split()
     assert command[1:3] == ["-m", "hybridnas.search"]
-    assert command[3:5] == ["space=hybrid", "budget=smoke"]
+    assert {"space=hybrid", "budget=smoke"} <= set(command)
     assert command[-3:] == ["study=demo", f"runs={tmp_path}/runs", "worker=create"]
     assert not [item for item in command if item.startswith(("launch", "nodes"))]
     bash = subprocess.run(["bash", "-n", str(tmp_path / "runs" / "demo" / "slurm.sh")], capture_output=True, text=True)
