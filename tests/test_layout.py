@@ -44,7 +44,7 @@ DOORS = {  # third-party name -> the only places that import it
     "safetensors": ("train/checkpoint.py", "export/"),
     "triton": ("kernels/",),
     "matplotlib": ("arch/draw.py", "search/plots.py", "suites/plots.py", "bench/"),
-    "jinja2": ("search/report.py",),
+    "jinja2": ("search/page.py",),
     "yaml": ("config.py",),
     "numpy": ("data/", "bench/"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TOUR = README.split("## Five minutes")[1].split("## Patterns")[0]
+TOUR = README.split("## Five minutes")[1].split("## Further")[0]
+FURTHER = README.split("## Further")[1].split("## Patterns")[0]
 
 
 def blocks(language: str, text: str) -> list[str]:
@@ -55,6 +57,18 @@ def test_the_python_of_the_tour_runs_and_matches_what_it_asks_for(folder: Path) 
     active = int(re.search(r"active_params=(\d+)", cost).group(1))
     assert pattern == "(ME)x4A"
     assert abs(active - 250_000) < 2_000
+
+
+@pytest.mark.parametrize("line", [line for block in blocks("bash", FURTHER) for line in block.splitlines() if line])
+def test_every_further_command_has_the_settings_it_names(line: str) -> None:
+    from hybridnas.cli.compose import compose
+
+    python, dash, command, *settings = shlex.split(line)
+    assert (python, dash, command.split(".")[0]) == ("python", "-m", "hybridnas")
+    composed = compose(command.split(".")[1], settings)
+    for setting in settings:
+        key, _, value = setting.rpartition("=")
+        assert not key or key.split(".")[0] in composed, f"{key}={value}"
 
 
 def test_the_integers_of_the_presets_table_are_those_of_the_presets() -> None:

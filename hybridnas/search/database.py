@@ -64,8 +64,12 @@ def database_url(given: str | None) -> str | None:
     return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url)
 
 
-def open_database(url: str, heartbeat: int, news: Callable[[str], None], patience: float = PATIENCE) -> RDBStorage:
+def open_database(
+    url: str, heartbeat: int, news: Callable[[str], None], patience: float = PATIENCE, *, known: bool = False
+) -> RDBStorage:
     """Open Optuna's tables; every call waits out a database that is away for a while.
+
+    ``known``: a parent has opened it a moment ago, so that opening waits, too, instead of calling the address wrong.
 
     Raises StudyError, without the password, when it cannot be reached, and ConfigError when the driver is missing.
     """
@@ -103,19 +107,23 @@ def open_database(url: str, heartbeat: int, news: Callable[[str], None], patienc
     kind = type("PatientStorage", (RDBStorage,), calls)
     alive = {"keepalives": 1, "keepalives_idle": 20, "keepalives_interval": 5, "keepalives_count": 3}
     arguments = {"connect_timeout": 10, **alive} if "psycopg" in url.partition("://")[0] else {}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            return kind(  # type: ignore[no-any-return]
-                url,
-                engine_kwargs={"pool_pre_ping": True, "connect_args": arguments},
-                heartbeat_interval=heartbeat,
-                grace_period=GRACE * heartbeat,
-            )
-    except ImportError:
-        raise ConfigError("search storage= needs the driver psycopg: pip install 'hybridnas[postgres]'") from None
-    except Exception as error:
-        raise StudyError(f"storage {masked(url)} cannot be opened: {_why(error, url)}") from None
+    until = time.monotonic() + (patience if known else 0.0)
+    while True:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                return kind(  # type: ignore[no-any-return]
+                    url,
+                    engine_kwargs={"pool_pre_ping": True, "connect_args": arguments},
+                    heartbeat_interval=heartbeat,
+                    grace_period=GRACE * heartbeat,
+                )
+        except ImportError:
+            raise ConfigError("search storage= needs the driver psycopg: pip install 'hybridnas[postgres]'") from None
+        except Exception as error:
+            if not _is_outage(error) or time.monotonic() >= until:
+                raise StudyError(f"storage {masked(url)} cannot be opened: {_why(error, url)}") from None
+            time.sleep(1.0)
 
 
 class DatabaseCrew(Crew):

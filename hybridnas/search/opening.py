@@ -90,7 +90,7 @@ def _study(search: Search, source: Source, scale: Scale, target: int) -> optuna.
             if config.worker == "off" and worker is None:
                 repeat_lost(study, search.records)
         return study
-    storage = open_database(url, config.heartbeat, search.news)
+    storage = open_database(url, config.heartbeat, search.news, known=search.orders is not None)
     search.crew.close()
     search.crew = crew = DatabaseCrew(folder.path, storage, folder.name, config.heartbeat, worker or 0)
     limits = _limits(search) if config.worker == "off" and worker is None else None
