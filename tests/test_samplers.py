@@ -61,9 +61,9 @@ def courses(naming, name, repeats=7, pruner="none"):
 @pytest.mark.parametrize("name", [name for name in DRAWING if name not in ("random", "gp")])
 def test_a_sampler_finds_the_optimum_of_a_table_sooner_than_random(plain, name):
     best = min(curve[900] for curve in landscape(plain).values())
-    ours = statistics.median(one.tokens_to(best) for one in courses(plain, name))
-    chance = statistics.median(one.tokens_to(best) for one in courses(plain, "random"))
-    assert ours < 0.8 * chance
+    # TPE's searches end early or very late: a median of seven says little
+    ours = statistics.median(one.tokens_to(best) for one in courses(plain, name, repeats=21))
+    assert ours < 0.8 * statistics.median(one.tokens_to(best) for one in courses(plain, "random", repeats=21))
 
 
 def test_gp_finds_the_optimum_of_a_table_sooner_than_random(plain):
