@@ -1,7 +1,7 @@
 """The Triton kernels compile for GPUs that are not here, spill nothing and fit; and what they are counted to move.
 
-The likely best tile of every kernel: ``python -m hybridnas.kernels._triton.report``, as .ci/run does; every tile at
-every size: the same with ``whole=true`` (long).
+Every tile of every kernel: ``python -m hybridnas.kernels._triton.report``, as .ci/run does; every tile at every size
+and dtype: the same with ``whole=true`` (long).
 """
 
 import json
@@ -73,7 +73,8 @@ few, all_ = compilations(False), compilations(True)
 print(*sorted({c.launch.kernel.__name__ for c in few}))
 print(*sorted({c.launch.kernel.__name__ for c in all_}))
 tiles = {(c.launch.kernel.__name__, t) for c in all_ for t in c.launch.tiles}
-assert tiles == {(c.launch.kernel.__name__, c.tile) for c in all_}  # every configuration of the tuner
+for compiled in few, all_:
+    assert tiles == {(c.launch.kernel.__name__, c.tile) for c in compiled}  # every configuration of the tuner
 """
 
 

@@ -99,7 +99,22 @@ def loss_launches(vocabulary: int, dtype: torch.dtype, full: bool) -> list[Launc
 
 
 def compilations(whole: bool) -> list[Compilation]:
-    """Return what is compiled: representative launches with their first tile, or everything."""
+    """Return what is compiled: every tile at every size and dtype, or each tile of each kernel once or a few times."""
+    found = _all(True)
+    if whole:
+        return found
+    few = _all(False)
+    seen = {(c.launch.kernel.__name__, c.tile) for c in few}
+    for compilation in found:
+        key = compilation.launch.kernel.__name__, compilation.tile
+        if key not in seen:
+            seen.add(key)
+            few.append(compilation)
+    return few
+
+
+def _all(whole: bool) -> list[Compilation]:
+    """Return representative launches with their first tile, or everything."""
     found: list[Compilation] = []
     float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -1,10 +1,10 @@
 """Compile every Triton kernel for GPUs that need not be here, and print what each uses.
 
 ``python -m hybridnas.kernels._triton.report [whole=true] [targets=sm_80,sm_90,gfx942] [kernel=NAME,NAME] [jobs=N]
-[timeout=SECONDS] [out=FILE]`` compiles the first tile of every kernel at common sizes, or with ``whole`` every tile
-at every size class; ``kernel`` keeps those whose name contains one of these. The exit code is 1 where a kernel does
-not compile in time, spills registers or needs more than the target has.
-Nothing here runs a kernel.
+[timeout=SECONDS] [out=FILE]`` compiles every tile of every kernel, the first ones at common sizes and dtypes and the
+others where they are first used, or with ``whole`` every tile at every size class and dtype; ``kernel`` keeps those
+whose name contains one of these. The exit code is 1 where a kernel does not compile in time, spills registers or needs
+more than the target has. Nothing here runs a kernel.
 """
 
 from __future__ import annotations
