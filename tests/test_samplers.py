@@ -397,7 +397,7 @@ def test_gp_without_scipy_says_what_to_install(monkeypatch):
 
 
 def test_pruners_by_name():
-    assert isinstance(make_pruner("hyperband", (1, 3, 9), 3), optuna.pruners.HyperbandPruner)
+    assert isinstance(make_pruner("hyperband", (1, 3, 9)), optuna.pruners.HyperbandPruner)
     for name in ("none", "halving"):
-        assert isinstance(make_pruner(name, (1, 3, 9), 3), optuna.pruners.NopPruner)
-    assert isinstance(make_pruner("hyperband", (9,), 3), optuna.pruners.NopPruner)
+        assert isinstance(make_pruner(name, (1, 3, 9)), optuna.pruners.NopPruner)
+    assert isinstance(make_pruner("hyperband", (9,)), optuna.pruners.NopPruner)

@@ -16,6 +16,7 @@ from hybridnas.train.config import TrainConfig
 
 SAMPLERS = ("tpe", "evolution", "nsga2", "gp", "random", "bruteforce")
 PRUNERS = ("halving", "hyperband", "none")
+USUAL_SAMPLER = "evolution"  # fewest tokens to the best 1 % of the table: python -m hybridnas.bench samplers
 # Of a budget, what may change when a study goes on.
 LIMITS_OF_A_CALL = ("n_trials", "minutes", "max_tokens", "name", "confirm", "confirm_top", "confirm_seeds")
 LATER_SETTINGS = (
@@ -44,7 +45,10 @@ class Budget(FrozenConfig):
     lr: float = option(3e-3, "peak learning rate [1]", gt=0)
     weight_decay: float = option(0.1, "decoupled weight decay [1]", ge=0)
     rungs: int = option(3, "rungs of the pruner, the last one the full run [count]", ge=1)
-    reduction: int = option(3, "a rung trains this many times longer than the one before [factor]", ge=2)
+    reduction: int = option(3, "one in so many goes on from a rung to the next [count]", ge=2)
+    growth: int | None = option(
+        None, "a rung trains this many times longer than the one before; none: as reduction [factor]", ge=2
+    )
     evals: int = option(9, "points of the loss curve, at least; every rung is one [count]", ge=1)
     valid_tokens: int = option(65536, "validation tokens per evaluation, the same for all trials [tokens]", ge=1)
     n_trials: int = option(30, "the search ends with this many finished trials, baselines included [count]", ge=1)
@@ -78,10 +82,11 @@ class Budget(FrozenConfig):
         return self.batch_size * self.seq_len
 
     def rung_tokens(self, active_params: int) -> tuple[int, ...]:
-        """Return the token counts of the rungs: whole steps, each ``reduction`` times the one before."""
-        top = self.reduction ** (self.rungs - 1)
+        """Return the token counts of the rungs: whole steps, each ``growth`` times the one before."""
+        growth = self.growth or self.reduction
+        top = growth ** (self.rungs - 1)
         first = max(1, math.ceil(active_params * self.tokens_per_active_param / (self.step_tokens * top)))
-        return tuple(first * self.step_tokens * self.reduction**rung for rung in range(self.rungs))
+        return tuple(first * self.step_tokens * growth**rung for rung in range(self.rungs))
 
     def eval_tokens(self, active_params: int) -> tuple[int, ...]:
         """Return where a trial is evaluated: the rungs, and points between them for the curve."""
@@ -129,7 +134,11 @@ class SearchConfig(FrozenConfig):
     study: str | None = option(None, "name of the study and its folder; none: SPACE-BUDGET [text]")
     runs: str = option("runs", "folder in which studies lie [path]")
     seed: int = option(0, "everything random derives from it [integer]", ge=0)
-    sampler: str = option("tpe", "what draws the next candidate", choices=SAMPLERS)
+    sampler: str = option(
+        "auto",
+        "what draws the next candidate; auto: evolution, with several objectives tpe",
+        choices=("auto", *SAMPLERS),
+    )
     pruner: str = option("halving", "what stops or pauses a trial early", choices=PRUNERS)
     objectives: tuple[str, ...] = option(("val_loss",), "what is looked for; the first decides the order [names]")
     against: str | None = option(
@@ -166,6 +175,8 @@ class SearchConfig(FrozenConfig):
             object.__setattr__(self, "objectives", tuple(names))
         super().__post_init__()
         read_objectives(self.objectives)
+        if self.sampler == "auto":
+            object.__setattr__(self, "sampler", USUAL_SAMPLER if len(self.objectives) == 1 else "tpe")
         if len(self.objectives) > 1 and self.pruner == "hyperband":
             raise ConfigError(
                 "search pruner=hyperband cannot prune by several objectives, Optuna takes no reports of them; "
@@ -180,8 +191,9 @@ class SearchConfig(FrozenConfig):
     def identity(self) -> dict[str, Any]:
         """Return what makes two calls the same study; limits such as n_trials and minutes may change in between."""
         budget = {k: v for k, v in self.budget.to_dict().items() if k not in LIMITS_OF_A_CALL}
-        if budget["devices"] == 1:  # older studies do not know it
-            del budget["devices"]
+        for later, usual in (("devices", 1), ("growth", None)):  # older studies do not know them
+            if budget[later] == usual:
+                del budget[later]
         usual = {field.name: field.default for field in dataclasses.fields(self)}
         # What did not exist once is left out where it is as it was then, so that older studies go on.
         chosen = {k: getattr(self, k) for k in LATER_SETTINGS if getattr(self, k) != usual[k]}

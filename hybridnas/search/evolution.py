@@ -5,6 +5,9 @@ lucky score dies out. A parent is the winner of a tournament; a child is a paren
 crossed and then changed. Slots of a motif change along the pattern graph: one substitution, insertion, deletion or swap
 (:mod:`hybridnas.arch.neighbours`); a length that the space jumps over is met by cutting or repeating the motif.
 
+A small population and a sharp tournament, because a search has tens of candidates, not thousands: of 4 to 24 members,
+8 needed the fewest tokens on the table (experiments/LOG.md).
+
 Everything is read from the study, so several workers breed one population and a resumed search goes on with it.
 """
 
@@ -57,7 +60,7 @@ class Evolution(BaseSampler):
         scale: Scale,
         seed: int,
         *,
-        population: int = 16,
+        population: int = 8,
         tournament: int = 5,
         crossover: float = 0.25,
     ) -> None:

@@ -31,6 +31,11 @@ class Ladder:
     reduction: int
     n_trials: int
 
+    @property
+    def remainder(self) -> float:
+        """Share of a full training that is left to who goes on from the last rung before its end."""
+        return 1.0 - self.rungs[-2] / self.rungs[-1] if len(self.rungs) > 1 else 1.0
+
     @classmethod
     def of(cls, config: SearchConfig, active_params: int) -> Ladder | None:
         """Return the ladder of a search that halves, None for one that does not."""

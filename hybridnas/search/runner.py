@@ -215,7 +215,7 @@ class Search:
 
     def _promoted(self, study: optuna.Study, context: TrialContext) -> optuna.Trial | None:
         """Return a paused candidate to go on with, where the pruner is halving and one has its turn."""
-        if context.ladder is None or not self._time_for(1.0 - 1.0 / context.ladder.reduction):
+        if context.ladder is None or not self._time_for(context.ladder.remainder):
             return None
         trial = promote(study, context.ladder, self.records)
         if trial is not None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from hybridnas.search.drawing import Naming
 
-GENERATION = 16  # candidates of a generation, and of evolution's population [count]
+GENERATION = 16  # candidates of a generation of nsga2 [count]
 
 
 def make_sampler(name: str, seed: int, space: Space, scale: Scale, naming: Naming | None = None) -> BaseSampler:
@@ -41,7 +41,7 @@ def _inner(name: str, seed: int, space: Space, scale: Scale) -> BaseSampler:
         if name == "evolution":
             from hybridnas.search.evolution import Evolution
 
-            return Evolution(space, scale, seed, population=GENERATION)
+            return Evolution(space, scale, seed)
         if name == "nsga2":
             return optuna.samplers.NSGAIISampler(population_size=GENERATION, seed=seed)
         if name == "gp":
@@ -54,12 +54,12 @@ def _inner(name: str, seed: int, space: Space, scale: Scale) -> BaseSampler:
     raise ConfigError(f"search sampler={name!r} is unknown{suggest(name, SAMPLERS)}")
 
 
-def make_pruner(name: str, rung_tokens: tuple[int, ...], reduction: int) -> BasePruner:
+def make_pruner(name: str, rung_tokens: tuple[int, ...]) -> BasePruner:
     """Return Hyperband over the rungs' token counts, or Optuna's pruner that stops nobody: halving is ours."""
     import optuna
 
     if name != "hyperband" or len(rung_tokens) == 1:
         return optuna.pruners.NopPruner()
     return optuna.pruners.HyperbandPruner(
-        min_resource=rung_tokens[0], max_resource=rung_tokens[-1], reduction_factor=reduction
+        min_resource=rung_tokens[0], max_resource=rung_tokens[-1], reduction_factor=rung_tokens[1] // rung_tokens[0]
     )

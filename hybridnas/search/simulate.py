@@ -69,7 +69,7 @@ class _Simulation:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.study = optuna.create_study(
             sampler=make_sampler(course.sampler, course.seed, naming.space, naming.scale, naming),
-            pruner=make_pruner(course.pruner, ladder.rungs, ladder.reduction),
+            pruner=make_pruner(course.pruner, ladder.rungs),
             study_name=f"{course.sampler}-{course.seed}",  # Hyperband's bracket of a trial depends on it
         )
 

@@ -46,7 +46,7 @@ def open_study(
         storage=storage or open_journal(path),
         # A resumed process must not repeat the draws of the first, nor a worker those of another.
         sampler=make_sampler(config.sampler, _seed(config, path, worker, storage), space, scale),
-        pruner=make_pruner(config.pruner, budget.rung_tokens(target), budget.reduction),
+        pruner=make_pruner(config.pruner, budget.rung_tokens(target)),
         directions=directions(config.objectives),
         load_if_exists=True,
     )

@@ -50,7 +50,7 @@ class TableSpec(FrozenConfig):
     budget: Budget = field(metadata={"doc": "size, length and rungs of every row"})
     seeds: int = option(2, "runs of each architecture in the best quarter, each of its own seed [count]", ge=1)
     ladders: tuple[tuple[int, int], ...] = field(
-        default=(), metadata={"doc": "further (rungs, reduction) whose token counts are measured, too"}
+        default=(), metadata={"doc": "further (rungs, growth) whose token counts are measured, too"}
     )
 
     @classmethod
@@ -67,19 +67,20 @@ class TableSpec(FrozenConfig):
             if not isinstance(given.get(key), Mapping):
                 raise ConfigError(f"space {space.name!r} table needs {key}, a mapping of settings")
         given["budget"] = Budget.from_dict({"name": space.name, **given["budget"]}, where=f"space {space.name!r} table")
-        given["ladders"] = tuple((int(rungs), int(reduction)) for rungs, reduction in given.get("ladders", ()))
+        given["ladders"] = tuple((int(rungs), int(growth)) for rungs, growth in given.get("ladders", ()))
         return cls.from_dict(given, where=f"space {space.name!r} table")
 
     def points(self, active_params: int) -> tuple[int, ...]:
         """Return the training-token counts at which every row is measured: the rungs of all ladders."""
         counts: set[int] = set()
-        for rungs, reduction in ((self.budget.rungs, self.budget.reduction), *self.ladders):
-            counts |= set(self.budget.replace(rungs=rungs, reduction=reduction).rung_tokens(active_params))
+        own = self.budget.rungs, self.budget.growth or self.budget.reduction
+        for rungs, growth in (own, *self.ladders):
+            counts |= set(self.budget.replace(rungs=rungs, growth=growth).rung_tokens(active_params))
         return tuple(sorted(counts))
 
     def settings(self, space: Space) -> str:
         """Return 12 hex digits of all that decides a row's numbers: rows that differ in them cannot be compared."""
-        limits = ("name", "n_trials", "minutes", "rungs", "reduction", "evals")
+        limits = ("name", "n_trials", "minutes", "rungs", "reduction", "growth", "evals")
         budget = {key: value for key, value in self.budget.to_dict().items() if key not in limits}
         data = {key: value for key, value in self.data.items() if key != "cache_dir"}
         text = json.dumps({"data": data, "budget": budget, "match": space.match}, sort_keys=True)
@@ -263,7 +264,7 @@ class TableSource(Source):
             raise StudyError(
                 f"the table {self.table.path} has no scores at {missing[0]:,} tokens but at "
                 f"{', '.join(f'{point:,}' for point in self.table.points)}: choose space.table.budget.rungs and "
-                f".reduction so that rungs meet these"
+                f".growth so that rungs meet these"
             )
         evals: list[Eval] = []
         speed = row.tokens_per_second

@@ -20,7 +20,7 @@ from hybridnas.bench.method import Spread
 from hybridnas.bench.result import Result, Table
 from hybridnas.bench.suites.table import architectures, fidelity
 from hybridnas.errors import StudyError
-from hybridnas.search.config import PRUNERS, SAMPLERS, SearchConfig
+from hybridnas.search.config import PRUNERS, SAMPLERS, USUAL_SAMPLER, SearchConfig
 from hybridnas.search.drawing import Naming
 from hybridnas.search.fidelity import agreements
 from hybridnas.search.simulate import Course, Ladder, Scores, simulate
@@ -128,7 +128,7 @@ def _courses(field: Field, sampler: str, pruner: str, repeats: int) -> list[Cour
 def _state(result: Result, field: Field, courses: dict[tuple[str, str], list[Course]]) -> None:
     """Put figures, intervals, ratios and the goal into the result."""
     usual = {item.name: item.default for item in dataclasses.fields(SearchConfig)}
-    sampler, pruner = str(usual["sampler"]), str(usual["pruner"])
+    sampler, pruner = USUAL_SAMPLER, str(usual["pruner"])
     reached = {pair: np.array([one.tokens_to(field.target) for one in some]) for pair, some in courses.items()}
     by_pruner: dict[str, dict[str, Any]] = {name: {} for name in PRUNERS}
     rows: list[list[Any]] = []
