@@ -13,7 +13,7 @@ from hybridnas.bench.suites import table as building
 from hybridnas.cli.bench import run as run_command
 from hybridnas.cli.compose import compose
 from hybridnas.errors import ConfigError, StudyError
-from hybridnas.search.config import PRUNERS, SearchConfig
+from hybridnas.search.config import PRUNERS, Budget, SearchConfig
 from hybridnas.search.simulate import Course
 from hybridnas.search_spaces.space import Space
 
@@ -32,8 +32,8 @@ def written(tmp_path_factory):
 
 def test_the_file_names_the_default_and_the_tokens_of_every_sampler(written):
     _, read = written
-    usual = {name: SearchConfig.__dataclass_fields__[name].default for name in ("sampler", "pruner")}
-    assert (read["default"], read["default_pruner"]) == (usual["sampler"], usual["pruner"])
+    usual = SearchConfig(space={}, data={}, budget=Budget(d_model=8, depth=1))
+    assert (read["default"], read["default_pruner"]) == (usual.sampler, usual.pruner)
     assert set(read["tokens_to_best_1pct"]) == {"tpe", "evolution", "nsga2", "gp", "random"}
     assert set(read["by_pruner"]) == set(PRUNERS)
     for name, median in read["tokens_to_best_1pct"].items():
@@ -109,7 +109,7 @@ def test_a_table_is_read_and_an_unfinished_one_is_marked(tmp_path, corpus, monke
     space = Space.from_mapping({**shape, "table": spec})
     building.build(space, part=(0, 2), work=tmp_path / "work")
     monkeypatch.setattr(samplers, "load_space", lambda name: space)
-    monkeypatch.setattr(samplers, "COMPARED", ("tpe", "random"))
+    monkeypatch.setattr(samplers, "COMPARED", ("evolution", "random"))
     result = samplers.run(BenchConfig(suite="samplers", repeats=2))
     assert result.facts["preliminary"] is True
     assert result.facts["table"] == {"path": f"{tmp_path}/t.csv", "architectures": 2, "of": 4, "runs": 2}

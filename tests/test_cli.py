@@ -12,8 +12,8 @@ from hybridnas.config import read_yaml
 from hybridnas.errors import ConfigError
 
 BUDGET = (
-    "batch_size confirm confirm_seeds confirm_top d_model depth evals lr minutes multiple n_experts n_trials name "
-    "rungs seq_len tokens_per_active_param valid_tokens"
+    "batch_size confirm confirm_seeds confirm_top d_model depth evals growth lr minutes multiple n_experts n_trials "
+    "name reduction rungs seq_len tokens_per_active_param valid_tokens"
 )
 DATA = "cache_dir kind max_bytes tokenizer valid_fraction vocab_size"
 TRAIN = (
@@ -180,7 +180,11 @@ MISTAKES = [
     ("search", ["minutes=0"], "budget minutes=0 must be > 0"),
     ("search", ["minutes=inf"], "budget minutes="),
     ("search", ["seed=-1"], "search seed=-1 must be >= 0"),
-    ("search", ["sampler=tp"], "search sampler='tp' must be one of tpe, evolution, nsga2, gp, random, bruteforce"),
+    (
+        "search",
+        ["sampler=tp"],
+        "search sampler='tp' must be one of auto, tpe, evolution, nsga2, gp, random, bruteforce",
+    ),
     ("search", ["device=foo"], "device='foo' is not a device"),
     ("search", ["study=a/b"], "study='a/b' must be a plain folder name"),
     ("search", ["data=text"], "data=text needs data.path=FILE, FOLDER or GLOB"),

@@ -14,6 +14,7 @@ from hybridnas.cli.compose import compose
 from hybridnas.errors import ConfigError, MatchError, StudyError, TrainingError
 from hybridnas.search import records, runner, trial
 from hybridnas.search.config import Budget
+from hybridnas.search.promotion import Ladder
 from hybridnas.search.replay import replay
 from hybridnas.search.runner import Search
 from hybridnas.search_spaces.space import BASELINES
@@ -274,6 +275,13 @@ def test_the_rungs_are_whole_steps_and_multiples(tiny):
     assert rungs[2] == 9 * rungs[0] >= 20 * 5000
     assert set(rungs) <= set(budget.eval_tokens(5000))
     assert len(budget.eval_tokens(5000)) >= 4
+
+
+def test_rungs_may_grow_by_another_factor_than_the_one_by_which_candidates_fall_away():
+    budget = Budget(d_model=8, depth=2, seq_len=8, batch_size=2, rungs=3, reduction=3, growth=2)
+    assert budget.rung_tokens(5000) == (25_008, 50_016, 100_032)
+    ladder = Ladder(budget.rung_tokens(5000), budget.reduction, 9)
+    assert (ladder.remainder, Ladder((16,), 3, 9).remainder) == (0.5, 1.0)
 
 
 def test_a_full_disk_ends_the_search_in_one_sentence_and_loses_nothing(tmp_path, tiny, monkeypatch):

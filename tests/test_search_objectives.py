@@ -246,3 +246,15 @@ def test_nobody_trains_while_it_is_measured(tmp_path):
             assert isolated is False
     finally:
         measure.PATIENCE = measure_patience
+
+
+@pytest.mark.parametrize(
+    ("given", "drawn"),
+    [
+        ([], "evolution"),
+        (["objectives=[val_loss,params]", "pruner=halving"], "tpe"),
+        (["objectives=[val_loss,params]", "pruner=halving", "sampler=nsga2"], "nsga2"),
+    ],
+)
+def test_the_sampler_that_is_not_named_is_one_that_can_do_what_is_asked(tiny, given, drawn):
+    assert search_config(compose("search", ["budget=smoke", *tiny, *given])).sampler == drawn

@@ -191,8 +191,8 @@ class SearchConfig(FrozenConfig):
     def identity(self) -> dict[str, Any]:
         """Return what makes two calls the same study; limits such as n_trials and minutes may change in between."""
         budget = {k: v for k, v in self.budget.to_dict().items() if k not in LIMITS_OF_A_CALL}
-        for later, usual in (("devices", 1), ("growth", None)):  # older studies do not know them
-            if budget[later] == usual:
+        for later, then in (("devices", 1), ("growth", None)):  # older studies do not know them
+            if budget[later] == then:
                 del budget[later]
         usual = {field.name: field.default for field in dataclasses.fields(self)}
         # What did not exist once is left out where it is as it was then, so that older studies go on.
