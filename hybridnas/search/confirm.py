@@ -142,7 +142,11 @@ def confirm(
     """
     budget = context.config.budget
     grown = {record.number: record for record in chosen(records, budget.confirm_top)}
-    for seed in fresh_seeds(context.config.seed, budget.confirm_seeds):
+    seeds = fresh_seeds(context.config.seed, budget.confirm_seeds)
+    missing = [record.seconds for record in grown.values() for seed in seeds if str(seed) not in record.confirmed]
+    if missing:
+        context.news(f"confirming {len(grown)} architectures, {len(missing)} trainings: {_about(sum(missing))}")
+    for seed in seeds:
         for number, record in grown.items():
             if str(seed) in record.confirmed:
                 continue
@@ -151,6 +155,10 @@ def confirm(
             save(grown[number])
             words = "failed" if value is None else f"{value:.4f}"
             context.news(f"confirming trial {number:>3}  {record.name}  seed {seed}: {words}")
+
+
+def _about(seconds: float) -> str:
+    return f"about {math.ceil(seconds / 60)} min" if seconds >= 60 else "under a minute"
 
 
 def train_again(context: TrialContext, record: TrialRecord, folder: Path, seed: int) -> float | None:

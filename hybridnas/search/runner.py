@@ -284,9 +284,6 @@ class Search:
             return True
         full = [r.seconds for r in self.records.values() if r.state == COMPLETE]
         expected = sorted(full)[len(full) // 2] if full else 0.0
-        budget = self.config.budget
-        if budget.confirm == "on":  # a part of the minutes: one training for each architecture and fresh seed
-            part += budget.confirm_seeds * (budget.confirm_top + len(self.space.baselines))
         return time.monotonic() - self.started + part * expected <= 60 * minutes
 
     def _drop_checkpoints(self, study: optuna.Study, context: TrialContext) -> None:
