@@ -245,6 +245,10 @@ def _frame_scatter(ax: Axes, axis: Axis, drawn: Sequence[Series]) -> None:
         ax.set_xscale("log", base=2)
         if max(xs) / min(xs) < 8:
             ax.set_xticks(sorted(set(xs))[:6])
+    elif axis.in_bytes and max(xs, default=0) > 0:  # some have no state at all: they stand left of the powers of two
+        least = min(x for x in xs if x > 0)
+        ax.set_xscale("symlog", base=2, linthresh=least, linscale=0.7)
+        ax.set_xticks([0, *(least * 4**i for i in range(9) if least * 4**i <= max(xs))])
     elif axis.log and xs and min(xs) > 0 and max(xs) / min(xs) > 3:
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))  # decades alone may leave one tick
@@ -279,7 +283,7 @@ def _point_labels(ax: Axes, labelled: Sequence[Series]) -> None:
     for inner, labels in sides.items():
         above = float("-inf")
         for y, _, line in sorted(labels, key=lambda item: item[:2]):
-            place = max(y, above + 13 / inches)
+            place = max(y + 7 / inches, above + 13 / inches)  # clear of a line that runs on to the side
             above = place
             ax.annotate(
                 line.label, line.points[-1], (-8 if inner else 8, (place - y) * inches), textcoords="offset points",

@@ -104,6 +104,7 @@ class StudyMeta:
     active_params: int | None = None  # what every candidate was matched to [count]
     tokens: int | None = None  # training tokens of a full trial
     seq_len: int | None = None
+    state_length: int = 0  # context at which state_bytes counts as an objective; 0: seq_len [tokens]
     batch_size: int | None = None
     n_trials: int | None = None  # asked for
     seed: int = 0

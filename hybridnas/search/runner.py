@@ -366,6 +366,7 @@ class Search:
             active_params=context.target,
             tokens=budget.rung_tokens(context.target)[-1],
             seq_len=budget.seq_len,
+            state_length=self.config.state_length or 0,
             batch_size=budget.batch_size,
             n_trials=budget.n_trials,
             seed=self.config.seed,

@@ -158,11 +158,11 @@ def _pareto(story: Story) -> Section | None:
             if record.number in on and colour == "faint":
                 colour, label = "c5", label or short(record.name, 14)
             series.append(Series(record.number, _title(record), colour, label, [(values[name], values[names[0]])]))
-        axis = Axis(OBJECTIVES[name].words, log=name in ("params", "flops_per_token"), in_bytes=name == "state_bytes")
+        axis = Axis(_words(name, story), log=name in ("params", "flops_per_token"), in_bytes=name == "state_bytes")
         panels.append((axis, series))
     lines = [[(objectives_of(r)[name], objectives_of(r)[names[0]]) for r in best] for name in names[1:]]
     svg = scatter_svg(panels, "pareto", ylabel=OBJECTIVES[names[0]].words, joined=lines)
-    columns = [("trial", False), ("architecture", True), *((OBJECTIVES[name].words, False) for name in names)]
+    columns = [("trial", False), ("architecture", True), *((_words(name, story), False) for name in names)]
     rows = [
         {
             "trial": record.number,
@@ -183,6 +183,11 @@ def _pareto(story: Story) -> Section | None:
     )
     notes = [f"Presets that are not on the front: {', '.join(r.name for r in beaten)}."] if beaten else []
     return Section("Pareto front", intro, markup(svg), "The line joins the front.", table, notes)
+
+
+def _words(name: str, story: Story) -> str:
+    length = story.meta.state_length or story.meta.seq_len
+    return OBJECTIVES[name].words + (f" of {length:,} tokens" if name == "state_bytes" and length else "")
 
 
 def _figure(name: str, value: float) -> str:
