@@ -2,12 +2,14 @@
 
 import dataclasses
 import random
+import re
 
 import pytest
 from scipy import stats
 
 from hybridnas.search import insight, sections
 from hybridnas.search.live import LiveReport
+from hybridnas.search.plots import Axis, Series, scatter_svg
 from hybridnas.search.records import StudyMeta, TrialRecord
 from hybridnas.search.report import headline, render_report
 from hybridnas.search.rival import Rival
@@ -164,3 +166,12 @@ def test_the_report_is_live_at_a_bounded_part_of_the_time(tmp_path, study, monke
 
 def test_the_units_of_the_sections_are_those_of_the_objectives():
     assert set(sections.UNITS) == {"val_loss", "accuracy"}
+
+
+def test_a_model_without_state_stands_on_the_same_axis_as_one_of_megabytes():
+    points = [(0.0, 2.4), (7296.0, 1.7), (24928.0, 1.5), (1_600_000.0, 1.49)]
+    drawn = [Series(i, f"model {i}", "c5", f"model {i}", [point]) for i, point in enumerate(points)]
+    svg = scatter_svg([(Axis("state", in_bytes=True), drawn)], "state")
+    assert {"0 B", "7.12 KiB", "28.5 KiB", "114 KiB"} <= set(re.findall(r">([^<>]+)</text>", svg))
+    nothing = scatter_svg([(Axis("state", in_bytes=True), drawn[:1])], "state")
+    assert "0 B" in nothing
