@@ -177,5 +177,6 @@ def test_how_a_best_fell_counts_every_token_when_it_was_trained():
         dataclasses.replace(record(1, 2.5), state="PRUNED", legs=[[20.0, 30]]),
         record(2, 1.0, legs=[[30.0, 30], [50.0, 70]]),
         record(3, 2.0, legs=[[40.0, 100]]),
+        record(4, 0.5, legs=[[5.0, 100]], preset="mamba"),  # what every study begins with is no find
     ]
     assert rival.progress(records) == [(100.0, 3.0), (260.0, 2.0), (330.0, 1.0)]

@@ -140,7 +140,7 @@ def test_confirmation_says_what_is_noise_and_what_is_not():
     assert headline([paper, clear, near]).endswith("nats per token over 3 fresh seeds")
     assert headline([paper, near]) == "MEME is best on average, but its lead over moe_mamba is inside the noise"
     assert "confirmed: 3 fresh seeds" in render_report("nowhere", [paper, clear], StudyMeta(name="demo"))
-    fall = titles([paper, clear], rival=rival)["The best over the cost of the search"]
+    fall = titles([paper, clear], rival=rival)["The best drawn over the cost of the search"]
     assert "demo-random" in fall.svg
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hybridnas.search.insight import Effect
 from hybridnas.search.plots import COLOURS, Series, _drawing, _svg, _token_ticks
@@ -30,6 +31,7 @@ def effects_svg(positions: Sequence[Effect], letters: Sequence[Effect], unit: st
             for effect in positions:
                 at = (effect.position or 0) + step * (known.index(effect.letter) - (len(known) - 1) / 2)
                 _interval(ax, at, effect, colours[effect.letter])
+            _frame_effects(ax, positions)
             last = max(effect.position or 0 for effect in positions)
             ax.set_xlim(0.5, last + 0.5)
             ax.set_xticks(range(1, last + 1))
@@ -44,6 +46,7 @@ def effects_svg(positions: Sequence[Effect], letters: Sequence[Effect], unit: st
             ax = panels[-1]
             for index, effect in enumerate(letters):
                 _interval(ax, index, effect, colours[effect.letter])
+            _frame_effects(ax, letters)
             ax.set_xticks(range(len(letters)), [effect.letter for effect in letters])
             ax.set_xlim(-0.6, len(letters) - 0.4)
             ax.set_xlabel("each further sub-layer")
@@ -53,6 +56,14 @@ def effects_svg(positions: Sequence[Effect], letters: Sequence[Effect], unit: st
             ax.set_axisbelow(True)
             ax.tick_params(which="both", length=0)
         return _svg(figure, name, ())
+
+
+def _frame_effects(ax: Any, effects: Sequence[Effect]) -> None:
+    """Frame the effects, and of intervals what is near: that of two architectures may be a hundred times as wide."""
+    largest = max(abs(effect.mean) for effect in effects)
+    ends = [effect.mean + sign * min(effect.half, 2 * largest) for effect in effects for sign in (-1, 1)]
+    room = 0.06 * (max(ends) - min(ends)) or 1.0
+    ax.set_ylim(min(ends) - room, max(ends) + room)
 
 
 def bars_svg(shares: Mapping[str, float], name: str = "importance") -> str:

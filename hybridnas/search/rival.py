@@ -43,10 +43,13 @@ class Rival:
 
 
 def progress(records: Iterable[TrialRecord]) -> list[tuple[float, float]]:
-    """Return how a study's best fell: (tokens trained by then, best score of a full trial, less is better)."""
+    """Return how the best that a study drew fell: (tokens trained by then, best score of a full trial, less is better).
+
+    Presets are left out, with their tokens: every study begins with the same ones.
+    """
     events: list[tuple[float, float, float | None]] = []
     for record in records:
-        if record.state == DUPLICATE:
+        if record.state == DUPLICATE or record.preset is not None:
             continue
         last = score(record) if eligible(record) else None
         for place, (when, tokens) in enumerate(record.legs):

@@ -307,21 +307,21 @@ def _fall(story: Story) -> Section | None:
         return None
     turned = any(next(iter(record.objectives), "val_loss") == "accuracy" for record in story.records)
     series = [Series("ours", story.meta.name, "winner", _fall_label(ours, story.meta.sampler or "ours", turned), ours)]
-    intro = "How the best fully trained architecture fell with the tokens that the whole search trained."
+    intro = "How the best that was drawn and fully trained fell with the tokens trained, both without the presets."
     if story.rival is not None and story.rival.steps:
         theirs = [(float(tokens), float(value)) for tokens, value in story.rival.steps]
         name = story.rival.study
         series.append(Series("rival", name, "c8", _fall_label(theirs, name, turned), theirs))
         ahead = next((tokens for tokens, value in ours if value <= theirs[-1][1]), math.inf)
         if math.isfinite(ahead):
-            intro += f" {name} trained {human(story.rival.tokens)} tokens; ours was as good as its best after "
-            intro += f"{human(ahead)}."
+            intro += f" Ours was as good as the best of {name} after {human(ahead)}; that one needed "
+            intro += f"{human(theirs[-1][0])}."
         else:
-            intro += f" {name} found a better one than ours within {human(story.rival.tokens)} tokens (one seed each)."
+            intro += f" {name} found a better one than ours after {human(theirs[-1][0])} (one seed each)."
     else:
         intro += " against=random adds a random search of the same cost."
     unit = "accuracy, turned" if turned else "best validation loss [nats/token]"
-    return Section("The best over the cost of the search", intro, markup(falls_svg(series, unit)), "")
+    return Section("The best drawn over the cost of the search", intro, markup(falls_svg(series, unit)), "")
 
 
 def _fall_label(points: Sequence[tuple[float, float]], name: str, turned: bool) -> str:
