@@ -71,3 +71,8 @@ def describe_machine() -> str:
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"{accelerator}, Python {platform.python_version()}, torch {torch.__version__}"
     )
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -14,7 +14,7 @@ from hybridnas.search.config import SAMPLERS
 from hybridnas.search.drawing import DRAWN, Fixed, Fresh, Naming, ask
 from hybridnas.search.evolution import Evolution, Member, Motifs, members_of
 from hybridnas.search.samplers import make_pruner, make_sampler
-from hybridnas.search.simulate import Ladder, simulate
+from hybridnas.search.simulate import Ladder, Limits, simulate
 from hybridnas.search_spaces.space import Scale, Space
 
 SCALE = Scale(d_model=16, depth=4, multiple=1, n_experts=2)
@@ -51,11 +51,12 @@ def landscape(naming, seed=0, noise=0.3):
 
 
 LADDER = Ladder((100, 300, 900), 3)
+WHOLE = Limits(most=1e9)
 
 
 def courses(naming, name, repeats=7, pruner="none"):
     scores = landscape(naming)
-    return [simulate(scores, naming, LADDER, name, pruner, seed=seed, max_tokens=1e9) for seed in range(repeats)]
+    return [simulate(scores, naming, LADDER, name, pruner, seed=seed, limits=WHOLE) for seed in range(repeats)]
 
 
 @pytest.mark.parametrize("name", [name for name in DRAWING if name not in ("random", "gp")])
@@ -85,7 +86,8 @@ def test_the_same_seed_is_the_same_search_and_another_is_another(plain):
     scores = landscape(plain)
     for name in ("tpe", "evolution", "nsga2", "random"):
         one, same, other = (
-            simulate(scores, plain, LADDER, name, "halving", seed=seed, max_tokens=20_000) for seed in (3, 3, 4)
+            simulate(scores, plain, LADDER, name, "halving", seed=seed, limits=Limits(most=20_000))
+            for seed in (3, 3, 4)
         )
         assert one == same
         assert one.found != other.found
@@ -93,10 +95,10 @@ def test_the_same_seed_is_the_same_search_and_another_is_another(plain):
 
 def test_a_promotion_costs_the_tokens_between_the_rungs(plain):
     name = next(iter(landscape(plain)))
-    alone = simulate({name: {100: 1.0, 300: 1.0, 900: 1.0}}, plain, LADDER, "random", "none", seed=0, max_tokens=1e9)
+    alone = simulate({name: {100: 1.0, 300: 1.0, 900: 1.0}}, plain, LADDER, "random", "none", seed=0, limits=WHOLE)
     assert (alone.trials, alone.tokens, alone.found) == (1, 900, [(1, 900, 1.0)])
     scores = {name: {100: float(i), 300: float(i), 900: float(i)} for i, name in enumerate(landscape(plain))}
-    course = simulate(scores, plain, LADDER, "random", "halving", seed=1, max_tokens=1e9)
+    course = simulate(scores, plain, LADDER, "random", "halving", seed=1, limits=WHOLE)
     full = [tokens for _, tokens, _ in course.found]
     reached = {100: course.trials, 900: len(full)}
     assert course.tokens == 100 * reached[100] + 200 * _at(course, 300) + 600 * reached[900]
@@ -401,3 +403,14 @@ def test_pruners_by_name():
     for name in ("none", "halving"):
         assert isinstance(make_pruner(name, (1, 3, 9)), optuna.pruners.NopPruner)
     assert isinstance(make_pruner("hyperband", (9,)), optuna.pruners.NopPruner)
+
+
+def test_a_search_that_has_found_enough_ends_before_it_has_found_the_best(plain):
+    scores = landscape(plain)
+    good = sorted(curve[900] for curve in scores.values())[3]
+    whole = simulate(scores, plain, LADDER, "random", "none", seed=0, limits=WHOLE)
+    limits = Limits(most=1e9, enough=3000, target=good)
+    short = simulate(scores, plain, LADDER, "random", "none", seed=0, limits=limits)
+    assert whole.best_at() == min(curve[900] for curve in scores.values())
+    assert short.found == whole.found[: len(short.found)]
+    assert short.tokens == max(short.tokens_to(good), 3600)  # four full trainings of 900 are the first to pass 3,000

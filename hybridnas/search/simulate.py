@@ -51,16 +51,28 @@ class Course:
         return min(reached, default=math.inf)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """When a search ends without the best: after ``most`` tokens, or ``enough`` with a score of ``target``."""
+
+    most: float
+    enough: float = math.inf
+    target: float = -math.inf
+
+    def end(self, tokens: int, best: float) -> bool:
+        return tokens >= self.most or (tokens >= self.enough and best <= self.target)
+
+
 def simulate(
-    scores: Scores, naming: Naming, ladder: Ladder, sampler: str, pruner: str, *, seed: int, max_tokens: float
+    scores: Scores, naming: Naming, ladder: Ladder, sampler: str, pruner: str, *, seed: int, limits: Limits
 ) -> Course:
-    """Search until the best of ``scores`` is found or ``max_tokens`` are trained; the same seed is the same search."""
-    return _Simulation(scores, naming, ladder, Course(sampler, pruner, seed), max_tokens).run()
+    """Search until the best of ``scores`` is found or a limit is met; the same seed is the same search."""
+    return _Simulation(scores, naming, ladder, Course(sampler, pruner, seed), limits).run()
 
 
 class _Simulation:
-    def __init__(self, scores: Scores, naming: Naming, ladder: Ladder, course: Course, max_tokens: float) -> None:
-        self.scores, self.naming, self.ladder, self.course, self.max_tokens = scores, naming, ladder, course, max_tokens
+    def __init__(self, scores: Scores, naming: Naming, ladder: Ladder, course: Course, limits: Limits) -> None:
+        self.scores, self.naming, self.ladder, self.course, self.limits = scores, naming, ladder, course, limits
         self.top = ladder.rungs[-1]
         self.goal = min((curve.get(self.top, math.inf) for curve in scores.values()), default=math.inf)
         self.rungs: dict[int, dict[int, float]] = {rung: {} for rung in ladder.rungs}
@@ -75,7 +87,7 @@ class _Simulation:
 
     def run(self) -> Course:
         course, idle = self.course, 0
-        while course.tokens < self.max_tokens and idle < IDLE and course.best_at() > self.goal:
+        while idle < IDLE and (best := course.best_at()) > self.goal and not self.limits.end(course.tokens, best):
             number = halving.next_promotion(self.rungs, self.ladder.reduction) if course.pruner == "halving" else None
             if number is not None:
                 self._promote(number)

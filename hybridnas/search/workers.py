@@ -221,7 +221,9 @@ class Supervisor:
 
 def threads_each(workers: int) -> int:
     """Return how many threads a worker computes with: the processor divided, or what OMP_NUM_THREADS says if less."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from hybridnas.hardware import usable_cores
+
+    cores = usable_cores()
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     return max(1, min(cores // workers, int(wanted) if wanted.isdigit() and int(wanted) > 0 else cores))
 

@@ -10,6 +10,9 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,17 +23,18 @@ from hybridnas.bench.method import Spread
 from hybridnas.bench.result import Result, Table
 from hybridnas.bench.suites.table import architectures, fidelity
 from hybridnas.errors import StudyError
+from hybridnas.hardware import usable_cores
 from hybridnas.search.config import PRUNERS, SAMPLERS, USUAL_SAMPLER, SearchConfig
 from hybridnas.search.drawing import Naming
 from hybridnas.search.fidelity import agreements
-from hybridnas.search.simulate import Course, Ladder, Scores, simulate
+from hybridnas.search.simulate import Course, Ladder, Limits, Scores, simulate
 from hybridnas.search.tabular import load_table
 from hybridnas.search_spaces.space import Scale, Space, load_space
 
 COMPARED = tuple(name for name in SAMPLERS if name != "bruteforce")
-SLOW = {"gp": 10}  # sampler -> one of so many repeats: it takes a second for each draw
+SLOW = {"gp": 20}  # sampler -> one of so many repeats, each ended when it arrives: a draw takes a second or more
 LONGEST = 1.2  # a search ends unsuccessfully after as many full trainings as this many times the architectures
-POINTS = (4, 8, 16, 32, 64)  # at which regret is stated [tokens of full trainings]
+POINTS = (4, 8, 16, 32, 64)  # at which regret is stated [tokens of full trainings]; who is slow ends at the last
 _RESAMPLES = 2000
 _COLOURS = {"tpe": "C0", "evolution": "C1", "nsga2": "C2", "gp": "C4", "random": "0.45"}
 _LINES = {"none": ":", "hyperband": "--", "halving": "-"}
@@ -64,12 +68,7 @@ def run(config: BenchConfig) -> Result:
     field = _toy() if config.tiny else _from_table(config, result)
     if field is None:
         return result
-    repeats = config.repeats or config.pick(100, 10, 2)
-    courses = {
-        (sampler, pruner): _courses(field, sampler, pruner, max(2, repeats // SLOW.get(sampler, 1)))
-        for sampler in COMPARED
-        for pruner in PRUNERS
-    }
+    courses = _courses(field, config.repeats or config.pick(100, 10, 2), 1 if config.tiny else usable_cores())
     _state(result, field, courses)
     for what in ("tokens", "trials"):
         target = config.beside(f"-regret-{what}.png")
@@ -117,12 +116,30 @@ def _hold_fidelity(result: Result, rows: Iterable[Any], ladder: Ladder) -> None:
     result.hold("at least", 0.9, spread, what=what, against=against, note=note)
 
 
-def _courses(field: Field, sampler: str, pruner: str, repeats: int) -> list[Course]:
-    limit = LONGEST * len(field.scores) * field.full
-    return [
-        simulate(field.scores, field.naming, field.ladder, sampler, pruner, seed=seed, max_tokens=limit)
-        for seed in range(repeats)
+def _courses(field: Field, repeats: int, processes: int) -> dict[tuple[str, str], list[Course]]:
+    """Return all searches by sampler and pruner; the slowest are begun first, so that no process ends much later."""
+    asked = [
+        (sampler, pruner, seed)
+        for sampler in sorted(COMPARED, key=lambda name: (-SLOW.get(name, 1), name != "tpe"))
+        for pruner in PRUNERS
+        for seed in range(max(2, repeats // SLOW.get(sampler, 1)))
     ]
+    if processes == 1:
+        done = [_course(field, one) for one in asked]
+    else:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            done = list(pool.map(partial(_course, field), asked, chunksize=5))
+    found: dict[tuple[str, str], list[Course]] = {(name, pruner): [] for name in COMPARED for pruner in PRUNERS}
+    for course in done:
+        found[course.sampler, course.pruner].append(course)
+    return found
+
+
+def _course(field: Field, asked: tuple[str, str, int]) -> Course:
+    sampler, pruner, seed = asked
+    most, enough = (POINTS[-1], 0) if sampler in SLOW else (LONGEST * len(field.scores), POINTS[-1])
+    limits = Limits(most=most * field.full, enough=enough * field.full, target=field.target)
+    return simulate(field.scores, field.naming, field.ladder, sampler, pruner, seed=seed, limits=limits)
 
 
 def _state(result: Result, field: Field, courses: dict[tuple[str, str], list[Course]]) -> None:
@@ -233,8 +250,7 @@ def draw(field: Field, courses: dict[tuple[str, str], list[Course]], what: str, 
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(PRUNERS), sharey=True)
     finals = field.finals()
-    longest = max(64, len(finals) // 2)
-    at = np.unique(np.geomspace(1, longest, 60).round(2))
+    at = np.unique(np.geomspace(1, POINTS[-1], 60).round(2))
     for panel, pruner in zip(panels, PRUNERS, strict=True):
         for sampler in COMPARED:
             some = courses[sampler, pruner]
