@@ -200,7 +200,7 @@ def test_a_lock_left_by_a_dead_process_is_taken_away(tmp_path):
         (["space.n_experts=[2]"], r"space.n_experts is [1, 2, 4, 8, 16, 32] there and [2] here"),
         (["seed=1"], "seed is 0 there and 1 here"),
         (["budget.lr=0.1"], "budget.lr is 0.003 there and 0.1 here"),
-        (["sampler=random"], "sampler is 'tpe' there and 'random' here"),
+        (["sampler=random"], "sampler is 'evolution' there and 'random' here"),
         (["data.valid_fraction=0.2"], "data.valid_fraction is 0.05 there and 0.2 here"),
     ],
 )
