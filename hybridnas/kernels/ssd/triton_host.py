@@ -43,6 +43,7 @@ _FLOAT: dict[str, tuple[tuple[int, dict[str, int]], ...]] = {
     "ssd_scores_gradients": ((4, {"BP": 32}), (2, {"BP": 32})),
     "ssd_maps_gradients": ((4, {"BP": 32}), (8, {"BP": 32})),
 }
+_NARROW = {"ssd_scores_gradients": ((8, {"BP": 16}), (2, {"BP": 16}))}  # float32, width 16: 4 warps spill on sm_90
 
 
 def side(number: int) -> int:
@@ -53,7 +54,8 @@ def side(number: int) -> int:
 def tiles(kernel: str, width: int, size: int, *, half: bool) -> list[Tile]:
     """Return the tiles to choose from for heads of ``width`` channels and states of ``size``, without repetition."""
     most = {"BP": side(width), "BN": side(size)}
-    sizes = (_HALF if half else _FLOAT)[kernel]
+    narrow = not half and most["BP"] == 16 and kernel in _NARROW
+    sizes = _NARROW[kernel] if narrow else (_HALF if half else _FLOAT)[kernel]
     return list(dict.fromkeys(Tile.of(w, **{k: min(v, most[k]) for k, v in blocks.items()}) for w, blocks in sizes))
 
 
