@@ -251,6 +251,7 @@ def draw(field: Field, courses: dict[tuple[str, str], list[Course]], what: str, 
     panels = figure.subplots(1, len(PRUNERS), sharey=True)
     finals = field.finals()
     at = np.unique(np.geomspace(1, POINTS[-1], 60).round(2))
+    ticks = [1, 2, *POINTS]
     for panel, pruner in zip(panels, PRUNERS, strict=True):
         for sampler in COMPARED:
             some = courses[sampler, pruner]
@@ -264,7 +265,9 @@ def draw(field: Field, courses: dict[tuple[str, str], list[Course]], what: str, 
             high = np.where(np.isfinite(bands[:, 1]), bands[:, 1], finals[-1] - finals[0])
             panel.fill_between(at[shown], bands[shown, 0], high[shown], color=colour, alpha=0.15, linewidth=0)
         panel.axhline(field.target - finals[0], color="0.7", linewidth=0.8, linestyle=":")
-        panel.set_xscale("log")
+        panel.set_xscale("log", base=2)
+        panel.set_xlim(1, POINTS[-1])
+        panel.set_xticks(ticks, [str(tick) for tick in ticks])
         panel.set_title(f"pruner: {pruner}", fontsize=10)
         panel.set_xlabel("trained tokens [full trainings]" if what == "tokens" else "trials begun")
         panel.set_ylim(0, finals[len(finals) // 2] - finals[0])
