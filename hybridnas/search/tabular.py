@@ -72,9 +72,8 @@ class TableSpec(FrozenConfig):
 
     def points(self, active_params: int) -> tuple[int, ...]:
         """Return the training-token counts at which every row is measured: the rungs of all ladders."""
-        counts: set[int] = set()
-        own = self.budget.rungs, self.budget.growth or self.budget.reduction
-        for rungs, growth in (own, *self.ladders):
+        counts = set(self.budget.rung_tokens(active_params))
+        for rungs, growth in self.ladders:
             counts |= set(self.budget.replace(rungs=rungs, growth=growth).rung_tokens(active_params))
         return tuple(sorted(counts))
 

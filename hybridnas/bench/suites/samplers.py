@@ -37,7 +37,6 @@ LONGEST = 1.2  # a search ends unsuccessfully after as many full trainings as th
 POINTS = (4, 8, 16, 32, 64)  # at which regret is stated [tokens of full trainings]; who is slow ends at the last
 _RESAMPLES = 2000
 _COLOURS = {"tpe": "C0", "evolution": "C1", "nsga2": "C2", "gp": "C4", "random": "0.45"}
-_LINES = {"none": ":", "hyperband": "--", "halving": "-"}
 
 
 class Field(NamedTuple):
