@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported: short waits between OpenMP threads
@@ -23,6 +24,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the back
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Shards, tokenizers and compiled kernels of the tests lie in a folder of their own."""
     os.environ["HYBRIDNAS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Bits that are compared come from one thread."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

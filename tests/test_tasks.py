@@ -1,21 +1,18 @@
 """Every task, found by its registration: pure, reproducible, solvable, not to be guessed, and never both sides.
 
-For each task there is a solver as plain as can be (an oracle) and a strategy of settings to try it at. An oracle takes
-the config, the inputs of one example and which places count, and returns {place: target} for all places whose target
-the inputs alone decide; it never sees a target.
+For each task there is a solver as plain as can be (``solvers.py``) and a strategy of settings to try it at.
 """
 
-import itertools
 import json
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from solvers import ORACLES
 
 import hybridnas.conf
 from hybridnas.config import read_yaml
@@ -24,130 +21,6 @@ from hybridnas.data.task import Task, TaskConfig
 
 CONF = Path(hybridnas.conf.__file__).parent / "data"
 TASKS = sorted(name for name in SOURCES if issubclass(SOURCES.get(name).config, TaskConfig))
-
-
-def mqar(config, inputs, mask):
-    start = 2 * config.n_pairs
-    values = dict(zip(inputs[0:start:2], inputs[1:start:2], strict=True))
-    return {place: values[inputs[place]] for place in range(len(inputs)) if mask[place]}
-
-
-def selective_copying(config, inputs, mask):
-    marker = config.vocab_size - 1
-    tokens = [token for token in inputs if token not in (0, marker)]
-    places = [place for place, token in enumerate(inputs) if token == marker]
-    return dict(zip(places, tokens, strict=True))
-
-
-def induction_heads(config, inputs, mask):
-    return {len(inputs) - 1: inputs[inputs.index(config.vocab_size - 1) + 1]}
-
-
-def in_context_recall(config, inputs, mask):
-    keys = range(config.plain_ids // 2)
-    found, values = {}, {}
-    for place in range(len(inputs)):
-        if inputs[place] not in keys:
-            continue
-        if inputs[place] in values:
-            found[place] = values[inputs[place]]
-        elif place + 1 < len(inputs):
-            values[inputs[place]] = inputs[place + 1]
-    return found if config.multi_query else {len(inputs) - 1: found[len(inputs) - 1]}
-
-
-def fuzzy_recall(config, inputs, mask):
-    n_keys, plain = config.plain_ids // 2, config.plain_ids
-    found, values, place = {}, {}, 0
-    while place < len(inputs):
-        if inputs[place] >= n_keys:
-            place += 1
-            continue
-        stop = place
-        while stop < len(inputs) and inputs[stop] < n_keys:
-            stop += 1
-        end = stop
-        while end < len(inputs) and n_keys <= inputs[end] < plain:
-            end += 1
-        key, value = tuple(inputs[place:stop]), inputs[stop:end]
-        for number, token in enumerate(values.get(key, [])):
-            found[stop - 1 + number] = token
-        values.setdefault(key, value)
-        place = end
-    return found
-
-
-def mad_selective_copying(config, inputs, mask):
-    marker = inputs.index(config.vocab_size - 1)
-    tokens = [token for token in inputs[:marker] if token != config.vocab_size - 2]
-    return dict(zip(range(marker + 1, len(inputs)), tokens, strict=True))
-
-
-def memorisation(config, inputs, mask):
-    values = dictionary(config)
-    asked = config.vocab_size - 1
-    return {place: values[inputs[place - 1]] for place, token in enumerate(inputs) if token == asked}
-
-
-@cache
-def dictionary(config):
-    """What a perfect memory keeps of other examples; that no key has two values is part of the task."""
-    batch = open_source(config.replace(n_train_examples=None)).train_batch(0, 400, config.seq_len, 12345)
-    pairs = {
-        (row[place - 1], target[place])
-        for row, target, mask in zip(*(part.tolist() for part in batch[:3]), strict=True)
-        for place, counts in enumerate(mask)
-        if counts
-    }
-    assert len(dict(pairs)) == len(pairs) == len({value for _, value in pairs})
-    return dict(pairs)
-
-
-def compression(config, inputs, mask):
-    return {place: token for place, token in enumerate(inputs) if mask[place]}
-
-
-def distractor_recall(config, inputs, mask):
-    plain, n_keys = config.plain_ids, config.plain_ids // 2
-    start = len(inputs) - 2 * config.n_pairs
-    shown = [place for place in range(0, start, 2) if inputs[place] < n_keys]
-    values = {inputs[place]: inputs[place + 1] for place in shown}
-    assert len(values) == config.n_pairs + config.n_distractors
-    assert all(n_keys <= value < plain for value in values.values())
-    return {place: values[inputs[place]] for place in range(start, len(inputs), 2)}
-
-
-def parity(config, inputs, mask):
-    found, total = {}, 0
-    for place, token in enumerate(inputs):
-        total = (total + token) % config.vocab_size
-        found[place] = total
-    return {place: value for place, value in found.items() if mask[place]}
-
-
-def s5(config, inputs, mask):
-    every = list(itertools.permutations(range(config.degree)))
-    found, things = {}, tuple(range(config.degree))
-    for place, token in enumerate(inputs):
-        things = tuple(every[token][thing] for thing in things)
-        found[place] = every.index(things)
-    return {place: value for place, value in found.items() if mask[place]}
-
-
-ORACLES = {
-    "compression": compression,
-    "distractor_recall": distractor_recall,
-    "fuzzy_recall": fuzzy_recall,
-    "mad_selective_copying": mad_selective_copying,
-    "memorisation": memorisation,
-    "noisy_recall": in_context_recall,
-    "parity": parity,
-    "s5": s5,
-    "in_context_recall": in_context_recall,
-    "induction_heads": induction_heads,
-    "mqar": mqar,
-    "selective_copying": selective_copying,
-}
 
 
 @st.composite

@@ -18,6 +18,7 @@ from hybridnas.train.evaluate import evaluate, mean_stats
 from hybridnas.train.optim import learning_rate, no_decay_names
 
 VOCAB = 16
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Counting(Source):
@@ -51,14 +52,6 @@ class Counting(Source):
         generator = torch.Generator().manual_seed(10**6)
         for _ in range(-(-n_tokens // (batch_size * seq_len))):
             yield self._batch(generator, batch_size, seq_len)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def arch_of(pattern="ME", **fields):
