@@ -21,8 +21,8 @@ METALA = (
 )
 
 
-def recall_task(length: int, pairs: int, *, vocab: int, batch: int, tokens: int, fresh: bool, points: int = 16) -> Task:
-    """Return MQAR at one size; ``fresh``: no example twice, else Zoology's 100,000."""
+def recall_task(length: int, pairs: int, *, vocab: int, batch: int, tokens: int, quick: bool, points: int = 16) -> Task:
+    """Return MQAR at one size; quick: no example twice and zeros between the queries, else 100,000 and random ids."""
     return Task(
         name=f"length {length}, {pairs} pairs",
         column=f"length {length}, {pairs} pairs",
@@ -31,8 +31,9 @@ def recall_task(length: int, pairs: int, *, vocab: int, batch: int, tokens: int,
             "vocab_size": vocab,
             "seq_len": length,
             "n_pairs": pairs,
-            "n_train_examples": None if fresh else 100_000,
-            "n_test_examples": 512 if fresh else 3000,
+            "n_train_examples": None if quick else 100_000,
+            "n_test_examples": 512 if quick else 3000,
+            "filler": "zero" if quick else "random",
         },
         train={
             "seq_len": length,
@@ -40,10 +41,16 @@ def recall_task(length: int, pairs: int, *, vocab: int, batch: int, tokens: int,
             "tokens": tokens,
             "grad_clip": 1.0,
             "final_lr_fraction": 0.0,
-            "valid_tokens": (512 if fresh else 3000) * length,
+            "valid_tokens": (512 if quick else 3000) * length,
         },
         measurements=points,
     )
+
+
+_QUICK = (
+    "Quick: 32 tokens, 64 ids instead of 8,192, zeros instead of random ids between the queries, fresh examples, "
+    "widths 16 to 64, two rates."
+)
 
 
 @register_suite("mqar")
@@ -52,13 +59,13 @@ def mqar(quick: bool) -> Suite:
     tasks: tuple[Task, ...]
     if quick:
         tasks = (
-            recall_task(64, 4, vocab=128, batch=32, tokens=3_000_000, fresh=True),
-            recall_task(64, 16, vocab=128, batch=32, tokens=3_000_000, fresh=True),
+            recall_task(32, 4, vocab=64, batch=32, tokens=6_000_000, quick=True),
+            recall_task(32, 8, vocab=64, batch=32, tokens=6_000_000, quick=True),
         )
     else:
         sizes = ((64, 4, 512), (128, 8, 512), (256, 16, 256), (512, 64, 128))
         tasks = tuple(
-            recall_task(n, k, vocab=8192, batch=b, tokens=64 * 100_000 * n, fresh=False, points=64) for n, k, b in sizes
+            recall_task(n, k, vocab=8192, batch=b, tokens=64 * 100_000 * n, quick=False, points=64) for n, k, b in sizes
         )
     return Suite(
         name="mqar",
@@ -68,15 +75,15 @@ def mqar(quick: bool) -> Suite:
             Entry(name=name, pattern=pattern, fields=FIELDS)
             for name, pattern in (("attention", "Ax2"), ("mamba", "Mx2"), ("hybrid, one attention layer", "MA"))
         ),
-        rates=(2e-3, 8e-3) if quick else RATES,
+        rates=(2e-3, 4e-3) if quick else RATES,
         decays=(0.1,),
         fields=FIELDS,
-        variants=({"d_model": 32}, {"d_model": 64}) if quick else tuple({"d_model": 2**k} for k in (6, 7, 8, 9)),
+        variants=tuple({"d_model": width} for width in ((16, 32, 64) if quick else (64, 128, 256, 512))),
         stop_at=0.99,
         published=METALA,
         notes=(
             "Zoology: attention solves every size at every width; models of fixed state need a width that grows with "
             "the pairs. Its attention has learned positions, ours rotary ones; only Mamba has a short convolution.",
-            *(("Quick: 128 ids instead of 8,192, fresh examples, widths 32 and 64, two rates.",) if quick else ()),
+            *((_QUICK,) if quick else ()),
         ),
     )

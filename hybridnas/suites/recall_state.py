@@ -12,10 +12,10 @@ def recall_state(quick: bool) -> Suite:
     widths: tuple[int, ...]
     states: tuple[int, ...]
     if quick:
-        task = recall_task(128, 32, vocab=128, batch=32, tokens=4_000_000, fresh=True)
-        widths, states = (16, 32, 64), (4, 16)
+        task = recall_task(32, 8, vocab=64, batch=32, tokens=6_000_000, quick=True)
+        widths, states = (16, 32), (4, 16)
     else:
-        task = recall_task(256, 64, vocab=8192, batch=64, tokens=200 * 100_000 * 256, fresh=False, points=64)
+        task = recall_task(256, 64, vocab=8192, batch=64, tokens=200 * 100_000 * 256, quick=False, points=64)
         widths, states = (32, 64, 128, 256), (4, 16, 64, 256)
     patterns = (("no attention", "Mx4"), ("1/4 attention", "MMAM"), ("1/2 attention", "MAMA"), ("attention", "Ax4"))
     return Suite(
@@ -23,7 +23,7 @@ def recall_state(quick: bool) -> Suite:
         title=f"Recall against state: MQAR, {task.name}",
         tasks=(task,),
         entries=tuple(Entry(name=name, pattern=pattern, fields=FIELDS) for name, pattern in patterns),
-        rates=(2e-3, 8e-3) if quick else (4.64e-4, 2.15e-3, 1e-2),
+        rates=(2e-3, 4e-3) if quick else (4.64e-4, 2.15e-3, 1e-2),
         decays=(0.1,),
         fields=FIELDS,
         variants=tuple({"d_model": width, "d_state": state} for width in widths for state in states),
