@@ -8,7 +8,7 @@ from hybridnas.cli import _guarded
 from hybridnas.cli.compose import compose
 from hybridnas.cli.suites import preset_sizes
 from hybridnas.errors import StudyError
-from hybridnas.suites import headline, induction_heads, mad, mqar, results, selective_copying, speed
+from hybridnas.suites import headline, induction_heads, mad, mqar, plots, results, selective_copying, speed
 from hybridnas.suites.results import CurveRow, LengthRow, Row
 from hybridnas.suites.runner import Runner, even_points
 from hybridnas.suites.suite import SUITES, Entry, Published, Suite, Task
@@ -322,3 +322,17 @@ def test_rows_of_lengths_say_words_where_there_is_no_accuracy():
     columns, lines = results.length_table(rows, toy(published=()))
     assert columns == ["model", "2^6", "100", "settings"]
     assert lines == [["a", "50.0", "out of memory", "ours: seed 0"]]
+
+
+@pytest.mark.parametrize(
+    ("figure", "words"),
+    [("tasks", "mamba"), ("widths", "mamba; recall"), ("state", "mamba"), ("curves", "training tokens")],
+)
+def test_each_kind_of_figure_shows_what_was_measured(tmp_path, figure, words):
+    elsewhere = Published(model="Theirs", values={"another length": 12.5}, source="Table 0", settings="width 1")
+    suite = toy(figure=figure, published=(elsewhere,))
+    outcome, _ = run(suite, tmp_path)
+    svg, png = plots.draw(suite, outcome, tmp_path / "drawn.csv")
+    assert f"<!-- {words} -->" in svg.read_text()
+    assert "published" not in svg.read_text()  # the row has no figure for this column: it is in the table alone
+    assert png.read_bytes().startswith(b"\x89PNG")

@@ -80,6 +80,7 @@ def mqar(quick: bool) -> Suite:
         fields=FIELDS,
         variants=tuple({"d_model": width} for width in ((16, 32, 64) if quick else (64, 128, 256, 512))),
         stop_at=0.99,
+        figure="widths",
         published=METALA,
         notes=(
             "Zoology: attention solves every size at every width; models of fixed state need a width that grows with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _INK, _FAINT = "#1F2933", "#9AA5B1"
 _COLOURS = ("#2F6DA8", "#C8553D", "#5B8C3A", "#7B519D", "#17877E", "#D08A1D", "#8A6642", "#B0457B", "#4C5FA8")
 _MARKS = "osD^vP*X<>"
+_DASHES = ("-", "--", ":", "-.")
 _SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "hybridnas",
     "font.size": 9.5,
@@ -46,7 +48,7 @@ def draw(suite: Suite, outcome: Outcome, out: Path) -> list[Path]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    painters = {"tasks": _tasks, "state": _state, "lengths": _lengths, "curves": _curves}
+    painters = {"tasks": _tasks, "widths": _widths, "state": _state, "lengths": _lengths, "curves": _curves}
     rows = [row for row in results.choose(outcome.rows, suite) if row.chosen and row.score is not None]
     if not rows:
         return []
@@ -77,12 +79,34 @@ def _tasks(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> Non
         ax.plot(*_pairs(places), ls="-", lw=0.8, alpha=0.9, label=model, **_style(index))
     for index, row in enumerate(suite.published):
         places = [(i, row.values[c]) for i, c in enumerate(columns) if c in row.values]
+        if not places:  # measured on other settings: in the table alone
+            continue
         mark = _MARKS[index % len(_MARKS)]
         ax.plot(*_pairs(places), ls="", mfc="none", mec=_FAINT, marker=mark, label=f"{row.model} [published]")
     ax.set_xticks(range(len(columns)), [column.replace(" ", "\n", 1) for column in columns])
     ax.set_ylabel(_unit(suite))
     if suite.higher:
         ax.set_ylim(-3, 103)
+
+
+def _widths(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> None:
+    """Accuracy over d_model: a colour for each architecture, a dash for each task."""
+    for index, (model, own) in enumerate(results.grouped(rows, lambda row: _family(row.model)).items()):
+        by_task = results.grouped(own, lambda row: row.task)
+        for dash, (task, same) in zip(itertools.cycle(_DASHES), by_task.items(), strict=False):
+            by_width = results.grouped(same, lambda row: row.d_model)
+            points = sorted(
+                (width, 100 * fmean(row.score or 0.0 for row in group)) for width, group in by_width.items()
+            )
+            style = _style(index) | {"ls": dash, "mfc": _style(index)["color"] if dash == "-" else "none"}
+            ax.plot(*_pairs(points), lw=1.4, label=f"{model}; {task}", **style)
+    widths = sorted({row.d_model for row in rows})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(widths, [str(width) for width in widths])
+    ax.minorticks_off()
+    ax.set_xlabel("d_model")
+    ax.set_ylabel(_unit(suite))
+    ax.set_ylim(-3, 103)
 
 
 def _state(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> None:

@@ -103,7 +103,7 @@ class Suite:
     variants: tuple[Fields, ...] = ({},)  # each architecture once with each of these: a sweep of widths or states
     stop_at: float | None = None  # accuracy that ends a training early
     published: tuple[Published, ...] = ()
-    figure: str = "tasks"  # tasks | state | curves | lengths
+    figure: str = "tasks"  # tasks | widths | state | curves | lengths
     baseline: str | None = None  # whose final loss the others' steps are measured against
     notes: tuple[str, ...] = ()  # how this differs from the papers, printed under the table
 
