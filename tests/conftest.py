@@ -20,6 +20,13 @@ settings.load_profile("hybridnas")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background ignores Ctrl-C; the tests send it
 
 
+def pytest_xdist_auto_num_workers() -> int | None:
+    """One process more than processors: many tests wait for other processes, for deadlines, and for a database."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ or not hasattr(os, "sched_getaffinity"):
+        return None  # pytest-xdist's own choice
+    return len(os.sched_getaffinity(0)) + 1
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Shards, tokenizers and compiled kernels of the tests lie in a folder of their own."""
