@@ -63,7 +63,7 @@ def selective_copying(quick: bool) -> Suite:
         notes=(
             "Not selective: constant Delta per channel, B and C per state; the paper's S4 has B and C per channel.",
             *(
-                ("Quick: length 64 instead of 4096, batch 16, a grid of rates that fall to a tenth, 12.6 M tokens.",)
+                ("Quick: length 64 for 4096, batch 16, rates that fall to a tenth, 12.6 M tokens.",)
                 if quick
                 else ()
             ),
