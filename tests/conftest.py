@@ -20,6 +20,7 @@ settings.load_profile("hybridnas")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background ignores Ctrl-C; the tests send it
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int | None:
     """One process more than processors: many tests wait for other processes, for deadlines, and for a database."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ or not hasattr(os, "sched_getaffinity"):

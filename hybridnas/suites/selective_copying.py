@@ -62,10 +62,6 @@ def selective_copying(quick: bool) -> Suite:
         published=TABLE_1,
         notes=(
             "Not selective: constant Delta per channel, B and C per state; the paper's S4 has B and C per channel.",
-            *(
-                ("Quick: length 64 for 4096, batch 16, rates that fall to a tenth, 12.6 M tokens.",)
-                if quick
-                else ()
-            ),
+            *(("Quick: length 64 for 4096, batch 16, rates that fall to a tenth, 12.6 M tokens.",) if quick else ()),
         ),
     )
