@@ -38,7 +38,7 @@ def induction_heads(quick: bool) -> Suite:
             "seq_len": 256,
             "batch_size": 8,
             "tokens": steps * 8 * 256,
-            "schedule": "constant",
+            "schedule": "cosine" if quick else "constant",
             "grad_clip": 1.0,
             "eval_at": list(range(1024 * 2048, steps * 2048, 1024 * 2048)),
             "valid_tokens": 512 * 256,

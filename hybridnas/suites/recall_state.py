@@ -12,8 +12,8 @@ def recall_state(quick: bool) -> Suite:
     widths: tuple[int, ...]
     states: tuple[int, ...]
     if quick:
-        task = recall_task(32, 8, vocab=64, batch=32, tokens=6_000_000, quick=True)
-        widths, states = (16, 32), (4, 16)
+        task = recall_task(32, 4, vocab=64, batch=32, tokens=6_000_000, quick=True)
+        widths, states = (16, 32, 64), (4, 16)
     else:
         task = recall_task(256, 64, vocab=8192, batch=64, tokens=200 * 100_000 * 256, quick=False, points=64)
         widths, states = (32, 64, 128, 256), (4, 16, 64, 256)
