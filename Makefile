@@ -11,7 +11,7 @@ search: install
 	@$(BIN)/python -m hybridnas.search space=mamba_moe $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

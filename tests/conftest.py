@@ -19,6 +19,37 @@ settings.register_profile(
 settings.load_profile("hybridnas")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background ignores Ctrl-C; the tests send it
 
+# Seconds to minutes each: handed out first, so that no process is left alone with one of them at the end.
+SLOW_FIRST = (
+    "test_readme.py",
+    "test_search_workers.py",
+    "test_search_postgres.py",
+    "test_train_distributed.py",
+    "test_search_chaos.py",
+    "test_triton_scan.py",
+    "test_search_resume.py",
+    "test_triton_compile.py",
+    "test_triton_ssd.py",
+    "test_triton_moe.py",
+    "test_triton_conv.py",
+    "test_search_objectives.py",
+    "test_triton_code.py",
+    "test_kernel_norm.py",
+    "test_kernel_loss.py",
+    "test_suites_command.py",
+    "test_search_confirm.py",
+    "test_search.py",
+    "test_samplers.py",
+    "test_train_cli.py",
+    "test_kernel_build.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, the others stay in their order."""
+    place = {name: number for number, name in enumerate(SLOW_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int | None:

@@ -25,11 +25,15 @@ TABLE_11 = (
     _row("Mamba", "74K", *[100] * 15),
 )
 
+_QUICK = (
+    "Quick: 16,384 steps, a rate that falls over the last fifth of them, one rate for each: Mamba 2e-3, attention 1e-3."
+)
+
 
 @register_suite("induction_heads")
 def induction_heads(quick: bool) -> Suite:
     """Two layers: Mamba of width 64, attention of width 128 with rotary positions and with none."""
-    steps = 8192 if quick else 204_800
+    steps = 16_384 if quick else 204_800
     task = Task(
         name="induction heads",
         column="2^8",
@@ -38,7 +42,7 @@ def induction_heads(quick: bool) -> Suite:
             "seq_len": 256,
             "batch_size": 8,
             "tokens": steps * 8 * 256,
-            "schedule": "cosine" if quick else "constant",
+            "schedule": "wsd" if quick else "constant",
             "grad_clip": 1.0,
             "eval_at": list(range(1024 * 2048, steps * 2048, 1024 * 2048)),
             "valid_tokens": 512 * 256,
@@ -46,6 +50,7 @@ def induction_heads(quick: bool) -> Suite:
         lengths=LENGTHS,
     )
     heads = {**_BOTH, "d_model": 128, "A": {"n_heads": 8, "bias": True}}
+    attention = (1e-3,) if quick else (2e-4, 1e-3)
     blind = {**heads, "A": {"n_heads": 8, "bias": True, "positions": "none"}}
     return Suite(
         name="induction_heads",
@@ -53,18 +58,19 @@ def induction_heads(quick: bool) -> Suite:
         tasks=(task,),
         entries=(
             Entry(name="mamba", pattern="Mx2", fields={**_BOTH, "d_model": 64}),
-            Entry(name="attention, RoPE", pattern="Ax2", fields=heads, rates=(2e-4, 1e-3), seeds=(0,)),
-            Entry(name="attention, no positions", pattern="Ax2", fields=blind, rates=(2e-4, 1e-3), seeds=(0,)),
+            Entry(name="attention, RoPE", pattern="Ax2", fields=heads, rates=attention, seeds=(0,)),
+            Entry(name="attention, no positions", pattern="Ax2", fields=blind, rates=attention, seeds=(0,)),
         ),
-        rates=(1e-3, 2e-3),
-        seeds=(0, 1, 2),
+        rates=(2e-3,) if quick else (1e-3, 2e-3),
+        seeds=(0, 1) if quick else (0, 1, 2),
         fields={**_BOTH, "d_model": 64},
         published=TABLE_11,
         figure="lengths",
         notes=(
-            "As the paper: 16 ids, fresh examples, batch 8, constant rate, no weight decay, 204,800 steps (quick: "
-            "8,192). No training ends early: right at 256 tokens, after 3,072 steps, was not yet right at 131,072.",
+            "As the paper: 16 ids, fresh examples, batch 8, constant rate, no weight decay, 204,800 steps. No training "
+            "ends early: right at 256 tokens, after 3,072 steps, was not yet right at 131,072.",
             "Departures: Mamba's grid is 1e-3 and 2e-3, attention's the paper's 2e-4 and 1e-3; 1 % warm-up; gradients "
             "clipped at 1; AdamW.",
+            *((_QUICK,) if quick else ()),
         ),
     )
