@@ -85,6 +85,9 @@ def test_rows_of_other_architectures_stay_and_those_of_other_settings_do_not_mix
     longer = replace(other.tasks[0], train={**TINY, "tokens": 320})
     outcome, _ = run(replace(other, tasks=(longer,)), tmp_path)
     assert {(r.model, r.tokens) for r in outcome.rows} == {("attention", 320)}
+    again, silence = run(other, tmp_path)  # the rows of the former settings were kept
+    assert {(r.model, r.tokens) for r in again.rows} == {("mamba", 256), ("attention", 256)}
+    assert silence == []
 
 
 def test_two_processes_may_fill_one_csv(tmp_path):
@@ -314,6 +317,10 @@ def test_a_suite_with_lengths_keeps_weights_and_measures_the_chosen_run(tmp_path
     assert [r.length for r in again.lengths] == [16, 32]
     assert silence == []
     assert (tmp_path / "toy-runs.csv").is_file()
+    longer, _ = run(replace(suite, tasks=(replace(task, train={**TINY, "tokens": 320}),)), tmp_path)
+    chosen = next(r for r in longer.rows if r.chosen)
+    assert [(r.folder, r.length) for r in longer.lengths] == [(chosen.folder, 16), (chosen.folder, 32)]
+    assert len(results.read_lengths(tmp_path / "toy.csv")) == 4  # of both trainings; those of one are tabulated
 
 
 def test_rows_of_lengths_say_words_where_there_is_no_accuracy():

@@ -90,8 +90,21 @@ class CurveRow:
 
 def read_rows(path: Path, suite: Suite) -> list[Row]:
     """Return the rows of a suite's CSV that belong to its present tasks; none where there is no file."""
+    return _of_suite(path, suite)[0]
+
+
+def other_rows(path: Path, suite: Suite) -> list[Row]:
+    """Return the rows of a suite's CSV that were trained on other data or schedules: kept there, not compared."""
+    return _of_suite(path, suite)[1]
+
+
+def _of_suite(path: Path, suite: Suite) -> tuple[list[Row], list[Row]]:
     wanted = {(task.name, task.digest) for task in suite.tasks}
-    return [row for row in _read(path, Row) if (row.task, row.settings) in wanted]
+    own: list[Row] = []
+    others: list[Row] = []
+    for row in _read(path, Row):
+        (own if (row.task, row.settings) in wanted else others).append(row)
+    return own, others
 
 
 def read_lengths(path: Path) -> list[LengthRow]:

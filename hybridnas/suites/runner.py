@@ -105,7 +105,8 @@ class Runner:
         about = {"suite": self.suite.name, "quick": self.quick, "score": self.suite.score}
         with Tracker.open(self.tracking, self.folder, self.folder.name, about) as tracker:
             done = all(self._group(entry, task, tracker) for task in self.suite.tasks for entry in self.entries)
-        return Outcome(self.rows, self.lengths, self.curves, done)
+        chosen = {row.folder for row in results.choose(self.rows, self.suite) if row.chosen}
+        return Outcome(self.rows, [row for row in self.lengths if row.folder in chosen], self.curves, done)
 
     def cells(self, entry: Entry, task: Task) -> Iterator[Cell]:
         """Yield the trainings of one architecture on one task; those of later seeds once the grid has been tried."""
@@ -189,7 +190,7 @@ class Runner:
         # Read again: another process may have trained other architectures of this suite in the meantime.
         known = results.merged(results.read_rows(self.rows_path, self.suite), *self.rows, row)
         self.rows = results.choose(known, self.suite)
-        results.write_rows(self.rows_path, self.rows)
+        results.write_rows(self.rows_path, [*self.rows, *results.other_rows(self.rows_path, self.suite)])
         self._keep_curve(row, result.evals)
         self.news(f"[{self._visited}/{self.total}] {_told(row)}")
         return True
