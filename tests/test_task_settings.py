@@ -68,6 +68,7 @@ def test_what_one_example_draws_does_not_depend_on_its_neighbours():
         ("in_context_recall", {"frac_noise": 0.2}, "needs noise ids: noise_vocab_size >= 1"),
         ("in_context_recall", {"vocab_size": 16, "noise_vocab_size": 13}, "vocab_size=16 must be at least 17"),
         ("induction_heads", {"vocab_size": 2}, "must be >= 3"),
+        ("induction_heads", {"seq_len": 8, "n_between": 6}, "n_between=6 needs seq_len >= 9, got 8"),
     ],
 )
 def test_settings_that_make_no_sense_get_one_sentence(kind, changes, words):
@@ -79,6 +80,14 @@ def test_too_few_different_examples_to_hold_some_out_are_refused():
     source = task("induction_heads", vocab_size=3, seq_len=4, n_train_examples=10)
     with pytest.raises(ConfigError, match="too few different examples to hold some out"):
         next(source.valid_batches(1, 8, 4))
+
+
+@pytest.mark.parametrize("between", [0, 1, 3])
+def test_the_answer_of_an_induction_head_ends_so_far_before_the_last_trigger(between):
+    source = task("induction_heads", vocab_size=16, seq_len=12, n_between=between)
+    inputs_BL = source.train_batch(0, 512, 12, 0).inputs_BL
+    first = {row.index(15) for row in inputs_BL.tolist()}
+    assert first == set(range(12 - 2 - between))  # the trigger; its answer and what is between fit in front of the last
 
 
 def test_a_task_has_its_own_context():

@@ -129,7 +129,9 @@ def settings_of(kind):
         "parity": _states(vocab_size=st.integers(2, 9)),
         "s5": _states(generators=st.sampled_from(["all", "swaps"])),
         "in_context_recall": _recall(),
-        "induction_heads": st.fixed_dictionaries({"vocab_size": st.integers(5, 40), "seq_len": st.integers(12, 100)}),
+        "induction_heads": st.fixed_dictionaries(
+            {"vocab_size": st.integers(5, 40), "seq_len": st.integers(12, 100), "n_between": st.integers(0, 4)}
+        ),
         "mqar": _mqar(),
         "selective_copying": _selective_copying(),
     }[kind]

@@ -93,7 +93,7 @@ def test_the_papers_recipe_gives_way_to_what_the_user_says():
         (["pattern=ME", "recipe=paper"], "recipe=paper belongs to a preset"),
         (["pattern=ME", "recipe=mine"], "recipe='mine' must be none or paper"),
         (["train.lrr=1"], "train has no setting 'train.lrr'; did you mean 'train.lr'"),
-        (["train.schedule=linear"], "train schedule='linear' must be one of cosine, constant, wsd"),
+        (["train.schedule=linear"], "train schedule='linear' must be one of cosine, constant"),
         (["pattern=ME"], "needs a width: arch.d_model=64"),
     ],
 )

@@ -40,7 +40,7 @@ def test_settings_survive_json():
         ({"eval_at": (5000, 5000)}, r"eval_at=\[5000, 5000\] must rise"),
         ({"eval_at": (0,)}, "eval_at has 0"),
         ({"lr": 0.0}, r"train lr=0.0 must be > 0"),
-        ({"schedule": "linear"}, "train schedule='linear' must be one of cosine, constant, wsd"),
+        ({"schedule": "linear"}, "train schedule='linear' must be one of cosine, constant"),
         ({"precision": "fp8"}, "must be one of auto, float32, bfloat16"),
         ({"learning_rate": 1e-3}, "train has no field 'learning_rate'"),
         ({"batchsize": 4}, "did you mean 'batch_size'"),
@@ -86,15 +86,6 @@ def test_the_rate_rises_linearly_then_falls_as_a_cosine_to_a_tenth():
 def test_a_constant_rate_stays_after_warm_up():
     config = TrainConfig(tokens=100_000, lr=0.3, warmup_fraction=0.0, schedule="constant")
     assert {learning_rate(config, tokens) for tokens in (1, 50_000, 100_000)} == {0.3}
-
-
-def test_a_stable_rate_falls_in_a_line_over_the_last_fifth():
-    config = TrainConfig(tokens=100_000, lr=1.0, warmup_fraction=0.1, schedule="wsd")
-    assert learning_rate(config, 5_000) == pytest.approx(0.5)
-    assert {learning_rate(config, tokens) for tokens in (10_000, 50_000, 80_000)} == {1.0}
-    assert learning_rate(config, 90_000) == pytest.approx(0.55)  # half way down, between 1.0 and 0.1
-    assert learning_rate(config, 100_000) == pytest.approx(0.1)
-    assert learning_rate(config, 200_000) == pytest.approx(0.1)
 
 
 def test_weight_decay_spares_vectors_embeddings_and_what_blocks_name():

@@ -24,12 +24,8 @@ class TrainConfig(FrozenConfig):
     accumulate: int = option(1, "forward passes whose gradients are summed into one step [count]", ge=1)
     lr: float = option(6e-3, "highest learning rate", gt=0)
     warmup_fraction: float = option(0.01, "linear warm-up, as a part of all tokens [1]", ge=0, le=1)
-    schedule: str = option(
-        "cosine",
-        "learning rate after warm-up; wsd: constant, then a linear fall over the last fifth",
-        choices=("cosine", "constant", "wsd"),
-    )
-    final_lr_fraction: float = option(0.1, "last learning rate of a fall, as a part of the highest [1]", ge=0, le=1)
+    schedule: str = option("cosine", "how the learning rate goes on after warm-up", choices=("cosine", "constant"))
+    final_lr_fraction: float = option(0.1, "last learning rate of the cosine, as a part of the highest [1]", ge=0, le=1)
     weight_decay: float = option(0.1, "AdamW weight decay", ge=0)
     decay_all: bool = option(False, "decay biases, norms, embeddings and SSM parameters too, as the paper did [yes/no]")
     beta1: float = option(0.9, "AdamW decay of the gradient's mean", ge=0, le=1)

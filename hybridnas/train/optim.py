@@ -10,26 +10,19 @@ from torch import Tensor, nn
 from hybridnas.blocks.base import Block
 from hybridnas.train.config import TrainConfig
 
-WSD_DECAY = 0.2  # part of a run over which the wsd schedule falls
-
 
 def learning_rate(config: TrainConfig, tokens: int) -> float:
-    """Return the rate of the step that brings the run to ``tokens``: linear warm-up, then the schedule.
+    """Return the rate of the step that brings the run to ``tokens``: linear warm-up, then cosine or constant.
 
-    The rate reaches ``lr`` where warm-up ends. It stays there (constant), or falls to ``lr * final_lr_fraction`` at
-    ``config.tokens``: as a cosine from the start, or in a line over the last fifth (wsd: warm-up, stable,
-    decay; MiniCPM, arXiv 2404.06395, where the fall is exponential).
+    The rate reaches ``lr`` where warm-up ends and ``lr * final_lr_fraction`` at ``config.tokens``, and stays there.
     """
     warmup = config.warmup_fraction * config.tokens
     if tokens < warmup:
         return config.lr * tokens / warmup
     if config.schedule == "constant":
         return config.lr
-    low = config.final_lr_fraction
-    if config.schedule == "wsd":
-        left = max(0, config.tokens - tokens) / (WSD_DECAY * config.tokens)
-        return config.lr * (low + (1 - low) * min(1.0, left))
     part = min(1.0, (tokens - warmup) / max(1.0, config.tokens - warmup))
+    low = config.final_lr_fraction
     return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * part)))
 
 

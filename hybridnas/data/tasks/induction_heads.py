@@ -1,9 +1,12 @@
 """``data=induction_heads``: after a trigger seen once before, say what followed it (Mamba, arXiv 2312.00752, table 11).
 
 Random tokens (ids 0 to V-2), somewhere among them the trigger (id V-1); the last token is the trigger again, and the
-target there is the token that followed the first one. Scored: the last place alone. The paper's sizes: 16 ids, 256
-tokens in training and 2^6 to 2^20 in evaluation, fresh examples, batches of 8, 204,800 steps, a constant learning
-rate, two layers, no weight decay.
+target there is the token that followed the first one. Scored: the last place alone. The paper's generator is not
+public; H3's, of the same authors (HazyResearch/safari, synthetics.py), puts at least one token between the answer and
+the last trigger, and so do we (``n_between``; 0: also "trigger, answer, trigger" at the end).
+
+The paper's sizes: 16 ids, 256 tokens in training and 2^6 to 2^20 in evaluation, fresh examples, batches of 8, 204,800
+steps, a constant learning rate, two layers, no weight decay.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from hybridnas.config import option
 from hybridnas.data.draws import Draws
 from hybridnas.data.source import register_source
 from hybridnas.data.task import Examples, Task, TaskConfig
+from hybridnas.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,13 @@ class InductionHeadsConfig(TaskConfig):
     kind: str = option("induction_heads", "kind of data, a name in SOURCES")
     vocab_size: int = option(16, "different ids, the trigger included [count]", ge=3)
     seq_len: int = option(256, "length of an example, the last trigger included [tokens]", ge=4)
+    n_between: int = option(1, "tokens between the answer and the last trigger at least [count]", ge=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = self.n_between + 3  # trigger, answer, what is between, trigger
+        if self.seq_len < least:
+            raise ConfigError(f"{self.kind}: n_between={self.n_between} needs seq_len >= {least}, got {self.seq_len}")
 
 
 @register_source("induction_heads", config=InductionHeadsConfig)
@@ -39,7 +50,7 @@ class InductionHeads(Task):
     def make(self, draws: Draws, train: bool) -> Examples:
         length, trigger = self.config.seq_len, self.config.vocab_size - 1
         inputs_BL = draws.below(trigger, length)
-        place_B1 = draws.below(length - 2, 1)  # the token after it must not be the last
+        place_B1 = draws.below(length - 2 - self.config.n_between, 1)
         np.put_along_axis(inputs_BL, place_B1, trigger, axis=1)
         inputs_BL[:, -1] = trigger
         targets_BL = np.zeros_like(inputs_BL)
