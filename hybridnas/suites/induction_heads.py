@@ -68,7 +68,7 @@ def induction_heads(quick: bool) -> Suite:
             "As the paper: 16 ids, fresh examples, batch 8, constant rate, no weight decay, 204,800 steps. No training "
             "ends early: right at 256 tokens, after 3,072 steps, was not yet right at 131,072.",
             "Departures: Mamba's grid is 1e-3 and 2e-3, attention's the paper's 2e-4 and 1e-3; 1 % warm-up; gradients "
-            "clipped at 1; AdamW. Between the answer and the last trigger lies at least one token, as in H3's generator.",
+            "clipped at 1; AdamW. At least one token lies between the answer and the last trigger, as in H3's data.",
             *((_QUICK,) if quick else ()),
         ),
     )
