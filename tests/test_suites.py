@@ -295,6 +295,18 @@ def test_a_sweep_reaches_the_sizes_that_a_pattern_has_and_repeats_none():
     assert given.arch(16).d_model == 24
 
 
+def test_an_architecture_may_learn_some_of_a_suites_tasks_alone(tmp_path):
+    one = toy().tasks[0]
+    two = replace(one, name="longer", column="longer", train={**TINY, "tokens": 320})
+    both = Entry(name="mamba", pattern="M", fields={"d_model": 8})
+    some = Entry(name="attention", pattern="A", fields={"d_model": 8}, tasks=("longer",))
+    outcome, news = run(toy(tasks=(one, two), entries=(both, some), rates=(1e-3,)), tmp_path)
+    assert [(r.model, r.task) for r in outcome.rows] == [
+        ("mamba", "recall"), ("mamba", "longer"), ("attention", "longer")
+    ]  # fmt: skip
+    assert news[-1].startswith("[3/3] ")
+
+
 def test_even_points():
     assert even_points(100, 4) == (25, 50, 75, 100)
     assert even_points(2, 4) == (1, 2)
@@ -324,11 +336,11 @@ def test_a_suite_with_lengths_keeps_weights_and_measures_the_chosen_run(tmp_path
 
 
 def test_rows_of_lengths_say_words_where_there_is_no_accuracy():
-    rows = [LengthRow(model="a", task="", seed=0, length=64, accuracy=0.5),
-            LengthRow(model="a", task="", seed=0, length=100, accuracy=None, words="out of memory")]  # fmt: skip
+    rows = [LengthRow(model="a", task="recall", seed=0, length=64, accuracy=0.5),
+            LengthRow(model="a", task="recall", seed=0, length=100, accuracy=None, words="out of memory")]  # fmt: skip
     columns, lines = results.length_table(rows, toy(published=()))
     assert columns == ["model", "2^6", "100", "settings"]
-    assert lines == [["a", "50.0", "out of memory", "ours: seed 0"]]
+    assert lines == [["a", "50.0", "out of memory", "ours: recall, seed 0"]]
 
 
 @pytest.mark.parametrize(

@@ -128,9 +128,11 @@ def _state(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> Non
 def _lengths(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> None:
     """Accuracy by length, mean over seeds; the published rows dashed."""
     by_model: dict[str, dict[int, list[float]]] = {}
+    several = len({row.task for row in outcome.lengths}) > 1
     for row in outcome.lengths:
         if row.accuracy is not None:
-            by_model.setdefault(row.model, {}).setdefault(row.length, []).append(100 * row.accuracy)
+            name = f"{row.model}; {row.task}" if several else row.model
+            by_model.setdefault(name, {}).setdefault(row.length, []).append(100 * row.accuracy)
     for index, (model, own) in enumerate(by_model.items()):
         points = [(length, fmean(values)) for length, values in sorted(own.items())]
         ax.plot(*_pairs(points), lw=1.6, label=model, **_style(index))

@@ -198,14 +198,14 @@ def table(rows: Sequence[Row], suite: Suite) -> tuple[list[str], list[list[str]]
 
 
 def length_table(rows: Sequence[LengthRow], suite: Suite) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows of text: accuracy [%] at each length, a line per model and seed, then the published."""
+    """Return columns and rows of text: accuracy [%] at each length, a line per training, then the published."""
     lengths = sorted({row.length for row in rows})
     names = [power_of_two(length) for length in lengths]
     lines = []
-    for model, seed in dict.fromkeys((row.model, row.seed) for row in rows):
-        own = {row.length: row for row in rows if (row.model, row.seed) == (model, seed)}
+    for model, task, seed in dict.fromkeys((row.model, row.task, row.seed) for row in rows):
+        own = {row.length: row for row in rows if (row.model, row.task, row.seed) == (model, task, seed)}
         said = [length_words(own[length]) if length in own else "-" for length in lengths]
-        lines.append([model, *said, f"ours: seed {seed}"])
+        lines.append([model, *said, f"ours: {task}, seed {seed}"])
     for row in suite.published:
         figures = [f"{row.values[name]:g}" if name in row.values else "-" for name in names]
         lines.append([f"{row.model} [published]", *figures, f"{row.source}; {row.settings}"])

@@ -93,20 +93,22 @@ class Runner:
     @property
     def total(self) -> int:
         """How many trainings the suite asks for: the grid with the first seed, the best setting with the others."""
-        own = (
+        return sum(
             len(entry.rates or self.suite.rates) * len(self.suite.decays) + len(entry.seeds or self.suite.seeds) - 1
-            for entry in self.entries
+            for _, entry in self._groups()
         )
-        return len(self.suite.tasks) * sum(own)
 
     def run(self) -> Outcome:
         """Train what is missing, writing the CSV after every run; returns what is there when it ends or time is up."""
         self.folder.mkdir(parents=True, exist_ok=True)
         about = {"suite": self.suite.name, "quick": self.quick, "score": self.suite.score}
         with Tracker.open(self.tracking, self.folder, self.folder.name, about) as tracker:
-            done = all(self._group(entry, task, tracker) for task in self.suite.tasks for entry in self.entries)
+            done = all(self._group(entry, task, tracker) for task, entry in self._groups())
         chosen = {row.folder for row in results.choose(self.rows, self.suite) if row.chosen}
         return Outcome(self.rows, [row for row in self.lengths if row.folder in chosen], self.curves, done)
+
+    def _groups(self) -> Iterator[tuple[Task, Entry]]:
+        return ((task, entry) for task in self.suite.tasks for entry in self.entries if entry.learns(task))
 
     def cells(self, entry: Entry, task: Task) -> Iterator[Cell]:
         """Yield the trainings of one architecture on one task; those of later seeds once the grid has been tried."""

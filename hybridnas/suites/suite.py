@@ -51,6 +51,11 @@ class Entry:
     free: tuple[str, ...] = ("d_expert", "d_ff")
     rates: tuple[float, ...] | None = None  # none: the suite's
     seeds: tuple[int, ...] | None = None  # none: the suite's
+    tasks: tuple[str, ...] = ()  # names of the tasks that it is trained on; none: all
+
+    def learns(self, task: Task) -> bool:
+        """Whether it is trained on a task."""
+        return not self.tasks or task.name in self.tasks
 
     def sizes(self) -> set[str]:
         """Return the fields that its blocks have, and d_model."""
