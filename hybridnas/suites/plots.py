@@ -145,7 +145,8 @@ def _lengths(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> N
     lengths = sorted({row.length for row in outcome.lengths})
     if lengths:
         ax.set_xscale("log", base=2)
-        ax.set_xticks(lengths, [results.power_of_two(length) for length in lengths])
+        names = (results.power_of_two(length) for length in lengths)
+        ax.set_xticks(lengths, [re.sub(r"2\^(\d+)", r"$2^{\1}$", name) for name in names])
         ax.minorticks_off()
     ax.set_xlabel("length [tokens]")
     ax.set_ylabel("accuracy [%]")
