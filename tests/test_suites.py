@@ -258,6 +258,9 @@ def test_every_suite_can_be_begun(name, quick):
         TrainConfig.from_dict({**task.train, "tokens": tokens, "lr": suite.rates[0]})
     names = [entry.name for entry in suite.expanded([], {})]
     assert len(set(names)) == len(names)
+    assert {name for entry in suite.entries for name in entry.tasks} <= {task.name for task in suite.tasks}
+    prints = [entry.arch(256).fingerprint() for entry in suite.expanded([], {})]
+    assert len(set(prints)) == len(prints)  # none is trained under two names: its row would have one of them
     for entry in suite.expanded([], {}):
         arch = entry.arch(256)
         if entry.active_params:

@@ -90,15 +90,11 @@ class CurveRow:
 
 def read_rows(path: Path, suite: Suite) -> list[Row]:
     """Return the rows of a suite's CSV that belong to its present tasks; none where there is no file."""
-    return _of_suite(path, suite)[0]
+    return split_rows(path, suite)[0]
 
 
-def other_rows(path: Path, suite: Suite) -> list[Row]:
-    """Return the rows of a suite's CSV that were trained on other data or schedules: kept there, not compared."""
-    return _of_suite(path, suite)[1]
-
-
-def _of_suite(path: Path, suite: Suite) -> tuple[list[Row], list[Row]]:
+def split_rows(path: Path, suite: Suite) -> tuple[list[Row], list[Row]]:
+    """Return the rows of a suite's present tasks, and those of other data or schedules: kept, not compared."""
     wanted = {(task.name, task.digest) for task in suite.tasks}
     own: list[Row] = []
     others: list[Row] = []

@@ -190,9 +190,9 @@ class Runner:
         row = self._row(cell, result)
         tracker.end_trial(number, FAIL if row.status == "failed" else COMPLETE)
         # Read again: another process may have trained other architectures of this suite in the meantime.
-        known = results.merged(results.read_rows(self.rows_path, self.suite), *self.rows, row)
-        self.rows = results.choose(known, self.suite)
-        results.write_rows(self.rows_path, [*self.rows, *results.other_rows(self.rows_path, self.suite)])
+        own, others = results.split_rows(self.rows_path, self.suite)
+        self.rows = results.choose(results.merged(own, *self.rows, row), self.suite)
+        results.write_rows(self.rows_path, [*self.rows, *others])
         self._keep_curve(row, result.evals)
         self.news(f"[{self._visited}/{self.total}] {_told(row)}")
         return True

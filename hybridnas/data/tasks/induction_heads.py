@@ -1,9 +1,9 @@
 """``data=induction_heads``: after a trigger seen once before, say what followed it (Mamba, arXiv 2312.00752, table 11).
 
 Random tokens (ids 0 to V-2), somewhere among them the trigger (id V-1); the last token is the trigger again, and the
-target there is the token that followed the first one. Scored: the last place alone. The paper's generator is not
-public; H3's, of the same authors (HazyResearch/safari, synthetics.py), puts at least one token between the answer and
-the last trigger, and so do we (``n_between``; 0: also "trigger, answer, trigger" at the end).
+target there is the token that followed the first one. Scored: the last place alone. We know no
+public generator of the paper's; H3's (HazyResearch/safari, synthetics.py) puts at least one token between the answer
+and the last trigger, and so do we (``n_between``; 0: also "trigger, answer, trigger" at the end).
 
 The paper's sizes: 16 ids, 256 tokens in training and 2^6 to 2^20 in evaluation, fresh examples, batches of 8, 204,800
 steps, a constant learning rate, two layers, no weight decay.
