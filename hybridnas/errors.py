@@ -8,10 +8,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class HybridNASError(Exception):
-    """Root of all errors that hybridnas raises for a user's mistake or a machine's refusal."""
+    """Root of all errors that hybridnas raises for a user's mistake or a machine's refusal.
+
+    ``field`` is the setting, argument or file at fault (dotted where nested: ``budget.depth``), ``got`` the value that
+    was given, ``allowed`` the values that would have been taken (names, or one string such as ``">= 1"``). Each is
+    None where it does not apply; the message says the same in one sentence.
+    """
+
+    def __init__(self, message: str = "", *, field: str | None = None, got: Any = None, allowed: Any = None) -> None:
+        super().__init__(message)
+        self.field = field
+        self.got = got
+        self.allowed = allowed
 
 
 class PatternError(HybridNASError):
