@@ -1,6 +1,5 @@
-"""Rooms and floors: what may lie where, what may import what, and what a wheel holds."""
+"""The layout of the repository and what a wheel holds."""
 
-import ast
 import dataclasses
 import importlib
 import pkgutil
@@ -9,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,104 +18,13 @@ from hybridnas.config import FrozenConfig
 PACKAGE = Path(hybridnas.__file__).resolve().parent
 ROOT = PACKAGE.parent
 LINKED = ("blocks", "kernels", "search_spaces")
-FLOORS = {
-    **dict.fromkeys(("errors", "registry", "config", "cost", "hardware", "files", "units"), 0),
-    **{"kernels": 1, "blocks": 2, "arch": 3, "search_spaces": 4},
-    **dict.fromkeys(("data", "train", "search", "export", "suites"), 5),
-    **dict.fromkeys(("cli", "conf", "api", "bench"), 6),
-}
-BESIDE = {
-    "suites": {"data", "train", "search"},
-    "search": {"train", "data", "export"},
-    "export": {"data", "train"},
-    "train": {"data"},
-    "data": set(),
-}
-DOORS = {  # third-party name -> the only places that import it
-    "optuna": ("search/",),
-    "mlflow": ("search/tracking.py",),
-    "hydra": ("cli/compose.py",),
-    "omegaconf": ("cli/compose.py",),
-    "networkx": ("arch/graph.py",),
-    "datasets": ("data/",),
-    "tokenizers": ("data/",),
-    "safetensors": ("train/checkpoint.py", "export/"),
-    "triton": ("kernels/",),
-    "matplotlib": ("arch/draw.py", "search/plots.py", "suites/plots.py", "bench/"),
-    "jinja2": ("search/page.py",),
-    "yaml": ("config.py",),
-    "numpy": ("data/", "bench/"),
-}
 needs_repository = pytest.mark.skipif(
     not (ROOT / "pyproject.toml").is_file(), reason="installed without the repository"
 )
 
 
-def sources():
-    return sorted(path for path in PACKAGE.rglob("*.py"))
-
-
 def name_of(path):
     return path.relative_to(PACKAGE).as_posix()
-
-
-@cache
-def imports(path):
-    """Return (module, whether for types alone) of every import in a file."""
-    found = []
-
-    def walk(node, typing_only):
-        for child in ast.iter_child_nodes(node):
-            guarded = typing_only or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test))
-            if isinstance(child, ast.Import):
-                found.extend((alias.name, guarded) for alias in child.names)
-            elif isinstance(child, ast.ImportFrom):
-                assert child.level == 0, f"{path} imports relatively"
-                found.extend((f"{child.module}.{alias.name}", guarded) for alias in child.names)
-            walk(child, guarded)
-
-    walk(ast.parse(path.read_text()), False)
-    return tuple(found)
-
-
-def room(path):
-    """Return the room of a file; the doors of commands and the package's own front are the command line's."""
-    parts = path.relative_to(PACKAGE).parts
-    first = parts[0].removesuffix(".py")
-    if path.name == "__main__.py" or (len(parts) == 1 and first not in FLOORS):
-        return "cli"
-    return first
-
-
-@pytest.mark.parametrize("path", sources(), ids=name_of)
-def test_imports_only_go_down(path):
-    here = room(path)
-    if name_of(path) == "__init__.py":
-        return  # the front: it names everything, lazily; test_config holds it to that
-    for module, typing_only in imports(path):
-        parts = module.split(".")
-        if parts[0] != "hybridnas" or len(parts) < 2:
-            continue
-        there = parts[1]
-        if there not in FLOORS:
-            assert here == "cli", f"{name_of(path)} imports {module}"
-            continue
-        if typing_only and (here, there) == ("registry", "blocks"):
-            continue
-        allowed = there == here or FLOORS[there] < FLOORS[here] or (FLOORS[here] == 0 == FLOORS[there])
-        assert allowed or there in BESIDE.get(here, ()) or here == "cli", f"{name_of(path)} imports {module}"
-
-
-@pytest.mark.parametrize("library", DOORS)
-def test_a_library_has_one_door(library):
-    users = [name_of(path) for path in sources() if library in {module.split(".")[0] for module, _ in imports(path)}]
-    assert users, f"nobody imports {library}: take it from this table"
-    assert [user for user in users if not user.startswith(DOORS[library])] == []
-
-
-@pytest.mark.parametrize("path", sources(), ids=name_of)
-def test_files_are_short(path):
-    assert len(path.read_text().splitlines()) <= 400
 
 
 @pytest.mark.parametrize("name", LINKED)

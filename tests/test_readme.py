@@ -95,14 +95,3 @@ def test_the_space_in_the_readme_is_a_space(tmp_path: Path) -> None:
     (text,) = [block for block in blocks("yaml", README) if "motif_length" in block]
     space = Space.from_mapping({"name": "mine", **yaml.safe_load(text)})
     assert space.size(Scale(d_model=64, depth=4)) == (5**2 + 5**4) * 2 * 5
-
-
-def test_the_tree_names_every_file_once() -> None:
-    (tree,) = blocks("text", README.split("## The tree")[1])
-    named = [line.split()[0] for line in tree.splitlines() if line.strip()]
-    kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if kept.returncode:
-        pytest.skip("not a git checkout")
-    doors = ("blocks", "kernels", "search_spaces")
-    files = [f for f in kept.stdout.split() if f not in doors and not f.startswith((".git", "docs/"))]
-    assert sorted(named) == sorted(files)

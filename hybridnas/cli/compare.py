@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hybridnas.cli import show
-from hybridnas.search.compare import CompareConfig, compare, write_comparison
+from hybridnas.report.compare import CompareConfig, compare, write_comparison
 
 HELP = "put runs and studies from MLflow side by side: table, curves, tokens to reach a loss"
 

@@ -13,7 +13,7 @@ from hybridnas.errors import ConfigError, ExportError, StudyError
 if TYPE_CHECKING:
     from hybridnas.arch.model import HybridLM
     from hybridnas.data.tokenizers import Tokenizer
-    from hybridnas.search.records import TrialRecord
+    from hybridnas.study.records import TrialRecord
 
 HELP = "write a trial's model as a folder that hybridnas.load reads"
 
@@ -40,8 +40,8 @@ def run(config: dict[str, Any]) -> int:
     from hybridnas.export.folder import export
     from hybridnas.export.trials import card_facts
     from hybridnas.search.config import Budget, SearchConfig
-    from hybridnas.search.folder import read_study
-    from hybridnas.search.records import load_records
+    from hybridnas.study.folder import read_study
+    from hybridnas.study.records import load_records
 
     given = Path(settings.study).expanduser()
     study = given if (given / "study.json").is_file() else Path(settings.runs) / settings.study
@@ -86,7 +86,7 @@ def _model(study: Path, record: TrialRecord) -> HybridLM:
     """Return the trial's model from its checkpoint, or from ``best/`` where that is this very trial."""
     from hybridnas.export.layout import CONFIG
     from hybridnas.export.load import load, read_config
-    from hybridnas.search.records import trial_folder
+    from hybridnas.study.records import trial_folder
     from hybridnas.train.checkpoint import load_model
 
     folder = trial_folder(study, record.number)

@@ -27,7 +27,7 @@ def run(config: dict[str, Any]) -> int:
     from hybridnas.search.runner import Search
 
     if search.worker == "join":
-        from hybridnas.search.joining import joined
+        from hybridnas.search.storage.join import joined
 
         search = joined(search, search_config(compose("search", [])))
     summary = Search(search, show.line).run()
@@ -37,7 +37,7 @@ def run(config: dict[str, Any]) -> int:
 
 def _status(config: dict[str, Any]) -> int:
     """Print how a study stands; reads alone, also while it runs."""
-    from hybridnas.search.status import lines, read_status
+    from hybridnas.report.status import lines, read_status
 
     if config["action"] != "status":
         raise ConfigError(f"search action={config['action']!r} must be run or status")
@@ -49,7 +49,7 @@ def _status(config: dict[str, Any]) -> int:
 
 def _launch(config: dict[str, Any], search: SearchConfig) -> int:
     """Write the batch script, say how to submit it, and start nothing."""
-    from hybridnas.search.slurm import write_script
+    from hybridnas.search.workers.slurm import write_script
 
     if config["launch"] != "slurm" or not isinstance(config["nodes"], int):
         raise ConfigError("search launch= must be local or slurm, the latter with nodes=NUMBER")
@@ -118,7 +118,7 @@ def _limits(config: dict[str, Any]) -> dict[str, Any]:
 def _print(summary: Any) -> None:
     from rich.console import Console
 
-    from hybridnas.search.leaderboard import render_leaderboard
+    from hybridnas.report.leaderboard import render_leaderboard
 
     render_leaderboard(summary.records, Console())
     ended = {

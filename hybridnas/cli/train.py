@@ -14,7 +14,7 @@ from hybridnas.units import human
 if TYPE_CHECKING:
     from hybridnas.arch.arch import Arch
     from hybridnas.data import Source
-    from hybridnas.search.tracking import Tracker
+    from hybridnas.tracking.mlflow import Tracker
     from hybridnas.train.config import TrainConfig
     from hybridnas.train.records import Eval, TrainResult
 
@@ -67,7 +67,7 @@ def _tracked(config: dict[str, Any], arch: Arch, settings: TrainConfig, folder: 
     """Open the run's mirror in MLflow: beside the run's files, or where ``tracking=`` says."""
     from dataclasses import asdict
 
-    from hybridnas.search.tracking import Tracker
+    from hybridnas.tracking.mlflow import Tracker
 
     folder.mkdir(parents=True, exist_ok=True)
     tracker = Tracker.open(config["tracking"], folder, folder.name, settings.to_dict(), kind="train")

@@ -10,8 +10,8 @@ from typing import Any
 
 from hybridnas.config import FrozenConfig, option
 from hybridnas.errors import ConfigError
-from hybridnas.search.objectives import read_objectives
 from hybridnas.search_spaces.space import Scale
+from hybridnas.study.objectives import read_objectives
 from hybridnas.train.config import TrainConfig
 
 SAMPLERS = ("tpe", "evolution", "nsga2", "gp", "random", "bruteforce")

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridnas.search.objectives import OBJECTIVES, TRAINED, eligible, front, objectives_of, score
-from hybridnas.search.records import COMPLETE, TrialRecord
+from hybridnas.study.objectives import OBJECTIVES, TRAINED, eligible, front, objectives_of, score
+from hybridnas.study.records import COMPLETE, TrialRecord
 
 if TYPE_CHECKING:
     from hybridnas.search.trial import TrialContext

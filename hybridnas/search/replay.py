@@ -12,10 +12,10 @@ from pathlib import Path
 from hybridnas.data import open_source, source_config
 from hybridnas.errors import StudyError
 from hybridnas.search.config import Budget
-from hybridnas.search.folder import read_study
-from hybridnas.search.records import FAIL, RESULT, TrialRecord, read_record, trial_folder
 from hybridnas.search.runner import rebuild
 from hybridnas.search_spaces.space import Space
+from hybridnas.study.folder import read_study
+from hybridnas.study.records import FAIL, RESULT, TrialRecord, read_record, trial_folder
 from hybridnas.train.loop import run as train_run
 from hybridnas.train.records import Eval, read_run
 

@@ -12,15 +12,18 @@ from hybridnas.arch.arch import Arch
 from hybridnas.data import source_config
 from hybridnas.errors import MatchError, StudyError, TrainingError
 from hybridnas.hardware import describe_machine, pick_device
+from hybridnas.report.console import trial_news
+from hybridnas.report.leaderboard import winner, write_leaderboard
+from hybridnas.report.live import LiveReport
 from hybridnas.search.config import SearchConfig
-from hybridnas.search.folder import StudyFolder
-from hybridnas.search.leaderboard import winner, write_leaderboard
-from hybridnas.search.leases import Crew, Earlier, TrialLostError
-from hybridnas.search.live import LiveReport
-from hybridnas.search.objectives import eligible, score
-from hybridnas.search.opening import opened
-from hybridnas.search.promotion import FROM_TOKENS, busy, candidate_of, continues, promote
-from hybridnas.search.records import (
+from hybridnas.search.pruning.promotion import FROM_TOKENS, busy, candidate_of, continues, promote
+from hybridnas.search.session import opened
+from hybridnas.search.storage.leases import Crew, Earlier, TrialLostError
+from hybridnas.search.trial import TrialContext, TrialRun
+from hybridnas.search_spaces.space import Space
+from hybridnas.study.folder import StudyFolder
+from hybridnas.study.objectives import eligible, score
+from hybridnas.study.records import (
     COMPLETE,
     FAIL,
     INFEASIBLE,
@@ -30,15 +33,12 @@ from hybridnas.search.records import (
     trained_tokens,
     write_record,
 )
-from hybridnas.search.tabular import TableSource, on_table
-from hybridnas.search.trial import TrialContext, TrialRun
-from hybridnas.search.words import trial_news
-from hybridnas.search_spaces.space import Space
+from hybridnas.tabular.table import TableSource, on_table
 
 if TYPE_CHECKING:
     import optuna
 
-    from hybridnas.search.workers import Orders
+    from hybridnas.search.workers.supervisor import Orders
 
 MAX_DRAWS_PER_TRIAL = 20  # duplicates and infeasible draws cost nothing, but a space can be exhausted
 HOPELESS = 5  # so many trials without any that trained end the search
@@ -136,7 +136,7 @@ class Search:
     def _confirm(self, context: TrialContext) -> None:
         """Train the best, the baselines and the rival's best with fresh seeds, where that was asked for."""
         from hybridnas.search.confirm import confirm, fresh_seeds
-        from hybridnas.search.rival import confirm_rival, meet
+        from hybridnas.search.reference import confirm_rival, meet
 
         records = [self.records[number] for number in sorted(self.records)]
         rival = meet(context, self.folder.path, records)
@@ -155,7 +155,7 @@ class Search:
     def _search(self, study: optuna.Study, context: TrialContext) -> str:
         if self.config.workers == 1:
             return self._loop(study, context)
-        from hybridnas.search.workers import Supervisor
+        from hybridnas.search.workers.supervisor import Supervisor
 
         return Supervisor(self, study, context).run()
 
@@ -187,7 +187,7 @@ class Search:
 
     def _next(self, study: optuna.Study, context: TrialContext, draws: int) -> optuna.Trial | str | None:
         """Return the trial to run now, None while only others' trials can decide, or why there is nothing to do."""
-        from hybridnas.search.drawing import ask
+        from hybridnas.search.sampling.distinct import ask
 
         budget = self.config.budget
         orphan = self.crew.adopt(study)
@@ -305,7 +305,7 @@ class Search:
     def _finish(self, context: TrialContext, meta: StudyMeta, ended: str) -> SearchSummary:
         import dataclasses
 
-        from hybridnas.search.report import write_report
+        from hybridnas.report.report import write_report
 
         records = [self.records[number] for number in sorted(self.records)]
         best = winner(records)

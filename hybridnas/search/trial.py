@@ -23,10 +23,11 @@ from hybridnas.errors import (
     TrainingError,
 )
 from hybridnas.files import write_json, write_text
-from hybridnas.search import objectives
 from hybridnas.search.config import SearchConfig
-from hybridnas.search.promotion import Ladder, candidate_of
-from hybridnas.search.records import (
+from hybridnas.search.pruning.promotion import Ladder, candidate_of
+from hybridnas.search_spaces.space import Proposal, Scale, Space, reason_of
+from hybridnas.study import objectives
+from hybridnas.study.records import (
     COMPLETE,
     DUPLICATE,
     FAIL,
@@ -36,8 +37,7 @@ from hybridnas.search.records import (
     TrialRecord,
     write_record,
 )
-from hybridnas.search.tabular import TableSource
-from hybridnas.search_spaces.space import Proposal, Scale, Space, reason_of
+from hybridnas.tabular.table import TableSource
 from hybridnas.train import checkpoint
 from hybridnas.train.loop import run as train_run
 from hybridnas.train.records import Eval, TrainResult, read_evals
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     import optuna
 
     from hybridnas.data import Source
-    from hybridnas.search.tracking import Tracker
+    from hybridnas.tracking.mlflow import Tracker
 
 
 @dataclass
@@ -168,7 +168,7 @@ class TrialRun:
         values = objectives.counted(record.cost, arch.cost(length).state_bytes)
         figures = {"state_bytes": values["state_bytes"]} if config.state_length else {}
         if objectives.wants_hardware(config):
-            from hybridnas.search.measure import measure
+            from hybridnas.search.latency import measure
 
             figures |= (measured := measure(self.folder.parent.parent, arch, config))
             values |= measured
@@ -207,7 +207,7 @@ class TrialRun:
             return self.context.source.look_up(arch, self.rungs, self.folder, self._on_eval)
         quiet: AbstractContextManager[None] = nullcontext()
         if objectives.wants_hardware(config):
-            from hybridnas.search.measure import training
+            from hybridnas.search.latency import training
 
             quiet = training(self.folder.parent.parent)
         try:

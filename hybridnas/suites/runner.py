@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridnas.files import write_json
-from hybridnas.search.records import COMPLETE, FAIL
-from hybridnas.search.tracking import Tracker
+from hybridnas.study.records import COMPLETE, FAIL
 from hybridnas.suites import results
 from hybridnas.suites.results import CurveRow, LengthRow, Row
 from hybridnas.suites.suite import Entry, Suite, Task
+from hybridnas.tracking.mlflow import Tracker
 from hybridnas.units import human
 
 if TYPE_CHECKING:

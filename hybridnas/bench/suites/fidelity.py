@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.result import Result
-from hybridnas.bench.suites.table import fidelity, summary, tiny_table
 from hybridnas.errors import StudyError
-from hybridnas.search.tabular import load_table
 from hybridnas.search_spaces.space import load_space
+from hybridnas.tabular.build import fidelity, summary, tiny_table
+from hybridnas.tabular.table import load_table
 
 
 def run(config: BenchConfig) -> Result:

@@ -18,18 +18,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hybridnas.analysis.rung_correlation import agreements
 from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.method import Spread
 from hybridnas.bench.result import Result, Table
-from hybridnas.bench.suites.table import architectures, fidelity
 from hybridnas.errors import StudyError
 from hybridnas.hardware import usable_cores
 from hybridnas.search.config import PRUNERS, SAMPLERS, USUAL_SAMPLER, SearchConfig
-from hybridnas.search.drawing import Naming
-from hybridnas.search.fidelity import agreements
-from hybridnas.search.simulate import Course, Ladder, Limits, Scores, simulate
-from hybridnas.search.tabular import load_table
+from hybridnas.search.sampling.distinct import Naming
 from hybridnas.search_spaces.space import Scale, Space, load_space
+from hybridnas.tabular.build import architectures, fidelity
+from hybridnas.tabular.simulate import Course, Ladder, Limits, Scores, simulate
+from hybridnas.tabular.table import load_table
 
 COMPARED = tuple(name for name in SAMPLERS if name != "bruteforce")
 SLOW = {"gp": 20}  # sampler -> one of so many repeats, each ended when it arrives: a draw takes a second or more

@@ -1,0 +1,1 @@
+"""What people read of a study: leaderboard, HTML report, plots, status, comparison of studies."""

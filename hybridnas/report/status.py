@@ -1,0 +1,166 @@
+"""How a search stands, read while it runs: nothing is locked, nothing is written."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hybridnas.report.leaderboard import winner
+from hybridnas.search.pruning.promotion import candidate_of
+from hybridnas.search.storage.leases import FileLock, held, trial_lease
+from hybridnas.search.storage.postgres import database_url, open_database
+from hybridnas.study.folder import read_study
+from hybridnas.study.records import COMPLETE, FAIL, PRUNED, TrialRecord, load_records, read_curve, trial_folder
+
+TRAINED = (COMPLETE, PRUNED, FAIL)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A trial that was begun and has not ended; ``where`` is empty when its process died."""
+
+    number: int
+    pattern: str
+    tokens: int
+    valid_loss: float | None
+    where: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """A study at one moment; ``seconds_left`` is a guess from the trials so far, None where there is none yet."""
+
+    study: str
+    records: Sequence[TrialRecord]
+    running: Sequence[Running] = ()
+    waiting: int = 0
+    n_trials: int | None = None
+    best: TrialRecord | None = None
+    seconds_left: float | None = None
+    states: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def finished(self) -> int:
+        """Trials that count towards ``n_trials``."""
+        return sum(record.state in TRAINED for record in self.records)
+
+
+def read_status(runs: Path, name: str, storage: str | None = None, heartbeat: int = 20) -> Status:
+    """Return how a study stands, from its folder or from the database; raises StudyError when there is none."""
+    url = database_url(storage)
+    folder = runs / name
+    if url is None:
+        meta = read_study(folder)
+        records = load_records(folder)[0]
+        return _status(name, meta.get("limits") or {}, records, *_journal(folder, name))
+    return _from_database(url, name, heartbeat)
+
+
+def _journal(folder: Path, name: str) -> tuple[list[Running], int]:
+    """Return what runs and how many trials wait, from the journal and from the locks of the trials."""
+    import optuna
+
+    from hybridnas.search.storage.journal import open_journal
+
+    path = folder / "journal.log"
+    if not path.exists() or path.stat().st_size == 0:
+        return [], 0
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.load_study(study_name=name, storage=open_journal(path))
+    running = []
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state.name != "RUNNING":
+            continue
+        lease = trial_lease(folder, trial.number)
+        words = FileLock(lease).words() if held(lease) else {}
+        where = f"worker {words.get('worker', 0)}, process {words['pid']} on {words['host']}" if "pid" in words else ""
+        curve = read_curve(trial_folder(folder, candidate_of(trial)))
+        last: dict[str, Any] = dict(curve[-1]) if curve else {}
+        found = (trial.user_attrs.get("pattern", ""), last.get("tokens", 0), last.get("valid_loss"))
+        running.append(Running(candidate_of(trial), *found, where))
+    return running, _waiting(study)
+
+
+def _from_database(url: str, name: str, heartbeat: int) -> Status:
+    import json
+
+    import optuna
+
+    from hybridnas.search.storage.postgres import CARD, read_card
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    read_card(url, name)  # raises where there is none
+    storage = open_database(url, heartbeat, lambda text: None, patience=0.0)
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+        limits = study.user_attrs[CARD].get("limits") or {}
+        stale = set(storage._get_stale_trial_ids(study._study_id))
+        records: dict[int, TrialRecord] = {}
+        running = []
+        for trial in study.get_trials(deepcopy=False):
+            known = trial.user_attrs
+            if "record" in known:
+                record = TrialRecord.from_dict(json.loads(known["record"]))
+                records[record.number] = record
+            elif trial.state.name == "RUNNING":
+                steps = trial.intermediate_values
+                alive = trial._trial_id not in stale and known.get("owner")
+                last = max(steps, default=0)
+                where = str(known.get("where", "")) if alive else ""
+                running.append(
+                    Running(candidate_of(trial), str(known.get("pattern", "")), last, steps.get(last), where)
+                )
+        waiting = _waiting(study)
+    finally:
+        storage.engine.dispose()
+    return _status(name, limits, [records[number] for number in sorted(records)], running, waiting)
+
+
+def _waiting(study: Any) -> int:
+    return sum(trial.state.name == "WAITING" for trial in study.get_trials(deepcopy=False))
+
+
+def _status(
+    name: str, limits: dict[str, Any], records: list[TrialRecord], running: list[Running], waiting: int
+) -> Status:
+    counts = Counter(record.state for record in records)
+    counts["RUNNING"] = sum(bool(trial.where) for trial in running)
+    counts["INTERRUPTED"] = len(running) - counts["RUNNING"]
+    counts["QUEUED"] = waiting
+    n_trials = limits.get("n_trials")
+    left = None
+    trained = [record.seconds for record in records if record.state in TRAINED]
+    if n_trials is not None and trained:
+        todo = max(0, n_trials - len(trained))
+        left = todo * sum(trained) / len(trained) / max(1, counts["RUNNING"])
+        if limits.get("minutes") is not None and counts["RUNNING"]:
+            left = min(left, max(0.0, limits.get("since", 0.0) + 60 * limits["minutes"] - time.time()))
+    return Status(name, records, running, waiting, n_trials, winner(records), left, +counts)
+
+
+def lines(status: Status) -> list[str]:
+    """Return the status in words, one fact a line."""
+    of = f" of {status.n_trials}" if status.n_trials is not None else ""
+    states = ", ".join(f"{count} {state.lower()}" for state, count in status.states.items()) or "no trial yet"
+    said = [f"study {status.study}: {status.finished}{of} trials are finished ({states})"]
+    for trial in status.running:
+        loss = f", loss {trial.valid_loss:.4f} at {trial.tokens:,} tokens" if trial.valid_loss is not None else ""
+        where = trial.where or "nobody: it was interrupted, and goes on from its checkpoint"
+        said.append(f"trial {trial.number:>3}  {trial.pattern or '(being drawn)'}{loss}  {where}")
+    if status.best is not None and status.best.valid_loss is not None:
+        said.append(f"best so far: trial {status.best.number}, {status.best.name}, loss {status.best.valid_loss:.4f}")
+    if not any(trial.where for trial in status.running):
+        said.append("no process works on it now; the search's own command goes on")
+    elif status.seconds_left is not None:
+        said.append(f"about {_duration(status.seconds_left)} left, judged by the trials so far")
+    return said
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

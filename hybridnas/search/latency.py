@@ -1,0 +1,199 @@
+"""How fast an architecture runs on this machine: measured alone, in a process of its own, and remembered.
+
+``tokens_per_second``: reading, a forward pass over a batch of full contexts. ``ms_per_token``: writing, one token at a
+time from the recurrent state, one sequence, after a full context. Both are medians, of untrained weights. A figure
+is kept in ``STUDY/measured/`` by architecture, machine and settings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybridnas.arch.arch import Arch
+from hybridnas.errors import StudyError
+from hybridnas.files import write_json
+from hybridnas.hardware import describe_machine, pick_device
+from hybridnas.search.storage.leases import LEASES, FileLock
+
+if TYPE_CHECKING:
+    from hybridnas.arch.model import HybridLM
+    from hybridnas.search.config import SearchConfig
+
+FIGURES = ("tokens_per_second", "ms_per_token")
+FOLDER = "measured"
+PATIENCE = 120.0  # seconds to wait for other workers to finish what they train; then it is measured beside them
+TIMEOUT = 600.0  # seconds that one architecture may take
+_WARM_SECONDS, _SECONDS = 0.3, 1.5  # of each figure
+_LEAST, _WRITTEN = 5, 32  # repetitions; tokens that are written in one of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What, besides the architecture and the machine, a figure depends on."""
+
+    seq_len: int
+    batch_size: int
+    device: str
+
+    @classmethod
+    def of(cls, config: SearchConfig) -> Setting:
+        """Return the shape in which a search trains, on the device that it trains on."""
+        budget = config.budget
+        return cls(config.state_length or budget.seq_len, budget.batch_size, str(pick_device(config.device)))
+
+
+def measure(study: Path, arch: Arch, config: SearchConfig) -> dict[str, float]:
+    """Return an architecture's figures on this machine, from memory where they were measured before.
+
+    Raises StudyError when the process that measures fails or takes too long.
+    """
+    setting = Setting.of(config)
+    path = study / FOLDER / f"{key(arch, setting)}.json"
+    known = _read(path)
+    if known is not None:
+        return known
+    with alone(study) as isolated:
+        found = _in_a_process(arch, setting)
+    path.parent.mkdir(exist_ok=True)
+    about = {"pattern": str(arch.pattern), "fingerprint": arch.fingerprint(), "machine": describe_machine()}
+    write_json(path, {"figures": found, "isolated": isolated, **about, "setting": dataclasses.asdict(setting)})
+    return found
+
+
+def key(arch: Arch, setting: Setting) -> str:
+    """Return the name under which a figure is remembered: of the architecture, the machine and the settings."""
+    text = json.dumps([arch.fingerprint(), describe_machine(), dataclasses.asdict(setting)])
+    return f"{arch.short}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+@contextlib.contextmanager
+def training(study: Path) -> Iterator[None]:
+    """Hold off measurements on this host while a trial trains; a measurement that waits is let in first."""
+    gate = FileLock(study / LEASES / "measure-gate")
+    gate.acquire()
+    gate.release(keep=True)
+    with _shared(study, wait=True):
+        yield
+
+
+@contextlib.contextmanager
+def alone(study: Path) -> Iterator[bool]:
+    """Keep other workers of this host from starting a trial, and wait for those that train; False when it took long."""
+    gate = FileLock(study / LEASES / "measure-gate")
+    gate.acquire()
+    try:
+        end = time.monotonic() + PATIENCE
+        while True:
+            with _shared(study, wait=False, exclusive=True) as held:
+                if held or time.monotonic() > end:
+                    yield held
+                    return
+            time.sleep(0.1)
+    finally:
+        gate.release(keep=True)
+
+
+@contextlib.contextmanager
+def _shared(study: Path, *, wait: bool, exclusive: bool = False) -> Iterator[bool]:
+    try:
+        import fcntl
+    except ImportError:  # Windows: one worker, so nobody else trains
+        yield True
+        return
+    path = study / LEASES / "measure"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        try:
+            kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+            fcntl.flock(file, kind | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _read(path: Path) -> dict[str, float] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["figures"]
+        return {name: float(found[name]) for name in FIGURES}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _in_a_process(arch: Arch, setting: Setting) -> dict[str, float]:
+    orders = json.dumps({"arch": arch.to_dict(), **dataclasses.asdict(setting)})
+    command = [sys.executable, "-m", "hybridnas.search.latency"]
+    try:
+        done = subprocess.run(command, input=orders, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        raise StudyError(
+            f"{arch.pattern} was not measured within {TIMEOUT:.0f} s; leave tokens_per_second, ms_per_token and "
+            f"max_latency_ms out of this search, or make the budget smaller"
+        ) from None
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])
+        return {name: float(found[name]) for name in FIGURES}
+    except (IndexError, ValueError, KeyError, TypeError):
+        why = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
+        raise StudyError(f"{arch.pattern} could not be measured on this machine: {why}") from None
+
+
+def speeds(model: HybridLM, setting: Setting) -> dict[str, float]:
+    """Measure a model that lies on its device: tokens read per second, and milliseconds for each token written."""
+    import torch
+
+    device = torch.device(setting.device)
+    ids_BL = torch.zeros(setting.batch_size, setting.seq_len, dtype=torch.long, device=device)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    with torch.inference_mode():
+        reading = _median(lambda: model(ids_BL), wait)
+        state = model(ids_BL[:1], model.init_state(1)).state
+
+        def write() -> None:
+            now = state
+            for _ in range(_WRITTEN):
+                now = model(ids_BL[:1, :1], now).state
+
+        writing = _median(write, wait)
+    return {"tokens_per_second": ids_BL.numel() / reading, "ms_per_token": 1000 * writing / _WRITTEN}
+
+
+def _median(once: Callable[[], Any], wait: Callable[[], None]) -> float:
+    """Return the median time of one call [s], after a warm-up."""
+    began = time.perf_counter()
+    while time.perf_counter() - began < _WARM_SECONDS:
+        once()
+        wait()
+    times: list[float] = []
+    while len(times) < _LEAST or sum(times) < _SECONDS:
+        start = time.perf_counter()
+        once()
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _main(orders: Mapping[str, Any]) -> None:
+    from hybridnas.arch.model import HybridLM
+
+    setting = Setting(orders["seq_len"], orders["batch_size"], orders["device"])
+    model = HybridLM(Arch.from_dict(orders["arch"]), seed=0).to(setting.device).eval()
+    print(json.dumps(speeds(model, setting)))
+
+
+if __name__ == "__main__":
+    _main(json.load(sys.stdin))

@@ -1,0 +1,1 @@
+"""When a trial is paused and taken up again: asynchronous successive halving."""

@@ -1,0 +1,1 @@
+"""What draws the next candidate: Optuna samplers, regularized evolution, draws without duplicates."""

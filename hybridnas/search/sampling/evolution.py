@@ -1,0 +1,215 @@
+"""Regularised, ageing evolution (Real et al. 2019, arXiv 1802.01548) over the choices of a space.
+
+The population is the youngest ``population`` candidates of the study: age alone ends a candidate's part in it, so a
+lucky score dies out. A parent is the winner of a tournament; a child is a parent changed at one place, or two parents
+crossed and then changed. Slots of a motif change along the pattern graph: one substitution, insertion, deletion or swap
+(:mod:`hybridnas.arch.neighbours`); a length that the space jumps over is met by cutting or repeating the motif.
+
+A small population and a sharp tournament, because a search has tens of candidates, not thousands: of 4 to 24 members,
+8 needed the fewest tokens on the table (experiments/LOG.md).
+
+Everything is read from the study, so several workers breed one population and a resumed search goes on with it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from hybridnas.arch.neighbours import neighbours
+from hybridnas.arch.pattern import Pattern, parse
+from hybridnas.errors import ConfigError
+from hybridnas.search.sampling.distinct import all_trials
+from hybridnas.search_spaces.space import Scale, Space
+
+LENGTH, SLOT = "motif_length", "slot"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A candidate of the population: its choices, what they were drawn from, and its scores by training tokens."""
+
+    number: int
+    params: Mapping[str, Any]
+    distributions: Mapping[str, BaseDistribution]
+    scores: Mapping[int, float]  # less is better
+
+    def beats(self, other: Member) -> bool:
+        """Whether it is better after the most training tokens that both have had; of equals, the older one is."""
+        shared = self.scores.keys() & other.scores.keys()
+        if not shared:
+            return len(self.scores) > len(other.scores)
+        mine, theirs = self.scores[max(shared)], other.scores[max(shared)]
+        return mine < theirs or (mine == theirs and self.number < other.number)
+
+
+class Evolution(BaseSampler):
+    """Ageing evolution as an Optuna sampler; gives whole candidates, which :class:`Fresh` walks through the space."""
+
+    def __init__(
+        self,
+        space: Space,
+        scale: Scale,
+        seed: int,
+        *,
+        population: int = 8,
+        tournament: int = 5,
+        crossover: float = 0.25,
+    ) -> None:
+        self.population, self.tournament, self.crossover = population, tournament, crossover
+        self.motifs = Motifs(space, scale) if space.letters else None
+        self.rng = random.Random(seed)
+        self.uniform = RandomSampler(seed=seed)
+
+    def reseed_rng(self) -> None:
+        self.rng.seed()
+        self.uniform.reseed_rng()
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Return a child's choices, or none of them while the first population is drawn."""
+        if len(study.directions) > 1:
+            raise ConfigError("search sampler=evolution looks for one objective; with several take nsga2 or tpe")
+        members = members_of(study)
+        if len(members) < self.population:
+            return {}
+        return self.child(members[-self.population :])
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self.uniform.sample_independent(study, trial, param_name, param_distribution)
+
+    def child(self, population: Sequence[Member]) -> dict[str, Any]:
+        """Return the choices of a child; some may be missing (new slots) or not be asked for (lost ones)."""
+        parent = self.winner(population)
+        distributions = dict(parent.distributions)
+        params = dict(parent.params)
+        if self.rng.random() < self.crossover:
+            other = self.winner(population)
+            distributions = {**other.distributions, **distributions}
+            params = self.cross(params, other.params)
+        return self.mutate(params, distributions)
+
+    def winner(self, population: Sequence[Member]) -> Member:
+        """Return who is left of ``tournament`` members drawn at random, each meeting the winner so far."""
+        drawn = self.rng.sample(list(population), min(self.tournament, len(population)))
+        best = drawn[0]
+        for member in drawn[1:]:
+            best = member if member.beats(best) else best
+        return best
+
+    def cross(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+        """Return one parent's choices with about half of the shared ones from the other; motifs are cut and joined."""
+        child = {
+            name: other[name] if name in other and not _of_motif(name) and self.rng.random() < 0.5 else value
+            for name, value in one.items()
+        }
+        if self.motifs is not None:
+            mine, theirs = self.motifs.read(one), self.motifs.read(other)
+            cut = self.rng.randint(0, len(mine))
+            joined = [piece if at < cut else theirs[at % len(theirs)] for at, piece in enumerate(mine)]
+            child.update(self.motifs.write(joined))
+        return child
+
+    def mutate(self, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]) -> dict[str, Any]:
+        """Return the choices with one of them changed; a motif counts once for each of its slots."""
+        child = dict(params)
+        motif = self.motifs.read(params) if self.motifs is not None else []
+        genes = [name for name in child if not _of_motif(name) and not distributions[name].single()]
+        places = (["motif"] * len(motif) if self.motifs and self.motifs.can_change else []) + genes
+        if not places:
+            return child
+        place = self.rng.choice(places)
+        if place == "motif":
+            assert self.motifs is not None
+            child.update(self.motifs.write(self.motifs.neighbour(motif, self.rng)))
+        else:
+            child[place] = self.step(child[place], distributions[place])
+        return child
+
+    def step(self, value: Any, distribution: BaseDistribution) -> Any:
+        """Return another value: the one before or after it on a range or among numbers, any other among names."""
+        if isinstance(distribution, CategoricalDistribution):
+            options: list[Any] = list(distribution.choices)
+        else:
+            low, high, step = (getattr(distribution, name) for name in ("low", "high", "step"))
+            options = [round(low + step * i, 9) for i in range(round((high - low) / step) + 1)]
+            value = min(options, key=lambda option: abs(option - value))
+        at = options.index(value)
+        ordered = all(isinstance(option, (int, float)) and not isinstance(option, bool) for option in options)
+        near = [i for i in (at - 1, at + 1) if 0 <= i < len(options)] if ordered else []
+        return options[self.rng.choice(near or [i for i in range(len(options)) if i != at])]
+
+
+class Motifs:
+    """Motifs of a space of letters, as the choices spell them and as the pattern graph knows them."""
+
+    def __init__(self, space: Space, scale: Scale) -> None:
+        self.pieces = list(space.letters)
+        self.lengths = sorted({min(length, scale.depth) for length in space.motif_length})
+        self.layers = {parse(piece).layers[0]: piece for piece in self.pieces}
+        self.can_change = len(self.pieces) > 1 or len(self.lengths) > 1
+
+    def read(self, params: Mapping[str, Any]) -> list[str]:
+        """Return the motif's pieces; a choice that the space makes alone is not among the parameters."""
+        length = params.get(LENGTH, self.lengths[0])
+        return [params.get(f"{SLOT}{i}", self.pieces[0]) for i in range(length)]
+
+    def write(self, motif: Sequence[str]) -> dict[str, Any]:
+        """Return the motif as choices."""
+        return {LENGTH: len(motif), **{f"{SLOT}{i}": piece for i, piece in enumerate(motif)}}
+
+    def neighbour(self, motif: Sequence[str], rng: random.Random) -> list[str]:
+        """Return a motif of an allowed length that is one move away, or as near as the lengths allow."""
+        moves = neighbours(
+            Pattern(tuple(parse(piece).layers[0] for piece in motif)), self.pieces, max_depth=self.lengths[-1]
+        )
+        kinds: dict[str, list[list[str]]] = {}
+        for _, pattern in moves:
+            if len(pattern.layers) in self.lengths:
+                kind = "substitute" if len(pattern.layers) == len(motif) else "resize"
+                kinds.setdefault(kind, []).append([self.layers[layer] for layer in pattern.layers])
+        jumps = [length for length in self.lengths if abs(length - len(motif)) > 1]
+        if jumps and "resize" not in kinds:  # such as 2 and 4: by cutting or repeating
+            kinds["resize"] = [[motif[i % len(motif)] for i in range(length)] for length in jumps]
+        # Inserting has more neighbours than all else together; the kinds are drawn as a person would weigh them.
+        weights = {"substitute": 3.0, "resize": 1.0}
+        kind = rng.choices(sorted(kinds), [weights[kind] for kind in sorted(kinds)])[0]
+        return rng.choice(kinds[kind])
+
+
+def members_of(study: Study) -> list[Member]:
+    """Return the study's candidates that have choices and a score, oldest first, each once.
+
+    A candidate that paused and went on is two trials of Optuna (user attribute ``continues``): its scores are joined.
+    """
+    sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
+    found: dict[int, Member] = {}
+    for trial in all_trials(study):
+        number = trial.user_attrs.get("continues", trial.number)
+        scores = {step: sign * value for step, value in trial.intermediate_values.items() if not math.isnan(value)}
+        if trial.state == TrialState.COMPLETE and not scores and trial.value is not None:
+            scores = {0: sign * trial.value}
+        usable = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+        if "duplicate_of" in trial.user_attrs or not trial.params or not scores or not (usable or number in found):
+            continue
+        earlier = found[number].scores if number in found else {}
+        found[number] = Member(number, trial.params, trial.distributions, {**earlier, **scores})
+    return [found[number] for number in sorted(found)]
+
+
+def _of_motif(name: str) -> bool:
+    return name == LENGTH or (name.startswith(SLOT) and name[len(SLOT) :].isdigit())

@@ -1,0 +1,1 @@
+"""Where a running study lives and which process works on which trial."""

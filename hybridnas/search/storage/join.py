@@ -1,0 +1,46 @@
+"""Joining a study that others began: its settings come from where it lies, and ours may say nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hybridnas.errors import StudyError
+from hybridnas.search.config import Budget, SearchConfig
+from hybridnas.search.storage.postgres import database_url, read_card
+from hybridnas.study.folder import read_study
+
+
+def joined(asked: SearchConfig, usual: SearchConfig) -> SearchConfig:
+    """Return the settings with which to work on the stored study that ``asked`` names.
+
+    ``usual`` are the settings of a command that says nothing: where ``asked`` differs from them, the stored study must
+    agree. Raises StudyError with the difference, or where there is no such study.
+    """
+    url = database_url(asked.storage)
+    card = read_study(Path(asked.runs) / asked.name) if url is None else read_card(url, asked.name)
+    stored = dict(_flat(card["identity"]))
+    ordinary = dict(_flat(usual.identity()))
+    for key, value in _flat(asked.identity()):
+        if value != ordinary.get(key) and value != stored.get(key):
+            raise StudyError(
+                f"study {asked.name!r} has {key}={stored.get(key)!r}, this worker was given {value!r}; leave the "
+                f"setting out (a worker takes the study's own), or choose another study"
+            )
+    identity = card["identity"]
+    limits = {key: value for key, value in (card.get("limits") or {}).items() if key in Budget.field_names()}
+    own = {
+        key: getattr(asked, key) for key in ("study", "runs", "tracking", "device", "worker", "heartbeat", "storage")
+    }
+    budget = Budget.from_dict({**identity["budget"], **limits})
+    rest = {key: value for key, value in identity.items() if key != "budget"}
+    return SearchConfig.from_dict({**rest, **own, "budget": budget, "progress": asked.progress})
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,180 @@
+"""What a search looks for: objectives by name with their directions, and limits that a candidate must keep.
+
+An objective's value stands in a record in its own direction (``TrialRecord.objectives``); wherever two are compared,
+it is turned so that less is better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from hybridnas.analysis import pareto
+from hybridnas.errors import ConfigError, suggest
+from hybridnas.study.records import COMPLETE, PRUNED, TrialRecord
+
+if TYPE_CHECKING:
+    from hybridnas.search.config import SearchConfig
+
+TRAINED, COUNTED, MEASURED = "trained", "counted", "measured"  # where a value comes from
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One thing to look for: where its value comes from, whether more is better, and its words for people."""
+
+    name: str
+    kind: str  # TRAINED | COUNTED | MEASURED
+    words: str
+    maximize: bool = False
+
+    def turned(self, value: float) -> float:
+        """Return the value so that less is better."""
+        return -value if self.maximize else value
+
+
+OBJECTIVES = {
+    one.name: one
+    for one in (
+        Objective("val_loss", TRAINED, "validation loss [nats/token]"),
+        Objective("accuracy", TRAINED, "accuracy [1]", maximize=True),
+        Objective("params", COUNTED, "parameters"),
+        Objective("active_params", COUNTED, "active parameters"),
+        Objective("flops_per_token", COUNTED, "FLOPs per token"),
+        Objective("state_bytes", COUNTED, "state of one sequence"),
+        Objective("tokens_per_second", MEASURED, "tokens read per second", maximize=True),
+        Objective("ms_per_token", MEASURED, "time to generate a token [ms]"),
+    )
+}
+LIMITS = {
+    "max_params": "params",
+    "max_active_params": "active_params",
+    "max_state_bytes": "state_bytes",
+    "max_latency_ms": "ms_per_token",
+}
+DEFAULT = ("val_loss",)
+
+
+def read_objectives(names: Sequence[str]) -> tuple[Objective, ...]:
+    """Return the objectives of these names; raises ConfigError for unknown ones, twins, and no trained one."""
+    for name in names:
+        if name not in OBJECTIVES:
+            raise ConfigError(
+                f"search objectives has no {name!r}{suggest(str(name), OBJECTIVES)}; allowed: {', '.join(OBJECTIVES)}"
+            )
+        if list(names).count(name) > 1:
+            raise ConfigError(f"search objectives names {name!r} twice; name each once")
+    found = tuple(OBJECTIVES[name] for name in names)
+    if not any(one.kind == TRAINED for one in found):
+        raise ConfigError(
+            f"search objectives={list(names)} needs val_loss or accuracy: "
+            f"without one nothing is learned from training, and the smallest model wins"
+        )
+    return found
+
+
+def directions(names: Sequence[str]) -> list[Literal["maximize", "minimize"]]:
+    """Return Optuna's directions of these objectives."""
+    return ["maximize" if OBJECTIVES[name].maximize else "minimize" for name in names]
+
+
+def counted(cost: Mapping[str, float], state_bytes: float) -> dict[str, float]:
+    """Return the values that are known before training: a cost's counts, and the state at the length asked for."""
+    known = {name: float(cost[name]) for name, one in OBJECTIVES.items() if one.kind == COUNTED and name in cost}
+    return {**known, "state_bytes": float(state_bytes)}
+
+
+def wants_hardware(config: SearchConfig) -> bool:
+    """Whether candidates must be measured on this machine."""
+    limited = config.max_latency_ms is not None
+    return limited or any(OBJECTIVES[name].kind == MEASURED for name in config.objectives)
+
+
+def excess(config: SearchConfig, values: Mapping[str, float]) -> dict[str, float]:
+    """Return by how much each limit that was set is passed; zero and less keeps it."""
+    limits = {limit: getattr(config, limit) for limit in LIMITS}
+    return {name: values[LIMITS[name]] - limit for name, limit in limits.items() if limit is not None}
+
+
+def violation(config: SearchConfig, values: Mapping[str, float]) -> str | None:
+    """Return the sentence that says which limits are passed, or None."""
+    over = [name for name, amount in excess(config, values).items() if amount > 0]
+    words = [
+        f"{LIMITS[name]}={values[LIMITS[name]]:,.6g} is above {name}={getattr(config, name):,.6g}" for name in over
+    ]
+    return " and ".join(words) or None
+
+
+def of_eval(names: Sequence[str], known: Mapping[str, float], entry: Mapping[str, Any]) -> dict[str, float]:
+    """Return the objectives at one evaluation (a curve's entry); ``known``: those that training does not change."""
+    trained = {"val_loss": entry.get("valid_loss"), "accuracy": entry.get("accuracy")}
+    found = {name: trained[name] if name in trained else known.get(name) for name in names}
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def known_of(record: TrialRecord) -> dict[str, float]:
+    """Return the objectives of a record that training does not change."""
+    return {name: value for name, value in record.objectives.items() if OBJECTIVES[name].kind != TRAINED}
+
+
+def objectives_of(record: TrialRecord) -> dict[str, float]:
+    """Return a record's objectives; those of records from before there was a choice are their loss."""
+    if record.objectives:
+        return dict(record.objectives)
+    return {} if record.valid_loss is None else {"val_loss": record.valid_loss}
+
+
+def score(record: TrialRecord) -> float | None:
+    """Return the first objective so that less is better: what orders a leaderboard; None where nothing was measured."""
+    for name, value in objectives_of(record).items():
+        return OBJECTIVES[name].turned(value) if name in OBJECTIVES and math.isfinite(value) else None
+    return None
+
+
+def point(values: Mapping[str, float]) -> tuple[float, ...]:
+    """Return objectives as a point in which less is better."""
+    return tuple(OBJECTIVES[name].turned(value) for name, value in values.items())
+
+
+def eligible(record: TrialRecord) -> bool:
+    """Whether a record may win: trained to the end, scored, and within the limits."""
+    return record.state == COMPLETE and score(record) is not None and record.violation is None
+
+
+def front(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Return the completed trials that no other beats in all objectives, by the first of them."""
+    done = {record.number: record for record in records if eligible(record)}
+    points = {number: point(objectives_of(record)) for number, record in done.items()}
+    width = max((len(one) for one in points.values()), default=0)
+    points = {number: one for number, one in points.items() if len(one) == width}
+    best = pareto.fronts(points)[0] if points else []
+    return [done[number] for number in sorted(best, key=lambda number: (points[number], number))]
+
+
+def rung_scores(
+    records: Iterable[TrialRecord], rungs: Sequence[int], more: Mapping[int, Mapping[int, Mapping[str, float]]]
+) -> dict[int, dict[int, float]]:
+    """Return rung -> candidate -> score for successive halving: the objective, or the rank among several.
+
+    ``more`` adds objectives that are in no record yet: rung -> candidate -> name -> value.
+    """
+    points: dict[int, dict[int, tuple[float, ...]]] = {rung: {} for rung in rungs}
+    for record in records:
+        if record.state not in (COMPLETE, PRUNED):
+            continue
+        names = list(record.objectives) or list(DEFAULT)
+        for entry in record.curve or [{"tokens": t, "valid_loss": loss} for t, loss in record.rungs]:
+            values = of_eval(names, record.objectives, entry)
+            if entry.get("tokens") in points and len(values) == len(names):
+                points[entry["tokens"]][record.number] = point(values)
+    for rung, found in more.items():
+        points[rung] |= {number: point(values) for number, values in found.items()}
+    return {rung: _as_scores(found) for rung, found in points.items()}
+
+
+def _as_scores(points: Mapping[int, tuple[float, ...]]) -> dict[int, float]:
+    if all(len(one) == 1 for one in points.values()):
+        return {number: one[0] for number, one in points.items()}
+    return pareto.scores(dict(sorted(points.items())))

@@ -1,0 +1,1 @@
+"""Tables of trained architectures, how they are built, and searches simulated on them."""

@@ -1,0 +1,260 @@
+"""The report and the leaderboard, on fabricated records: what they say, that they are whole, and that they order."""
+
+import csv
+import io
+import math
+import random
+import re
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from hybridnas.report import leaderboard
+from hybridnas.report.leaderboard import render_leaderboard, rows, write_leaderboard
+from hybridnas.report.plots import pareto
+from hybridnas.report.report import headline, render_report, write_report
+from hybridnas.study.records import StudyMeta, TrialRecord
+from hybridnas.units import human, human_bytes
+
+PRESETS = {
+    "transformer": ("(AF)x4", 1.62), "transformer_moe": ("(AE)x4", 1.585), "mamba": ("Mx8", 1.571),
+    "mamba_mlp": ("(MF)x4", 1.583), "moe_mamba": ("(ME)x4", 1.548),
+}  # fmt: skip
+TOKENS = 24_000_000
+
+
+def record(number, loss, *, state="COMPLETE", preset=None, pattern="(ME)x4", tokens=TOKENS, **fields):
+    curve = [
+        {"tokens": step, "valid_loss": (loss or 2) + 0.55 * (1 / (step / tokens + 0.12) - 1 / 1.12), "train_loss": 1.0}
+        for step in (range(tokens // 9, tokens + 1, tokens // 9) if tokens else ())
+    ]
+    cost = {"params": 6_400_000 + 90_000 * number, "active_params": 1_200_000 + 400 * (number % 9 - 4),
+            "embedding_params": 65_536, "flops_per_token": 2.6e6, "state_bytes": 8192 * (1 + number % 12)}  # fmt: skip
+    defaults = {
+        "fingerprint": f"{number:064x}", "cost": cost, "curve": curve if loss else [], "tokens": tokens,
+        "accuracy": 0.52, "bits_per_byte": (loss or 2) / math.log(2), "tokens_per_second": 41_234.0, "seconds": 580.0,
+        "seed": 11, "valid_loss": loss,
+    }  # fmt: skip
+    return TrialRecord(number=number, state=state, preset=preset, pattern=pattern, **{**defaults, **fields})
+
+
+@pytest.fixture(scope="module")
+def study():
+    draw = random.Random(0)
+    found = [record(i, loss, preset=name, pattern=text) for i, (name, (text, loss)) in enumerate(PRESETS.items())]
+    for number in range(5, 48):
+        pattern = "".join(draw.choice("MMEEAF") for _ in range(8))
+        loss = 1.53 + abs(draw.gauss(0, 0.05))
+        if number % 3 == 0:
+            third = TOKENS // 9 * (1 if number % 2 else 3)
+            found.append(record(number, None, state="PRUNED", pattern=pattern, tokens=third,
+                                rungs=[[TOKENS // 9, loss + 0.6], [third, loss + 0.3]],
+                                curve=[{"tokens": tokens, "valid_loss": loss + 0.8 * TOKENS / 9 / tokens}
+                                       for tokens in sorted({TOKENS // 9, third})]))  # fmt: skip
+        elif number == 7:
+            found.append(record(number, None, state="FAIL", pattern=pattern, tokens=1_000_000,
+                                reason="loss is not finite at step 61: lower lr or raise warmup_fraction"))  # fmt: skip
+        elif number in (8, 10, 11):
+            found.append(record(number, None, state="INFEASIBLE", pattern=pattern, tokens=0,
+                                reason="1.2M active parameters are out of reach: 1.31M to 4.2M"))  # fmt: skip
+        elif number == 13:
+            found.append(record(number, 1.548, state="DUPLICATE", duplicate_of=4, tokens=0, curve=[]))
+        else:
+            found.append(record(number, loss, pattern=pattern))
+    found.append(record(48, 1.5213, pattern="MM[M,E](ME)x2E"))
+    return found
+
+
+META = StudyMeta(
+    name="mamba_moe-laptop", space="mamba_moe", data="Python standard library, 11.2 MB, bytes", budget="laptop",
+    active_params=1_200_000, tokens=TOKENS, seq_len=256, batch_size=16, n_trials=50, seed=0, sampler="tpe",
+    pruner="hyperband", command="python -m hybridnas.search space=mamba_moe study=mamba_moe-laptop",
+    machine="Linux x86_64, 2 cores, 2 threads, no GPU", versions={"torch": "2.13.0", "hybridnas": "0.1.0"},
+    started="2026-11-22T22:20:00", seconds=582.4, status="completed",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def page(study, tmp_path_factory):
+    return write_report(tmp_path_factory.mktemp("study"), study, META).read_text(encoding="utf-8")
+
+
+class Links(HTMLParser):
+    """Collects what a browser would fetch, and checks that elements close."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "input", "hr"})
+
+    def __init__(self):
+        super().__init__()
+        self.fetched, self.open, self.rows = [], [], 0
+
+    def handle_starttag(self, tag, attrs):
+        self.fetched += [value for key, value in attrs if key in ("src", "href") or (tag == "link" and key == "rel")]
+        self.rows += (tag, dict(attrs).get("data-trial") is not None) == ("tr", True)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.fetched += [value for key, value in attrs if key in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def links(page):
+    parser = Links()
+    parser.feed(page)
+    assert parser.open == []
+    return parser
+
+
+def test_the_page_is_one_file_that_fetches_nothing(page):
+    assert [link for link in links(page).fetched if not link.startswith("#")] == []
+    assert "url(http" not in page
+    assert "@import" not in page
+    assert set(re.findall(r"https?://[^\s\"'<]+", page)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+
+
+def test_the_page_says_what_won_by_how_much_and_what_is_not_known(study, page):
+    assert "<h1>MM[M,E](ME)x2E beats moe_mamba by 0.0267 nats per token</h1>" in page
+    assert "unconfirmed: one seed" in page
+    assert "each matched to 1.2M active parameters" in page
+    assert "20.0 per active parameter" in page
+    assert "\u22120.0497" in page  # to mamba
+    assert "loss is not finite at step 61" in page
+    assert "8, 10, 11" in page  # the infeasible ones share a reason
+    assert "python -m hybridnas.replay study=mamba_moe-laptop trial=48" in page
+    assert "python -m hybridnas.generate model=runs/mamba_moe-laptop/best" in page
+    assert "It is not drawn: 0048/arch.json is missing or damaged." in page
+    assert links(page).rows == len(study) - 3  # infeasible ones have their own table
+
+
+def test_the_winner_is_drawn_from_its_stored_architecture(study, tmp_path):
+    import json
+
+    from hybridnas.arch.arch import Arch
+
+    folder = tmp_path / "trials" / "0048"
+    folder.mkdir(parents=True)
+    arch = Arch.from_pattern("(ME)x2", d_model=32, vocab_size=64, n_experts=4)
+    (folder / "arch.json").write_text(json.dumps(arch.to_dict()))
+    assert "It is not drawn" not in render_report(tmp_path, study, META)
+
+
+def test_equal_records_give_equal_pages(study, page, tmp_path):
+    assert render_report(tmp_path, list(study), META) == page
+
+
+def test_plots_take_their_colours_from_the_page_and_ids_are_unique(page):
+    svgs = re.findall(r'<svg class="plot".*?</svg>', page, flags=re.DOTALL)
+    assert len(svgs) == 4
+    for svg in svgs:
+        used = set(re.findall(r"var\(--(\w+)\)", svg))
+        trials = {"winner", "moe_mamba", "mamba", "faint"} if "data-trial" in svg else {"c1"}  # letters have their own
+        assert {"grid", *trials} <= used
+        assert re.findall(r"#[01]\w{5}\b", svg) == []
+    ids = re.findall(r'\bid="([^"]+)"', "".join(svgs))
+    assert len(ids) == len(set(ids))
+    defined, pointed = set(ids), set(re.findall(r'(?:url\(#|href="#)([^)"]+)', "".join(svgs)))
+    assert pointed <= defined
+
+
+def test_words_of_the_user_are_escaped(tmp_path):
+    bad = record(0, None, state="FAIL", pattern="<b>", reason="<script>alert(1)</script>")
+    page = render_report(tmp_path, [bad, record(1, 2.0, pattern="<i>x</i>")], StudyMeta(name="<u>"))
+    assert "<script>alert" not in page
+    assert "<i>x" not in page
+    assert "<u>" not in page
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([], "No trial has completed yet"),
+        ([record(0, None, state="FAIL", reason="out of memory")], "Nothing has completed: 1 trial failed"),
+        ([record(0, 1.5, preset="moe_mamba")], "Only moe_mamba has completed"),
+        ([record(0, 1.5, preset="moe_mamba"), record(1, 1.6)], "moe_mamba stays ahead of the other architecture"),
+        ([record(0, 1.5, preset="moe_mamba"), record(1, 1.5 - 1e-6)], "(ME)x4 and moe_mamba end at the same loss"),
+        ([record(1, 1.6)], "Best so far: (ME)x4 at 1.6000 nats per token"),
+        ([record(0, None, state="PRUNED", preset="moe_mamba"), record(1, 1.6)], "Best so far: (ME)x4"),
+    ],
+)
+def test_the_headline_claims_no_more_than_the_records_hold(records, said, tmp_path):
+    assert headline(records).startswith(said)
+    links(write_report(tmp_path, records, StudyMeta(name="s")).read_text(encoding="utf-8"))
+
+
+def test_a_baseline_that_did_not_complete_is_named_and_not_compared_with(tmp_path):
+    pruned = record(0, None, state="PRUNED", preset="moe_mamba", rungs=[[5, 2.0]], reason="stopped at rung 1")
+    page = render_report(tmp_path, [pruned, record(1, 1.6)], META)
+    assert "moe_mamba is pruned: stopped at rung 1; so no difference to it is stated." in page
+
+
+def test_a_baseline_that_repeats_a_trial_is_compared_with_through_it():
+    records = [record(0, 1.5), record(1, 1.5, state="DUPLICATE", preset="mamba", duplicate_of=0), record(2, 1.4)]
+    assert leaderboard.baseline(records, "mamba") is records[0]
+    assert rows(records)[0].vs["mamba"] == pytest.approx(-0.1)
+
+
+def test_trials_are_ranked_completed_then_pruned_by_length_then_failed(study):
+    found = rows(study)
+    states = [row.record.state for row in found]
+    assert states == sorted(states, key=["COMPLETE", "PRUNED", "FAIL", "INFEASIBLE", "DUPLICATE"].index)
+    done = [row for row in found if row.rank]
+    assert [row.loss for row in done] == sorted(row.loss for row in done)
+    assert [row.rank for row in done] == list(range(1, len(done) + 1))
+    pruned = [row for row in found if row.record.state == "PRUNED"]
+    assert [row.record.tokens for row in pruned] == sorted((row.record.tokens for row in pruned), reverse=True)
+    assert all(row.vs == {"moe_mamba": None, "mamba": None} for row in pruned)
+    assert found[0].vs["moe_mamba"] == pytest.approx(1.5213 - 1.548)
+    assert found[0].tokens_per_active == pytest.approx(TOKENS / found[0].record.cost["active_params"])
+
+
+def test_the_csv_holds_exact_numbers_and_every_trial(study, tmp_path):
+    lines = list(csv.DictReader(write_leaderboard(tmp_path, study).read_text(encoding="utf-8").splitlines()))
+    assert len(lines) == len(study)
+    first = lines[0]
+    assert (first["rank"], first["trial"], first["state"]) == ("1", "48", "COMPLETE")
+    assert float(first["valid_loss"]) == 1.5213
+    assert int(first["params"]) == 6_400_000 + 90_000 * 48
+    failed = next(line for line in lines if line["state"] == "FAIL")
+    assert failed["reason"].startswith("loss is not finite")
+    assert failed["rank"] == failed["valid_loss"] == ""
+
+
+def test_a_pipe_gets_exact_lines_and_a_terminal_a_table_that_fits(study):
+    piped = io.StringIO()
+    render_leaderboard(study, Console(file=piped, width=80))
+    lines = [line.split("\t") for line in piped.getvalue().splitlines()]
+    assert len(lines) == len(study) + 1
+    assert {len(line) for line in lines} == {len(leaderboard.CSV_COLUMNS)}
+    for width in (80, 120, 160):
+        shown = io.StringIO()
+        render_leaderboard(study, Console(file=shown, width=width, force_terminal=True, no_color=True), limit=10)
+        text = re.sub(r"\x1b\[[\d;]*m", "", shown.getvalue())
+        assert max(map(len, text.splitlines())) <= width
+        assert "MM[M,E]" in text
+        assert "-0.0267" in text
+        assert "35 more in leaderboard.csv." in text
+        assert "unconfirmed" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(None, ""), (0, "0"), (999, "999"), (1000, "1k"), (26_288_128, "26.3M"), (416_358_400, "416M"),
+     (999_600, "1M"), (2_454_110_208, "2.45B"), (1234.0, "1.23k")],
+)  # fmt: skip
+def test_counts_are_shown_in_three_figures(value, words):
+    assert human(value) == words
+
+
+def test_bytes_are_shown_in_three_figures():
+    assert [human_bytes(value) for value in (None, 512, 8192, 1_572_864)] == ["", "512 B", "8 KiB", "1.5 MiB"]
+
+
+def test_the_front_keeps_what_none_beats():
+    assert pareto([(3, 1), (1, 3), (2, 2), (2, 4), (4, 1)]) == [(1, 3), (2, 2), (3, 1)]

@@ -1,0 +1,248 @@
+"""A study in a real PostgreSQL: workers join by its name alone, one dies, the server dies, and no password is told."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+
+from hybridnas.cli import _guarded
+from hybridnas.errors import ConfigError
+from hybridnas.search.replay import replay
+from hybridnas.search.storage.leases import LEASES, FileLock, held
+from hybridnas.search.storage.postgres import database_url, open_database
+from hybridnas.search_spaces.space import BASELINES
+from hybridnas.study.records import load_records
+
+PASSWORD = "s3cr€t#word"
+QUOTED = "s3cr%E2%82%ACt%23word"
+FOUND = (shutil.which("postgres"), *sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres")))
+BINARIES = [Path(path).resolve().parent for path in FOUND if path]
+SLOW = ["budget.tokens_per_active_param=2", "budget.evals=8"]
+
+
+class Server:
+    """A PostgreSQL of our own, in a temporary folder, run by a user who is not root."""
+
+    def __init__(self) -> None:
+        self.bin = next(path for path in BINARIES if (path / "initdb").exists())
+        self.folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
+        self.port = free_port()
+        (self.folder / "pw").write_text(PASSWORD)
+        if os.geteuid() == 0:
+            shutil.chown(self.folder, "postgres")
+            shutil.chown(self.folder / "pw", "postgres")
+        data = str(self.folder / "data")
+        self.call("initdb", "-D", data, "-U", "nas", "--pwfile", str(self.folder / "pw"), "-A", "scram-sha-256", "-N")
+        self.start()
+
+    def call(self, program, *arguments):
+        before = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+        subprocess.run([*before, str(self.bin / program), *arguments], check=True, stdout=subprocess.DEVNULL, cwd="/")
+
+    def start(self):
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -F"
+        arguments = ("-D", str(self.folder / "data"), "-o", options, "-l", str(self.folder / "log"), "-w", "start")
+        self.call("pg_ctl", *arguments)
+
+    def stop(self):
+        self.call("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "-w", "stop")  # no goodbye: a crash
+
+    @property
+    def url(self):
+        return f"postgresql+psycopg://nas:{QUOTED}@127.0.0.1:{self.port}/postgres"
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server():
+    pytest.importorskip("psycopg", reason="the driver psycopg is in the extra [postgres]")
+    if not BINARIES:
+        pytest.skip("no PostgreSQL here: apt-get install postgresql")
+    running = Server()
+    yield running
+    running.stop()
+    shutil.rmtree(running.folder)
+
+
+def start(settings, log, server):
+    """Start a search with the database's URL in its environment."""
+    command = [sys.executable, "-m", "hybridnas.search", "storage=env", "heartbeat=1", *settings]
+    return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HYBRIDNAS_STORAGE": server.url})
+
+
+def wait_for(truth, process, log):
+    for _ in range(12_000):
+        if truth():
+            return
+        assert process.poll() in (None, 0), Path(log.name).read_text()
+        time.sleep(0.05)
+    raise AssertionError(Path(log.name).read_text())
+
+
+def working(folder):
+    """Return the process that works on a trial with a measurement, or None."""
+    for path in (folder / LEASES).glob("trial-*"):
+        if held(path) and (folder / "trials" / path.name[6:] / "metrics.jsonl").exists():
+            return FileLock(path).words().get("pid")
+    return None
+
+
+def states(server, name):
+    storage = open_database(server.url, 5, print)
+    try:
+        return [trial.state.name for trial in optuna.load_study(study_name=name, storage=storage).trials]
+    finally:
+        storage.engine.dispose()
+
+
+def assert_untold(folder, said):
+    """Search every file that a study has left, and all that was said, for the password."""
+    texts = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for path, text in {**texts, "output": said.encode()}.items():
+        for word in (PASSWORD.encode(), QUOTED.encode()):
+            assert word not in text, path
+
+
+@pytest.fixture(scope="module")
+def survived(server, tiny, tmp_path_factory):
+    """A study begun by one process and joined by another from a folder of its own; the first one is killed."""
+    folder = tmp_path_factory.mktemp("database")
+    with (folder / "first.log").open("wb") as one, (folder / "second.log").open("wb") as two:
+        settings = ["budget=smoke", "study=shared", f"runs={folder}/a", *tiny, *SLOW, "n_trials=7"]
+        first = start(settings, one, server)
+        wait_for(lambda: working(folder / "a/shared"), first, one)
+        first.send_signal(signal.SIGSTOP)  # a host that hangs: silent, not dead
+        second = start(["study=shared", "worker=true", f"runs={folder}/b"], two, server)
+        wait_for(lambda: working(folder / "b/shared"), second, two)
+        first.send_signal(signal.SIGCONT)
+        wait_for(lambda: b"was taken over by another worker" in (folder / "first.log").read_bytes(), first, one)
+        wait_for(lambda: working(folder / "a/shared"), first, one)
+        first.kill()
+        first.wait()
+        assert second.wait(900) == 0, (folder / "second.log").read_text()
+    return folder
+
+
+def test_one_of_two_workers_is_killed_and_the_other_ends_the_study(survived, server):
+    said = (survived / "second.log").read_text()
+    assert "was interrupted; going on from its checkpoint" in said
+    assert "all trials are finished" in said
+    assert set(states(server, "shared")) <= {"COMPLETE", "PRUNED", "FAIL"}
+    found, warnings = load_records(survived / "b/shared")
+    assert warnings == []
+    assert sum(record.state in ("COMPLETE", "PRUNED") for record in found) == 7
+    assert {record.preset for record in found[:5]} == set(BASELINES)
+    assert (survived / "b/shared/report.html").is_file()
+    assert (survived / "b/shared/best").is_dir() or "its weights" in said
+
+
+def test_a_trial_taken_over_has_the_scores_of_a_quiet_run(survived, tmp_path):
+    said = (survived / "second.log").read_text()
+    number = int(said.partition(" was interrupted")[0].rpartition(" ")[2])
+    assert replay(survived / "b/shared", number, progress=False, out=tmp_path / "again").identical
+
+
+def test_status_reads_the_database_alone(survived, server, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HYBRIDNAS_STORAGE", server.url)
+    assert _guarded("search", ["status", "study=shared", "storage=env", f"runs={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("study shared: 7 of 7 trials are finished (")
+    assert "best so far: trial" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_with_other_settings_is_refused_with_the_difference(survived, server, capsys, tmp_path):
+    own = ["study=shared", f"storage={server.url}", f"runs={tmp_path}", "worker=true"]
+    assert _guarded("search", [*own, "seed=3"]) == 2
+    assert "study 'shared' has seed=0, this worker was given 3" in capsys.readouterr().err
+    assert _guarded("search", [*own, "study=absent"]) == 2
+    said = capsys.readouterr().err
+    assert "has no study 'absent' (studies there: shared); start it with the same command without worker=true" in said
+    assert_untold(tmp_path, said)
+
+
+def test_no_password_is_in_any_file_or_word(survived, server, capsys, tmp_path, tiny):
+    said = (survived / "first.log").read_text() + (survived / "second.log").read_text()
+    assert_untold(survived, said)
+    settings = [sys.executable, "-m", "hybridnas.search", "budget=smoke", "study=told", f"runs={tmp_path}", *tiny]
+    settings = [*settings, "n_trials=1", f"storage={server.url}", "tracking=null"]
+    done = subprocess.run(settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "told/mlflow.db").is_file()
+    assert "storage=postgresql+psycopg://***@127.0.0.1" in (tmp_path / "told/study.json").read_text()
+    assert_untold(tmp_path, done.stdout + done.stderr)
+
+
+def test_a_database_that_refuses_or_is_not_there_is_one_sentence_without_the_password(server, tmp_path, capsys):
+    for url in (server.url.replace("nas:", "nobody:"), server.url.replace(str(server.port), str(free_port()))):
+        own = [f"storage={url}", f"runs={tmp_path}", "study=x"]
+        assert _guarded("search", ["status", *own]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("StudyError: storage postgresql+psycopg://***@127.0.0.1")
+        assert "cannot be opened: " in said
+        assert said.count("\n") == 1
+        assert_untold(tmp_path, said)
+
+
+def test_a_database_killed_in_mid_search_costs_a_wait(server, tiny, tmp_path):
+    with (tmp_path / "log").open("wb") as log:
+        settings = ["budget=smoke", "study=outage", f"runs={tmp_path}", *tiny, *SLOW, "n_trials=4", "workers=2"]
+        process = start(settings, log, server)
+        wait_for(lambda: working(tmp_path / "outage"), process, log)
+        server.stop()
+        time.sleep(2)
+        server.start()
+        assert process.wait(900) == 0, (tmp_path / "log").read_text()
+    assert "RUNNING" not in states(server, "outage")
+    found = load_records(tmp_path / "outage")[0]
+    assert [record.state for record in found[:4]].count("FAIL") == 0
+    assert_untold(tmp_path, (tmp_path / "log").read_text())
+
+
+def test_a_missing_driver_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(ConfigError, match=r"needs the driver psycopg: pip install 'hybridnas\[postgres\]'"):
+        open_database("postgresql+psycopg://a:b@127.0.0.1:1/x", 5, print)
+
+
+@pytest.mark.parametrize("url", ["sqlite:///x.db", "mysql://a:pw1@h/x", "x"])
+def test_other_databases_are_refused_without_their_password(url):
+    with pytest.raises(ConfigError, match=r"must be postgresql\+psycopg://USER@HOST/DATABASE") as caught:
+        database_url(url)
+    assert "pw1" not in str(caught.value)
+
+
+def test_the_environment_is_asked_only_where_it_is_told_to(monkeypatch):
+    monkeypatch.delenv("HYBRIDNAS_STORAGE", raising=False)
+    assert database_url(None) is None
+    with pytest.raises(ConfigError, match="storage=env needs the database's URL in the environment variable"):
+        database_url("env")
+    monkeypatch.setenv("HYBRIDNAS_STORAGE", "postgresql://u@h/d")
+    assert database_url("env") == "postgresql+psycopg://u@h/d"
+    assert database_url(None) is None
+
+
+def test_ctrl_c_gives_the_trial_back_at_once(server, tiny, tmp_path):
+    with (tmp_path / "log").open("wb") as log:
+        settings = ["budget=smoke", "study=given", f"runs={tmp_path}", *tiny, *SLOW, "n_trials=2", "heartbeat=600"]
+        process = start(settings, log, server)
+        wait_for(lambda: working(tmp_path / "given"), process, log)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(900) == 0, (tmp_path / "log").read_text()
+        again = start(settings, log, server)
+        assert again.wait(900) == 0, (tmp_path / "log").read_text()
+    assert "trial 0 was interrupted; going on from its checkpoint" in (tmp_path / "log").read_text()
+    assert states(server, "given") == ["COMPLETE", "COMPLETE", *["WAITING"] * 3]

@@ -1,0 +1,198 @@
+"""A search that pauses: candidates wait at rungs, are taken up where they stopped, and stay one candidate."""
+
+import csv
+from itertools import pairwise
+
+import optuna
+import pytest
+
+from hybridnas.cli.compose import compose
+from hybridnas.cli.search import search_config
+from hybridnas.search import runner, trial
+from hybridnas.search.pruning import promotion
+from hybridnas.search.pruning.halving import best_of
+from hybridnas.search.replay import replay
+from hybridnas.search.runner import Search
+from hybridnas.search.storage.journal import open_journal
+from hybridnas.study.objectives import rung_scores
+from hybridnas.study.records import load_records, trained_tokens
+
+HALVING = ["pruner=halving", "sampler=random", "budget.tokens_per_active_param=1", "budget.rungs=3", "study=demo"]
+
+
+def run(folder, settings, news=None):
+    config = compose("search", ["budget=smoke", f"runs={folder}", *settings])
+    return Search(search_config(config), news).run()
+
+
+def trials(folder):
+    return optuna.load_study(study_name="demo", storage=open_journal(folder / "journal.log")).trials
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, tiny):
+    """A search of twelve without baselines, two at a time to the next rung."""
+    said = []
+    folder = tmp_path_factory.mktemp("runs")
+    return run(folder, [*tiny, *HALVING, "space.baselines=[]", "n_trials=12"], said.append), said
+
+
+def rungs_of(summary):
+    return sorted({int(tokens) for record in summary.records for tokens, _ in record.rungs})
+
+
+def trained(summary):
+    return [record for record in summary.records if record.state in ("COMPLETE", "PRUNED")]
+
+
+def test_every_rung_has_sent_its_best_on_and_nobody_promising_is_left(study):
+    summary, _ = study
+    rungs = rungs_of(summary)
+    assert len(rungs) == 3
+    scores = rung_scores(summary.records, rungs, {})
+    assert len(scores[rungs[0]]) == 12
+    for rung, above in pairwise(rungs):
+        assert set(best_of(scores[rung], 2)) <= set(scores[above])
+        assert len(scores[above]) < len(scores[rung])
+    assert summary.ended == "completed"
+
+
+def test_candidates_that_went_on_keep_one_number_one_record_and_one_row(study):
+    summary, said = study
+    again = [one for one in trials(summary.folder) if promotion.continues(one) is not None]
+    assert again, "the seed makes at least one promotion"
+    numbers = [record.number for record in summary.records]
+    assert len(numbers) == len(set(numbers))
+    with (summary.folder / "leaderboard.csv").open() as file:
+        assert sorted(int(row["trial"]) for row in csv.DictReader(file)) == numbers
+    for one in again:
+        number = promotion.continues(one)
+        record = next(record for record in summary.records if record.number == number)
+        assert not (summary.folder / f"trials/{one.number:04d}").exists()
+        assert one.params == trials(summary.folder)[number].params
+        assert trials(summary.folder)[number].state.name == "PRUNED"
+        assert trials(summary.folder)[number].intermediate_values
+        assert len(record.legs) >= 2
+        assert any(f"trial {number} is among the best at" in line for line in said)
+        if record.state == "COMPLETE":
+            assert one.value == record.valid_loss or len(record.legs) > 2
+
+
+def test_tokens_are_counted_once(study):
+    summary, _ = study
+    for record in trained(summary):
+        assert sum(tokens for _, tokens in record.legs) == record.tokens == record.rungs[-1][0]
+    assert trained_tokens(summary.records) == sum(record.tokens for record in trained(summary))
+
+
+def test_a_promoted_candidate_equals_one_that_never_stopped(study):
+    summary, _ = study
+    record = next(record for record in summary.records if record.state == "COMPLETE" and len(record.legs) > 1)
+    assert replay(summary.folder, record.number, progress=False).identical
+
+
+def test_paused_ones_say_so(study):
+    summary, _ = study
+    paused = [record for record in summary.records if record.state == "PRUNED"]
+    assert paused
+    for record in paused:
+        assert record.reason == (
+            f"paused at {record.tokens:,} of {rungs_of(summary)[-1]:,} tokens: not among the best 1/2 there"
+        )
+
+
+def test_at_the_end_no_hopeless_checkpoint_is_left(study):
+    summary, _ = study
+    left = {int(path.parent.name) for path in (summary.folder / "trials").glob("*/checkpoint.safetensors")}
+    states = {record.number: record.state for record in summary.records}
+    assert len(left) == runner.KEPT_CHECKPOINTS
+    assert {states[number] for number in left} == {"COMPLETE"}
+
+
+def test_a_longer_search_takes_up_paused_candidates_and_says_when_it_must_start_anew(study, tiny):
+    summary, _ = study
+    before = {record.number: record for record in load_records(summary.folder)[0]}
+    said = []
+    longer = run(summary.folder.parent, [*tiny, *HALVING, "space.baselines=[]", "n_trials=20"], said.append)
+    grown = [record for record in longer.records if len(record.legs) > len(before.get(record.number, record).legs)]
+    assert grown, "eight more arrivals promote somebody"
+    for record in grown:
+        assert f"trial {record.number}: its checkpoint is gone, so it is trained again from nothing" in said
+        assert sum(tokens for _, tokens in record.legs) > record.tokens  # what was trained twice is counted twice
+        assert record.points()[: len(before[record.number].points())] == before[record.number].points()
+
+
+def test_baselines_run_to_the_end_and_count_in_the_rungs(tmp_path, tiny):
+    summary = run(tmp_path, [*tiny, *HALVING, "n_trials=7"])
+    assert [record.state for record in summary.records[:5]] == ["COMPLETE"] * 5
+    assert all(len(record.legs) == 1 for record in summary.records[:5])
+
+
+def test_a_search_too_short_to_promote_anybody_still_ends_with_a_winner(tmp_path, tiny):
+    settings = [*tiny, *HALVING, "budget.reduction=3", "space.baselines=[]", "n_trials=2"]
+    summary = run(tmp_path, settings)
+    assert sorted(record.state for record in summary.records) == ["COMPLETE", "PRUNED"]
+    first = [record.rungs[0][1] for record in summary.records]
+    assert summary.best.rungs[0][1] == min(first)
+    assert summary.exported is not None
+
+
+def test_a_promotion_that_was_cut_off_goes_on_and_nothing_is_trained_twice(tmp_path, tiny, monkeypatch):
+    real, cut = trial.TrialRun.go_on, []
+
+    def die(self, record):
+        if not cut:
+            cut.append(record.number)
+            raise KeyboardInterrupt
+        return real(self, record)
+
+    settings = [*tiny, *HALVING, "space.baselines=[]", "n_trials=8"]
+    monkeypatch.setattr(trial.TrialRun, "go_on", die)
+    assert run(tmp_path, settings).ended == "interrupted"
+    assert cut
+    said = []
+    summary = run(tmp_path, settings, said.append)
+    assert f"trial {cut[0]} was interrupted; going on from its checkpoint" in said
+    assert summary.ended == "completed"
+    assert trained_tokens(summary.records) == sum(record.tokens for record in trained(summary))
+    assert {one.state.name for one in trials(summary.folder)} <= {"COMPLETE", "PRUNED"}
+
+
+def test_a_promotion_recorded_but_not_told_is_not_run_again(tmp_path, tiny, monkeypatch):
+    settings = [*tiny, *HALVING, "space.baselines=[]", "n_trials=8"]
+    real = trial.TrialRun.go_on
+
+    def die(self, record):
+        real(self, record)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trial.TrialRun, "go_on", die)
+    run(tmp_path, settings)
+    monkeypatch.undo()
+    before = {r.number: r.legs for r in load_records(tmp_path / "demo")[0] if len(r.legs) > 1}
+    assert before
+    summary = run(tmp_path, settings)
+    after = {record.number: record.legs for record in summary.records}
+    assert {number: after[number][:2] for number in before} == before
+
+
+def test_two_workers_cannot_both_take_a_promotion():
+    study = optuna.create_study()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    for number in range(4):
+        one = study.ask({"x": optuna.distributions.IntDistribution(0, 9)})
+        one.report(float(number), 10)
+        study.tell(one, state=optuna.trial.TrialState.PRUNED)
+    records = {n: promotion.TrialRecord(number=n, state="PRUNED", tokens=10, rungs=[[10, float(n)]]) for n in range(4)}
+    ladder = promotion.Ladder((10, 20), 2, 99)
+    first = promotion.promote(study, ladder, records)
+    second = promotion.promote(study, ladder, records)
+    assert (promotion.candidate_of(first), promotion.candidate_of(second)) == (0, 1)
+    assert promotion.promote(study, ladder, records) is None
+    # Two that queued the same candidate at the same moment: the first takes it, the second entry is withdrawn.
+    for _ in range(2):
+        study.enqueue_trial({}, user_attrs={"continues": 3, "from_tokens": 10})
+    third = promotion.promote(study, ladder, records)
+    assert promotion.candidate_of(third) == 3
+    assert [one.state.name for one in study.trials[-2:]] == ["RUNNING", "FAIL"]
+    assert promotion.promote(study, ladder, records) is None

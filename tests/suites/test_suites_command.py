@@ -1,0 +1,104 @@
+"""python -m hybridnas.evaluate suite=NAME: what it prints, keeps and refuses, and the recipes of this repository."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from hybridnas.cli import _guarded
+from hybridnas.cli.compose import CONF, compose
+from hybridnas.cli.suites import listed
+from hybridnas.suites.suite import SuiteConfig
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[Mx4,(ME)x2]", ["Mx4", "(ME)x2"]),
+        ("Mx4", ["Mx4"]),
+        ("[[M,E]x2, M{d_state=4,expand=2}]", ["[M,E]x2", "M{d_state=4,expand=2}"]),
+        ("['Mx2',\"A\"]", ["Mx2", "A"]),
+        (["M", "A"], ["M", "A"]),
+    ],
+)
+def test_lists_of_patterns(text, parts):
+    assert listed(text) == parts
+
+
+MISTAKES = [
+    (["suite=mda"], "evaluate suite=mda is unknown; did you mean 'mad'?"),
+    (["suite.quick=true"], "evaluate suite.quick needs a suite, e.g. suite=mad"),
+    (["suite=mad", "suite.tasks=[compres]"], "suite 'mad' has no task 'compres'; did you mean 'compress'?"),
+    (["suite=mad", "suite.rates=3"], "suite rates=3 must be a list, such as suite.rates=[3]"),
+    (["suite=mad", "suite.quik=true"], "did you mean 'quick'?"),
+    (["suite=mad", "suite.minutes=0"], "suite minutes=0 must be > 0"),
+    (["suite=mad", "pattern=M", "preset=mamba"], "not several of them"),
+    (["suite=mad", "pattern=X"], "PatternError"),
+    (["suite=mad", "suite.against=none.csv"], "has no finished column of suite 'mad'"),
+    (["suite=mad", "lengths=[64]"], "lengths=[64] does not go with suite=mad"),
+    (["suite=mad", "data=mqar"], "does not go with suite=mad, which brings its own data"),
+    (["suite=mad", "out=x.csv"], "set suite.out= for the results"),
+    (["patterns=[M,A]"], "patterns=[...] belongs to a suite"),
+    (["lengths=[64]"], "lengths=[...] needs model=FOLDER"),
+    (["lengths=[0]", "model=x"], "lengths has 0"),
+    (["lengths=[64]", "model=/absent"], "ExportError: /absent"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), MISTAKES, ids=lambda value: str(value)[:50])
+def test_mistakes_are_one_sentence(settings, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert _guarded("evaluate", ["tracking=off", *settings]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+def test_a_suite_by_its_command_resumes_draws_and_is_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["suite=mad", "suite.quick=true", "suite.tasks=['in-context recall','memorise']", "suite.tokens=4096",
+             "suite.rates=[0.001]", "patterns=[M,A]", "arch.d_model=16"]  # fmt: skip
+    assert _guarded("evaluate", small) == 0
+    out = capsys.readouterr().out
+    table = [line.split("\t") for line in out.splitlines() if "\t" in line]
+    assert table[0] == ["model", "in-context recall", "memorise", "average", "compress", "fuzzy recall",
+                        "noisy recall", "selective copy", "settings"]  # fmt: skip
+    assert {line[0] for line in table[1:3]} == {"M", "A"}
+    assert next(x for x in table if "DeltaNet" in x[0])[:4] == ["DeltaNet [published]", "100.0", "52.8", "71.8"]
+    folder = Path("runs/mad-quick")
+    assert (folder / "mad-quick.svg").read_text().count("<svg") == 1
+    assert (folder / "mad-quick.png").is_file()
+    with (folder / "mad-quick.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["model"], r["column"]) for r in rows] == [
+        ("M", "in-context recall"), ("A", "in-context recall"), ("M", "memorise"), ("A", "memorise")
+    ]  # fmt: skip
+    assert {r["chosen"] for r in rows} == {"1"}
+    from hybridnas.report.compare import CompareConfig, find_runs
+
+    mirrored = find_runs(CompareConfig())
+    assert len(mirrored) == 4
+    assert {r.status for r in mirrored} == {"finished"}
+    assert _guarded("evaluate", small) == 0
+    assert " | " not in capsys.readouterr().out  # no run was trained again
+    assert _guarded("evaluate", [*small, f"suite.against={folder}/mad-quick.csv"]) == 2
+    assert "run both versions first" in capsys.readouterr().err
+
+
+def test_recipes_of_this_repository_compose(monkeypatch):
+    root = CONF.parents[1]
+    if not (root / "experiments").is_dir():
+        pytest.skip("installed without the repository")
+    monkeypatch.chdir(root)
+    for name, suite in {
+        "induction_heads": "induction_heads",
+        "selective_copying": "selective_copying",
+        "mqar": "mqar",
+        "recall_state": "recall_state",
+        "moe_mamba_headline": "headline",
+        "experts_at_250": "expert_count",
+        "mamba_ablations": "mamba_ablations",
+    }.items():
+        config = compose("evaluate", [f"experiment={name}"])
+        assert SuiteConfig.from_dict(config["suite"]).suite().name == suite
+        assert config["suite"]["out"] == f"experiments/results/{name}.csv"
