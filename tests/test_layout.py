@@ -59,7 +59,7 @@ def test_the_wheel_holds_the_package_alone_and_all_its_files(tmp_path):
     source = tmp_path / "source"
     skipped = shutil.ignore_patterns("__pycache__", "*.so")
     shutil.copytree(PACKAGE, source / "hybridnas", ignore=skipped)
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     command = [
         sys.executable,
@@ -79,6 +79,7 @@ def test_the_wheel_holds_the_package_alone_and_all_its_files(tmp_path):
     kept = {".py", ".yaml", ".j2", ".c", ".h", ".typed"}
     here = {f"hybridnas/{name_of(path)}" for path in PACKAGE.rglob("*") if path.suffix in kept and path.is_file()}
     assert here - set(names) == set()
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
 def configs():
