@@ -55,6 +55,17 @@ def boundaries(seq_idx_BL: Tensor) -> Tensor:
     return F.pad(changes, (1, 0))[:, : seq_idx_BL.shape[1]]
 
 
+def empty_result(shape: tuple[int, ...], *inputs: Tensor | None) -> Tensor:
+    """Return an empty tensor that depends on all inputs, so that each has a gradient of its shape: zeros.
+
+    The first input gives dtype and device. Raises ValueError for a shape that has elements.
+    """
+    if math.prod(shape):
+        raise ValueError(f"a result of shape {shape} is not empty")
+    given = [t for t in inputs if t is not None]
+    return given[0].new_empty(shape) + sum(t.sum() for t in given).to(given[0].dtype)
+
+
 def state_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Return the dtype of states and sums: float64 where an input is float64, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hybridnas.errors import KernelInputError
 from hybridnas.hardware import Impl
-from hybridnas.kernels._inputs import require_seq_idx, require_tensor, state_dtype
+from hybridnas.kernels._inputs import empty_result, require_seq_idx, require_tensor, state_dtype
 from hybridnas.kernels._triton.choose import choose, takes_dtypes, words
 from hybridnas.kernels._triton.shapes import MAX_TAPS
 from hybridnas.kernels.causal_conv1d import cpu
@@ -82,6 +82,9 @@ def _conv_torch(
 ) -> tuple[Tensor, Tensor]:
     """F.conv1d over a padded copy; packed documents go through the reference, whose taps can be masked."""
     taps = weight.shape[1]
+    if x.shape[1] == 0:  # F.conv1d refuses an input shorter than its kernel
+        y_BLD = empty_result(x.shape, x, weight, bias)
+        return y_BLD, final_state_of(x, taps, initial_state, seq_idx)
     x_BDL = padded(x, taps, initial_state).transpose(1, 2)
     kernel = weight.to(x.dtype).unsqueeze(1)
     y_BDL = F.conv1d(x_BDL, kernel, None if bias is None else bias.to(x.dtype), groups=weight.shape[0])

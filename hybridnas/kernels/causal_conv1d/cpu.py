@@ -59,7 +59,7 @@ def _ready(x: Tensor, weight: Tensor, *rest: _Optional) -> list[Any]:
 )
 def _forward_op(*args: Any) -> Tensor:
     ready = _ready(*args[:5])
-    y_BLD = torch.empty(args[0].shape)
+    y_BLD = ready[0].new_empty(args[0].shape)  # float32 as C writes it, whatever torch's default dtype is
     arguments = _arguments(ready, args[5])
     arguments.y = pointer(y_BLD)
     call(SOURCE, "hybridnas_conv_forward", arguments)
@@ -81,9 +81,9 @@ def _(*args: Any) -> Tensor:
 def _backward_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ready, dy = _ready(*args[:5]), rows(args[6])
     x, weight_KD, _, initial, _ = ready
-    dx, dweight_KD, dbias = torch.empty(x.shape), torch.empty(weight_KD.shape), torch.empty(x.shape[2])
+    dx, dweight_KD, dbias = x.new_empty(x.shape), x.new_empty(weight_KD.shape), x.new_empty(x.shape[2])
     # rows of the state that no tap reaches have no gradient, and the kernel does not visit them
-    dinitial = torch.zeros(0) if initial is None else torch.zeros(initial.shape)
+    dinitial = x.new_zeros(0 if initial is None else initial.shape)
     arguments = _arguments(ready, args[5])
     arguments.dy, arguments.dy_b, arguments.dy_l = pointer(dy), dy.stride(0), dy.stride(1)
     arguments.dx, arguments.dweight, arguments.dbias = pointer(dx), pointer(dweight_KD), pointer(dbias)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridnas.kernels.moe_dispatch.reference import Experts, activate
+from hybridnas.kernels.moe_dispatch.reference import Experts, activate, no_tokens
 
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPED_STRIDE_BYTES = 16  # grouped_mm refuses matrices whose rows are not a multiple of this
@@ -32,6 +32,8 @@ def token_choice_fast(
 ) -> tuple[Tensor, Tensor]:
     """Sort the choices by expert, keeping token order inside each, and run the experts on contiguous rows."""
     n_experts, top_k = experts.up_EDF.shape[0], expert_NK.shape[1]
+    if x_ND.shape[0] == 0:
+        return no_tokens(x_ND, gate_NK, experts), expert_NK.new_zeros(n_experts)
     if n_experts == 1 and capacity is None:
         return _one_expert(x_ND, gate_NK, experts, 0), expert_NK.new_full((1,), expert_NK.shape[0])
     if capacity is None and expert_NK.numel() <= _FEW and x_ND.device.type == "cpu":
@@ -56,6 +58,8 @@ def token_choice_fast(
 
 def expert_choice_fast(x_ND: Tensor, gate_EC: Tensor, token_EC: Tensor, experts: Experts) -> Tensor:
     """Run every expert on the C tokens that it has picked."""
+    if x_ND.shape[0] == 0:
+        return no_tokens(x_ND, gate_EC, experts)
     return _run(x_ND, _Slots(token_EC.flatten(), gate_EC.flatten(), None), experts)
 
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridnas.kernels._inputs import empty_result
+
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
@@ -44,6 +46,12 @@ def expert_forward(x_D: Tensor, experts: Experts, e: int) -> Tensor:
     return y if experts.down_bias_EO is None else y + experts.down_bias_EO[e]
 
 
+def no_tokens(x_ND: Tensor, gate: Tensor, experts: Experts) -> Tensor:
+    """Return the output (0, O) of no tokens, which still gives every weight a gradient of its shape."""
+    shape = (0, experts.down_EFO.shape[2])
+    return empty_result(shape, x_ND, gate, *(t for t in experts if isinstance(t, Tensor)))
+
+
 def token_choice_reference(
     x_ND: Tensor, gate_NK: Tensor, expert_NK: Tensor, experts: Experts, capacity: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -59,7 +67,7 @@ def token_choice_reference(
                 y_O = y_O + gate_NK[n, j].to(x_ND.dtype) * expert_forward(x_ND[n], experts, e)
             counts[e] += 1
         rows.append(y_O)
-    y_NO = torch.stack(rows) if rows else y_NO
+    y_NO = torch.stack(rows) if rows else no_tokens(x_ND, gate_NK, experts)
     return y_NO, torch.tensor(counts, device=x_ND.device)
 
 
@@ -70,4 +78,4 @@ def expert_choice_reference(x_ND: Tensor, gate_EC: Tensor, token_EC: Tensor, exp
         for c in range(token_EC.shape[1]):
             n = int(token_EC[e, c])
             rows[n] = rows[n] + gate_EC[e, c].to(x_ND.dtype) * expert_forward(x_ND[n], experts, e)
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else no_tokens(x_ND, gate_EC, experts)

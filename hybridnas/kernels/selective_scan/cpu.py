@@ -88,9 +88,9 @@ def _forward_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, softplus, save = args
     ready = _ready(*tensors)
     u, A = ready[0], ready[2]
-    y_BLD = torch.empty(u.shape)
-    final_BDN = torch.empty(u.shape[0], *A.shape)
-    checkpoints = _empty_checkpoints(u, A) if save else torch.empty(0)
+    y_BLD = u.new_empty(u.shape)  # new_empty: float32 as C writes it, whatever torch's default dtype is
+    final_BDN = u.new_empty(u.shape[0], *A.shape)
+    checkpoints = _empty_checkpoints(u, A) if save else u.new_empty(0)
     arguments = _arguments(*ready, softplus=softplus)
     arguments.y, arguments.final = pointer(y_BLD), pointer(final_BDN)
     arguments.checkpoints = pointer(checkpoints) if save else None
@@ -120,7 +120,7 @@ def _backward_op(*args: Any) -> tuple[Tensor, ...]:
     dy = rows(dy)
     if checkpoints.numel() == 0 and dy.numel():  # saved by a caller who did not expect a backward
         checkpoints = torch.ops.hybridnas.selective_scan(*tensors, softplus, True)[2]
-    gradients = tuple(torch.empty(g.shape) for g in _gradient_shapes(*tensors))
+    gradients = tuple(dy.new_empty(g.shape) for g in _gradient_shapes(*tensors))
     if dy.numel() == 0:  # nothing was scanned: the state's gradient passes through
         for gradient in gradients:
             gradient.zero_()

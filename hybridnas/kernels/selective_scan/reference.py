@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridnas.kernels._inputs import boundaries, state_dtype
+from hybridnas.kernels._inputs import boundaries, empty_result, state_dtype
 
 
 def scan_reference(
@@ -46,7 +46,7 @@ def scan_reference(
             h_BDN = torch.where(starts[t][:, None, None], torch.zeros_like(h_BDN), h_BDN)
         h_BDN = torch.exp(dt_BD[..., None] * A_DN) * h_BDN + (dt_BD * u_BD)[..., None] * B_BN[:, None, :]
         outputs.append((h_BDN * C_BN[:, None, :]).sum(-1))
-    y_BLD = torch.stack(outputs, 1) if length else torch.zeros_like(u_BLD)
+    y_BLD = torch.stack(outputs, 1) if length else empty_result(u.shape, u_BLD, delta, delta_bias, A, B, C)
     if D is not None:
         y_BLD = y_BLD + u_BLD * D.to(dtype)
     if z is not None:

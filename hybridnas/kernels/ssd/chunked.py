@@ -31,14 +31,15 @@ def ssd_chunked(
     """Return y (B, L, H, P) in x's dtype and the final state (B, H, P, N) in float32, differentiable by autograd."""
     dtype, (batch, length, heads, width) = state_dtype(x, dt, A, B, C), x.shape
     groups, size = B.shape[2:]
-    steps = min(chunk_size, length)
+    steps = max(1, min(chunk_size, length))
     missing = -length % steps
+    chunks = (length + missing) // steps
     dt_BLH = steps_of(dt, dt_bias, dt_softplus, dtype)
     # a step of size zero decays nothing and adds nothing: padding changes neither outputs nor the state
-    log_BKGRT = _chunks(dt_BLH * A.to(dtype), steps, missing).reshape(batch, -1, steps, groups, heads // groups)
+    log_BKGRT = _chunks(dt_BLH * A.to(dtype), steps, missing).reshape(batch, chunks, steps, groups, heads // groups)
     log_BKGRT = log_BKGRT.permute(0, 1, 3, 4, 2)
     u_BKGRTP = _chunks(dt_BLH[..., None] * x.to(dtype), steps, missing)
-    u_BKGRTP = u_BKGRTP.reshape(batch, -1, steps, groups, heads // groups, width).permute(0, 1, 3, 4, 2, 5)
+    u_BKGRTP = u_BKGRTP.reshape(batch, chunks, steps, groups, heads // groups, width).permute(0, 1, 3, 4, 2, 5)
     B_BKGTN = _chunks(B.to(dtype), steps, missing).transpose(2, 3)
     C_BKGTN = _chunks(C.to(dtype), steps, missing).transpose(2, 3)
     within, from_start, to_end, through = _decays(log_BKGRT, seq_idx, steps, missing)
@@ -55,7 +56,7 @@ def ssd_chunked(
         h_BGRPN = torch.addcmul(added_BGRPN, keep_BGR[..., None, None], h_BGRPN)
     carried_BKGRTP = C_BKGTN.unsqueeze(3) @ torch.stack(before, 1).transpose(-1, -2)
     y_BKGRTP = torch.addcmul(y_BKGRTP, carried_BKGRTP, from_start[..., None])
-    y_BLHP = y_BKGRTP.permute(0, 1, 4, 2, 3, 5).reshape(batch, -1, heads, width)[:, :length]
+    y_BLHP = y_BKGRTP.permute(0, 1, 4, 2, 3, 5).reshape(batch, chunks * steps, heads, width)[:, :length]
     return finish(y_BLHP, x, D, z), h_BGRPN.reshape(batch, heads, width, size)
 
 
@@ -63,7 +64,7 @@ def _chunks(tensor_BLX: Tensor, steps: int, missing: int) -> Tensor:
     """Return (B, K, T, ...) with zeros for what the last chunk lacks."""
     if missing:
         tensor_BLX = F.pad(tensor_BLX, (0, 0) * (tensor_BLX.dim() - 2) + (0, missing))
-    return tensor_BLX.reshape(tensor_BLX.shape[0], -1, steps, *tensor_BLX.shape[2:])
+    return tensor_BLX.reshape(tensor_BLX.shape[0], tensor_BLX.shape[1] // steps, steps, *tensor_BLX.shape[2:])
 
 
 def _decays(
@@ -84,7 +85,7 @@ def _decays(
     if seq_idx is not None:
         number_BL = boundaries(seq_idx).long().cumsum(1)
         number_BL = torch.cat([number_BL, number_BL[:, -1:].expand(-1, missing)], 1)
-        number_BKT = number_BL.reshape(number_BL.shape[0], -1, steps)
+        number_BKT = number_BL.reshape(number_BL.shape[0], number_BL.shape[1] // steps, steps)
         before_BK1 = F.pad(number_BKT[:, :-1, -1:], (0, 0, 1, 0))  # the document that the chunk's first state is of
         within = within.masked_fill((number_BKT[..., :, None] != number_BKT[..., None, :])[:, :, None, None], nothing)
         end_BK1 = number_BKT[..., -1:]

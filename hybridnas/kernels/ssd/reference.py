@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridnas.kernels._inputs import boundaries, state_dtype
+from hybridnas.kernels._inputs import boundaries, empty_result, state_dtype
 
 
 def steps_of(dt_BLH: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dtype: torch.dtype) -> Tensor:
@@ -61,5 +61,5 @@ def ssd_reference(
     for a_BH, dt_BH, x_BHP, B_BHN, C_BHN in zip(*steps, strict=True):
         h_BHPN = a_BH[..., None, None] * h_BHPN + (dt_BH[..., None] * x_BHP)[..., None] * B_BHN[:, :, None]
         outputs.append((h_BHPN * C_BHN[:, :, None]).sum(-1))
-    y_BLHP = torch.stack(outputs, 1) if length else torch.zeros_like(x_BLHP)
+    y_BLHP = torch.stack(outputs, 1) if length else empty_result(x.shape, x_BLHP, dt, dt_bias, A, B, C)
     return finish(y_BLHP, x, D, z), h_BHPN

@@ -1,0 +1,205 @@
+"""What every operation keeps, by every implementation: any default dtype, and inputs without a token or a row."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybridnas.kernels.causal_conv1d import causal_conv1d
+from hybridnas.kernels.cross_entropy import cross_entropy, linear_cross_entropy, token_scores
+from hybridnas.kernels.mamba_step import Norm, Weights, mamba_step
+from hybridnas.kernels.moe_dispatch import Experts, expert_choice, token_choice
+from hybridnas.kernels.rmsnorm import add_norm, layer_norm, rms_norm
+from hybridnas.kernels.selective_scan import selective_scan, selective_state_update
+from hybridnas.kernels.ssd import ssd
+
+D, N, TAPS, HEADS, GROUPS, WIDTH, EXPERTS, VOCABULARY = 6, 3, 4, 4, 2, 3, 3, 11
+INNER, RANK = 8, 2
+Tensors = dict[str, Tensor]
+
+
+class Op(NamedTuple):
+    """An operation: its float32 inputs for a batch and a length, a call that returns its outputs, and their shapes."""
+
+    shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
+    call: Callable[[Tensors, int, int, str], tuple[Tensor, ...]]
+    outputs: Callable[[int, int], list[tuple[int, ...]]]
+    impls: tuple[str, ...] = ("auto", "reference", "cpu")
+    differentiable: bool = True
+
+
+def integers(high: int, *shape: int) -> Tensor:
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(1))
+
+
+def _scan(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
+    ids = integers(3, batch, length).sort(1).values
+    return selective_scan(**v, delta_softplus=True, seq_idx=ids, return_final_state=True, impl=impl)
+
+
+def _ssd(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
+    ids = integers(3, batch, length).sort(1).values
+    return ssd(**v, dt_softplus=True, seq_idx=ids, chunk_size=4, return_final_state=True, impl=impl)
+
+
+def _conv(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
+    ids = integers(3, batch, length).sort(1).values if impl != "cpu" else None
+    return causal_conv1d(**v, activation="silu", seq_idx=ids, return_final_state=True, impl=impl)
+
+
+def _step(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
+    given = dict(v)
+    x, conv, ssm, norm = (given.pop(name) for name in ("x", "conv_state", "ssm_state", "norm"))
+    weights = Weights(**{name: given.get(name) for name in Weights._fields})
+    return mamba_step(x, conv, ssm, weights, norm=Norm("rmsnorm", norm, None, 1e-5), residual=True, impl=impl)
+
+
+def _experts(v: Tensors) -> Experts:
+    return Experts(v["up"], v["down"], v["up_bias"], v["down_bias"], "silu", True)
+
+
+def _token_choice(v: Tensors, batch: int, length: int, impl: str, capacity: int | None) -> tuple[Tensor, ...]:
+    tokens = batch * length
+    make = torch.Generator().manual_seed(2)
+    expert = torch.rand(tokens, EXPERTS, generator=make, dtype=torch.float32).argsort(1)[:, :2]
+    return token_choice(v["x"], v["gate"], expert, _experts(v), capacity=capacity, impl=impl)
+
+
+def _expert_choice(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
+    slots = (batch * length + 1) // 2
+    token = torch.stack([torch.arange(slots) for _ in range(EXPERTS)])
+    return (expert_choice(v["x"], v["gate"][:, :slots], token, _experts(v), impl=impl),)
+
+
+def _weights(tokens: int) -> dict[str, tuple[int, ...]]:
+    biases = {"up_bias": (EXPERTS, 10), "down_bias": (EXPERTS, D)}
+    return {"x": (tokens, D), "up": (EXPERTS, D, 10), "down": (EXPERTS, 5, D), **biases}
+
+
+def _scan_shapes(batch: int, length: int) -> dict[str, tuple[int, ...]]:
+    wide, narrow = (batch, length, D), (batch, length, N)
+    shapes = {"u": wide, "delta": wide, "A": (D, N), "B": narrow, "C": narrow, "D": (D,), "z": wide}
+    return {**shapes, "delta_bias": (D,), "initial_state": (batch, D, N)}
+
+
+def _ssd_shapes(batch: int, length: int) -> dict[str, tuple[int, ...]]:
+    wide, narrow = (batch, length, HEADS, WIDTH), (batch, length, GROUPS, N)
+    shapes = {"x": wide, "dt": wide[:3], "A": (HEADS,), "B": narrow, "C": narrow, "D": (HEADS,), "z": wide}
+    return {**shapes, "dt_bias": (HEADS,), "initial_state": (batch, HEADS, WIDTH, N)}
+
+
+def _update_shapes(batch: int, length: int) -> dict[str, tuple[int, ...]]:
+    given = _scan_shapes(batch, 1)
+    given["state"] = given.pop("initial_state")
+    return {n: (s[0], *s[2:]) if n in ("u", "delta", "B", "C", "z") else s for n, s in given.items()}
+
+
+def _step_shapes(batch: int, length: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "x": (batch, D), "conv_state": (batch, TAPS - 1, INNER), "ssm_state": (batch, INNER, N), "norm": (D,),
+        "in_proj": (2 * INNER, D), "conv": (INNER, TAPS), "conv_bias": (INNER,), "x_proj": (RANK + 2 * N, INNER),
+        "dt_proj": (INNER, RANK), "dt_bias": (INNER,), "A_log": (INNER, N), "D": (INNER,), "out_proj": (D, INNER),
+    }  # fmt: skip
+
+
+OPS = {
+    "selective_scan": Op(_scan_shapes, _scan, lambda b, n: [(b, n, D), (b, D, N)]),
+    "selective_state_update": Op(
+        _update_shapes, lambda v, b, n, impl: selective_state_update(**v, delta_softplus=True),
+        lambda b, n: [(b, D), (b, D, N)], ("auto",),
+    ),
+    "causal_conv1d": Op(
+        lambda b, n: {"x": (b, n, D), "weight": (D, TAPS), "bias": (D,), "initial_state": (b, TAPS - 1, D)},
+        _conv, lambda b, n: [(b, n, D), (b, TAPS - 1, D)],
+    ),
+    "mamba_step": Op(_step_shapes, _step, lambda b, n: [(b, D), (b, TAPS - 1, INNER), (b, INNER, N)],
+                     differentiable=False),
+    "ssd": Op(_ssd_shapes, _ssd, lambda b, n: [(b, n, HEADS, WIDTH), (b, HEADS, WIDTH, N)]),
+    "rms_norm": Op(lambda b, n: {"x": (b, n, D), "weight": (D,)}, lambda v, b, n, impl: (rms_norm(**v, impl=impl),),
+                   lambda b, n: [(b, n, D)]),
+    "layer_norm": Op(lambda b, n: {"x": (b, n, D), "weight": (D,), "bias": (D,)},
+                     lambda v, b, n, impl: (layer_norm(**v, impl=impl),), lambda b, n: [(b, n, D)]),
+    "add_norm": Op(lambda b, n: {"x": (b, n, D), "residual": (b, n, D), "weight": (D,)},
+                   lambda v, b, n, impl: add_norm(**v, impl=impl), lambda b, n: [(b, n, D)] * 2),
+    "cross_entropy": Op(lambda b, n: {"logits": (b, n, VOCABULARY)},
+                        lambda v, b, n, impl: (cross_entropy(v["logits"], integers(VOCABULARY, b, n), impl=impl),),
+                        lambda b, n: [()]),
+    "linear_cross_entropy": Op(
+        lambda b, n: {"x": (b, n, D), "weight": (VOCABULARY, D)},
+        lambda v, b, n, impl: (linear_cross_entropy(**v, targets=integers(VOCABULARY, b, n), impl=impl),),
+        lambda b, n: [()],
+    ),
+    "token_scores": Op(
+        lambda b, n: {"x": (b, n, D), "weight": (VOCABULARY, D)},
+        lambda v, b, n, impl: tuple(token_scores(**v, targets=integers(VOCABULARY, b, n)))[:2],
+        lambda b, n: [(b, n)] * 2, ("auto",), False,
+    ),
+    "token_choice": Op(lambda b, n: {**_weights(b * n), "gate": (b * n, 2)},
+                       lambda v, b, n, impl: _token_choice(v, b, n, impl, None), lambda b, n: [(b * n, D), (EXPERTS,)]),
+    "token_choice with a capacity": Op(
+        lambda b, n: {**_weights(b * n), "gate": (b * n, 2)}, lambda v, b, n, impl: _token_choice(v, b, n, impl, 2),
+        lambda b, n: [(b * n, D), (EXPERTS,)],
+    ),
+    "expert_choice": Op(lambda b, n: {**_weights(b * n), "gate": (EXPERTS, b * n)}, _expert_choice,
+                        lambda b, n: [(b * n, D)]),
+}  # fmt: skip
+CASES = [pytest.param(name, impl, id=f"{name} {impl}") for name, op in OPS.items() for impl in op.impls]
+
+
+def run(op: Op, batch: int, length: int, impl: str) -> tuple[list[Tensor], Tensors]:
+    """Return outputs and, where there are any, the gradients by name."""
+    make = torch.Generator().manual_seed(0)
+    values = {}
+    for name, shape in op.shapes(batch, length).items():
+        values[name] = torch.randn(shape, generator=make, dtype=torch.float32)
+        if name == "A":
+            values[name] = -values[name].abs()
+        values[name].requires_grad_(op.differentiable)
+    outputs = list(op.call(values, batch, length, impl))
+    if not op.differentiable:
+        return outputs, {}
+    used = [o for o in outputs if o.requires_grad]
+    upstream = [torch.randn(o.shape, generator=make, dtype=torch.float32) for o in used]
+    gradients = torch.autograd.grad(used, list(values.values()), upstream)
+    return outputs, dict(zip(values, gradients, strict=True))
+
+
+@pytest.fixture(params=[torch.float32, torch.float64, torch.bfloat16], ids=str)
+def default_dtype(request):
+    before = torch.get_default_dtype()
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(("name", "impl"), CASES)
+def test_numbers_do_not_depend_on_torchs_default_dtype(name, impl, default_dtype):
+    expected, wanted = run(OPS[name], 2, 9, impl)
+    torch.set_default_dtype(default_dtype)
+    for _ in range(3):  # memory that was given back lies beside a buffer that is too small
+        outputs, gradients = run(OPS[name], 2, 9, impl)
+        for got, true in zip([*outputs, *gradients.values()], [*expected, *wanted.values()], strict=True):
+            assert got.dtype == true.dtype
+            assert torch.equal(got, true)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 3), (2, 0), (0, 0)])
+@pytest.mark.parametrize(("name", "impl"), CASES)
+def test_empty_inputs_give_empty_outputs_and_gradients_of_every_inputs_shape(name, impl, batch, length):
+    op = OPS[name]
+    outputs, gradients = run(op, batch, length, impl)
+    assert [tuple(o.shape) for o in outputs] == op.outputs(batch, length)
+    shapes = op.shapes(batch, length)
+    assert {n: tuple(g.shape) for n, g in gradients.items()} == (shapes if op.differentiable else {})
+    assert all(g.isfinite().all() for g in gradients.values())
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "cpu"])
+@pytest.mark.parametrize("name", ["selective_scan", "ssd"])
+def test_a_scan_of_no_steps_hands_its_state_and_its_gradient_through(name, impl):
+    values = {n: torch.randn(s, dtype=torch.float32).requires_grad_() for n, s in OPS[name].shapes(2, 0).items()}
+    _, final = OPS[name].call(values, 2, 0, impl)
+    assert torch.equal(final, values["initial_state"])
+    (gradient,) = torch.autograd.grad(3 * final.sum(), values["initial_state"])
+    assert torch.equal(gradient, torch.full_like(final, 3.0))
