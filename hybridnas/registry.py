@@ -1,14 +1,24 @@
-"""The only list of blocks: one decorator puts a class in, everything else loops over it.
+"""Registries of blocks, presets, tasks, spaces: a decorator puts an entry in, everything else loops over it.
 
-    @register_block("R", name="rwkv7")
-    class RWKV7(Block): ...
+    @register_block("V", name="my_block")
+    class MyBlock(Block): ...
 
-Files in ``hybridnas/blocks`` are found by themselves, the first time anybody asks.
+A registry fills itself the first time it is looked up: it imports every file of its folder in this package (for blocks
+``hybridnas/blocks``) and loads the entry points of other installed packages in its group::
+
+    [project.entry-points."hybridnas.blocks"]     # in the other package's pyproject.toml
+    V = "my_package.blocks"                       # importing this module registers the block with letter V
+
+The groups are ``hybridnas.blocks``, ``.presets``, ``.tasks``, ``.sources``, ``.spaces`` and ``.suites``. The name of an
+entry point is the key (letter or name) that importing it registers. An entry point that cannot be loaded is logged as a
+warning, leaves all others usable, and raises ConfigError with its package and reason when its key is asked for.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import logging
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
@@ -23,78 +33,127 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 B = TypeVar("B", bound="type[Any]")
 _PACKAGE = Path(__file__).resolve().parent
+_log = logging.getLogger("hybridnas.registry")
 
 
 class Registry(Generic[T]):
-    """A named table that fills itself: ``room`` is a package whose files are imported on first use."""
+    """A table from key to value that is filled from a package of ours and from entry points at the first lookup.
 
-    def __init__(self, kind: str, room: str | None = None) -> None:
+    ``kind`` names an entry in errors, ``package`` is imported file by file, ``group`` is the entry points' group.
+    """
+
+    def __init__(self, kind: str, package: str | None = None, *, group: str | None = None) -> None:
         self.kind = kind
-        self._room = room
+        self.failures: dict[str, str] = {}  # entry point that did not load -> one sentence with package and reason
+        self._package = package
+        self._group = group
         self._entries: dict[str, T] = {}
-        self._found = room is None
+        self._filled = package is None and group is None
 
     def add(self, key: str, value: T) -> None:
         """Put a value under a new key; a key that is taken raises ConfigError."""
         if key in self._entries:
             raise ConfigError(
-                f"{self.kind} {key!r} is already registered by {self._entries[key]!r}; choose another name"
+                f"{self.kind} {key!r} is already registered by {self._entries[key]!r}; choose another name",
+                field=self.kind,
+                got=key,
             )
         self._entries[key] = value
 
     def remove(self, key: str) -> None:
-        """Take a key out again (tests and notebooks that redefine a block)."""
+        """Take a key out again, as a notebook that defines its block anew needs it."""
         self._entries.pop(key, None)
 
     def get(self, key: str) -> T:
-        """Return the value under ``key``, or raise ConfigError that names what exists."""
-        self._discover()
+        """Return the value under ``key``; raises ConfigError that names what exists, or why an entry did not load."""
         if key not in self._entries:
-            raise ConfigError(f"unknown {self.kind} {key!r}{suggest(key, self._entries)}")
+            self._fill()
+        if key not in self._entries:
+            if key in self.failures:
+                raise ConfigError(self.failures[key], field=self.kind, got=key, allowed=tuple(self))
+            raise ConfigError(
+                f"unknown {self.kind} {key!r}{suggest(key, self._entries)}",
+                field=self.kind,
+                got=key,
+                allowed=tuple(self),
+            )
         return self._entries[key]
 
     def __contains__(self, key: object) -> bool:
-        self._discover()
+        if key not in self._entries:
+            self._fill()
         return key in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        self._discover()
+        self._fill()
         return iter(sorted(self._entries))
 
     def __len__(self) -> int:
-        self._discover()
+        self._fill()
         return len(self._entries)
 
-    def _discover(self) -> None:
-        if self._found or self._room is None:
+    def _fill(self) -> None:
+        if self._filled:
             return
-        self._found = True
+        self._filled = True  # set first: the files looked up below may ask this registry themselves
         try:
-            package = importlib.import_module(self._room)
-            for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{self._room}.{module.name}")
+            if self._package is not None:
+                _import_all(self._package)
         except BaseException:
-            self._found = False  # a broken file is reported again at the next use, never half a table
+            self._filled = False  # a file of ours that fails is reported again at the next lookup
             raise
+        if self._group is not None:
+            for point in importlib.metadata.entry_points(group=self._group):
+                self._load(point)
+
+    def _load(self, point: importlib.metadata.EntryPoint) -> None:
+        """Load one entry point; whatever goes wrong inside another package is kept as a failure."""
+        try:
+            point.load()
+            reason = "" if point.name in self._entries else f"{point.value} registers no {self.kind} {point.name!r}"
+        except Exception as error:  # code of another package: anything may be raised
+            reason = f"{type(error).__name__}: {error}"
+        if reason:
+            package = point.dist.name if point.dist is not None else point.module
+            self.failures[point.name] = (
+                f"{self.kind} {point.name!r} of package {package!r} could not be loaded ({reason}); "
+                f"repair or uninstall {package!r}"
+            )
+            _log.warning("%s", self.failures[point.name])
 
 
-BLOCKS: Registry[type[Block]] = Registry("block letter", "hybridnas.blocks")
+def _import_all(package: str) -> None:
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        importlib.import_module(f"{package}.{module.name}")
+
+
+BLOCKS: Registry[type[Block]] = Registry("block letter", "hybridnas.blocks", group="hybridnas.blocks")
 ALIASES: dict[str, str] = {}  # other spellings of a letter, e.g. '*' for 'A'
 
 
 def register_block(letter: str, *, name: str, aliases: tuple[str, ...] = ()) -> Callable[[B], B]:
-    """Class decorator: make ``cls`` the block that pattern letter ``letter`` stands for.
+    """Class decorator: make a Block the one that pattern letter ``letter`` (A to Z) stands for.
 
+    ``name`` is shown in tables; ``aliases`` are other symbols that a pattern may write for the letter.
     Raises ConfigError for a letter that is taken or is not one capital, LayoutError for a second import of one file.
     """
 
     def decorate(cls: B) -> B:
         refuse_second_name(cls.__module__)
         if len(letter) != 1 or not letter.isascii() or not letter.isupper():
-            raise ConfigError(f"block letter {letter!r} of {cls.__name__} must be one capital letter A to Z")
+            raise ConfigError(
+                f"block letter {letter!r} of {cls.__name__} must be one capital letter A to Z",
+                field="letter",
+                got=letter,
+                allowed="one capital letter A to Z",
+            )
         for alias in aliases:
             if ALIASES.get(alias, letter) != letter:
-                raise ConfigError(f"{alias!r} already stands for block letter {ALIASES[alias]!r}; choose another alias")
+                raise ConfigError(
+                    f"{alias!r} already stands for block letter {ALIASES[alias]!r}; choose another alias",
+                    field="aliases",
+                    got=alias,
+                )
         BLOCKS.add(letter, cls)
         cls.letter = letter
         cls.name = name
@@ -106,7 +165,7 @@ def register_block(letter: str, *, name: str, aliases: tuple[str, ...] = ()) -> 
 
 
 def refuse_second_name(module_name: str) -> None:
-    """Raise LayoutError when a file of this package is being imported through a linked door (``blocks.mamba``)."""
+    """Raise LayoutError when a file of this package is imported through a link in the root (``blocks.mamba``)."""
     module = sys.modules.get(module_name)
     file = getattr(module, "__file__", None)
     if module_name.startswith("hybridnas.") or file is None:
@@ -116,5 +175,7 @@ def refuse_second_name(module_name: str) -> None:
         right = ".".join(path.relative_to(_PACKAGE.parent).with_suffix("").parts)
         raise LayoutError(
             f"{module_name!r} is {right!r} under a second name, through the link in the repository root; "
-            f"import {right!r} instead"
+            f"import {right!r} instead",
+            got=module_name,
+            allowed=right,
         )

@@ -1,36 +1,87 @@
-"""The shortest spelling of a sequence of layers: ``M E M E A`` becomes ``(ME)x2A``."""
+"""Fold a sequence of layers into its shortest spelling with repeats: ``M E M E A`` becomes ``(ME)x2A``.
+
+The result is a tree of :class:`Motif`, whose ``str`` is the spelling; drawings and tables walk the same tree.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 _DEEPEST = 256  # longer patterns fold only where one motif fills them: the work grows with the square
 
 
-def fold(tokens: Sequence[str]) -> str:
-    """Return the shortest text with repeats that expands to ``tokens``; ties go to the first repeat found.
+@dataclass(frozen=True)
+class Motif:
+    """A piece of a folded pattern: one layer (``token``) or a group (``parts``), repeated ``times``."""
 
-    Dynamic programming over spans, so that two spellings of one pattern always meet in the same text.
+    layers: tuple[int, ...]  # indices of all layers that the piece stands for, those of every repeat included
+    times: int = 1
+    token: str = ""  # how the layer is spelled; "" for a group
+    parts: tuple[Motif, ...] = ()  # what the group repeats
+
+    def __str__(self) -> str:
+        inner = self.token or "".join(map(str, self.parts))
+        if self.times == 1:
+            return inner
+        return f"{inner}x{self.times}" if self.token else f"({inner})x{self.times}"
+
+    def leaves(self) -> Iterator[Motif]:
+        """Every single layer of the tree, in the order of execution."""
+        if not self.parts:
+            yield self
+        for part in self.parts:
+            yield from part.leaves()
+
+
+def fold(tokens: Sequence[str]) -> Motif:
+    """Return the folding of ``tokens`` whose spelling is shortest; ties go to the first repeat found.
+
+    The root is a group that stands once. Found by dynamic programming over spans, so that two spellings of one pattern
+    always fold into the same tree.
     """
-    return _fold(tuple(tokens))
+    return Motif(tuple(range(len(tokens))), parts=_motifs(tuple(tokens), (0,)))
+
+
+def _motifs(tokens: tuple[str, ...], starts: tuple[int, ...]) -> tuple[Motif, ...]:
+    """Return the pieces of ``tokens``, which begin at each of the layers ``starts`` in turn."""
+    found = []
+    for start, period, count in _shortest(tokens)[1]:
+        begins = tuple(first + start + period * turn for first in starts for turn in range(count))
+        if period == 1:
+            found.append(Motif(begins, count, tokens[start]))
+        else:
+            layers = tuple(first + offset for first in begins for offset in range(period))
+            found.append(Motif(layers, count, parts=_motifs(tokens[start : start + period], begins)))
+    return tuple(found)
 
 
 @lru_cache(maxsize=4096)
-def _fold(tokens: tuple[str, ...]) -> str:
+def _shortest(tokens: tuple[str, ...]) -> tuple[str, tuple[tuple[int, int, int], ...]]:
+    """Return the shortest text of ``tokens`` and its spans: first token, length of the motif, number of repeats."""
     if len(tokens) > _DEEPEST:
         period = _period(tokens)
-        return _spell(tokens, 0, period, len(tokens) // period) if period else "".join(tokens)
+        if period and (spelled := _spell(tokens, 0, period, len(tokens) // period)):
+            return spelled, ((0, period, len(tokens) // period),)
+        return "".join(tokens), tuple((index, 1, 1) for index in range(len(tokens)))
     repeats = _repeats(tokens)
-    best = [""]
+    texts = [""]
+    last = [(0, 0, 0)]  # the span that ends here in the shortest text
     for end, token in enumerate(tokens, 1):
-        shortest = best[-1] + token
+        text, span = texts[-1] + token, (end - 1, 1, 1)
         for start, period in sorted(repeats.get(end, {}).items()):
             spelled = _spell(tokens, start, period, (end - start) // period)
-            if spelled and len(best[start]) + len(spelled) < len(shortest):
-                shortest = best[start] + spelled
-        best.append(shortest)
-    return best[-1]
+            if spelled and len(texts[start]) + len(spelled) < len(text):
+                text, span = texts[start] + spelled, (start, period, (end - start) // period)
+        texts.append(text)
+        last.append(span)
+    spans = []
+    end = len(tokens)
+    while end:
+        spans.append(last[end])
+        end = last[end][0]
+    return texts[-1], tuple(reversed(spans))
 
 
 def _repeats(tokens: tuple[str, ...]) -> dict[int, dict[int, int]]:
@@ -57,6 +108,6 @@ def _period(tokens: tuple[str, ...]) -> int:
 def _spell(tokens: tuple[str, ...], start: int, period: int, count: int) -> str:
     """Spell a motif with its repeat count, or return '' where that is no shorter than writing it out."""
     motif = tokens[start : start + period]
-    text = _fold(motif)
+    text = _shortest(motif)[0]
     spelled = f"{text if period == 1 else f'({text})'}x{count}"
     return spelled if len(spelled) < count * sum(map(len, motif)) else ""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias, Union
 
-from hybridnas.arch.folding import fold
+from hybridnas.arch.folding import Motif, fold
 from hybridnas.errors import PatternError
 from hybridnas.registry import ALIASES, BLOCKS
 
@@ -52,7 +52,7 @@ class Parallel:
     branches: tuple[tuple[Slot, ...], ...]
 
     def __str__(self) -> str:
-        return "[" + ",".join(fold([str(slot) for slot in branch]) for branch in self.branches) + "]"
+        return "[" + ",".join(str(fold([str(slot) for slot in branch])) for branch in self.branches) + "]"
 
 
 Layer: TypeAlias = Union[Slot, Parallel]  # noqa: UP007 - evaluated at run time, also by Python 3.10
@@ -71,8 +71,13 @@ class Pattern:
         return len(self.layers)
 
     @cached_property
-    def _text(self) -> str:
+    def motif(self) -> Motif:
+        """The layers folded into repeated motifs: the tree of which ``str(pattern)`` is the text."""
         return fold([str(layer) for layer in self.layers])
+
+    @cached_property
+    def _text(self) -> str:
+        return str(self.motif)
 
     @property
     def slots(self) -> tuple[Slot, ...]:

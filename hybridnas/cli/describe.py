@@ -25,7 +25,7 @@ def run(config: dict[str, Any]) -> int:
     _layers(arch, config["seq_len"])
     _kernels(arch, config["device"])
     if config["out"]:
-        from hybridnas.arch.draw import draw_svg
+        from hybridnas.draw.svg import draw_svg
 
         show.line(f"drawn: {draw_svg(arch, Path(config['out']))}")
     return 0
@@ -38,7 +38,7 @@ def _presets(seq_len: int) -> None:
     for name in PRESETS:
         arch = preset(name)
         cost = arch.cost(seq_len)
-        paper = PRESETS.get(name).paper[0]
+        paper = PRESETS.get(name).paper
         rows.append(
             [
                 name,
@@ -46,7 +46,7 @@ def _presets(seq_len: int) -> None:
                 str(arch.d_model),
                 f"{cost.params:,}",
                 f"{cost.active_params:,}",
-                f"{paper.params} / {paper.active_params}",
+                f"{paper[0].params} / {paper[0].active_params}" if paper else "",
                 human(cost.flops_per_token),
                 human(cost.state_bytes),
             ]
@@ -56,7 +56,7 @@ def _presets(seq_len: int) -> None:
 
 
 def _layers(arch: Any, seq_len: int) -> None:
-    from hybridnas.arch.table import describe_layers
+    from hybridnas.draw.table import describe_layers
 
     table = describe_layers(arch, seq_len)
     rows = [

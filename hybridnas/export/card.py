@@ -80,7 +80,7 @@ def _legend(arch: Arch) -> str:
 
 
 def _drawing(arch: Arch) -> str:
-    from hybridnas.arch.draw import mermaid
+    from hybridnas.draw.mermaid import mermaid
 
     return str(mermaid(arch)).strip()
 

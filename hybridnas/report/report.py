@@ -185,7 +185,7 @@ def _drawing(study_folder: Path, best: TrialRecord | None) -> tuple[Any, str]:
     except (OSError, ValueError):
         return "", f"It is not drawn: {path.parent.name}/{path.name} is missing or damaged."
     from hybridnas.arch.arch import Arch
-    from hybridnas.arch.draw import svg_text
+    from hybridnas.draw.svg import svg_text
 
     try:
         return markup(svg_text(Arch.from_dict(values))), ""

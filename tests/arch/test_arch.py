@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.pattern import parse
-from hybridnas.arch.table import describe_layers, outline
 from hybridnas.cost import Cost
+from hybridnas.draw.table import describe_layers
 from hybridnas.errors import ConfigError
 
 
@@ -209,7 +209,7 @@ def test_the_rows_of_the_table_add_up_to_the_cost(pattern, final, times, seq_len
     assert sum((row.cost for row in table.rows), start=Cost()) == table.total
     covered = sorted({layer for row in table.rows for layer in row.layers})
     assert covered == list(range(len(arch.pattern)))
-    leaves = [layer for part in outline(arch.pattern) for leaf in part.leaves() for layer in leaf.layers]
+    leaves = [layer for leaf in arch.pattern.motif.leaves() for layer in leaf.layers]
     assert sorted(leaves) == covered
 
 
@@ -227,8 +227,7 @@ def test_a_folded_pattern_has_one_row_for_each_letter_of_its_motif():
 
 
 @pytest.mark.parametrize("text", ["MFMFMFM(A(FM)x5)x4F", "((ME)x2A)x3[M,E]x2", "A@sx3ME"])
-def test_the_outline_puts_every_layer_where_the_pattern_has_it(text):
+def test_the_motif_puts_every_layer_where_the_pattern_has_it(text):
     pattern = parse(text)
-    for part in outline(pattern):
-        for leaf in part.leaves():
-            assert len({pattern.layers[layer] for layer in leaf.layers}) == 1
+    for leaf in pattern.motif.leaves():
+        assert len({pattern.layers[layer] for layer in leaf.layers}) == 1

@@ -99,8 +99,8 @@ def test_the_canonical_spelling_is_the_shortest(text, canonical, depth):
 
 def test_folding_118_random_layers_ends_at_once_and_expands_back():
     letters = [("MAFE" * 7)[(7 * i * i + 3 * i) % 28] for i in range(118)]
-    assert parse(fold(letters)).letters == "".join(letters)
-    assert fold(["M", "E"] * 2000) == "(ME)x2000"
+    assert parse(str(fold(letters))).letters == "".join(letters)
+    assert str(fold(["M", "E"] * 2000)) == "(ME)x2000"
 
 
 def test_an_unknown_letter_is_pointed_at_and_the_known_ones_are_listed():

@@ -20,11 +20,27 @@ EXACT = {  # parameters and active parameters without embeddings, derived by han
     "transformer_moe_100m": (2_454_110_208, 113_688_576),
     "moe_mamba_100m": (2_439_069_696, 117_522_432),
 }
+FINGERPRINTS = {  # as of version 0.1: an architecture keeps its fingerprint, on which studies and tables depend
+    "transformer": "ad15c7d3d67ea8bb46f1605a941decdce321461e5688d93ccb1a916135575ff0",
+    "transformer_moe": "ba5b557b09d2f531f4b4109f80d548c908c912ee8a72ee12ec29ac4766919bb2",
+    "mamba": "89e0c397598d3f56fafc2713b6937c51d984f888921a623d5888804e9c2a75b4",
+    "mamba_mlp": "97c1a43375075ae8f1f51c0d82c637ad204db53158b8e25e74e9aa8f81c674e9",
+    "moe_mamba": "da02070340b78f443b7e240c26ecb0b3d2c42333f256ac0a0eef781ff86436e2",
+    "moe_mamba_42e": "efae4d50f193515c32b18c9aa815df7bd32b7185fb22c684c16b478563af61e5",
+    "mamba_100m": "5a899ad958fd53c156f7d6947fe3e1cd8a790fa4021a11ee50abf21f90a84a6c",
+    "transformer_moe_100m": "fb72dab8ca4b9cd27e0dd9a7da77754e870037d8ec4b7999e924957018d4d99a",
+    "moe_mamba_100m": "e5bfa3508de1d4ee1175406d0697ed81a921d48e56ba0a7358d3751afe580cea",
+}
 MISPRINTED = ("moe_mamba_100m", 2, "active")  # the paper prints 117M
 
 
 def test_the_list_is_the_papers_nine_models():
     assert sorted(EXACT) == list_presets()
+
+
+@pytest.mark.parametrize("name", list_presets())
+def test_fingerprints_are_those_of_version_0_1(name):
+    assert preset(name).fingerprint() == FINGERPRINTS[name]
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from hybridnas.arch.arch import Arch
-from hybridnas.arch.palette import INK, colour, tint
-from hybridnas.arch.table import Motif, main_sizes, outline
+from hybridnas.arch.folding import Motif
+from hybridnas.draw.palette import INK, color, tint
+from hybridnas.draw.table import main_sizes
 from hybridnas.registry import BLOCKS
 
 
@@ -26,11 +27,11 @@ class _Mermaid:
 
     def text(self) -> str:
         before = "embed"
-        for part in outline(self.arch.pattern):
+        for part in self.arch.pattern.motif.parts:
             before = self._piece(part, before, "  ")
         self.lines.append("  head([head])")
         letters = sorted({slot.letter for slot in self.arch.pattern.slots})
-        classes = [f"  classDef {x} fill:{tint(colour(x))},stroke:{colour(x)},color:{INK}" for x in letters]
+        classes = [f"  classDef {x} fill:{tint(color(x))},stroke:{color(x)},color:{INK}" for x in letters]
         return "\n".join([*self.lines, *self.edges, f"  {before} --> head", *classes]) + "\n"
 
     def _piece(self, part: Motif, before: str, indent: str) -> str:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridnas.arch.arch import Arch, Node
-from hybridnas.arch.mermaid import mermaid as mermaid
-from hybridnas.arch.palette import INK, colour, tint
-from hybridnas.arch.table import Motif, main_sizes, outline
+from hybridnas.arch.folding import Motif
+from hybridnas.draw.palette import INK, color, tint
+from hybridnas.draw.table import main_sizes
 from hybridnas.errors import ConfigError
 from hybridnas.files import write_atomic
 from hybridnas.registry import BLOCKS
@@ -72,7 +72,7 @@ def _render(arch: Arch, kind: str) -> bytes:
 
 @dataclass(frozen=True)
 class _Row:
-    """One drawn layer: its place in the outline, and the groups that hold it, outermost first."""
+    """One drawn layer: its place in the folded pattern, and the groups that hold it, outermost first."""
 
     leaf: Motif
     groups: tuple[Motif, ...]
@@ -92,7 +92,7 @@ class _Page:
         self.arch = arch
         self.rows = [
             _Row(leaf, groups, arch.layers[leaf.layers[0]])
-            for part in outline(arch.pattern)
+            for part in arch.pattern.motif.parts
             for leaf, groups in _walk(part, ())
         ]
         repeated = [group for row in self.rows for group in row.groups]
@@ -164,10 +164,10 @@ class _Page:
         ]
         lines = words if self.width < 8 else ["  |  ".join(words)]
         for line in lines:
-            self._text(0.3, y - 0.02, line, 8.5, colour=_SOFT)
+            self._text(0.3, y - 0.02, line, 8.5, color=_SOFT)
             y += 0.2
         foot = f"each layer: x + block({self.arch.model.norm}(x))    {self.arch.short}"
-        self._text(0.3, self.height - 0.2, foot, 7, colour=_SOFT)
+        self._text(0.3, self.height - 0.2, foot, 7, color=_SOFT)
 
     def _column(self, index: int, column: list[_Row]) -> tuple[float, float, float]:
         """Paint one column; return the x of its stream, and where the stream enters and leaves it."""
@@ -194,7 +194,7 @@ class _Page:
             self._row(row, stream, card, place)
         if last:
             if self.arch.model.final_norm:
-                self._text(card, y + 0.11, f"{self.arch.model.norm}", 7.5, colour=_SOFT)
+                self._text(card, y + 0.11, f"{self.arch.model.norm}", 7.5, color=_SOFT)
                 self._dot(stream, y + 0.1, "")
             self._slim(card, finish, "head", "tied" if self.arch.model.tie_embeddings else "")
             self._arrow(stream, end, card, end)
@@ -209,7 +209,7 @@ class _Page:
         self._dot(stream, outward, "+")
         first = row.leaf.layers[0]
         label = f"{first}" if len(row.leaf.layers) == 1 else f"{first} .."
-        self._text(stream - 0.1, inward - 0.02, label, 6.5, colour=_SOFT, align="right")
+        self._text(stream - 0.1, inward - 0.02, label, 6.5, color=_SOFT, align="right")
         if len(row.branches) == 1:
             self._card(row.branches[0][0], card, top, _CARD, row.height)
             return
@@ -222,14 +222,14 @@ class _Page:
                 y = top + 0.11 + slack + depth * _INNER_ROW
                 self._card(node, x, y, width, _INNER_ROW - 0.06)
             if place:
-                self._text(x - 0.08, (top + bottom) / 2, "+", 9, colour=_SOFT, align="center")
+                self._text(x - 0.08, (top + bottom) / 2, "+", 9, color=_SOFT, align="center")
 
     def _card(self, node: Node, x: float, y: float, width: float, height: float) -> None:
-        tone = colour(node.slot.letter)
+        tone = color(node.slot.letter)
         badge = min(0.36, width * 0.22)
         self._box(x, y, width, height, tint(tone), tone)
         self._box(x, y, badge, height, tone, tone)
-        self._text(x + badge / 2, y + height / 2, node.slot.letter, 12, weight="bold", colour="white", align="center")
+        self._text(x + badge / 2, y + height / 2, node.slot.letter, 12, weight="bold", color="white", align="center")
         cost = node.config.cost(1024)
         name = BLOCKS.get(node.slot.letter).name + (f" @{node.slot.share}" if node.slot.share else "")
         counts = [human(cost.params)] + (
@@ -240,22 +240,22 @@ class _Page:
             self._text(start, y + height * 0.3, name, 8.5, weight="bold", room=room)
             both = ", ".join(counts)
             words = both if _measure(both, 7) < room / 0.8 else counts[0]
-            self._text(start, y + height * 0.7, words, 7, colour=_SOFT, room=room)
+            self._text(start, y + height * 0.7, words, 7, color=_SOFT, room=room)
             return
         aside = max(_measure(words, 8) for words in counts) + 0.1
         upper, lower = y + height * 0.32, y + height * 0.7
         self._text(start, upper, name, 9.5, weight="bold", room=room - aside)
         detail_room = room - (aside if len(counts) > 1 else 0)
-        self._text(start, lower, main_sizes(node), 7.5, colour=_SOFT, room=detail_room)
+        self._text(start, lower, main_sizes(node), 7.5, color=_SOFT, room=detail_room)
         right = x + width - 0.09
         self._text(right, upper, counts[0], 8.5, align="right")
         if len(counts) > 1:
-            self._text(right, lower, counts[1], 7.5, colour=_SOFT, align="right")
+            self._text(right, lower, counts[1], 7.5, color=_SOFT, align="right")
 
     def _slim(self, x: float, y: float, name: str, words: str) -> None:
         self._box(x, y, _CARD, _SLIM, _PAPER, _LINE)
         self._text(x + 0.14, y + _SLIM / 2, name, 8.5, weight="bold")
-        self._text(x + _CARD - 0.1, y + _SLIM / 2, words, 7.5, colour=_SOFT, align="right")
+        self._text(x + _CARD - 0.1, y + _SLIM / 2, words, 7.5, color=_SOFT, align="right")
 
     def _brackets(self, column: list[_Row]) -> None:
         """Draw one bracket for every repeated group that has rows in this column."""
@@ -266,7 +266,7 @@ class _Page:
             top, bottom = places[0][1] + 0.03, places[-1][2] - 0.03
             self._line([x, x + 0.09, x + 0.09, x], [top, top, bottom, bottom], width=1.3, tone=_SOFT)
             self._text(
-                x + 0.13, (top + bottom) / 2, f"\N{MULTIPLICATION SIGN}{group.times}", 9, weight="bold", colour=INK
+                x + 0.13, (top + bottom) / 2, f"\N{MULTIPLICATION SIGN}{group.times}", 9, weight="bold", color=INK
             )
 
     def _links(self, column: list[_Row]) -> None:
@@ -279,8 +279,8 @@ class _Page:
             heights = [sum(self.at[id(row)][1:]) / 2 for row in rows]
             letter = next(n.slot.letter for branch in rows[0].branches for n in branch if n.slot.share == share)
             for row, y in zip(rows, heights, strict=True):
-                self._line([self.at[id(row)][0] + _CARD, x], [y, y], width=1.1, tone=colour(letter), dashed=True)
-            self._line([x, x], [heights[0], heights[-1]], width=1.1, tone=colour(letter), dashed=True)
+                self._line([self.at[id(row)][0] + _CARD, x], [y, y], width=1.1, tone=color(letter), dashed=True)
+            self._line([x, x], [heights[0], heights[-1]], width=1.1, tone=color(letter), dashed=True)
 
     def _text(
         self,
@@ -289,7 +289,7 @@ class _Page:
         words: str,
         size: float,
         *,
-        colour: str = INK,
+        color: str = INK,
         weight: str = "normal",
         align: str = "left",
         family: str | None = None,
@@ -299,7 +299,7 @@ class _Page:
             words, size = _fitted(words, size, room)
         more: dict[str, Any] = {"family": family} if family else {}
         self.axes.text(
-            x, y, words, fontsize=size, color=colour, fontweight=weight, ha=align, va="center_baseline", **more
+            x, y, words, fontsize=size, color=color, fontweight=weight, ha=align, va="center_baseline", **more
         )
 
     def _box(self, x: float, y: float, w: float, h: float, fill: str, edge: str, *, dashed: bool = False) -> None:

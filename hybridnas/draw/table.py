@@ -1,35 +1,14 @@
-"""Where an architecture's parameters, FLOPs and state lie: rows for ``describe``, and the outline for drawings."""
+"""Where an architecture's parameters, FLOPs and state lie, one row for each letter of its folded pattern."""
 
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from hybridnas.arch.arch import Arch, Node
-from hybridnas.arch.pattern import Pattern
 from hybridnas.cost import Cost
 from hybridnas.registry import BLOCKS
-
-_TOKEN = re.compile(r"\[[^\]]*\]|[A-Z](\{[^}]*\})?(@((?!x\d)[a-z0-9_])((?!x\d)[a-z0-9_])*)?|\(|\)|x\d+")
-
-
-@dataclass(frozen=True)
-class Motif:
-    """A piece of a folded pattern: a layer (its first index and all), or a group, repeated ``times``."""
-
-    layers: tuple[int, ...]  # every layer that this piece stands for, of all repeats
-    times: int = 1
-    parts: tuple[Motif, ...] = ()  # what a group repeats; empty: one layer
-
-    def leaves(self) -> Iterator[Motif]:
-        """Every single layer of the outline, top to bottom."""
-        if not self.parts:
-            yield self
-        for part in self.parts:
-            yield from part.leaves()
 
 
 @dataclass(frozen=True)
@@ -62,7 +41,7 @@ def describe_layers(arch: Arch, seq_len: int = 1024, dtype_bytes: int = 4) -> Ta
     seen: set[str] = set()
     embedding = arch.d_model * arch.vocab_size
     rows = [Row((), "", "embedding", f"{arch.vocab_size:,} tokens", Cost(embedding_params=embedding))]
-    for leaf in (leaf for part in outline(arch.pattern) for leaf in part.leaves()):
+    for leaf in arch.pattern.motif.leaves():
         first = [node for branch in arch.layers[leaf.layers[0]] for node in branch]
         costs = [Cost() for _ in first]
         for layer in leaf.layers:
@@ -80,67 +59,32 @@ def describe_layers(arch: Arch, seq_len: int = 1024, dtype_bytes: int = 4) -> Ta
     return Table(tuple(rows), sum((row.cost for row in rows), start=Cost()), seq_len)
 
 
-def outline(pattern: Pattern) -> tuple[Motif, ...]:
-    """Return the pattern as its canonical spelling folds it: layers and repeated groups, nested."""
-    tokens = [match.group() for match in _TOKEN.finditer(str(pattern))]
-    parts, _, _ = _outline(tokens, 0, 0)
-    return parts
-
-
-def _outline(tokens: list[str], at: int, layer: int) -> tuple[tuple[Motif, ...], int, int]:
-    """Read tokens from ``at`` to the closing bracket; return the parts, the next token and the next layer."""
-    parts: list[Motif] = []
-    while at < len(tokens) and tokens[at] != ")":
-        start = layer
-        inner: tuple[Motif, ...] = ()
-        if tokens[at] == "(":
-            inner, at, layer = _outline(tokens, at + 1, layer)
-        else:
-            layer += 1
-        at += 1
-        times = 1
-        if at < len(tokens) and tokens[at][0] == "x":
-            times = int(tokens[at][1:])
-            at += 1
-        length = layer - start
-        layer = start + length * times
-        offsets = [start + length * turn - start for turn in range(times)]
-        piece = Motif((start,), 1, inner) if not inner else Motif(tuple(range(start, start + length)), 1, inner)
-        parts.append(replace(_spread(piece, offsets), times=times))
-    return tuple(parts), at, layer
-
-
-def _spread(piece: Motif, offsets: list[int]) -> Motif:
-    layers = tuple(sorted(layer + offset for layer in piece.layers for offset in offsets))
-    return replace(piece, layers=layers, parts=tuple(_spread(part, offsets) for part in piece.parts))
-
-
 def main_sizes(node: Node) -> str:
     """Return the sizes by which a block is known, in words; other fields only where they are not the default."""
     config = node.config.canonical()
-    said = {"d_model"}
+    shown = {"d_model"}
     words = []
     if "n_experts" in config:
         chosen = f" top-{config['top_k']}" if config.get("top_k", 1) != 1 else ""
         words.append(f"{config['n_experts']} experts of {config['d_expert']:,}{chosen}")
-        said |= {"n_experts", "d_expert", "top_k", "router"}
+        shown |= {"n_experts", "d_expert", "top_k", "router"}
     if "n_heads" in config:
         heads, kv = config["n_heads"], config.get("n_kv_heads")
         words.append(f"{heads} heads of {config['head_dim']}" + (f", {kv} kv" if kv != heads else ""))
-        said |= {"n_heads", "n_kv_heads", "head_dim"}
+        shown |= {"n_heads", "n_kv_heads", "head_dim"}
     for key in ("d_ff", "d_inner", "d_state"):
         if key in config:
             words.append(f"{key} {config[key]:,}")
-            said.add(key)
-    return ", ".join(words + _changed(node, said))
+            shown.add(key)
+    return ", ".join(words + _changed(node, shown))
 
 
-def _changed(node: Node, said: set[str]) -> list[str]:
-    """Return ``key value`` for fields that differ from the block's default and are not said yet."""
+def _changed(node: Node, shown: set[str]) -> list[str]:
+    """Return ``key value`` for fields that differ from the block's default and are not shown yet."""
     words = []
     for field in fields(node.config):
         value: Any = getattr(node.config, field.name)
-        if field.name in said or field.name == "expand" or value == field.default:
+        if field.name in shown or field.name == "expand" or value == field.default:
             continue
         words.append(field.name if value is True else f"{field.name} {value}")
     if getattr(node.config, "router", "switch") == "expert_choice":

@@ -1,0 +1,26 @@
+"""The color of each letter, the same in every picture."""
+
+from __future__ import annotations
+
+INK = "#1F2933"  # of text
+_COLORS = {  # told apart by people who see fewer colors, and in print by their letters
+    "M": "#2F6DA8",
+    "A": "#C8553D",
+    "F": "#5B8C3A",
+    "E": "#7B519D",
+    "N": "#17877E",
+    "S": "#D08A1D",
+    "G": "#8A6642",
+}
+_MORE_COLORS = ("#B0457B", "#4C5FA8", "#6B7A2F", "#A34A4A", "#3F7F93")
+
+
+def color(letter: str) -> str:
+    """Return the one color in which a letter is drawn everywhere."""
+    return _COLORS.get(letter, _MORE_COLORS[ord(letter) % len(_MORE_COLORS)])
+
+
+def tint(tone: str) -> str:
+    """Return a light wash of a color, for the ground under dark text."""
+    parts = (int(tone[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(255 - (255 - part) * 0.12):02X}" for part in parts)
