@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybridnas.arch.pattern import Parallel, Pattern, Slot, parse
 from hybridnas.blocks.base import BlockConfig
@@ -20,6 +20,9 @@ from hybridnas.config import FrozenConfig, option
 from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError, suggest
 from hybridnas.registry import BLOCKS
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 FACTORS = {"expand": "d_inner"}  # two fields that set one width: a factor of d_model, and the width itself
 BlockFields = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]  # letter -> its fields, sorted and hashable
@@ -169,6 +172,15 @@ class Arch:
             total += cost.without_params() if node.module in seen else cost
             seen.add(node.module)
         return total
+
+    def graph(self) -> nx.DiGraph:
+        """Return the architecture as a networkx DiGraph: nodes ``embed``, blocks, sums and ``head``; a view to analyze.
+
+        Node attributes: ``kind`` (embed, block, sum or head), ``width``, and for blocks ``node`` (the resolved Node).
+        """
+        from hybridnas.arch.graph import arch_graph
+
+        return arch_graph(self)
 
     def fingerprint(self) -> str:
         """Return the sha256 of the canonical description: equal for every spelling of one architecture."""

@@ -1,4 +1,6 @@
-"""The layer graph: embedding, blocks, sums, head, as a networkx DiGraph that can be checked and walked.
+"""The layer graph: embedding, blocks, sums, head, as a networkx DiGraph: a view for analysis, and its validation.
+
+The model itself is built from ``arch.layers``.
 
 An edge is a tensor of one width that flows from one node to the next. Residual additions and norms belong to their
 layer and are not drawn as edges: every layer reads ``norm(x)`` and adds its result to ``x``.
@@ -6,22 +8,16 @@ layer and are not drawn as edges: every layer reads ``norm(x)`` and adds its res
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import networkx as nx
 
-from hybridnas.arch.arch import Arch, Node
 from hybridnas.errors import GraphError
 
+if TYPE_CHECKING:
+    from hybridnas.arch.arch import Arch, Node
+
 SOURCE, SINK = "embed", "head"
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One residual layer as the model executes it: branches of nodes, summed into the residual."""
-
-    index: int
-    branches: tuple[tuple[Node, ...], ...]
 
 
 def arch_graph(arch: Arch) -> nx.DiGraph:
@@ -62,7 +58,9 @@ def node_name(node: Node, *, parallel: bool) -> str:
 
 
 def validate(graph: nx.DiGraph) -> None:
-    """Raise GraphError unless the graph is acyclic, has one source and one sink, one width, and honest sharing."""
+    """Raise GraphError unless the graph is acyclic, has one source and one sink, one width, and equal
+    configs for shared modules.
+    """
     if not nx.is_directed_acyclic_graph(graph):
         cycle = " -> ".join(str(edge[0]) for edge in nx.find_cycle(graph))
         raise GraphError(f"layer graph has a cycle {cycle}; layers must be ordered from {SOURCE!r} to {SINK!r}")
@@ -88,19 +86,3 @@ def validate(graph: nx.DiGraph) -> None:
         owner = owners.setdefault(node.module, node)
         if owner.config != node.config:
             raise GraphError(f"layer graph node {name!r} shares {node.module!r} with a block of another config")
-
-
-def plan(graph: nx.DiGraph) -> list[LayerPlan]:
-    """Return the layers in the order of execution, as read off the graph."""
-    layers: dict[int, dict[int, list[Node]]] = {}
-    for name in nx.lexicographical_topological_sort(graph, key=lambda n: _order(graph, n)):
-        data = graph.nodes[name]
-        if data["kind"] == "block":
-            node: Node = data["node"]
-            layers.setdefault(node.layer, {}).setdefault(node.branch, []).append(node)
-    return [LayerPlan(index, tuple(tuple(branches[b]) for b in sorted(branches))) for index, branches in layers.items()]
-
-
-def _order(graph: nx.DiGraph, name: str) -> tuple[int, int, int]:
-    node = graph.nodes[name].get("node")
-    return (node.layer, node.branch, node.position) if node is not None else (-1, 0, 0)

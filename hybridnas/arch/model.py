@@ -1,4 +1,4 @@
-"""HybridLM: the language model that a layer graph describes. ``x + block(norm(x))`` per layer, embedding and head.
+"""HybridLM: the language model that an architecture describes. ``x + block(norm(x))`` per layer, embedding and head.
 
 Shapes: B batch, L length, D d_model, V vocabulary.
 """
@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridnas.arch.arch import Arch, ModelConfig
+from hybridnas.arch.arch import Arch, ModelConfig, Node
 from hybridnas.arch.decode import Decoder
-from hybridnas.arch.graph import LayerPlan, arch_graph, plan
 from hybridnas.blocks.base import Aux, Block, BlockOutput, State, truncated_normal_
 from hybridnas.errors import ConfigError
 from hybridnas.hardware import Impl
@@ -42,7 +41,7 @@ class LMHidden(NamedTuple):
 
 
 class HybridLM(nn.Module):
-    """A causal language model built from an architecture's graph; ``device='meta'`` builds it without memory.
+    """A causal language model built from an architecture's layers; ``device='meta'`` builds it without memory.
 
     Weights are drawn from ``seed`` alone. ``impl`` is handed to every block: ``auto`` decides by device.
     """
@@ -61,15 +60,12 @@ class HybridLM(nn.Module):
         with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
             torch.manual_seed(seed)
             self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-            layers = plan(arch_graph(arch))
             modules: dict[str, Block] = {}
-            for layer in layers:
-                for branch in layer.branches:
-                    for node in branch:
-                        if node.module not in modules:
-                            modules[node.module] = BLOCKS.get(node.slot.letter)(node.config, impl=Impl.of(impl))
-                            modules[node.module].reset_parameters(config.init_scale)
-            self.layers = nn.ModuleList(ResidualLayer(layer, modules, config) for layer in layers)
+            for node in arch.nodes:
+                if node.module not in modules:
+                    modules[node.module] = BLOCKS.get(node.slot.letter)(node.config, impl=Impl.of(impl))
+                    modules[node.module].reset_parameters(config.init_scale)
+            self.layers = nn.ModuleList(ResidualLayer(layer, modules, config) for layer in arch.layers)
             self.final_norm: nn.Module | None = make_norm(config) if config.final_norm else None
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
             # The MoE-Mamba code draws the embedding with fan_in = 1 and cuts it at 2 * scale.
@@ -185,15 +181,13 @@ class HybridLM(nn.Module):
 class ResidualLayer(nn.Module):
     """``x + sum of branches of norm(x)``; the blocks of a branch are applied one after another."""
 
-    def __init__(self, layer: LayerPlan, modules: dict[str, Block], config: ModelConfig) -> None:
+    def __init__(self, branches: tuple[tuple[Node, ...], ...], modules: dict[str, Block], config: ModelConfig) -> None:
         super().__init__()
         self.norm = make_norm(config)
-        self.branches = nn.ModuleList(
-            nn.ModuleList(modules[node.module] for node in branch) for branch in layer.branches
-        )
-        letters = [f"{branch[i].slot.letter}" for branch in layer.branches for i in range(len(branch))]
+        self.branches = nn.ModuleList(nn.ModuleList(modules[node.module] for node in branch) for branch in branches)
+        letters = [node.slot.letter for branch in branches for node in branch]
         self.names = [
-            f"layer{layer.index:02d}.{letter}{'' if letters.count(letter) == 1 else place}"
+            f"layer{branches[0][0].layer:02d}.{letter}{'' if letters.count(letter) == 1 else place}"
             for place, letter in enumerate(letters)
         ]
 
