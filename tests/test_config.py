@@ -1,10 +1,14 @@
 """What everything stands on: frozen configs, the registry, devices, files, costs, and the words of errors."""
 
+import enum
+import json
 import os
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, dataclass, fields
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,11 +16,16 @@ from hypothesis import strategies as st
 
 import hybridnas
 from hybridnas import errors, files, hardware
-from hybridnas.config import FrozenConfig, option, parse_value, read_yaml
+from hybridnas.config import FrozenConfig, option, parse_value, read_text, read_yaml, spell
 from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError, HybridNASError, KernelUnavailableError, suggest
 from hybridnas.hardware import Impl, pick_device, resolve_impl
 from hybridnas.registry import ALIASES, BLOCKS, Registry, register_block
+
+
+class Mode(enum.Enum):
+    FAST = "fast"
+    EXACT = "exact"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +40,15 @@ class Example(FrozenConfig):
     name: str = option("plain", "what kind", choices=("plain", "fancy"))
     on: bool = option(False, "whether [yes/no]")
     limit: int | None = option(None, "at most [count]", ge=0)
-    sizes: tuple[int, ...] = option((), "several [count]")
+    sizes: tuple[int, ...] = option((), "several [count]", ge=1)
     inner: Inner = option(Inner(), "another config")
+    inners: tuple[Inner, ...] = option((), "several configs")
+    pairs: tuple[tuple[int, int], ...] = option((), "several pairs")
+    paths: str | tuple[str, ...] | None = option(None, "a path or several")
+    mode: Mode = option(Mode.FAST, "an enumeration")
+    kind: Literal["a", "b"] = option("a", "a literal")
+    confirm: str = option("off", "a switch with names", choices=("off", "on"))
+    worker: str = option("off", "a switch with a third way", choices=("off", "join"), aliases={"true": "join"})
 
     @classmethod
     def label(cls):
@@ -45,43 +61,85 @@ def test_a_config_keeps_what_it_is_given():
     with pytest.raises(FrozenInstanceError):
         one.width = 4
     assert one.replace(width=5) == Example(width=5, rate=2, limit=4)
-    assert one.to_dict() == {
-        "width": 3,
-        "rate": 2,
-        "name": "plain",
-        "on": False,
-        "limit": 4,
-        "sizes": [],
-        "inner": {"depth": 2},
-    }
+    written = one.to_dict()
+    assert json.loads(json.dumps(written)) == written
+    assert Example.from_dict(written) == one
+    assert (written["sizes"], written["inner"], written["mode"]) == ([], {"depth": 2}, "fast")
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "field", "got", "allowed"),
     [
-        ({}, "example needs a value for 'width': how wide [channels]"),
-        ({"width": 3, "wdith": 4}, "example has no field 'wdith'; did you mean 'width'?"),
-        ({"width": "3"}, "example width='3' must be an integer, got str"),
-        ({"width": True}, "example width=True must be an integer, got bool"),
-        ({"width": 3.0}, "example width=3.0 must be an integer, got float"),
-        ({"width": None}, "example width=None must be an integer, got NoneType"),
-        ({"width": 0}, "example width=0 must be >= 1"),
-        ({"width": 65}, "example width=65 must be <= 64"),
-        ({"width": 3, "rate": 0}, "example rate=0 must be > 0"),
-        ({"width": 3, "rate": float("nan")}, "example rate=nan must be a finite number"),
-        ({"width": 3, "rate": float("inf")}, "example rate=inf must be a finite number"),
-        ({"width": 3, "name": "odd"}, "example name='odd' must be one of plain, fancy"),
-        ({"width": 3, "on": 1}, "example on=1 must be true or false, got int"),
-        ({"width": 3, "limit": "x"}, "example limit='x' must be an integer or none, got str"),
-        ({"width": 3, "sizes": 4}, "example sizes=4 must be tuple"),
-        ({"width": 3, "inner": {"depth": 1}}, "example inner={'depth': 1} must be Inner, got dict"),
+        ({}, "width", None, "how wide [channels]"),
+        ({"width": "3"}, "width", "3", "an integer"),
+        ({"width": True}, "width", True, "an integer"),
+        ({"width": 3.5}, "width", 3.5, "an integer"),
+        ({"width": None}, "width", None, "an integer"),
+        ({"width": 0}, "width", 0, ">= 1"),
+        ({"width": 65}, "width", 65, "<= 64"),
+        ({"width": 3, "rate": 0}, "rate", 0, "> 0"),
+        ({"width": 3, "rate": float("inf")}, "rate", float("inf"), "a finite number"),
+        ({"width": 3, "name": "odd"}, "name", "odd", ("plain", "fancy")),
+        ({"width": 3, "on": 1}, "on", 1, "true or false"),
+        ({"width": 3, "limit": "x"}, "limit", "x", "an integer or none"),
+        ({"width": 3, "sizes": ["x"]}, "sizes", ["x"], "a list of integer"),
+        ({"width": 3, "sizes": [4, 0]}, "sizes", 0, ">= 1"),
+        ({"width": 3, "inner": {"depth": 0}}, "inner.depth", 0, ">= 1"),
+        ({"width": 3, "inner": 5}, "inner", 5, "Inner"),
+        ({"width": 3, "inners": [{"depth": 1}, {"depth": "x"}]}, "inners.depth", "x", "an integer"),
+        ({"width": 3, "mode": "slow"}, "mode", "slow", "one of fast, exact"),
+        ({"width": 3, "kind": "odd"}, "kind", "odd", "one of a, b"),
     ],
 )
-def test_a_mistaken_value_is_named_with_what_is_allowed(values, words):
+def test_a_mistaken_value_is_named_with_what_is_allowed(values, field, got, allowed):
     with pytest.raises(ConfigError) as caught:
         Example.from_dict(values)
-    assert words in str(caught.value)
+    assert (caught.value.field, caught.value.got, caught.value.allowed) == (field, got, allowed)
     assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_field_is_met_with_the_nearest():
+    with pytest.raises(ConfigError) as caught:
+        Example.from_dict({"width": 3, "wdith": 4})
+    assert (caught.value.field, caught.value.got, caught.value.allowed) == ("wdith", "wdith", Example.field_names())
+    assert str(caught.value) == "example has no field 'wdith'; did you mean 'width'?"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "wanted"),
+    [
+        ("width", 3.0, 3),
+        ("width", "3e1", "an integer"),  # YAML reads 3e1 as a number, so this was quoted on purpose
+        ("limit", "5k", 5000),
+        ("limit", np.int64(4), 4),
+        ("rate", np.float32(0.5), 0.5),
+        ("on", "yes", True),
+        ("sizes", [1, 2], (1, 2)),
+        ("sizes", 4, (4,)),
+        ("sizes", None, ()),
+        ("pairs", [[1, 2.0], (3, 4)], ((1, 2), (3, 4))),
+        ("paths", "a", "a"),
+        ("paths", ["a", "b"], ("a", "b")),
+        ("inner", {"depth": 7}, Inner(depth=7)),
+        ("inners", [{"depth": 7}, Inner()], (Inner(depth=7), Inner())),
+        ("mode", "exact", Mode.EXACT),
+        ("kind", "b", "b"),
+        ("confirm", True, "on"),
+        ("confirm", False, "off"),
+        ("confirm", "yes", "on"),
+        ("worker", True, "join"),
+        ("worker", False, "off"),
+    ],
+)
+def test_plain_values_are_read_by_the_type_of_their_field(name, given, wanted):
+    if wanted == "an integer":
+        with pytest.raises(ConfigError) as caught:
+            Example(**{"width": 1, name: given})
+        assert caught.value.allowed == wanted
+        return
+    for made in (Example(**{"width": 1, name: given}), Example.from_dict({"width": 1, name: given})):
+        assert getattr(made, name) == wanted
+        assert type(getattr(made, name)) is type(wanted)
 
 
 def test_an_error_opens_with_the_place():
@@ -106,6 +164,23 @@ def test_an_error_opens_with_the_place():
         ("abc", str, "abc"),
         ("7", str, "7"),
         (5, int, 5),
+        ("1e6", int, 1_000_000),
+        ("1M", int, 1_000_000),
+        ("0.5k", int, 500),
+        ("1_000", int, 1000),
+        ("200k", float, 200_000.0),
+        ("9007199254740993", int, 9007199254740993),
+        ("yes", bool, True),
+        ("null", str, "null"),
+        ("none", str | None, "none"),
+        ("[a.txt,b c.txt]", str | tuple[str, ...], ["a.txt", "b c.txt"]),
+        ("[a].txt", str | tuple[str, ...], "[a].txt"),
+        ("a,b", str | tuple[str, ...], "a,b"),
+        ("[M{d_state=32,expand=1},[M,E]]", tuple[str, ...], ["M{d_state=32,expand=1}", "[M,E]"]),
+        ("1,2", tuple[int, ...], [1, 2]),
+        ("4", tuple[int, ...], [4]),
+        ("[]", tuple[int, ...], []),
+        ("{a: {b: [1, x]}}", dict[str, Any], {"a": {"b": [1, "x"]}}),
     ],
 )
 def test_text_is_read_by_the_type_of_its_field(text, hint, wanted):
@@ -114,19 +189,65 @@ def test_text_is_read_by_the_type_of_its_field(text, hint, wanted):
     assert type(got) is type(wanted)
 
 
-@pytest.mark.parametrize(("text", "hint"), [("abc", int), ("1.5", int), ("yes", bool), ("", float), ("x", int | None)])
+REFUSED = [
+    ("abc", int),
+    ("1.5", int),
+    ("1.5e0", int),
+    ("maybe", bool),
+    ("", float),
+    ("x", int | None),
+    ("{a: [}", dict),
+]
+
+
+@pytest.mark.parametrize(("text", "hint"), REFUSED)
 def test_text_of_another_type_is_refused(text, hint):
-    with pytest.raises(ConfigError, match="E d_expert="):
+    with pytest.raises(ConfigError) as caught:
         parse_value(text, hint, "E d_expert")
+    assert (caught.value.field, caught.value.got) == ("E d_expert", text)
 
 
 @given(width=st.integers(1, 64), rate=st.floats(1e-6, 1e6), limit=st.none() | st.integers(0, 9))
 def test_a_config_written_and_read_is_the_same(width, rate, limit):
     one = Example(width=width, rate=rate, limit=limit)
-    plain = {**one.to_dict(), "sizes": one.sizes, "inner": one.inner}
-    assert Example.from_dict(plain) == one
+    assert Example.from_dict(one.to_dict()) == one
     as_text = {"width": str(width), "rate": repr(rate), "limit": str(limit)}
     assert Example.from_dict(as_text, parse=True) == one
+
+
+SETTINGS = {  # what a setting can hold, by its type
+    int: st.integers(-(2**70), 2**70),
+    float: st.floats(allow_nan=False, allow_infinity=False),
+    bool: st.booleans(),
+    str: st.text(),
+    str | None: st.none() | st.text().filter(lambda text: text != "null"),
+    int | None: st.none() | st.integers(),
+    tuple[int, ...]: st.lists(st.integers()),
+    tuple[str, ...]: st.lists(st.text()),
+    str | tuple[str, ...]: st.lists(st.text()),
+    dict[str, Any]: st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.lists(st.text())),
+}
+
+
+@pytest.mark.parametrize("hint", SETTINGS, ids=str)
+@given(data=st.data())
+def test_a_setting_written_on_a_command_line_reads_back(hint, data):
+    value = data.draw(SETTINGS[hint])
+    assert read_text(spell(value, hint), hint) == value
+
+
+@pytest.mark.parametrize("text", ["null", "[a]"])
+def test_a_setting_that_would_read_back_as_another_is_refused(text):
+    with pytest.raises(ConfigError) as caught:
+        spell(text, str | tuple[str, ...] | None)
+    assert caught.value.got == text
+
+
+def test_yaml_has_the_numbers_and_booleans_of_its_version_1_2(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("a: on\nb: 1e6\nc: no\nd: true\ne: 012\nf: 1:30\ng: null\nh: [~, 1.5, -3]\ni: 2026-11-27\n")
+    want = {"a": "on", "b": 1e6, "c": "no", "d": True, "e": 12, "f": "1:30", "g": None, "h": [None, 1.5, -3]}
+    assert read_yaml(path) == {**want, "i": "2026-11-27"}
 
 
 def test_one_value_can_be_checked_without_the_others():

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hybridnas.config import option
 from hybridnas.data.source import SourceConfig
@@ -54,22 +52,9 @@ class DataConfig(SourceConfig):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.path, list):
-            object.__setattr__(self, "path", tuple(self.path))
         super().__post_init__()
-        if isinstance(self.path, tuple) and not all(isinstance(part, str) for part in self.path):
-            raise ConfigError(f"data path={self.path!r} must be a list of text")
         self._check_kind()
         self._check_tokenizer()
-
-    @classmethod
-    def from_dict(
-        cls, values: Mapping[str, Any], *, where: str = "", parse: bool = False
-    ) -> DataConfig:  # a list is what JSON and YAML make of a tuple
-        path = values.get("path")
-        if isinstance(path, (list, tuple)):
-            values = {**values, "path": tuple(path)}
-        return super().from_dict(values, where=where, parse=parse)
 
     def _check_kind(self) -> None:
         for field, kind in _OWN_FIELDS.items():

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from hybridnas.config import FrozenConfig, option
 from hybridnas.errors import ConfigError, DataError
@@ -35,6 +35,8 @@ class Batch(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig(FrozenConfig):
     """Fields that every kind of data has; each kind adds its own."""
+
+    prefix: ClassVar[str] = "data"
 
     kind: str = option("stdlib", "kind of data, a name in SOURCES")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from hybridnas.config import FrozenConfig, option
 from hybridnas.errors import ConfigError
@@ -32,6 +32,8 @@ LATER_SETTINGS = (
 @dataclass(frozen=True, kw_only=True)
 class Budget(FrozenConfig):
     """How large the models are, how long each is trained, and when the search ends."""
+
+    prefix: ClassVar[str] = "budget"
 
     name: str = option("custom", "name of the budget [text]")
     d_model: int = option(doc="width of the residual stream [channels]", ge=8)
@@ -66,11 +68,6 @@ class Budget(FrozenConfig):
     )
     compile: bool = option(False, "torch.compile each model [yes/no]")
     devices: int = option(1, "processes, each with a device, that train a trial together [count]", ge=1)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.confirm, bool):  # YAML's on and off
-            object.__setattr__(self, "confirm", "on" if self.confirm else "off")
-        super().__post_init__()
 
     @classmethod
     def label(cls) -> str:
@@ -128,9 +125,9 @@ class Budget(FrozenConfig):
 class SearchConfig(FrozenConfig):
     """One search, as the command line or a script describes it."""
 
-    space: Mapping[str, Any] = field(metadata={"doc": "the space's YAML as a mapping"})
-    data: Mapping[str, Any] = field(metadata={"doc": "the data's settings as a mapping"})
-    budget: Budget = field(metadata={"doc": "sizes, lengths and limits"})
+    space: Mapping[str, Any] = option(doc="the space's YAML as a mapping")
+    data: Mapping[str, Any] = option(doc="the data's settings as a mapping")
+    budget: Budget = option(doc="sizes, lengths and limits")
     study: str | None = option(None, "name of the study and its folder; none: SPACE-BUDGET [text]")
     runs: str = option("runs", "folder in which studies lie [path]")
     seed: int = option(0, "everything random derives from it [integer]", ge=0)
@@ -158,11 +155,10 @@ class SearchConfig(FrozenConfig):
         "off",
         "join: take part in a study that others began; create: begin it if need be",
         choices=("off", "join", "create"),
+        aliases={"true": "join"},
     )
     heartbeat: int = option(20, "in a database, sign of life of a worker; three missed: its trial is taken [s]", ge=1)
-    storage: str | None = field(
-        default=None, repr=False, metadata={"doc": "PostgreSQL URL, or env; none: a journal in the folder [URL]"}
-    )
+    storage: str | None = option(None, "PostgreSQL URL, or env; none: a journal in the folder [URL]", repr=False)
     progress: bool = option(True, "news on the terminal [yes/no]")
 
     @classmethod
@@ -170,9 +166,6 @@ class SearchConfig(FrozenConfig):
         return "search"
 
     def __post_init__(self) -> None:
-        names = [self.objectives] if isinstance(self.objectives, str) else self.objectives
-        if isinstance(names, (list, tuple)):
-            object.__setattr__(self, "objectives", tuple(names))
         super().__post_init__()
         read_objectives(self.objectives)
         if self.sampler == "auto":

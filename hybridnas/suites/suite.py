@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hybridnas.config import FrozenConfig, option
 from hybridnas.errors import ConfigError, suggest
@@ -187,6 +187,8 @@ def register_suite(name: str) -> Callable[[S], S]:
 class SuiteConfig(FrozenConfig):
     """What the user says about a suite; empty lists and none keep the suite's own."""
 
+    prefix: ClassVar[str] = "suite"
+
     name: str = option(doc="name of the suite")
     quick: bool = option(False, "a smaller grid and shorter trainings: minutes on two cores instead of days [yes/no]")
     tasks: tuple[str, ...] = option((), "tasks or columns to run; none: all")
@@ -202,20 +204,6 @@ class SuiteConfig(FrozenConfig):
     @classmethod
     def label(cls) -> str:
         return "suite"
-
-    def __post_init__(self) -> None:
-        for name in ("tasks", "rates", "decays", "seeds"):
-            value = getattr(self, name)
-            if not isinstance(value, (list, tuple)):
-                raise ConfigError(f"suite {name}={value!r} must be a list, such as suite.{name}=[{value}]")
-            object.__setattr__(self, name, tuple(value))
-        super().__post_init__()
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, where: str = "", parse: bool = False) -> SuiteConfig:
-        """Build from a mapping, with the lists that YAML makes of tuples."""
-        listed = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        return super().from_dict({k: () if v is None and k in _LISTS else v for k, v in listed.items()}, where=where)
 
     def suite(self) -> Suite:
         """Return the suite as the user wants it; raises ConfigError for unknown names."""

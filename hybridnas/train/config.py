@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from hybridnas.arch.presets import Recipe
 from hybridnas.config import FrozenConfig, option
@@ -17,6 +16,8 @@ NOT_IDENTITY = ("checkpoint_seconds",)  # fields that may change when a run goes
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(FrozenConfig):
     """One training run. The defaults suit models of 0.1 to 5 million active parameters on a few cores."""
+
+    prefix: ClassVar[str] = "train"
 
     tokens: int = option(1_000_000, "training tokens in all; the step that reaches them is the last [tokens]", ge=1)
     batch_size: int = option(16, "sequences in one forward pass [count]", ge=1)
@@ -52,8 +53,6 @@ class TrainConfig(FrozenConfig):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.eval_at, list):
-            object.__setattr__(self, "eval_at", tuple(self.eval_at))
         super().__post_init__()
         if self.tokens < self.step_tokens:
             raise ConfigError(
@@ -62,7 +61,7 @@ class TrainConfig(FrozenConfig):
                 f"raise tokens or lower these"
             )
         for point in self.eval_at:
-            if isinstance(point, bool) or not isinstance(point, int) or not 0 < point <= self.tokens:
+            if not 0 < point <= self.tokens:
                 raise ConfigError(
                     f"{self.label()} eval_at has {point!r}, it must hold whole numbers from 1 to tokens={self.tokens}"
                 )
@@ -72,14 +71,6 @@ class TrainConfig(FrozenConfig):
     @classmethod
     def label(cls) -> str:
         return "train"
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, where: str = "", parse: bool = False) -> TrainConfig:
-        """Build from a mapping, with ``eval_at`` as the list that JSON and YAML make of a tuple."""
-        points = values.get("eval_at")
-        if isinstance(points, list):
-            values = {**values, "eval_at": tuple(points)}
-        return super().from_dict(values, where=where, parse=parse)
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, **changes: Any) -> TrainConfig:
