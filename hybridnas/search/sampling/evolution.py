@@ -6,7 +6,7 @@ crossed and then changed. Slots of a motif change along the pattern graph: one s
 (:mod:`hybridnas.arch.neighbours`); a length that the space jumps over is met by cutting or repeating the motif.
 
 A small population and a sharp tournament, because a search has tens of candidates, not thousands: of 4 to 24 members,
-8 needed the fewest tokens on the table (experiments/LOG.md).
+8 needed the fewest tokens on the table (experiments/README.md).
 
 Everything is read from the study, so several workers breed one population and a resumed search goes on with it.
 """
