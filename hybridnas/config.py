@@ -414,16 +414,18 @@ def _fits(value: Any, hint: Any) -> bool:
             continue
         elif member is float and isinstance(value, int):
             return True
-        elif isinstance(value, origin):
-            items = typing.get_args(member)
-            if origin is not tuple or not items:
+        elif origin is tuple:
+            if isinstance(value, tuple) and _items_fit(value, typing.get_args(member)):
                 return True
-            if len(items) == 2 and items[1] is Ellipsis:
-                if all(_fits(item, items[0]) for item in value):
-                    return True
-            elif len(items) == len(value) and all(map(_fits, value, items)):
-                return True
+        elif isinstance(origin, type) and isinstance(value, origin):
+            return True
     return False
+
+
+def _items_fit(value: tuple[Any, ...], kinds: tuple[Any, ...]) -> bool:
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        return all(_fits(item, kinds[0]) for item in value)
+    return not kinds or (len(kinds) == len(value) and all(map(_fits, value, kinds)))
 
 
 def _converted(value: Any, hint: Any) -> Any:
