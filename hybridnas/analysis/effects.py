@@ -1,4 +1,4 @@
-"""What a study's records say beyond their order: which choices mattered, what each letter and position contributed.
+"""Effects of a search's choices on the score: importance of each choice, effect of each letter and position.
 
 Everything is computed at the first rung, which all trained architectures have reached: the full score is known only
 of those that the pruner let through, and these are alike.
@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hybridnas.analysis.confirmation import LEVEL
 from hybridnas.arch.pattern import Slot, parse
 from hybridnas.errors import HybridNASError
-from hybridnas.search.confirm import LEVEL
 from hybridnas.study.objectives import OBJECTIVES, of_eval
 from hybridnas.study.records import COMPLETE, PRUNED, TrialRecord
 
@@ -141,17 +141,17 @@ def importances(records: Sequence[TrialRecord], scores: Mapping[int, float]) -> 
     for choices, _ in rows:
         for name, value in choices.items():
             values.setdefault(name, {})[repr(value)] = value
-    told = {name: sorted(found) for name, found in values.items() if len(found) > 1}
-    if len(rows) < LEAST or not told or len({score for _, score in rows}) < 2:
+    varied = {name: sorted(found) for name, found in values.items() if len(found) > 1}
+    if len(rows) < LEAST or not varied or len({score for _, score in rows}) < 2:
         return {}
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study()
     for choices, score in rows:
-        params = {name: repr(value) for name, value in choices.items() if name in told}
+        params = {name: repr(value) for name, value in choices.items() if name in varied}
         kinds: dict[str, optuna.distributions.BaseDistribution] = {
-            name: optuna.distributions.CategoricalDistribution(told[name]) for name in params
+            name: optuna.distributions.CategoricalDistribution(varied[name]) for name in params
         }
         study.add_trial(optuna.trial.create_trial(value=score, params=params, distributions=kinds))
     with warnings.catch_warnings():

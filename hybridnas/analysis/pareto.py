@@ -6,7 +6,7 @@ Points are tuples of equal length in which less is better.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -28,6 +28,12 @@ def fronts(points: Mapping[K, Point]) -> list[list[K]]:
         for key in front:
             del left[key]
     return found
+
+
+def staircase(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points that no other beats in both coordinates, from left to right, equal ones once."""
+    known = dict(enumerate(points))
+    return sorted({known[key] for key in next(iter(fronts(known)), [])})
 
 
 def scores(points: Mapping[K, Point]) -> dict[K, float]:

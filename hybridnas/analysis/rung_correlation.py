@@ -1,4 +1,4 @@
-"""Does the cheap signal predict the expensive one: rank correlation between each rung's scores and the full ones."""
+"""Rank correlation between the scores at each rung and those of full trainings: whether early scores predict."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def study_agreements(records: Iterable[TrialRecord]) -> list[Agreement]:
     return agreements(curves.values()) if curves else []
 
 
-def words(found: Sequence[Agreement], pruned: int = 0) -> str:
-    """Return the sentence under a study's table of correlations: how many trials, and what their choice does to it."""
+def caveat(found: Sequence[Agreement], pruned: int = 0) -> str:
+    """State over how many trials correlations were computed, and how leaving out the stopped ones biases them."""
     if not any(one.spearman is not None for one in found):
         return f"fewer than {LEAST} trials were trained to the end at more than one rung: no correlation can be stated"
     n = max(one.n for one in found)

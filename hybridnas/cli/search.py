@@ -120,7 +120,7 @@ def _print(summary: Any) -> None:
 
     from hybridnas.report.leaderboard import render_leaderboard
 
-    render_leaderboard(summary.records, Console())
+    render_leaderboard(summary.records, summary.reference, Console())
     ended = {
         "completed": "all trials are finished",
         "time": "the budget's minutes are used",

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hybridnas.analysis.curves import tokens_to_reach
 from hybridnas.config import FrozenConfig, option
 from hybridnas.errors import StudyError, suggest
 from hybridnas.report.html import cell, difference, markup, render, short
 from hybridnas.report.leaderboard import signed
-from hybridnas.report.plots import COLOURS, Axis, Series, curves_svg, scatter_svg
+from hybridnas.report.plots import COLORS, Axis, Series, curves_svg, scatter_svg
 from hybridnas.study.records import clean_points, save
 from hybridnas.tracking import mlflow as tracking
+from hybridnas.tracking.secrets import masked
 from hybridnas.units import human, human_bytes
 
 COLUMNS = (
@@ -137,7 +139,7 @@ def compare(config: CompareConfig) -> Comparison:
 def find_runs(config: CompareConfig) -> list[Run]:
     """Return every trial and training found at ``uri``, or in each ``mlflow.db`` below the runs folder."""
     if config.uri is not None:
-        runs, place = read_runs(config.uri), f"at {tracking.masked(config.uri)}"
+        runs, place = read_runs(config.uri), f"at {masked(config.uri)}"
     else:
         folder = Path(config.runs)
         databases = sorted({*folder.glob("mlflow.db"), *folder.glob("*/mlflow.db")})
@@ -161,8 +163,8 @@ def read_runs(uri: str) -> list[Run]:
         found = tracking.search_runs(client, experiment.experiment_id, "")
         return [_run(client, item) for item in found if _wanted(item.data.tags)]
     except Exception as error:  # whatever the server or its client raises is the same news for the user
-        words = tracking.masked(tracking.first_line(error))
-        raise StudyError(f"MLflow at {tracking.masked(uri)} cannot be read: {words}") from None
+        words = masked(tracking.first_line(error))
+        raise StudyError(f"MLflow at {masked(uri)} cannot be read: {words}") from None
 
 
 def select(runs: Iterable[Run], config: CompareConfig, baseline: str | None) -> list[Run]:
@@ -183,21 +185,6 @@ def select(runs: Iterable[Run], config: CompareConfig, baseline: str | None) -> 
     return kept
 
 
-def tokens_to_reach(points: Sequence[tuple[float, float]], loss: float) -> float | None:
-    """Return the tokens at which a curve first comes down to ``loss``, straight lines between its points.
-
-    None where it never does; the first point's tokens where it is there from the start.
-    """
-    before: tuple[float, float] | None = None
-    for tokens, value in points:
-        if value <= loss:
-            if before is None or value == loss:
-                return tokens
-            return before[0] + (tokens - before[0]) * (before[1] - loss) / (before[1] - value)
-        before = (tokens, value)
-    return None
-
-
 def write_comparison(comparison: Comparison, out: Path | str) -> tuple[Path, Path]:
     """Write ``compare.html`` and ``compare.csv`` atomically; raises StudyError when the disk refuses."""
     folder = Path(out)
@@ -212,9 +199,9 @@ def write_comparison(comparison: Comparison, out: Path | str) -> tuple[Path, Pat
 
 def render_comparison(comparison: Comparison) -> str:
     """Return the comparison as one self-contained HTML page."""
-    colours = _colours(comparison)
+    colors = _colors(comparison)
     final = [run for run in comparison.runs if run.points]
-    curves = [_series(run, colours, run.points) for run in final]
+    curves = [_series(run, colors, run.points) for run in final]
     complete = [run for run in final if run.complete]
     panels = []
     for figure, axis in (
@@ -223,7 +210,7 @@ def render_comparison(comparison: Comparison) -> str:
         ("state_bytes", Axis("state of one sequence", log=True, in_bytes=True)),
     ):
         known = [(run, value) for run in complete if (value := run.number(figure)) is not None]
-        panels.append((axis, [_series(run, colours, [(value, run.points[-1][1])]) for run, value in known]))
+        panels.append((axis, [_series(run, colors, [(value, run.points[-1][1])]) for run, value in known]))
     studies = sorted({run.study for run in comparison.runs})
     return render(
         "compare.html.j2",
@@ -231,7 +218,7 @@ def render_comparison(comparison: Comparison) -> str:
         kicker=", ".join(studies),
         headline=_headline(comparison),
         baseline=comparison.baseline,
-        table=_html_table(comparison, colours),
+        table=_html_table(comparison, colors),
         curves=markup(curves_svg(curves)),
         costs=markup(scatter_svg(panels, "costs", front=True)),
     )
@@ -249,7 +236,7 @@ def _headline(comparison: Comparison) -> str:
     return f"{best.name} reaches {comparison.baseline}'s final loss {reach.words()} sooner"
 
 
-def _html_table(comparison: Comparison, colours: Mapping[str, str]) -> dict[str, Any]:
+def _html_table(comparison: Comparison, colors: Mapping[str, str]) -> dict[str, Any]:
     base = comparison.baseline
     names = ["run", "study", "trial", "params", "active", "state", "loss", f"vs {base}", "tokens"]
     names += [f"tokens to {base}'s loss", "speed-up", "tokens/s", ""]
@@ -260,10 +247,10 @@ def _html_table(comparison: Comparison, colours: Mapping[str, str]) -> dict[str,
         gap = _gap(run, reach)
         final = run.points[-1] if run.points else (None, None)
         speed = run.metrics.get("tokens_per_second")
-        colour = colours.get(run.run_id, "faint")
+        color = colors.get(run.run_id, "faint")
         first = {"text": run.pattern, "strong": run.preset or "", "sort": run.name, "style": "arch text"}
         cells = [
-            {**first, "dot": "" if colour == "faint" else colour},
+            {**first, "dot": "" if color == "faint" else color},
             cell(run.study, run.study, "text"),
             cell("" if run.trial is None else str(run.trial), run.trial),
             *(cell(human(run.number(key)), run.number(key)) for key in ("params", "active_params")),
@@ -281,19 +268,19 @@ def _html_table(comparison: Comparison, colours: Mapping[str, str]) -> dict[str,
     return {"columns": columns, "rows": rows}
 
 
-def _colours(comparison: Comparison) -> dict[str, str]:
-    """Colour and label the best eight complete runs and the baselines; the others stay faint."""
+def _colors(comparison: Comparison) -> dict[str, str]:
+    """Color and label the best eight complete runs and the baselines; the others stay faint."""
     told = [run for run in comparison.runs if run.complete][:8]
     base = {reach.baseline.run_id: reach.baseline for reach in comparison.reaches.values() if reach}
     ids = dict.fromkeys([*base, *(run.run_id for run in told)])
-    wheel = [name for name in COLOURS if name[0] == "c" and name[1:].isdigit()]
+    wheel = [name for name in COLORS if name[0] == "c" and name[1:].isdigit()]
     return dict(zip(list(ids)[: len(wheel)], wheel, strict=False))
 
 
-def _series(run: Run, colours: Mapping[str, str], points: Sequence[tuple[float, float]]) -> Series:
-    colour = colours.get(run.run_id, "faint")
-    label = "" if colour == "faint" else short(run.name, 16)
-    return Series(run.run_id, run.title, colour, label, points, hollow=not run.complete)
+def _series(run: Run, colors: Mapping[str, str], points: Sequence[tuple[float, float]]) -> Series:
+    color = colors.get(run.run_id, "faint")
+    label = "" if color == "faint" else short(run.name, 16)
+    return Series(run.run_id, run.title, color, label, points, hollow=not run.complete)
 
 
 def _csv_row(run: Run, reach: Reach | None) -> list[Any]:

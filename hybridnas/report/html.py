@@ -1,4 +1,4 @@
-"""Pieces of our HTML pages: templates filled, cells of tables, words cut to length."""
+"""Parts of the HTML pages: templates, table cells, numbers and names in a fixed width."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def markup(text: str) -> Any:
-    """Mark text that is SVG of our own making; the words in it are escaped where it is made."""
+    """Mark text that is SVG of our own making; the texts in it are escaped where it is made."""
     from markupsafe import Markup
 
     return Markup(text)

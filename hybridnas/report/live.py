@@ -24,7 +24,7 @@ class LiveReport:
         self.due = self.began + FIRST
         self.seen: frozenset[tuple[int, str, int]] = frozenset()
 
-    def look(self, records: Collection[TrialRecord]) -> bool:
+    def update(self, records: Collection[TrialRecord]) -> bool:
         """Write the report if it is due; returns whether it was written."""
         now = self.clock()
         state = frozenset((record.number, record.state, record.tokens) for record in records)

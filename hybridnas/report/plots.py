@@ -1,6 +1,6 @@
-"""Plots as inline SVG whose colours are CSS variables, so that one file serves light, dark and paper.
+"""Plots as inline SVG whose colors are CSS variables, so that one file serves light, dark and paper.
 
-matplotlib draws with stand-in colours, which are then replaced by ``var(--name)``; nothing depends on time or on
+matplotlib draws with stand-in colors, which are then replaced by ``var(--name)``; nothing depends on time or on
 random ids, so equal data gives equal text.
 """
 
@@ -13,24 +13,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hybridnas.analysis.pareto import staircase
 from hybridnas.units import human, human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# CSS variable -> the colour that stands for it while matplotlib draws.
-COLOURS = {
+# CSS variable -> the color that stands for it while matplotlib draws.
+COLORS = {
     "ink": "#010101",
     "muted": "#020202",
     "grid": "#030303",
     "faint": "#040404",
     "winner": "#050505",
-    "moe_mamba": "#060606",
-    "mamba": "#070707",
-    "transformer": "#080808",
-    "transformer_moe": "#090909",
-    "mamba_mlp": "#0a0a0a",
     "c1": "#0b0b0b",
     "c2": "#0c0c0c",
     "c3": "#0d0d0d",
@@ -46,15 +42,15 @@ _SETTINGS: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": COLOURS["muted"],
-    "axes.labelcolor": COLOURS["muted"],
-    "xtick.color": COLOURS["muted"],
-    "ytick.color": COLOURS["muted"],
-    "xtick.labelcolor": COLOURS["muted"],
-    "ytick.labelcolor": COLOURS["muted"],
-    "text.color": COLOURS["ink"],
+    "axes.edgecolor": COLORS["muted"],
+    "axes.labelcolor": COLORS["muted"],
+    "xtick.color": COLORS["muted"],
+    "ytick.color": COLORS["muted"],
+    "xtick.labelcolor": COLORS["muted"],
+    "ytick.labelcolor": COLORS["muted"],
+    "text.color": COLORS["ink"],
     "axes.linewidth": 0.8,
-    "grid.color": COLOURS["grid"],
+    "grid.color": COLORS["grid"],
     "grid.linewidth": 0.7,
 }
 
@@ -65,7 +61,7 @@ class Series:
 
     number: int | str  # what the page's rows carry as data-trial
     title: str  # shown while the pointer rests on it
-    colour: str = "faint"  # a key of COLOURS
+    color: str = "faint"  # a key of COLORS
     label: str = ""
     points: Sequence[tuple[float, float]] = ()
     hollow: bool = False  # not a full trial
@@ -82,7 +78,7 @@ class Axis:
 
 
 def curves_svg(series: Sequence[Series], name: str = "curves", marks: Sequence[float] = ()) -> str:
-    """Draw losses over training tokens: labelled series in colour on top, all others faint; empty without points.
+    """Draw losses over training tokens: labelled series in color on top, all others faint; empty without points.
 
     ``marks``: token counts at which a dashed line stands.
     """
@@ -100,7 +96,7 @@ def curves_svg(series: Sequence[Series], name: str = "curves", marks: Sequence[f
                 _curve(ax, line, f"{name}{index}")
             _frame_curves(ax, drawn)
             for mark in marks:
-                ax.axvline(mark, color=COLOURS["muted"], lw=0.8, ls=(0, (3, 3)), zorder=0)
+                ax.axvline(mark, color=COLORS["muted"], lw=0.8, ls=(0, (3, 3)), zorder=0)
         if close:
             _zoom(panels[1], close, end)
         _end_labels(panels[-1], [line for line in close or drawn if line.label])
@@ -133,7 +129,7 @@ def scatter_svg(
             if front:
                 _front(ax, drawn)
             if index < len(joined) and len(joined[index]) > 1:
-                ax.plot(*zip(*sorted(joined[index]), strict=True), color=COLOURS["muted"], lw=1, zorder=1)
+                ax.plot(*zip(*sorted(joined[index]), strict=True), color=COLORS["muted"], lw=1, zorder=1)
             ax.set_ylabel(ylabel if index == 0 else "")
             ax.tick_params(labelleft=index == 0)
         every = [line for _, lines in panels for line in lines]
@@ -166,21 +162,21 @@ def _curve(ax: Axes, line: Series, name: str) -> None:
     strong = bool(line.label)
     xs, ys = zip(*line.points, strict=True)
     width, mark = (2.0, 3.0) if strong else (0.9, 1.6)
-    (curve,) = ax.plot(xs, ys, color=COLOURS[line.colour], lw=width, marker="o", ms=mark)
+    (curve,) = ax.plot(xs, ys, color=COLORS[line.color], lw=width, marker="o", ms=mark)
     curve.set_gid(_gid(name, line))
 
 
 def _zoom(ax: Axes, close: Sequence[Series], end: float) -> None:
     """Show the last third of the budget, at the scale of what is labelled: there the order is decided."""
-    told = [line for line in close if line.label] or list(close)
-    losses = [loss for line in told for tokens, loss in line.points if tokens > 0.7 * end]
+    labelled = [line for line in close if line.label] or list(close)
+    losses = [loss for line in labelled for tokens, loss in line.points if tokens > 0.7 * end]
     low, high = min(losses), max(losses)
-    room = 0.08 * (high - low or 1)
+    margin = 0.08 * (high - low or 1)
     if ax.get_xscale() == "log":
         ax.set_xscale("linear")
         _token_ticks(ax)
     ax.set_xlim(0.7 * end, 1.01 * end)
-    ax.set_ylim(low - room, high + room)
+    ax.set_ylim(low - margin, high + margin)
     ax.set_ylabel("")
     ax.set_xlabel("the last third")
 
@@ -193,8 +189,8 @@ def _frame_curves(ax: Axes, drawn: Sequence[Series]) -> None:
     late = [loss for line in drawn for tokens, loss in line.points if tokens >= 0.2 * end]
     late = late or [loss for line in drawn for _, loss in line.points]
     low, high = min(late), max(late)
-    room = 0.06 * (high - low or 1)
-    ax.set_ylim(low - room, high + 3 * room)  # the first steep fall may run out at the top
+    margin = 0.06 * (high - low or 1)
+    ax.set_ylim(low - margin, high + 3 * margin)  # the first steep fall may run out at the top
     ax.grid(visible=True)
     ax.set_axisbelow(True)
     ax.set_xlabel("training tokens")
@@ -214,24 +210,24 @@ def _end_labels(ax: Axes, labelled: Sequence[Series]) -> None:
     """Write each label beside the end of its curve, pushed apart where ends are close."""
     low, high = ax.get_ylim()
     gap = 0.055
-    told = sorted((line for line in labelled if line.points), key=lambda line: line.points[-1][1])
-    wanted = [((line.points[-1][1] - low) / (high - low), line) for line in told]
+    ordered = sorted((line for line in labelled if line.points), key=lambda line: line.points[-1][1])
+    wanted = [((line.points[-1][1] - low) / (high - low), line) for line in ordered]
     places: list[float] = []
     for height, _ in wanted:
         places.append(max(height, places[-1] + gap) if places else max(height, 0.0))
     over = max(0.0, places[-1] - 1.0) if places else 0.0
     for place, (_, line) in zip(places, wanted, strict=True):
         ax.text(
-            1.015, place - over, f"{line.points[-1][1]:.3f}  {line.label}", color=COLOURS[line.colour],
-            transform=ax.transAxes, va="center", weight="bold" if line.colour == "winner" else "normal", fontsize=9.5,
+            1.015, place - over, f"{line.points[-1][1]:.3f}  {line.label}", color=COLORS[line.color],
+            transform=ax.transAxes, va="center", weight="bold" if line.color == "winner" else "normal", fontsize=9.5,
         )  # fmt: skip
 
 
 def _dot(ax: Axes, line: Series, name: str) -> None:
-    (x, y), colour = line.points[-1], COLOURS[line.colour]
+    (x, y), color = line.points[-1], COLORS[line.color]
     strong = bool(line.label)
     (dot,) = ax.plot(
-        [x], [y], marker="o", ls="", ms=9 if strong else 6, mec=colour, mew=1.3, mfc="none" if line.hollow else colour
+        [x], [y], marker="o", ls="", ms=9 if strong else 6, mec=color, mew=1.3, mfc="none" if line.hollow else color
     )
     dot.set_gid(_gid(name, line))
 
@@ -240,7 +236,7 @@ def _frame_scatter(ax: Axes, axis: Axis, drawn: Sequence[Series]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     xs = [line.points[-1][0] for line in drawn]
-    words = human_bytes if axis.in_bytes else human
+    written = human_bytes if axis.in_bytes else human
     if axis.in_bytes and xs and min(xs) > 0:
         ax.set_xscale("log", base=2)
         if max(xs) / min(xs) < 8:
@@ -261,12 +257,12 @@ def _frame_scatter(ax: Axes, axis: Axis, drawn: Sequence[Series]) -> None:
         ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.margins(y=0.12)
     if axis.target:
-        ax.axvline(axis.target, color=COLOURS["muted"], lw=1, ls=(0, (3, 3)), zorder=0)
+        ax.axvline(axis.target, color=COLORS["muted"], lw=1, ls=(0, (3, 3)), zorder=0)
     ax.grid(visible=True)
     ax.set_axisbelow(True)
     ax.tick_params(which="both", length=0)
     ax.set_xlabel(axis.label)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words(value)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: written(value)))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.autoscale_view()
     _point_labels(ax, [line for line in drawn if line.label])
@@ -287,25 +283,16 @@ def _point_labels(ax: Axes, labelled: Sequence[Series]) -> None:
             above = place
             ax.annotate(
                 line.label, line.points[-1], (-8 if inner else 8, (place - y) * inches), textcoords="offset points",
-                va="center", ha="right" if inner else "left", color=COLOURS[line.colour], fontsize=9,
+                va="center", ha="right" if inner else "left", color=COLORS[line.color], fontsize=9,
             )  # fmt: skip
 
 
 def _front(ax: Axes, drawn: Sequence[Series]) -> None:
     """Join the points that no other beats in both figures, as a staircase."""
-    best = pareto([line.points[-1] for line in drawn if not line.hollow])
+    best = staircase([line.points[-1] for line in drawn if not line.hollow])
     if len(best) > 1:
         xs, ys = zip(*best, strict=True)
-        ax.step(xs, ys, where="post", color=COLOURS["muted"], lw=1, zorder=1)
-
-
-def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points that no other point beats or equals in both coordinates (less is better), from left."""
-    front: list[tuple[float, float]] = []
-    for x, y in sorted(points):
-        if not front or y < front[-1][1]:
-            front.append((x, y))
-    return front
+        ax.step(xs, ys, where="post", color=COLORS["muted"], lw=1, zorder=1)
 
 
 def _gid(name: str, line: Series) -> str:
@@ -313,7 +300,7 @@ def _gid(name: str, line: Series) -> str:
 
 
 def _svg(figure: Figure, name: str, series: Iterable[Series]) -> str:
-    """Return the figure as an SVG element: unique ids, CSS colours, titles on hover, no size of its own."""
+    """Return the figure as an SVG element: unique ids, CSS colors, titles on hover, no size of its own."""
     text = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(text, format="svg", transparent=True, metadata=nothing)
@@ -325,8 +312,8 @@ def _svg(figure: Figure, name: str, series: Iterable[Series]) -> str:
     inside = re.sub(r'\bid="', f'id="{name}-', inside)
     inside = re.sub(r'(url\(#|href="#)', rf"\1{name}-", inside).replace("xlink:href", "href")
     inside = re.sub(r"font-family: [^;\"]*", "font-family: inherit", inside)
-    for variable, colour in COLOURS.items():
-        inside = inside.replace(colour, f"var(--{variable})")
+    for variable, color in COLORS.items():
+        inside = inside.replace(color, f"var(--{variable})")
     return f'<svg class="plot" role="img" viewBox="{box[1] if box else "0 0 1 1"}">{inside}'.strip()
 
 

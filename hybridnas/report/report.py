@@ -1,4 +1,4 @@
-"""The report of a study: one ``report.html`` that opens from disk, needs no network, and says how it was made.
+"""The report of a study: one self-contained ``report.html`` that opens from disk and needs no network.
 
 Its sections are those of sections.py.
 """
@@ -11,13 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hybridnas.analysis.confirmation import confirmed_scores, confirmed_winner, paired, trained_objective
+from hybridnas.analysis.ranking import Row, preset_loss, preset_record, rows, winner
 from hybridnas.errors import HybridNASError
 from hybridnas.report import leaderboard as board
 from hybridnas.report.html import cell, difference, markup, render
-from hybridnas.report.leaderboard import Row
-from hybridnas.report.sections import Story, colour_of, tell
-from hybridnas.search.confirm import confirmed_winner, paired, trained_name, turned
-from hybridnas.search.reference import read_rival
+from hybridnas.report.sections import ReportInput, color_of, sections
 from hybridnas.study.objectives import objectives_of
 from hybridnas.study.records import (
     COMPLETE,
@@ -31,6 +30,7 @@ from hybridnas.study.records import (
     trained_tokens,
     trial_folder,
 )
+from hybridnas.study.reference import read_reference_study
 from hybridnas.units import human, human_bytes
 
 REPORT = "report.html"
@@ -49,65 +49,67 @@ def write_report(study_folder: Path | str, records: Iterable[TrialRecord], meta:
 
 def render_report(study_folder: Path | str, records: Sequence[TrialRecord], meta: StudyMeta) -> str:
     """Return the report as one HTML text; the same input gives the same text."""
-    rows = board.rows(records)
-    best = board.winner(records)
+    given = ReportInput(records, meta, read_reference_study(Path(study_folder)))
+    lines, best = rows(records, meta.reference), given.best
     drawing, missing = _drawing(Path(study_folder), best)
     return render(
         "report.html.j2",
         title=f"hybridnas: {meta.name}",
         meta=meta,
         best=best,
-        headline=headline(records),
+        headline=headline(records, meta.reference),
         searched=_searched(records, meta),
         confirmation=_confirmation(records),
         notes=_notes(records, meta),
         cards=_cards(records, meta),
         drawing=drawing,
         drawing_missing=missing,
-        table=_table(rows[:TABLE_LIMIT], best),
-        footnotes=[note for note in board.footnotes(rows, len(rows) - TABLE_LIMIT) if "per active" not in note],
-        sections=tell(Story(records, meta, read_rival(Path(study_folder)))),
+        table=_table(lines[:TABLE_LIMIT], given),
+        footnotes=[note for note in board.footnotes(lines, len(lines) - TABLE_LIMIT) if "per active" not in note],
+        sections=sections(given),
         failures=_failures(records),
         commands=_commands(records, meta),
         facts=_facts(records, meta),
     )
 
 
-def headline(records: Sequence[TrialRecord]) -> str:
-    """Return the study's answer to "better than the paper's?" in one sentence."""
-    best = board.winner(records)
+def headline(records: Sequence[TrialRecord], reference: str | None) -> str:
+    """State in one sentence what is best, and by how much it is better than the reference preset."""
+    best = winner(records)
     if best is None or best.valid_loss is None:
         over = [record for record in records if record.state in (FAIL, INFEASIBLE)]
-        words = "1 trial" if len(over) == 1 else f"{len(over)} trials"
-        return f"Nothing has completed: {words} failed" if over else "No trial has completed yet"
-    if trained_name(best) == "accuracy" and next(iter(objectives_of(best)), "") == "accuracy":
+        count = "1 trial" if len(over) == 1 else f"{len(over)} trials"
+        return f"Nothing has completed: {count} failed" if over else "No trial has completed yet"
+    if trained_objective(best) == "accuracy" and next(iter(objectives_of(best)), "") == "accuracy":
         return f"{best.name} is best, with accuracy {best.accuracy:.4f}"
-    paper = board.baseline(records, "moe_mamba")
-    if confirmed_winner(records) is not None and paper is not None and paper.confirmed:
-        return _confirmed_headline(best, paper)
-    if paper is None or paper.valid_loss is None:
-        return f"Best so far: {best.name} at {best.valid_loss:.4f} nats per token (moe_mamba has not completed)"
-    if paper.number == best.number:
+    if reference is None:
+        return f"{best.name} is best, at {best.valid_loss:.4f} nats per token"
+    compared = preset_record(records, reference)
+    if confirmed_winner(records) is not None and compared is not None and compared.confirmed:
+        return _confirmed_headline(best, compared, reference)
+    if compared is None or compared.valid_loss is None:
+        return f"Best so far: {best.name} at {best.valid_loss:.4f} nats per token ({reference} has not completed)"
+    if compared.number == best.number:
         others = sum(record.state == COMPLETE for record in records) - 1
         ahead = "the other architecture" if others == 1 else f"all {others} other architectures"
-        return f"moe_mamba stays ahead of {ahead}" if others else "Only moe_mamba has completed"
-    gap = paper.valid_loss - best.valid_loss
+        return f"{reference} stays ahead of {ahead}" if others else f"Only {reference} has completed"
+    gap = compared.valid_loss - best.valid_loss
     if gap < 5e-5:
-        return f"{best.name} and moe_mamba end at the same loss"
-    return f"{best.name} beats moe_mamba by {gap:.4f} nats per token"
+        return f"{best.name} and {reference} end at the same loss"
+    return f"{best.name} beats {reference} by {gap:.4f} nats per token"
 
 
-def _confirmed_headline(best: TrialRecord, paper: TrialRecord) -> str:
-    if best.number == paper.number:
-        return f"moe_mamba stays ahead over {len(best.confirmed)} fresh seeds"
-    gap = paired(turned(best), turned(paper))
+def _confirmed_headline(best: TrialRecord, compared: TrialRecord, reference: str) -> str:
+    if best.number == compared.number:
+        return f"{reference} stays ahead over {len(best.confirmed)} fresh seeds"
+    gap = paired(confirmed_scores(best), confirmed_scores(compared))
     if not gap.clear:
-        return f"{best.name} is best on average, but its lead over moe_mamba is inside the noise"
-    return f"{best.name} beats moe_mamba by {-gap.mean:.4f} ± {gap.half:.4f} nats per token over {gap.n} fresh seeds"
+        return f"{best.name} is best on average, but its lead over {reference} is inside the noise"
+    return f"{best.name} beats {reference} by {-gap.mean:.4f} ± {gap.half:.4f} nats per token over {gap.n} fresh seeds"
 
 
 def _searched(records: Sequence[TrialRecord], meta: StudyMeta) -> str:
-    best = board.winner(records)
+    best = winner(records)
     parts = [f"{len(records)} candidates"]
     if meta.active_params:
         parts[0] += f", each matched to {human(meta.active_params)} active parameters"
@@ -122,8 +124,8 @@ def _searched(records: Sequence[TrialRecord], meta: StudyMeta) -> str:
 
 
 def _confirmation(records: Sequence[TrialRecord]) -> tuple[str, str]:
-    """Return what the pill beside the headline says of the winner, and its tone."""
-    best = board.winner(records)
+    """Return the label beside the headline, whether the winner is confirmed, and its CSS class."""
+    best = winner(records)
     if best is None:
         return "", ""
     if confirmed_winner(records) is None:
@@ -133,27 +135,24 @@ def _confirmation(records: Sequence[TrialRecord]) -> tuple[str, str]:
 
 def _notes(records: Sequence[TrialRecord], meta: StudyMeta) -> list[str]:
     notes = list(meta.notes)
-    if board.winner(records) is None:
+    if winner(records) is None:
         return notes
-    for name in board.BASELINES:
-        tried = [record for record in records if record.preset == name]
-        if tried and board.baseline(records, name) is None:
-            why = f": {tried[0].reason}" if tried[0].reason else ""
-            notes.append(f"{name} is {tried[0].state.lower()}{why}; so no difference to it is stated.")
+    tried = [record for record in records if meta.reference is not None and record.preset == meta.reference]
+    if tried and preset_record(records, meta.reference) is None:
+        why = f": {tried[0].reason}" if tried[0].reason else ""
+        notes.append(f"{meta.reference} is {tried[0].state.lower()}{why}; so no difference to it is stated.")
     return notes
 
 
 def _cards(records: Sequence[TrialRecord], meta: StudyMeta) -> list[dict[str, str]]:
-    best = board.winner(records)
+    best = winner(records)
     cards = []
     if best is not None and best.valid_loss is not None:
         cards.append(_card(f"{best.valid_loss:.4f}", f"lowest validation loss, trial {best.number}"))
-        for name in board.BASELINES:
-            mark = board.baseline_loss(records, name)
-            if mark is not None:
-                gap = best.valid_loss - mark
-                tone = "good" if gap < -5e-5 else ""
-                cards.append(_card(difference(gap), f"to {name} ({mark:.4f})", tone))
+        mark = preset_loss(records, meta.reference)
+        if mark is not None:
+            gap = best.valid_loss - mark
+            cards.append(_card(difference(gap), f"to {meta.reference} ({mark:.4f})", _tone(gap)))
         active = best.cost.get("active_params")
         if active and best.tokens:
             cards.append(
@@ -161,18 +160,18 @@ def _cards(records: Sequence[TrialRecord], meta: StudyMeta) -> list[dict[str, st
             )
         cards.append(_card(human(active), f"active of {human(best.cost.get('params'))} parameters"))
     counts = Counter(record.state for record in records)
-    words = ", ".join(
+    others = ", ".join(
         f"{counts[state]} {state.lower()}" for state in (PRUNED, FAIL, INFEASIBLE, DUPLICATE) if counts[state]
     )
     asked = f" of {meta.n_trials}" if meta.n_trials else ""
     cards.append(
-        _card(f"{len(records)}{asked}", f"trials: {counts[COMPLETE]} complete" + (f", {words}" if words else ""))
+        _card(f"{len(records)}{asked}", f"trials: {counts[COMPLETE]} complete" + (f", {others}" if others else ""))
     )
     return cards
 
 
-def _card(value: str, words: str, tone: str = "") -> dict[str, str]:
-    return {"value": value, "words": words, "tone": tone}
+def _card(value: str, label: str, tone: str = "") -> dict[str, str]:
+    return {"value": value, "label": label, "tone": tone}
 
 
 def _drawing(study_folder: Path, best: TrialRecord | None) -> tuple[Any, str]:
@@ -193,41 +192,45 @@ def _drawing(study_folder: Path, best: TrialRecord | None) -> tuple[Any, str]:
         return "", f"It is not drawn: {error}"
 
 
-def _table(rows: Sequence[Row], best: TrialRecord | None) -> dict[str, Any]:
+def _table(lines: Sequence[Row], given: ReportInput) -> dict[str, Any]:
+    reference = given.meta.reference
     names = [
         ("#", "rank among completed trials"), ("trial", ""), ("architecture", ""), ("params", "without embeddings"),
         ("active", "parameters used for one token"), ("state", "bytes one sequence carries"),
-        ("FLOPs", "forward, per token"), ("loss", "nats per token"), ("vs moe_mamba", "negative is better"),
-        ("vs mamba", "negative is better"), ("accuracy", "of the next token"), ("tokens/s", "while training"), ("", ""),
+        ("FLOPs", "forward, per token"), ("loss", "nats per token"),
+        *([(f"vs {reference}", "negative is better")] if reference is not None else []),
+        ("accuracy", "of the next token"), ("tokens/s", "while training"), ("", ""),
     ]  # fmt: skip
-    columns = [{"name": name, "help": words, "text": name in ("architecture", "")} for name, words in names]
-    return {"columns": columns, "rows": [_table_row(row, best) for row in rows if row.record.state != INFEASIBLE]}
+    columns = [{"name": name, "help": meaning, "text": name in ("architecture", "")} for name, meaning in names]
+    shown = [_table_row(row, given) for row in lines if row.record.state != INFEASIBLE]
+    return {"columns": columns, "rows": shown}
 
 
-def _table_row(row: Row, best: TrialRecord | None) -> dict[str, Any]:
+def _table_row(row: Row, given: ReportInput) -> dict[str, Any]:
+    reference = given.meta.reference
     record, cost = row.record, row.record.cost
-    words = board.human_cells(row)
-    colour = colour_of(record, best)
+    texts = board.human_cells(row, reference)
+    color = color_of(record, given)
     named = {
         "strong": record.preset or "",
         "text": record.pattern,
         "sort": record.name,
         "style": "arch text",
-        "dot": colour if colour != "faint" else "",
+        "dot": color if color != "faint" else "",
     }
     state = record.state.lower() + (f" of {record.duplicate_of}" if record.duplicate_of is not None else "")
     cells = [
-        cell(words["#"], row.rank),
-        cell(words["trial"], record.number),
+        cell(texts["#"], row.rank),
+        cell(texts["trial"], record.number),
         named,
-        cell(words["params"], cost.get("params")),
-        cell(words["active"], cost.get("active_params")),
+        cell(texts["params"], cost.get("params")),
+        cell(texts["active"], cost.get("active_params")),
         cell(human_bytes(cost.get("state_bytes")), cost.get("state_bytes")),
-        cell(words["FLOPs"], cost.get("flops_per_token")),
-        cell(words["loss"], row.loss),
-        *(cell(difference(row.vs[name]), row.vs[name], _tone(row.vs[name])) for name in board.BASELINES),
-        cell(words["acc"], record.accuracy),
-        cell(words["tok/s"], record.tokens_per_second),
+        cell(texts["FLOPs"], cost.get("flops_per_token")),
+        cell(texts["loss"], row.loss),
+        *([cell(difference(row.gap), row.gap, _tone(row.gap))] if reference is not None else []),
+        cell(texts["acc"], record.accuracy),
+        cell(texts["tok/s"], record.tokens_per_second),
         cell(state, state, "text"),
     ]
     style = "first" if row.rank == 1 else "" if row.rank else "dim"
@@ -256,7 +259,7 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def _commands(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str, str]]:
-    study, best = f"study={meta.name}", board.winner(records)
+    study, best = f"study={meta.name}", winner(records)
     found = [("search on, or start over in an empty folder", meta.command)] if meta.command else []
     if best is not None:
         found += [
@@ -264,9 +267,11 @@ def _commands(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str
              f"python -m hybridnas.replay {study} trial={best.number}"),
             *_more_certain(records, meta),
             ("write any trial's model as a folder", f"python -m hybridnas.export {study} trial={best.number} out=DIR"),
-            ("let the winner write", f"python -m hybridnas.generate model={meta.path}/best prompt='def '"),
-            ("tokens to reach mamba's final loss", f"python -m hybridnas.compare {study} baseline=mamba"),
+            ("generate text with the winner", f"python -m hybridnas.generate model={meta.path}/best prompt='def '"),
         ]  # fmt: skip
+        if preset_record(records, meta.reference) is not None:
+            command = f"python -m hybridnas.compare {study} baseline={meta.reference}"
+            found.append((f"tokens to reach {meta.reference}'s final loss", command))
     found.append(("browse the runs in MLflow", f"mlflow ui --backend-store-uri sqlite:///{meta.path}/mlflow.db"))
     return found
 
@@ -274,8 +279,8 @@ def _commands(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str
 def _more_certain(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str, str]]:
     if confirmed_winner(records) is not None or not meta.command:
         return []
-    words = "train the best again with fresh seeds, against a random search of equal cost"
-    return [(words, f"{meta.command} confirm=on against=random")]
+    purpose = "train the best again with fresh seeds, against a random search of equal cost"
+    return [(purpose, f"{meta.command} confirm=on against=random")]
 
 
 def _facts(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str, str]]:

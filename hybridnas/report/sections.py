@@ -1,6 +1,6 @@
 """The report's sections: a title, a sentence, a plot and perhaps a table, each made from a study's records alone.
 
-A new section is a function in ``SECTIONS``; one that has nothing to say returns None.
+A new section is a function in ``SECTIONS``; it returns None where the records hold too little for it.
 """
 
 from __future__ import annotations
@@ -8,35 +8,50 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from hybridnas.analysis import effects as insight
-from hybridnas.analysis import rung_correlation as fidelity
-from hybridnas.report import leaderboard as board
-from hybridnas.report.charts import bars_svg, effects_svg, falls_svg
+from hybridnas.analysis import effects, rung_correlation
+from hybridnas.analysis.confirmation import LEVEL, Paired, confirmed_scores, paired, summaries, trained_objective
+from hybridnas.analysis.curves import best_so_far
+from hybridnas.analysis.ranking import front, last_loss, preset_record, winner
+from hybridnas.report.charts import bars_svg, effects_svg, steps_svg
 from hybridnas.report.html import cell, difference, markup, short
-from hybridnas.report.plots import COLOURS, Axis, Series, curves_svg, scatter_svg
-from hybridnas.search import confirm
-from hybridnas.search.reference import Rival, progress
-from hybridnas.study.objectives import OBJECTIVES, eligible, front, objectives_of
+from hybridnas.report.plots import Axis, Series, curves_svg, scatter_svg
+from hybridnas.study.objectives import OBJECTIVES, eligible, objectives_of
 from hybridnas.study.records import COMPLETE, PRUNED, StudyMeta, TrialRecord, trained_tokens
+from hybridnas.study.reference import ReferenceStudy
 from hybridnas.units import human, human_bytes
 
-UNITS = {"val_loss": "nats/token", "accuracy": "accuracy, turned"}
+PRESET_COLORS = ("c3", "c4", "c6", "c5", "c7", "c8")  # beside the reference's, in the order of the trials
+UNITS = {"val_loss": "nats/token", "accuracy": "negative accuracy"}
 
 
 @dataclass(frozen=True)
-class Story:
+class ReportInput:
     """What a report is made from."""
 
     records: Sequence[TrialRecord]
     meta: StudyMeta
-    rival: Rival | None = None
+    reference_study: ReferenceStudy | None = None
+
+    @cached_property
+    def best(self) -> TrialRecord | None:
+        """The winner so far."""
+        return winner(self.records)
+
+    @cached_property
+    def colors(self) -> dict[str, str]:
+        """Preset -> CSS variable of its color; the reference's is always the same."""
+        presets = dict.fromkeys(record.preset for record in self.records if record.preset)
+        others = [name for name in presets if name != self.meta.reference]
+        found = dict(zip(others, PRESET_COLORS, strict=False))
+        return {**found, self.meta.reference: "c1"} if self.meta.reference is not None else found
 
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the report: its words, a plot or none, a table or none."""
+    """One part of the report: its sentences, a plot or none, a table or none."""
 
     title: str
     intro: str
@@ -46,29 +61,29 @@ class Section:
     notes: Sequence[str] = field(default_factory=tuple)
 
 
-def colour_of(record: TrialRecord, best: TrialRecord | None) -> str:
-    if best is not None and record.number == best.number:
+def color_of(record: TrialRecord, given: ReportInput) -> str:
+    """Return the CSS variable of a trial's color: the winner, each preset, and all others have one."""
+    if given.best is not None and record.number == given.best.number:
         return "winner"
-    return record.preset if record.preset in COLOURS else "faint"
+    return given.colors.get(record.preset or "", "faint")
 
 
-def _label(record: TrialRecord, best: TrialRecord | None) -> str:
-    if best is not None and record.number == best.number:
+def _label(record: TrialRecord, given: ReportInput) -> str:
+    if given.best is not None and record.number == given.best.number:
         return f"best: {short(record.name, 15)}"
     return record.preset if record.preset and record.state == COMPLETE else ""
 
 
 def _title(record: TrialRecord) -> str:
-    loss = board.last_loss(record)
+    loss = last_loss(record)
     return f"trial {record.number} {record.name}" + ("" if loss is None else f", loss {loss:.4f}")
 
 
-def _series(records: Sequence[TrialRecord], figure: str | None) -> list[Series]:
+def _series(given: ReportInput, records: Sequence[TrialRecord], figure: str | None) -> list[Series]:
     """Return every trained trial as a curve, or as one point: a figure of its cost against its last loss."""
-    best = board.winner(records)
     found = []
     for record in records:
-        loss = board.last_loss(record)
+        loss = last_loss(record)
         if record.state not in (COMPLETE, PRUNED) or loss is None:
             continue
         points = record.points()
@@ -76,30 +91,29 @@ def _series(records: Sequence[TrialRecord], figure: str | None) -> list[Series]:
             value = record.cost.get(figure)
             points = [] if value is None else [(float(value), loss)]
         hollow = record.state == PRUNED
-        found.append(
-            Series(record.number, _title(record), colour_of(record, best), _label(record, best), points, hollow)
-        )
+        color, label = color_of(record, given), _label(record, given)
+        found.append(Series(record.number, _title(record), color, label, points, hollow))
     return found
 
 
-def _confirmed(story: Story) -> Section | None:
-    """Fresh seeds: each mean with its error, and in pairs against the yardsticks."""
-    found = confirm.summaries(story.records)
+def _confirmed(given: ReportInput) -> Section | None:
+    """Fresh seeds: each mean with its error, and paired differences to the reference preset and reference study."""
+    found = summaries(given.records)
     if not found:
         return None
-    best = board.winner(story.records)
-    yardsticks = [(name, record) for name in board.BASELINES if (record := board.baseline(story.records, name))]
-    against: list[tuple[str, Mapping[str, float | None]]] = [
-        (name, confirm.turned(record)) for name, record in yardsticks if record.confirmed
-    ]
-    if story.rival is not None and story.rival.confirmed:
-        theirs = {**story.rival.record.to_dict(), "confirmed": dict(story.rival.confirmed)}
-        against.append((story.rival.name, confirm.turned(TrialRecord.from_dict(theirs))))
+    best = given.best
+    against: list[tuple[str, Mapping[str, float | None]]] = []
+    compared = preset_record(given.records, given.meta.reference)
+    if compared is not None and compared.confirmed:
+        against.append((str(given.meta.reference), confirmed_scores(compared)))
+    if given.reference_study is not None and given.reference_study.confirmed:
+        theirs = {**given.reference_study.record.to_dict(), "confirmed": dict(given.reference_study.confirmed)}
+        against.append((given.reference_study.name, confirmed_scores(TrialRecord.from_dict(theirs))))
     columns = [("architecture", True), ("seeds", False), ("mean", False), ("standard error", False)]
     columns += [(f"vs {name}", False) for name, _ in against]
     rows = []
     for one in found:
-        gaps = [confirm.paired(confirm.turned(one.record), values) for _, values in against]
+        gaps = [paired(confirmed_scores(one.record), values) for _, values in against]
         value = "a seed failed" if one.value is None else f"{one.value:.4f}"
         cells = [
             {**cell(one.record.pattern, one.record.name, "arch text"), "strong": one.record.preset or ""},
@@ -113,7 +127,7 @@ def _confirmed(story: Story) -> Section | None:
     notes = []
     if best is not None and best.confirmed:
         notes = [
-            _sentence(confirm.paired(confirm.turned(best), values).words(best.name, name, _unit(best)))
+            _sentence(paired(confirmed_scores(best), values).sentence(best.name, name, _unit(best)))
             for name, values in against
             if name != best.preset
         ]
@@ -123,15 +137,15 @@ def _confirmed(story: Story) -> Section | None:
         f"search's own seed is left out: its results chose who stands here. Pairs share seed and order of the data."
     )
     table = {"columns": [{"name": name, "help": "", "text": text} for name, text in columns], "rows": rows}
-    caption = f"± is half the {confirm.LEVEL:.0%} interval of the paired difference; grey: inside the noise."
+    caption = f"± is half the {LEVEL:.0%} interval of the paired difference; grey: inside the noise."
     return Section("Confirmation", intro, caption=caption, table=table, notes=notes)
 
 
-def _sentence(words: str) -> str:
-    return f"{words[0].upper()}{words[1:]}."
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
-def _pair_cell(gap: confirm.Paired) -> dict[str, Any]:
+def _pair_cell(gap: Paired) -> dict[str, Any]:
     if gap.half is None or (gap.mean == 0 and gap.half == 0):
         return cell("", None)
     style = "good" if gap.clear and gap.mean < 0 else "bad" if gap.clear else "quiet"
@@ -139,32 +153,31 @@ def _pair_cell(gap: confirm.Paired) -> dict[str, Any]:
 
 
 def _unit(record: TrialRecord) -> str:
-    return "nats per token" if confirm.trained_name(record) == "val_loss" else "of accuracy"
+    return "nats per token" if trained_objective(record) == "val_loss" else "of accuracy"
 
 
-def _pareto(story: Story) -> Section | None:
+def _pareto(given: ReportInput) -> Section | None:
     """Several objectives: every pair with the first, and who is on the front."""
-    best = front(story.records)
+    best = front(given.records)
     names = list(objectives_of(best[0])) if best else []
     if len(names) < 2:
         return None
-    done = [record for record in story.records if eligible(record) and len(objectives_of(record)) == len(names)]
+    done = [record for record in given.records if eligible(record) and len(objectives_of(record)) == len(names)]
     on = {record.number for record in best}
     panels = []
     for name in names[1:]:
         series = []
         for record in done:
             values = objectives_of(record)
-            label = _label(record, board.winner(story.records))
-            colour = colour_of(record, board.winner(story.records))
-            if record.number in on and colour == "faint":
-                colour, label = "c5", label or short(record.name, 14)
-            series.append(Series(record.number, _title(record), colour, label, [(values[name], values[names[0]])]))
-        axis = Axis(_words(name, story), log=name in ("params", "flops_per_token"), in_bytes=name == "state_bytes")
+            color, label = color_of(record, given), _label(record, given)
+            if record.number in on and color == "faint":
+                color, label = "c5", label or short(record.name, 14)
+            series.append(Series(record.number, _title(record), color, label, [(values[name], values[names[0]])]))
+        axis = Axis(_axis_label(name, given), log=name in ("params", "flops_per_token"), in_bytes=name == "state_bytes")
         panels.append((axis, series))
     lines = [[(objectives_of(r)[name], objectives_of(r)[names[0]]) for r in best] for name in names[1:]]
     svg = scatter_svg(panels, "pareto", ylabel=OBJECTIVES[names[0]].words, joined=lines)
-    columns = [("trial", False), ("architecture", True), *((_words(name, story), False) for name in names)]
+    columns = [("trial", False), ("architecture", True), *((_axis_label(name, given), False) for name in names)]
     rows = [
         {
             "trial": record.number,
@@ -187,8 +200,8 @@ def _pareto(story: Story) -> Section | None:
     return Section("Pareto front", intro, markup(svg), "The line joins the front.", table, notes)
 
 
-def _words(name: str, story: Story) -> str:
-    length = story.meta.state_length or story.meta.seq_len
+def _axis_label(name: str, given: ReportInput) -> str:
+    length = given.meta.state_length or given.meta.seq_len
     return OBJECTIVES[name].words + (f" of {length:,} tokens" if name == "state_bytes" and length else "")
 
 
@@ -200,9 +213,9 @@ def _figure(name: str, value: float) -> str:
     )
 
 
-def _curves(story: Story) -> Section | None:
-    rungs = _rungs(story.records)
-    svg = curves_svg(_series(story.records, None), marks=rungs[:-1])
+def _curves(given: ReportInput) -> Section | None:
+    rungs = _rungs(given.records)
+    svg = curves_svg(_series(given, given.records, None), marks=rungs[:-1])
     intro = "All trials read the same data in the same order; a curve that ends early was stopped at a rung."
     caption = "Rest the pointer on a row of the leaderboard to find its curve." + (
         " Dashed: the rungs." if len(rungs) > 1 else ""
@@ -214,13 +227,13 @@ def _rungs(records: Sequence[TrialRecord]) -> list[int]:
     return sorted({int(tokens) for record in records for tokens, _ in record.rungs})
 
 
-def _rung_table(story: Story) -> Section | None:
+def _rung_table(given: ReportInput) -> Section | None:
     """How many reached each rung, and whether its order is that of the end."""
-    rungs = _rungs(story.records)
-    trained = [record for record in story.records if record.state in (COMPLETE, PRUNED)]
+    rungs = _rungs(given.records)
+    trained = [record for record in given.records if record.state in (COMPLETE, PRUNED)]
     if len(rungs) < 2:
         return None
-    known = {one.tokens: one for one in fidelity.study_agreements(story.records)}
+    known = {one.tokens: one for one in rung_correlation.study_agreements(given.records)}
     rows = []
     for rung in rungs:
         there = [loss for record in trained for tokens, loss in record.rungs if int(tokens) == rung]
@@ -239,104 +252,104 @@ def _rung_table(story: Story) -> Section | None:
     table = {"columns": [{"name": name, "help": "", "text": False} for name in names], "rows": rows}
     resumed = [record for record in trained if len(record.legs) > 1]
     pruned = sum(record.state == PRUNED for record in trained)
-    notes = [f"Rank correlations are {fidelity.words(list(known.values()), pruned)}."] if known else []
+    notes = [f"Rank correlations are {rung_correlation.caveat(list(known.values()), pruned)}."] if known else []
     if resumed:
         saved = sum(sum(tokens for _, tokens in list(record.legs)[:-1]) for record in resumed)
-        words = "1 candidate was" if len(resumed) == 1 else f"{len(resumed)} candidates were"
+        count = "1 candidate was" if len(resumed) == 1 else f"{len(resumed)} candidates were"
         notes.append(
-            f"{words} paused at a rung and taken up from the checkpoint when better than later arrivals; starting each "
-            f"anew would have cost {human(saved)} tokens more than the {human(trained_tokens(story.records))} trained."
+            f"{count} paused at a rung and taken up from the checkpoint when better than later arrivals; starting each "
+            f"anew would have cost {human(saved)} tokens more than the {human(trained_tokens(given.records))} trained."
         )
     intro = "Does the cheap signal predict the expensive one: the order at each rung beside the order at the end."
     return Section("Rungs", intro, table=table, notes=notes)
 
 
-def _parameters(story: Story) -> Section | None:
-    meta = story.meta
+def _parameters(given: ReportInput) -> Section | None:
+    meta = given.meta
     active = Axis("active parameters", target=meta.active_params)
     total = Axis("parameters in all, without embeddings", log=True)
-    complete = [record for record in story.records if record.state == COMPLETE]
+    complete = [record for record in given.records if record.state == COMPLETE]
     svg = scatter_svg(
-        [(active, _series(complete, "active_params")), (total, _series(complete, "params"))], "parameters"
+        [(active, _series(given, complete, "active_params")), (total, _series(given, complete, "params"))], "parameters"
     )
     intro = "Active parameters are matched, so the left panel should be a narrow column: what differs is architecture."
     caption = "Completed trials. Dashed: the target that every candidate was matched to." if meta.active_params else ""
     return Section("Loss against parameters", intro, markup(svg), caption) if svg else None
 
 
-def _state(story: Story) -> Section | None:
-    complete = [record for record in story.records if record.state == COMPLETE]
-    length = f" at {story.meta.seq_len} tokens" if story.meta.seq_len else ""
+def _state(given: ReportInput) -> Section | None:
+    complete = [record for record in given.records if record.state == COMPLETE]
+    length = f" at {given.meta.seq_len} tokens" if given.meta.seq_len else ""
     axis = Axis(f"state of one sequence{length}", log=True, in_bytes=True)
-    svg = scatter_svg([(axis, _series(complete, "state_bytes"))], "state", front=True)
+    svg = scatter_svg([(axis, _series(given, complete, "state_bytes"))], "state", front=True)
     intro = "What a model must remember while it generates: keys and values of attention, states of Mamba."
     caption = "The line joins the trials that none beats in both loss and state."
     return Section("Loss against state", intro, markup(svg), caption) if svg else None
 
 
-def _effects(story: Story) -> Section | None:
-    first, scores = insight.first_scores(story.records)
-    if len(scores) < insight.LEAST:
+def _effects(given: ReportInput) -> Section | None:
+    first, scores = effects.first_scores(given.records)
+    if len(scores) < effects.LEAST:
         return None
-    positions = insight.position_effects(story.records, scores)
-    svg = effects_svg(positions, insight.letter_effects(story.records, scores), _score_unit(story))
+    positions = effects.position_effects(given.records, scores)
+    svg = effects_svg(positions, effects.letter_effects(given.records, scores), _score_unit(given))
     intro = (
         f"What each letter contributed, over the {len(scores)} architectures that were scored after {human(first)} "
         f"tokens: against all other letters at its position, and for each further sub-layer of it."
     )
     caption = (
-        f"Bars: {confirm.LEVEL:.0%} intervals, not corrected for their number; hollow: zero is inside. Effects are "
+        f"Bars: {LEVEL:.0%} intervals, not corrected for their number; hollow: zero is inside. Effects are "
         f"marginal, and a sampler draws more of what it likes: a hint for the next space, no proof."
     )
     return Section("What letters and positions contributed", intro, markup(svg), caption) if svg else None
 
 
-def _score_unit(story: Story) -> str:
-    best = board.winner(story.records)
-    return UNITS[confirm.trained_name(best)] if best else UNITS["val_loss"]
+def _score_unit(given: ReportInput) -> str:
+    best = given.best
+    return UNITS[trained_objective(best)] if best else UNITS["val_loss"]
 
 
-def _importance(story: Story) -> Section | None:
-    first, scores = insight.first_scores(story.records)
-    svg = bars_svg(insight.importances(story.records, scores))
+def _importance(given: ReportInput) -> Section | None:
+    first, scores = effects.first_scores(given.records)
+    svg = bars_svg(effects.importances(given.records, scores))
     intro = f"Which choices of the space tell the best tenth from all others after {human(first)} tokens (PED-ANOVA)."
     return Section("Importance of the choices", intro, markup(svg), "Shares of one.") if svg else None
 
 
-def _fall(story: Story) -> Section | None:
-    ours = progress(story.records)
+def _progress(given: ReportInput) -> Section | None:
+    ours = best_so_far(given.records)
     if not ours:
         return None
-    turned = any(next(iter(record.objectives), "val_loss") == "accuracy" for record in story.records)
-    series = [Series("ours", story.meta.name, "winner", _fall_label(ours, story.meta.sampler or "ours", turned), ours)]
-    intro = "How the best that was drawn and fully trained fell with the tokens trained, both without the presets."
-    if story.rival is not None and story.rival.steps:
-        theirs = [(float(tokens), float(value)) for tokens, value in story.rival.steps]
-        name = story.rival.study
-        series.append(Series("rival", name, "c8", _fall_label(theirs, name, turned), theirs))
+    sign = -1 if any(next(iter(record.objectives), "val_loss") == "accuracy" for record in given.records) else 1
+    label = _progress_label(ours, given.meta.sampler or "this study", sign)
+    series = [Series("this", given.meta.name, "winner", label, ours)]
+    intro = "Best score so far of the candidates that the search drew and trained to the end, presets left out."
+    if given.reference_study is not None and given.reference_study.steps:
+        theirs = [(float(tokens), float(value)) for tokens, value in given.reference_study.steps]
+        name = given.reference_study.study
+        series.append(Series("reference", name, "c8", _progress_label(theirs, name, sign), theirs))
         ahead = next((tokens for tokens, value in ours if value <= theirs[-1][1]), math.inf)
         if math.isfinite(ahead):
-            intro += f" Ours was as good as the best of {name} after {human(ahead)}; that one needed "
+            intro += f" This study was as good as the best of {name} after {human(ahead)}; that one needed "
             intro += f"{human(theirs[-1][0])}."
         else:
-            intro += f" {name} found a better one than ours after {human(theirs[-1][0])} (one seed each)."
+            intro += f" {name} found a better one than this study after {human(theirs[-1][0])} (one seed each)."
     else:
         intro += " against=random adds a random search of the same cost."
-    unit = "accuracy, turned" if turned else "best validation loss [nats/token]"
-    return Section("The best drawn over the cost of the search", intro, markup(falls_svg(series, unit)), "")
+    unit = "negative accuracy" if sign < 0 else "best validation loss [nats/token]"
+    return Section("Best loss over training tokens", intro, markup(steps_svg(series, unit)), "")
 
 
-def _fall_label(points: Sequence[tuple[float, float]], name: str, turned: bool) -> str:
-    value = -points[-1][1] if turned else points[-1][1]
-    return f"{value:.4f}  {short(name, 18)}"
+def _progress_label(points: Sequence[tuple[float, float]], name: str, sign: int) -> str:
+    return f"{sign * points[-1][1]:.4f}  {short(name, 18)}"
 
 
-SECTIONS: tuple[Callable[[Story], Section | None], ...] = (
-    *(_confirmed, _pareto, _curves, _rung_table, _fall),
+SECTIONS: tuple[Callable[[ReportInput], Section | None], ...] = (
+    *(_confirmed, _pareto, _curves, _rung_table, _progress),
     *(_effects, _importance, _parameters, _state),
 )
 
 
-def tell(story: Story) -> list[Section]:
-    """Return the sections that have something to say."""
-    return [section for make in SECTIONS if (section := make(story)) is not None]
+def sections(given: ReportInput) -> list[Section]:
+    """Return the sections that the records suffice for."""
+    return [section for make in SECTIONS if (section := make(given)) is not None]

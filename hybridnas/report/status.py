@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hybridnas.report.leaderboard import winner
+from hybridnas.analysis.ranking import winner
 from hybridnas.search.pruning.promotion import candidate_of
 from hybridnas.search.storage.leases import FileLock, held, trial_lease
 from hybridnas.search.storage.postgres import database_url, open_database

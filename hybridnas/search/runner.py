@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridnas.analysis.ranking import winner
 from hybridnas.arch.arch import Arch
 from hybridnas.data import source_config
 from hybridnas.errors import MatchError, StudyError, TrainingError
 from hybridnas.hardware import describe_machine, pick_device
-from hybridnas.report.console import trial_news
-from hybridnas.report.leaderboard import winner, write_leaderboard
+from hybridnas.report.console import trial_line
+from hybridnas.report.leaderboard import write_leaderboard
 from hybridnas.report.live import LiveReport
 from hybridnas.search.config import SearchConfig
 from hybridnas.search.pruning.promotion import FROM_TOKENS, busy, candidate_of, continues, promote
@@ -25,11 +26,13 @@ from hybridnas.study.folder import StudyFolder
 from hybridnas.study.objectives import eligible, score
 from hybridnas.study.records import (
     COMPLETE,
+    DEFAULT_REFERENCE,
     FAIL,
     INFEASIBLE,
     PRUNED,
     StudyMeta,
     TrialRecord,
+    reference_of,
     trained_tokens,
     write_record,
 )
@@ -57,6 +60,7 @@ class SearchSummary:
     report: Path | None  # None: other workers go on, and the last one writes it
     ended: str  # completed | time | tokens | exhausted | interrupted
     seconds: float
+    reference: str | None = DEFAULT_REFERENCE  # the preset that losses are compared with; None: none
 
 
 class Search:
@@ -80,6 +84,7 @@ class Search:
         self.records: dict[int, TrialRecord] = {}
         self.warnings: list[str] = []
         self.page: LiveReport | None = None
+        self.reference = reference_of({"identity": {"space": config.space}})
 
     def run(self) -> SearchSummary:
         """Search until the budget's trials are finished or its minutes are up; Ctrl-C ends it with what there is.
@@ -131,15 +136,17 @@ class Search:
             return self._finish(context, meta, ended)
         context.tracker.close("FINISHED")
         records = [self.records[number] for number in sorted(self.records)]
-        return SearchSummary(records, winner(records), self.folder.path, None, None, ended, self.elapsed)
+        return SearchSummary(
+            records, winner(records), self.folder.path, None, None, ended, self.elapsed, self.reference
+        )
 
     def _confirm(self, context: TrialContext) -> None:
-        """Train the best, the baselines and the rival's best with fresh seeds, where that was asked for."""
+        """Train the best, the baselines and the reference study's best with fresh seeds, where that was asked for."""
         from hybridnas.search.confirm import confirm, fresh_seeds
-        from hybridnas.search.reference import confirm_rival, meet
+        from hybridnas.search.reference import confirm_reference_study, find_reference_study
 
         records = [self.records[number] for number in sorted(self.records)]
-        rival = meet(context, self.folder.path, records)
+        reference = find_reference_study(context, self.folder.path, records)
         if self.config.budget.confirm == "off" or winner(records) is None:
             return
 
@@ -148,9 +155,9 @@ class Search:
             self.records[record.number] = record
 
         confirm(context, records, self.folder.trial, save)
-        if rival is not None:
+        if reference is not None:
             seeds = fresh_seeds(self.config.seed, self.config.budget.confirm_seeds)
-            confirm_rival(context, self.folder.path, rival, seeds)
+            confirm_reference_study(context, self.folder.path, reference, seeds)
 
     def _search(self, study: optuna.Study, context: TrialContext) -> str:
         if self.config.workers == 1:
@@ -239,10 +246,10 @@ class Search:
         else:
             study.tell(trial, state=TrialState.FAIL if state == FAIL else TrialState.PRUNED)
         self.records[record.number] = record
-        write_leaderboard(self.folder.path, list(self.records.values()))
+        write_leaderboard(self.folder.path, list(self.records.values()), self.reference)
         if self.page is not None:
-            self.page.look(self.records.values())
-        self.news(trial_news(record, self.records))
+            self.page.update(self.records.values())
+        self.news(trial_line(record, self.records, self.reference))
         self._drop_checkpoints(study, context)
         self._give_up_if_hopeless(record)
 
@@ -316,13 +323,13 @@ class Search:
             status="completed" if ended != "interrupted" else "interrupted",
             notes=tuple(self.warnings),
         )
-        write_leaderboard(self.folder.path, records)
+        write_leaderboard(self.folder.path, records, meta.reference)
         report = write_report(self.folder.path, records, meta)
         context.tracker.sync(records)  # duplicates and infeasible draws have no run of their own yet
         context.tracker.log_artifacts([report, self.folder.path / "leaderboard.csv"])
         exported = self._export(best, context) if best is not None and self.table is None else None
         context.tracker.close("FINISHED" if ended != "interrupted" else "KILLED")
-        return SearchSummary(records, best, self.folder.path, exported, report, ended, seconds)
+        return SearchSummary(records, best, self.folder.path, exported, report, ended, seconds, self.reference)
 
     def _export(self, best: TrialRecord, context: TrialContext) -> Path | None:
         from hybridnas.export.folder import export
@@ -363,6 +370,7 @@ class Search:
             space=self.space.name,
             data=context.source.describe(),
             budget=budget.name,
+            reference=self.reference,
             active_params=context.target,
             tokens=budget.rung_tokens(context.target)[-1],
             seq_len=budget.seq_len,

@@ -16,7 +16,8 @@ from hybridnas.search.storage.postgres import DatabaseCrew, agree, database_url,
 from hybridnas.search.trial import TrialContext
 from hybridnas.study.folder import first_difference
 from hybridnas.study.records import StudyMeta, load_records
-from hybridnas.tracking.mlflow import Tracker, masked
+from hybridnas.tracking.mlflow import Tracker
+from hybridnas.tracking.secrets import masked
 
 if TYPE_CHECKING:
     import optuna

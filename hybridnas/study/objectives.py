@@ -7,13 +7,12 @@ it is turned so that less is better.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from hybridnas.analysis import pareto
 from hybridnas.errors import ConfigError, suggest
-from hybridnas.study.records import COMPLETE, PRUNED, TrialRecord
+from hybridnas.study.records import COMPLETE, TrialRecord
 
 if TYPE_CHECKING:
     from hybridnas.search.config import SearchConfig
@@ -141,40 +140,3 @@ def point(values: Mapping[str, float]) -> tuple[float, ...]:
 def eligible(record: TrialRecord) -> bool:
     """Whether a record may win: trained to the end, scored, and within the limits."""
     return record.state == COMPLETE and score(record) is not None and record.violation is None
-
-
-def front(records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Return the completed trials that no other beats in all objectives, by the first of them."""
-    done = {record.number: record for record in records if eligible(record)}
-    points = {number: point(objectives_of(record)) for number, record in done.items()}
-    width = max((len(one) for one in points.values()), default=0)
-    points = {number: one for number, one in points.items() if len(one) == width}
-    best = pareto.fronts(points)[0] if points else []
-    return [done[number] for number in sorted(best, key=lambda number: (points[number], number))]
-
-
-def rung_scores(
-    records: Iterable[TrialRecord], rungs: Sequence[int], more: Mapping[int, Mapping[int, Mapping[str, float]]]
-) -> dict[int, dict[int, float]]:
-    """Return rung -> candidate -> score for successive halving: the objective, or the rank among several.
-
-    ``more`` adds objectives that are in no record yet: rung -> candidate -> name -> value.
-    """
-    points: dict[int, dict[int, tuple[float, ...]]] = {rung: {} for rung in rungs}
-    for record in records:
-        if record.state not in (COMPLETE, PRUNED):
-            continue
-        names = list(record.objectives) or list(DEFAULT)
-        for entry in record.curve or [{"tokens": t, "valid_loss": loss} for t, loss in record.rungs]:
-            values = of_eval(names, record.objectives, entry)
-            if entry.get("tokens") in points and len(values) == len(names):
-                points[entry["tokens"]][record.number] = point(values)
-    for rung, found in more.items():
-        points[rung] |= {number: point(values) for number, values in found.items()}
-    return {rung: _as_scores(found) for rung, found in points.items()}
-
-
-def _as_scores(points: Mapping[int, tuple[float, ...]]) -> dict[int, float]:
-    if all(len(one) == 1 for one in points.values()):
-        return {number: one[0] for number, one in points.items()}
-    return pareto.scores(dict(sorted(points.items())))

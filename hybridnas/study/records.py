@@ -93,6 +93,17 @@ class TrialRecord:
         return cls(**known)
 
 
+DEFAULT_REFERENCE = "moe_mamba"  # the preset that a study compares with unless it names another, or none
+
+
+def reference_of(study: Mapping[str, Any]) -> str | None:
+    """Return the preset that a study (its ``study.json``) compares with; None: it compares with none."""
+    space = study.get("identity", {}).get("space", {})
+    named = space if isinstance(space, Mapping) and "reference" in space else study
+    found = named.get("reference", DEFAULT_REFERENCE)
+    return None if found is None else str(found)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudyMeta:
     """What the report says about a study besides its trials; everything but the name may stay unknown."""
@@ -101,6 +112,7 @@ class StudyMeta:
     space: str = ""
     data: str = ""  # Source.describe()
     budget: str = ""
+    reference: str | None = DEFAULT_REFERENCE  # the preset that losses are compared with; None: none
     active_params: int | None = None  # what every candidate was matched to [count]
     tokens: int | None = None  # training tokens of a full trial
     seq_len: int | None = None

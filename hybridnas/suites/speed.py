@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from hybridnas.report.compare import tokens_to_reach
+from hybridnas.analysis.curves import tokens_to_reach
 from hybridnas.suites.results import CurveRow, Row, choose, grouped
 from hybridnas.suites.suite import Suite
 

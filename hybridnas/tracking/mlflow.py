@@ -23,14 +23,13 @@ from types import TracebackType
 from typing import Any
 
 from hybridnas.study.records import COMPLETE, DUPLICATE, INFEASIBLE, PRUNED, RUNNING, TrialRecord, save
+from hybridnas.tracking.secrets import masked
 
 EXPERIMENT = "hybridnas"
 STATUS = {COMPLETE: "FINISHED", DUPLICATE: "FINISHED", PRUNED: "KILLED", INFEASIBLE: "FAILED", RUNNING: "RUNNING"}
 FLUSH_SECONDS = 60.0  # how long close() waits for what is still in the queue
 _CARD = "mlflow.json"  # in the study folder: which study this is, on whatever server
 _PARAM_LIMIT = 5000  # characters of a parameter's value; the server refuses more than 6000
-_SECRET = re.compile(r"(?<=://)(?!/)[^\s'\"]*@(?=[^\s'\"@]+)")
-_SECRET_FIELD = re.compile(r"((?:password|passwd|token|secret|api_key)=)[^&\s'\"]+", re.IGNORECASE)
 _STOP = object()
 
 log = logging.getLogger("hybridnas.tracking")
@@ -294,17 +293,6 @@ def make_database(uri: str) -> None:
         begun.unlink(missing_ok=True)
         connect(f"sqlite:///{begun.as_posix()}").search_experiments(max_results=1)
         begun.replace(path)
-
-
-def masked(value: Any) -> Any:
-    """Return text, or every text inside mappings and lists, with passwords in URLs replaced by ``***``."""
-    if isinstance(value, str):
-        return _SECRET_FIELD.sub(r"\1***", _SECRET.sub("***@", value))
-    if isinstance(value, Mapping):
-        return {str(key): masked(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [masked(item) for item in value]
-    return value
 
 
 def connect(uri: str) -> Any:

@@ -12,9 +12,10 @@ from hybridnas.report import sections
 from hybridnas.report.live import LiveReport
 from hybridnas.report.plots import Axis, Series, scatter_svg
 from hybridnas.report.report import headline, render_report
-from hybridnas.report.sections import Story, tell
-from hybridnas.search.reference import Rival
+from hybridnas.report.sections import ReportInput
+from hybridnas.report.sections import sections as sections_of
 from hybridnas.study.records import StudyMeta, TrialRecord
+from hybridnas.study.reference import ReferenceStudy
 
 TOKENS = (10, 30, 90)
 
@@ -85,7 +86,7 @@ def test_scores_are_taken_where_all_have_been(study):
 
 
 def titles(records, **more):
-    return {section.title: section for section in tell(Story(records, StudyMeta(name="demo"), **more))}
+    return {section.title: section for section in sections_of(ReportInput(records, StudyMeta(name="demo"), **more))}
 
 
 def test_a_section_that_has_nothing_to_say_is_absent(study):
@@ -130,18 +131,21 @@ def test_confirmation_says_what_is_noise_and_what_is_not():
     paper = confirmed(0, [1.30, 1.31, 1.32], preset="moe_mamba")
     clear = confirmed(1, [1.10, 1.12, 1.11])
     near = confirmed(2, [1.20, 1.40, 1.31])
-    rival = Rival(
+    other = ReferenceStudy(
         "demo-random", record(7, "AAAA", 1.0), 500, [[100.0, 2.0], [400.0, 1.5]], {"1": 1.0, "2": 1.3, "3": 1.1}
     )
-    section = titles([paper, clear, near], rival=rival)["Confirmation"]
+    section = titles([paper, clear, near], reference_study=other)["Confirmation"]
     assert [row["trial"] for row in section.table["rows"]] == [1, 2, 0]
     assert section.table["rows"][0]["style"] == "first"
     assert section.notes[0].startswith("MEME is better than moe_mamba: -0.2000 ± ")
     assert "inside the noise" in section.notes[1]
-    assert headline([paper, clear, near]).endswith("nats per token over 3 fresh seeds")
-    assert headline([paper, near]) == "MEME is best on average, but its lead over moe_mamba is inside the noise"
+    assert headline([paper, clear, near], "moe_mamba").endswith("nats per token over 3 fresh seeds")
+    assert (
+        headline([paper, near], "moe_mamba")
+        == "MEME is best on average, but its lead over moe_mamba is inside the noise"
+    )
     assert "confirmed: 3 fresh seeds" in render_report("nowhere", [paper, clear], StudyMeta(name="demo"))
-    fall = titles([paper, clear], rival=rival)["The best drawn over the cost of the search"]
+    fall = titles([paper, clear], reference_study=other)["Best loss over training tokens"]
     assert "demo-random" in fall.svg
 
 
@@ -155,13 +159,13 @@ def test_the_report_is_live_at_a_bounded_part_of_the_time(tmp_path, study, monke
         now[0] += 1.5
 
     monkeypatch.setattr("hybridnas.report.report.write_report", slow)
-    assert not live.look(study[:1])
+    assert not live.update(study[:1])
     now[0] = 25.0
-    assert live.look(study[:2])
-    assert not live.look(study[:3])
+    assert live.update(study[:2])
+    assert not live.update(study[:3])
     now[0] += 1.5 / 0.03 + 1
-    assert not live.look(study[:2])  # nothing new
-    assert live.look(study[:3])
+    assert not live.update(study[:2])  # nothing new
+    assert live.update(study[:3])
     assert written == [(2, "running"), (3, "running")]
 
 

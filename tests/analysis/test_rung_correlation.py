@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hybridnas.analysis.rung_correlation import agreements, rank_correlation, study_agreements, words
+from hybridnas.analysis.rung_correlation import agreements, caveat, rank_correlation, study_agreements
 from hybridnas.study.records import TrialRecord
 
 
@@ -52,7 +52,7 @@ def test_a_study_speaks_of_its_completed_trials_each_architecture_once():
 
 def test_the_words_say_who_is_left_out():
     found = study_agreements([record(i, "COMPLETE", float(i), float(i)) for i in range(4)])
-    assert words(found) == "over the 4 trials that were trained to the end"
-    assert "the 7 that were stopped early have no full score" in words(found, 7)
-    assert "cautious" in words(found, 7)
-    assert words([]).startswith("fewer than 4 trials were trained to the end")
+    assert caveat(found) == "over the 4 trials that were trained to the end"
+    assert "the 7 that were stopped early have no full score" in caveat(found, 7)
+    assert "cautious" in caveat(found, 7)
+    assert caveat([]).startswith("fewer than 4 trials were trained to the end")

@@ -7,7 +7,7 @@ import pytest
 
 from hybridnas.cli.compare import run as command
 from hybridnas.errors import StudyError
-from hybridnas.report.compare import CompareConfig, compare, tokens_to_reach, write_comparison
+from hybridnas.report.compare import CompareConfig, compare, write_comparison
 from hybridnas.study.records import TrialRecord
 from hybridnas.tracking.mlflow import Tracker
 
@@ -36,19 +36,6 @@ def runs(tmp_path_factory):
     with Tracker.open(None, folder / "second", "second", {}) as tracker:
         tracker.sync([record(0, 1.5, pattern="(MF)x2")])
     return folder
-
-
-def test_tokens_to_reach_a_loss_lie_on_the_line_between_two_points():
-    curve = [(1, 1.0), (3, 1 / 3)]
-    assert tokens_to_reach(curve, 0.5) == pytest.approx(2.5)
-    assert tokens_to_reach(curve, 1 / 3) == 3
-    assert tokens_to_reach(curve, 0.3) is None
-    assert tokens_to_reach(curve, 2.0) == 1
-    assert tokens_to_reach([], 1.0) is None
-
-
-def test_the_first_time_counts_where_a_curve_rises_again():
-    assert tokens_to_reach([(1, 2.0), (2, 1.0), (3, 3.0), (4, 0.5)], 1.0) == 2
 
 
 def test_the_speed_up_of_one_over_t_is_two(runs):

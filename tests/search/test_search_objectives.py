@@ -9,15 +9,14 @@ import optuna
 import pytest
 
 from hybridnas.analysis import pareto
+from hybridnas.analysis.ranking import front
 from hybridnas.arch.arch import Arch
 from hybridnas.cli.compose import compose
 from hybridnas.cli.search import search_config
 from hybridnas.errors import ConfigError, StudyError
-from hybridnas.report.leaderboard import rows, winner
 from hybridnas.search import latency as measure
 from hybridnas.search.runner import Search
 from hybridnas.search.storage.journal import open_journal
-from hybridnas.study import objectives
 from hybridnas.study.records import TrialRecord
 
 
@@ -36,7 +35,7 @@ def test_fronts_agree_with_the_definition_on_random_points():
         width = chance.choice((1, 2, 3))
         points = {n: tuple(chance.randrange(5) for _ in range(width)) for n in range(12)}
         left = set(points)
-        for front in pareto.fronts(points):
+        for found in pareto.fronts(points):
             slow = {
                 a
                 for a in left
@@ -45,7 +44,7 @@ def test_fronts_agree_with_the_definition_on_random_points():
                     for b in left
                 )
             }
-            assert set(front) == slow
+            assert set(found) == slow
             left -= slow
         assert not left
 
@@ -106,29 +105,6 @@ def test_what_is_not_asked_for_leaves_the_identity_of_older_studies(tiny):
     assert asked.identity()["max_params"] == 1e6
 
 
-def test_more_accuracy_is_better_in_leaderboard_and_winner():
-    found = [record(0, accuracy=0.2), record(1, accuracy=0.6), record(2, accuracy=0.4)]
-    assert winner(found).number == 1
-    assert [row.record.number for row in rows(found)] == [1, 2, 0]
-    assert objectives.rung_scores(
-        [TrialRecord(number=1, state="PRUNED", objectives={"accuracy": 0.6}, curve=[{"tokens": 5, "accuracy": 0.6}])],
-        (5, 9),
-        {},
-    ) == {5: {1: -0.6}, 9: {}}
-
-
-def test_the_first_objective_decides_and_the_front_is_all_that_nobody_beats():
-    found = [
-        record(0, val_loss=2.0, state_bytes=10.0),
-        record(1, val_loss=1.0, state_bytes=40.0),
-        record(2, val_loss=1.5, state_bytes=40.0),
-        record(3, "PRUNED", val_loss=0.1, state_bytes=1.0),
-    ]
-    assert winner(found).number == 1
-    assert [one.number for one in objectives.front(found)] == [1, 0]
-    assert [(row.record.number, row.front) for row in rows(found)] == [(1, True), (2, False), (0, True), (3, False)]
-
-
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("runs")
@@ -157,7 +133,7 @@ def test_two_objectives_are_searched_and_pruned_together(study):
 def test_the_leaderboard_marks_the_front(study):
     with (study.folder / "leaderboard.csv").open() as file:
         marked = {int(row["trial"]) for row in csv.DictReader(file) if row["front"] == "1"}
-    assert marked == {one.number for one in objectives.front(study.records)}
+    assert marked == {one.number for one in front(study.records)}
     assert study.best.number in marked
 
 

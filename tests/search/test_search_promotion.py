@@ -6,6 +6,7 @@ from itertools import pairwise
 import optuna
 import pytest
 
+from hybridnas.analysis.ranking import rung_scores
 from hybridnas.cli.compose import compose
 from hybridnas.cli.search import search_config
 from hybridnas.search import runner, trial
@@ -14,7 +15,6 @@ from hybridnas.search.pruning.halving import best_of
 from hybridnas.search.replay import replay
 from hybridnas.search.runner import Search
 from hybridnas.search.storage.journal import open_journal
-from hybridnas.study.objectives import rung_scores
 from hybridnas.study.records import load_records, trained_tokens
 
 HALVING = ["pruner=halving", "sampler=random", "budget.tokens_per_active_param=1", "budget.rungs=3", "study=demo"]

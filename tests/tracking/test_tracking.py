@@ -8,7 +8,8 @@ import pytest
 
 from hybridnas.study.records import TrialRecord, write_record
 from hybridnas.tracking import mlflow as tracking
-from hybridnas.tracking.mlflow import Tracker, default_uri, flatten, masked, numbers
+from hybridnas.tracking.mlflow import Tracker, default_uri, flatten, numbers
+from hybridnas.tracking.secrets import masked
 
 TAGS = {"pattern": "(ME)x4", "fingerprint": "ab" * 32, "preset": "moe_mamba"}
 

@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hybridnas.analysis.ranking import rung_scores
 from hybridnas.search.config import SearchConfig
 from hybridnas.search.pruning import halving
-from hybridnas.study.objectives import rung_scores
 from hybridnas.study.records import COMPLETE, FAIL, PRUNED, TrialRecord
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from hybridnas.files import write_json
 from hybridnas.search.pruning.promotion import candidate_of
 from hybridnas.search.storage.leases import Crew, TrialLostError
 from hybridnas.study.records import RESULT, TrialRecord, trial_folder, write_record
-from hybridnas.tracking.mlflow import masked
+from hybridnas.tracking.secrets import masked
 
 if TYPE_CHECKING:
     import optuna

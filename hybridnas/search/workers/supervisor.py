@@ -203,7 +203,7 @@ class Supervisor:
         """Read what the workers have recorded, and mirror it."""
         self.context.tracker.sync(self.search.crew.refresh(self.study, self.search.records))
         if self.search.page is not None:
-            self.search.page.look(self.search.records.values())
+            self.search.page.update(self.search.records.values())
 
     def _end_all(self) -> None:
         """Leave no process behind, whatever happened here: without this pipe they end by themselves, too."""
