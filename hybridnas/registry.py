@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from hybridnas.errors import ConfigError, LayoutError, suggest
 
 if TYPE_CHECKING:
-    from hybridnas.blocks.base import Block
+    from hybridnas.layers.block import Block
 
 T = TypeVar("T")
 B = TypeVar("B", bound="type[Any]")

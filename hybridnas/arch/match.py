@@ -13,8 +13,8 @@ from fractions import Fraction
 from typing import Any
 
 from hybridnas.arch.arch import FACTORS, Arch, overlay
-from hybridnas.blocks.base import BlockConfig
 from hybridnas.errors import ConfigError, MatchError, suggest
+from hybridnas.layers.block import BlockConfig
 from hybridnas.registry import BLOCKS
 
 MAX_WIDTH = 2**20  # the widest size that is tried [channels]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hybridnas.blocks.base import Block
+from hybridnas.layers.block import Block
 from hybridnas.train.config import TrainConfig
 
 

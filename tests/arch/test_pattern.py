@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hybridnas.arch.folding import fold
 from hybridnas.arch.neighbours import neighbours
 from hybridnas.arch.pattern import MAX_LAYERS, Parallel, Pattern, Slot, parse
-from hybridnas.blocks.base import Block, BlockConfig
 from hybridnas.errors import ConfigError, PatternError
+from hybridnas.layers.block import Block, BlockConfig
 from hybridnas.registry import BLOCKS, register_block
 
 NEMOTRON_H = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
