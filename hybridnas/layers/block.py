@@ -57,6 +57,7 @@ class BlockConfig(FrozenConfig):
     """Fields of a block; subclasses add theirs and declare their cost."""
 
     block_name: ClassVar[str] = "block"  # set by register_block, for messages
+    widths: ClassVar[tuple[str, ...]] = ("d_expert", "d_ff", "d_inner")  # fields that size the block, where it has them
 
     d_model: int = option(doc="width of the residual stream [channels]", ge=1)
 
