@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hybridnas.config import option
+from hybridnas.data.task import register_task
 from hybridnas.data.tasks.in_context_recall import InContextRecall, RecallConfig
 
 

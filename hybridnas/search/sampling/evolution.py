@@ -28,7 +28,7 @@ from hybridnas.arch.neighbors import neighbors
 from hybridnas.arch.pattern import Pattern, parse
 from hybridnas.errors import ConfigError
 from hybridnas.search.sampling.distinct import all_trials
-from hybridnas.search_spaces.space import Scale, Space
+from hybridnas.search_spaces.space import LetterSpace, Scale, Space
 
 LENGTH, SLOT = "motif_length", "slot"
 
@@ -65,7 +65,7 @@ class Evolution(BaseSampler):
         crossover: float = 0.25,
     ) -> None:
         self.population, self.tournament, self.crossover = population, tournament, crossover
-        self.motifs = Motifs(space, scale) if space.letters else None
+        self.motifs = Motifs(space, scale) if isinstance(space, LetterSpace) else None
         self.rng = random.Random(seed)
         self.uniform = RandomSampler(seed=seed)
 
@@ -157,9 +157,9 @@ class Evolution(BaseSampler):
 class Motifs:
     """Motifs of a space of letters, as the choices spell them and as the pattern graph knows them."""
 
-    def __init__(self, space: Space, scale: Scale) -> None:
+    def __init__(self, space: LetterSpace, scale: Scale) -> None:
         self.pieces = list(space.letters)
-        self.lengths = sorted({min(length, scale.depth) for length in space.motif_length})
+        self.lengths = space.lengths(scale)
         self.layers = {parse(piece).layers[0]: piece for piece in self.pieces}
         self.can_change = len(self.pieces) > 1 or len(self.lengths) > 1
 
