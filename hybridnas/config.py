@@ -36,6 +36,7 @@ _FALSE = ("false", "no", "off")
 _NONE = ("none", "null")
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)([kMGT]?)")
 _SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+MAX_SEED = 2**63 - 1  # greatest seed that torch's generators and our own hashes take
 
 
 def option(

@@ -50,6 +50,10 @@ class KernelInputError(HybridNASError):
     """Tensors whose rank, shape, dtype or device a kernel does not take."""
 
 
+class NonFiniteInputError(KernelInputError):
+    """A kernel's parameter that holds NaN or infinity, as weights do after a training that diverged."""
+
+
 class DataError(HybridNASError):
     """A corpus, tokenizer or shard that cannot be used as asked."""
 
@@ -60,6 +64,10 @@ class CheckpointError(HybridNASError):
 
 class TrainingError(HybridNASError):
     """A run that cannot go on: loss not finite, diverged, or impossible settings."""
+
+
+class TrainingDiverged(TrainingError):  # noqa: N818
+    """A loss, gradient or weight that is not finite, or a loss that stays far above a blind guess."""
 
 
 class StudyError(HybridNASError):

@@ -8,6 +8,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+_UMASK = os.umask(0)  # can only be read by setting it, which other threads would see: so once, at import
+os.umask(_UMASK)
+
+
+def cache_home() -> Path:
+    """Return the folder of shards, tokenizers and compiled kernels: HYBRIDNAS_CACHE, or hybridnas in XDG's cache."""
+    chosen = os.environ.get("HYBRIDNAS_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hybridnas"
+
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data`` so that a reader or a crash sees the old file or the new one."""
@@ -18,9 +29,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)  # mkstemp makes private files; a study is shared like any other file
+        Path(temporary).chmod(0o666 & ~_UMASK)  # mkstemp makes private files; a study is shared like any other file
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

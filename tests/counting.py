@@ -52,7 +52,6 @@ def arch_of(pattern="ME", **fields):
 
 
 def run(folder, config=None, arch=None, source=None, **kwargs):
-    kwargs.setdefault("progress", False)
     return train.run(
         arch or arch_of(), source or Counting(), config or settings(), folder=folder, device="cpu", **kwargs
     )

@@ -13,6 +13,7 @@ HELP = "run a trial of a study again: same seed, same data, same numbers on CPU"
 
 def run(config: dict[str, Any]) -> int:
     """Replay one trial and print recorded and new losses; returns 1 when they differ."""
+    from hybridnas.cli.progress import progress
     from hybridnas.search.replay import replay
 
     if config["study"] is None or config["trial"] is None:
@@ -27,7 +28,7 @@ def run(config: dict[str, Any]) -> int:
         config["trial"],
         out=Path(config["out"]) if config["out"] else None,
         device=config["device"],
-        progress=show.is_terminal(),
+        callbacks=[progress()],
         news=show.line,
     )
     rows = [[f"{tokens:,}", f"{old:.17g}", f"{new:.17g}", f"{new - old:+.2g}"] for tokens, old, new in again.pairs]

@@ -38,6 +38,8 @@ def run(config: dict[str, Any]) -> int:
     arch = wanted_arch(config, source.vocab_size)
     assert arch is not None
 
+    from hybridnas.cli.progress import progress
+    from hybridnas.train.callbacks import OnEval
     from hybridnas.train.loop import identity
     from hybridnas.train.loop import run as train
 
@@ -52,7 +54,7 @@ def run(config: dict[str, Any]) -> int:
             device=config["device"],
             impl=config["impl"],
             max_seconds=config["max_seconds"],
-            on_eval=lambda value: tracker.log_eval(None, value, step=value.tokens),
+            callbacks=[progress(), OnEval(lambda value: tracker.log_eval(None, value, step=value.tokens))],
         )
         _table(result.evals)
         if result.status == "failed":
@@ -79,6 +81,7 @@ def _tracked(config: dict[str, Any], arch: Arch, settings: TrainConfig, folder: 
 
 def _export(result: TrainResult, source: Source, settings: TrainConfig, config: dict[str, Any], folder: Path) -> None:
     """Leave the trained model as a folder that ``hybridnas.load`` reads."""
+    from hybridnas.arch.model import HybridLM
     from hybridnas.export.folder import export
     from hybridnas.export.trials import data_words
 
@@ -91,7 +94,7 @@ def _export(result: TrainResult, source: Source, settings: TrainConfig, config: 
         **{name: getattr(settings, name) for name in ("batch_size", "seq_len", "lr", "seed", "valid_tokens")},
         **{name: getattr(last, name) for name in ("valid_loss", "bits_per_byte", "accuracy", "seconds")},
     }
-    assert result.model is not None
+    assert isinstance(result.model, HybridLM)
     where = export(
         result.model, folder / "model", source=source, card={k: v for k, v in facts.items() if v is not None}
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybridnas.config import option
+from hybridnas.config import MAX_SEED, option
 from hybridnas.data.source import SourceConfig
 from hybridnas.errors import ConfigError
+from hybridnas.files import cache_home
 
 DEFAULT_BPE_VOCAB = 4096
 DEFAULT_HUB_BYTES = 1_000_000_000
@@ -46,7 +46,7 @@ class DataConfig(SourceConfig):
         None, "token put after each document, for a Hugging Face tokenizer; none: its own end-of-text token"
     )
     valid_fraction: float = option(0.05, "share of the documents held out for validation [0 to 1]", gt=0, le=0.5)
-    split_seed: int = option(0, "seed of which documents are held out", ge=0)
+    split_seed: int = option(0, "seed of which documents are held out", ge=0, le=MAX_SEED)
     cache_dir: str | None = option(
         None, "folder of tokenised shards; none: the environment's HYBRIDNAS_CACHE, or ~/.cache/hybridnas"
     )
@@ -91,5 +91,4 @@ class DataConfig(SourceConfig):
     @property
     def cache(self) -> Path:
         """The folder where tokenised shards and trained tokenizers are kept."""
-        chosen = self.cache_dir or os.environ.get("HYBRIDNAS_CACHE")
-        return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "hybridnas"
+        return Path(self.cache_dir).expanduser() if self.cache_dir else cache_home()

@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple, cast
 
 from hybridnas.data.cache import explaining_disk, read_json
 from hybridnas.data.config import DataConfig
-from hybridnas.data.progress import bar
+from hybridnas.data.progress import reporting
 from hybridnas.errors import DataError, suggest
 from hybridnas.files import write_json
 
@@ -110,7 +110,7 @@ class FileCorpus:
         content = hashlib.sha256(json.dumps(self._settings()).encode())
         bad: list[str] = []
         size = plain = 0
-        with bar("reading", sum(file.path.stat().st_size for file in self.files)) as report:
+        with reporting("reading", sum(file.path.stat().st_size for file in self.files)) as report:
             for file in self.files:
                 limit = self._config.max_bytes
                 if limit is not None and plain >= limit:

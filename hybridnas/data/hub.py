@@ -12,7 +12,7 @@ from hybridnas.data.cache import explaining_disk, lock, publish_folder, read_jso
 from hybridnas.data.config import DEFAULT_HUB_BYTES, DataConfig
 from hybridnas.data.files import CorpusFile, FileCorpus, row_text
 from hybridnas.data.network import why_offline
-from hybridnas.data.progress import bar
+from hybridnas.data.progress import reporting
 from hybridnas.data.source import Source, register_source
 from hybridnas.data.windows import open_text
 from hybridnas.errors import DataError
@@ -59,7 +59,7 @@ def _sound(folder: Path) -> bool:
 
 def _stream(config: DataConfig, file: Path, limit: int) -> dict[str, int]:
     taken = count = 0
-    with file.open("w", encoding="utf-8") as handle, bar(f"fetching {config.name}", limit) as report:
+    with file.open("w", encoding="utf-8") as handle, reporting(f"fetching {config.name}", limit) as report:
         for number, row in enumerate(_rows(config), start=1):
             raw = row_text(row, config.text_field, f"dataset {_words(config)} row {number}")
             if raw:

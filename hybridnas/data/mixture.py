@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from hybridnas.config import option
 from hybridnas.data.draws import Draws, keys_of
 from hybridnas.data.source import Batch, Source, SourceConfig, open_source, register_source, source_config
 from hybridnas.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 MAD = ("compression", "fuzzy_recall", "in_context_recall", "mad_selective_copying", "memorisation", "noisy_recall")
 
@@ -119,9 +122,11 @@ class Mixture(Source):
         own: int | None = self.config.own_seq_len
         return own
 
-    @property
-    def summary(self) -> bool:
-        return any(part.summary for part in self._parts.values())
+    def heads(self, d_model: int) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = {}
+        for part in self._parts.values():  # parts whose heads have one name share the first one's
+            found = {**part.heads(d_model), **found}
+        return found
 
     @property
     def fingerprint(self) -> str:

@@ -1,24 +1,28 @@
-"""A bar for long readings, on a terminal only; silence everywhere else."""
+"""Progress of long readings, as log lines of ``hybridnas.data`` at level INFO."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
+import logging
+import time
 from collections.abc import Callable, Iterator
 
+from hybridnas.units import human_bytes
+
 Report = Callable[[int], None]  # called with the bytes done so far
+SECONDS = 5.0  # between two lines: what takes less is not reported at all
+log = logging.getLogger("hybridnas.data")
 
 
 @contextlib.contextmanager
-def bar(stage: str, total: int | None) -> Iterator[Report]:
-    """Show how far ``stage`` is towards ``total`` [bytes; None: not known] while the block runs."""
-    if not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+def reporting(stage: str, total: int | None) -> Iterator[Report]:
+    """Log how far ``stage`` is towards ``total`` [bytes; None: not known] while the block runs."""
+    last = time.monotonic()
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(stage, total=total)
-        yield lambda done: progress.update(task, completed=done)
+    def report(done: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SECONDS:
+            last = time.monotonic()
+            log.info("%s: %s%s", stage, human_bytes(done), f" of {human_bytes(total)}" if total else "")
+
+    yield report

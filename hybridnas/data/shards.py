@@ -20,7 +20,7 @@ import numpy.typing as npt
 from hybridnas.data.cache import explaining_disk, lock, publish_folder, read_json, remove, temporary
 from hybridnas.data.config import DataConfig
 from hybridnas.data.files import FileCorpus
-from hybridnas.data.progress import bar
+from hybridnas.data.progress import reporting
 from hybridnas.data.tokenizers import Ids, Tokenizer, find_tokenizer, load_tokenizer, train_bpe
 from hybridnas.errors import DataError
 from hybridnas.files import write_json
@@ -132,7 +132,7 @@ def split_by_document(corpus: FileCorpus, config: DataConfig) -> tuple[npt.NDArr
     """
     draws, size = array("Q"), 0
     seed = config.split_seed.to_bytes(16, "little")
-    with bar("splitting", corpus.survey().size) as report:
+    with reporting("splitting", corpus.survey().size) as report:
         for document in corpus.documents():
             draws.append(int.from_bytes(hashlib.sha256(seed + document).digest()[:8], "little"))
             size += len(document)
@@ -157,7 +157,7 @@ def split_by_document(corpus: FileCorpus, config: DataConfig) -> tuple[npt.NDArr
 def _sample(corpus: FileCorpus, held_out: npt.NDArray[np.bool_], size: int) -> Iterator[str]:
     """Yield training documents evenly, about ``BPE_SAMPLE_BYTES`` of them."""
     share, owed = min(1.0, BPE_SAMPLE_BYTES / size), 0.0
-    with bar("training the tokenizer", size) as report:
+    with reporting("training the tokenizer", size) as report:
         done = 0
         for document, is_held_out in zip(corpus.documents(), held_out, strict=True):
             done += len(document)
@@ -182,7 +182,7 @@ def _write_ids(
     with (
         (folder / "train.bin").open("wb") as train,
         (folder / "valid.bin").open("wb") as valid,
-        bar("tokenising", size) as report,
+        reporting("tokenising", size) as report,
     ):
         for documents in _batches(corpus.documents()):
             encoded = tokenizer.encode_batch(documents)

@@ -16,7 +16,7 @@ from hybridnas.errors import ConfigError, DataError
 from hybridnas.registry import Registry
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from hybridnas.data.tokenizers import Tokenizer
 
@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     inputs_BL: Tensor
     targets_BL: Tensor
     mask_BL: Tensor | None = None
-    summary: bool = False  # every place is predicted from the last one's vector alone (train.readout)
+    head: str | None = None  # the task head (a name in Source.heads) through which the model is read; None: directly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +85,13 @@ class Source(ABC):
             )
         return own
 
-    @property
-    def summary(self) -> bool:
-        """Whether some batches ask for predictions out of the last position alone (``Batch.summary``)."""
-        return False
+    def heads(self, d_model: int) -> dict[str, nn.Module]:
+        """Return fresh modules (B, L, D) -> (B, L, D) between model and output matrix, by the name in ``Batch.head``.
+
+        The trainer trains them beside the model and keeps them in the run's checkpoint; they are no part of the
+        architecture, of its parameter count or of an export. Empty for text and for most tasks.
+        """
+        return {}
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -141,7 +144,7 @@ class SourceKind:
     open: Callable[..., Source]
 
 
-SOURCES: Registry[SourceKind] = Registry("data", "hybridnas.data", groups=("hybridnas.sources", "hybridnas.tasks"))
+SOURCES: Registry[SourceKind] = Registry("data", "hybridnas.data")
 
 
 def register_source(kind: str, *, config: type[SourceConfig]) -> Callable[[O], O]:

@@ -17,20 +17,19 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridnas.config import option
+from hybridnas.config import MAX_SEED, option
 from hybridnas.data.draws import I64, U64, Bools, Draws, keys_of, mix, word
-from hybridnas.data.source import Batch, Source, SourceConfig, register_source
+from hybridnas.data.source import Batch, Source, SourceConfig
 from hybridnas.data.windows import permute
 from hybridnas.errors import ConfigError, DataError
 
-K = TypeVar("K", bound="type[Task]")
 VERSION = 1  # part of every fingerprint: raise it whenever examples come out differently
 _TABLE = 1 << 18  # of training sets up to this size an epoch's order is a table; of larger ones it is computed
 _TEST_BITS = 4  # one example in 2^4 belongs to the test set
@@ -58,7 +57,9 @@ class TaskConfig(SourceConfig):
         None, "examples of the training set, read again and again in new orders; none: fresh ones without end", ge=1
     )
     n_test_examples: int = option(1280, "examples held out for validation [count]", ge=1)
-    task_seed: int = option(0, "seed of the test set, of a finite training set, and of what examples share", ge=0)
+    task_seed: int = option(
+        0, "seed of the test set, of a finite training set, and of what examples share", ge=0, le=MAX_SEED
+    )
 
     @property
     def own_seq_len(self) -> int:
@@ -70,28 +71,10 @@ class TaskConfig(SourceConfig):
             raise ConfigError(f"{self.kind} {words}")
 
 
-def register_task(name: str, *, config: type[TaskConfig]) -> Callable[[K], K]:
-    """Class decorator: make a :class:`Task` the data that ``data=NAME`` opens, with the settings of ``config``.
-
-    Raises ConfigError for a name that is taken or that is not the default of the config's ``kind``.
-    """
-
-    def decorate(cls: K) -> K:
-        kind = config.__dataclass_fields__["kind"].default
-        if kind != name:
-            raise ConfigError(
-                f"task {name!r} needs kind={name!r} as the default in {config.__name__}, got {kind!r}",
-                field="kind",
-                got=kind,
-                allowed=name,
-            )
-        return register_source(name, config=config)(cls)
-
-    return decorate
-
-
 class Task(Source):
     """A synthetic task; subclasses make examples and say what they are about."""
+
+    head: str | None = None  # the task head through which its batches are read; None: the model's output directly
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -212,7 +195,7 @@ class Task(Source):
         import torch
 
         inputs, targets, mask = (torch.from_numpy(np.ascontiguousarray(array)) for array in examples)
-        return Batch(inputs, targets, mask, self.summary)
+        return Batch(inputs, targets, mask, self.head)
 
     def _require(self, seq_len: int) -> None:
         if seq_len != self.seq_len:

@@ -48,14 +48,11 @@ _SIZES = {
 
 
 def stored_tensors(model: HybridLM) -> dict[str, Tensor]:
-    """Return name -> tensor as safetensors keeps them: a tied or shared tensor once, under the first of its names.
-
-    What a task's decoder learnt beside the model (train.readout) is no part of it.
-    """
+    """Return name -> tensor as safetensors keeps them: a tied or shared tensor once, under the first of its names."""
     seen: set[int] = set()
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen and not name.startswith("readout."):
+        if id(tensor) not in seen:
             seen.add(id(tensor))
             tensors[name] = tensor
     return tensors

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridnas.errors import KernelInputError
+from hybridnas.errors import KernelInputError, NonFiniteInputError
 
 
 def require_tensor(
@@ -46,7 +46,11 @@ def require_finite(operation: str, name: str, tensor: Tensor) -> None:
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
         return
     if not math.isfinite(float(tensor.detach().sum())) and not bool(torch.isfinite(tensor.detach()).all()):
-        raise KernelInputError(f"{operation} {name} must be finite, got NaN or infinity; has the training diverged?")
+        raise NonFiniteInputError(
+            f"{operation} {name} must be finite, got NaN or infinity; has the training diverged?",
+            field=name,
+            allowed="finite numbers",
+        )
 
 
 def boundaries(seq_idx_BL: Tensor) -> Tensor:

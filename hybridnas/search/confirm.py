@@ -82,7 +82,6 @@ def train_again(context: TrialContext, record: TrialRecord, folder: Path, seed: 
         config.budget.train_config(context.target, seed),
         folder=folder / "confirm" / f"seed{seed}",
         device=config.device,
-        progress=config.progress,
         keep_checkpoint=False,
     )
     if result.status != "completed" or not result.evals:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from hybridnas.data import open_source, source_config
@@ -16,6 +17,7 @@ from hybridnas.search.runner import rebuild
 from hybridnas.search_spaces.space import Space
 from hybridnas.study.folder import read_study
 from hybridnas.study.records import FAIL, RESULT, TrialRecord, read_record, trial_folder
+from hybridnas.train.callbacks import Action, Callback, OnEval
 from hybridnas.train.loop import run as train_run
 from hybridnas.train.records import Eval, read_run
 
@@ -46,7 +48,7 @@ def replay(
     *,
     out: Path | None = None,
     device: str = "auto",
-    progress: bool = True,
+    callbacks: Iterable[Callback] = (),
     news: Callable[[str], None] | None = None,
 ) -> Replay:
     """Train a trial's architecture again with the study's seed, data and settings, up to where the trial ended.
@@ -76,6 +78,8 @@ def replay(
     budget = Budget.from_dict(identity["budget"])
     target = Space.from_mapping(identity["space"]).target(budget.scale(source.vocab_size))
     folder = _fresh(out, study / "replays" / f"{number:04d}")
+    until = math.inf if record.state == FAIL else record.tokens
+    end = OnEval(lambda value: Action.STOP if value.tokens >= until else Action.CONTINUE)
     with _threads_of(trial_folder(study, number)):
         result = train_run(
             arch,
@@ -83,8 +87,7 @@ def replay(
             budget.train_config(target, identity["seed"]),
             folder=folder,
             device=device,
-            on_eval=lambda value: record.state != FAIL and value.tokens >= record.tokens,
-            progress=progress,
+            callbacks=[end, *callbacks],
         )
     return Replay(record, result.evals, folder)
 

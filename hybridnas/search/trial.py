@@ -39,9 +39,9 @@ from hybridnas.study.records import (
 )
 from hybridnas.tabular.table import TableSource
 from hybridnas.train import checkpoint
+from hybridnas.train.callbacks import Action, OnEval
 from hybridnas.train.loop import run as train_run
 from hybridnas.train.records import Eval, TrainResult, read_evals
-from hybridnas.train.trainer import PAUSE
 
 if TYPE_CHECKING:
     import optuna
@@ -218,8 +218,7 @@ class TrialRun:
                     config.budget.train_config(self.context.target, config.seed),
                     folder=self.folder,
                     device=config.device,
-                    on_eval=self._on_eval,
-                    progress=config.progress,
+                    callbacks=[OnEval(self._on_eval)],
                 )
         except (CheckpointError, DataError, KernelUnavailableError, OSError, TrainingError):
             raise  # a full disk, another process, data, machine: the next trial would meet it, too, so the search ends
@@ -228,21 +227,21 @@ class TrialRun:
             reason = f"{type(error).__name__}: {reason_of(error)} (see {self.folder / 'error.txt'})"
             return TrainResult("failed", reason, read_evals(self.folder), None, self.folder)
 
-    def _on_eval(self, value: Eval) -> bool | str:
+    def _on_eval(self, value: Eval) -> Action:
         """Tell Optuna and MLflow, and say whether the trial ends or waits here; baselines always run to the end."""
         values = self._values({"valid_loss": value.valid_loss, "accuracy": value.accuracy})
         self._report(value.tokens, values)
         if value.tokens > self.before:
             self.context.tracker.log_eval(self.number, dataclasses.asdict(value), step=value.tokens)
         if value.tokens <= self.passed or value.tokens not in self.rungs[:-1]:
-            return False
+            return Action.CONTINUE
         if self.ladder is not None:
             waits = not self.ladder.goes_on(self.context.records(), self.number, value.tokens, values)
-            return PAUSE if waits and self.baseline is None else False
+            return Action.PAUSE if waits and self.baseline is None else Action.CONTINUE
         if len(values) > 1:
-            return False
+            return Action.CONTINUE
         prune = self.trial.should_prune()  # asked for a baseline, too: it enters the rung that others must beat
-        return prune and self.baseline is None
+        return Action.STOP if prune and self.baseline is None else Action.CONTINUE
 
     def _values(self, entry: Mapping[str, Any]) -> dict[str, float]:
         return objectives.of_eval(self.context.config.objectives, self.known, entry)

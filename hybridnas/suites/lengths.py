@@ -110,7 +110,7 @@ def _score(model: HybridLM, batch: Batch, device: torch.device) -> tuple[int, in
     from hybridnas.arch.long import prefill
 
     ids_BL, targets_BL, mask_BL = batch.inputs_BL, batch.targets_BL, batch.mask_BL
-    if getattr(batch, "summary", None):
+    if batch.head is not None:
         raise DataError("lengths= reads predictions from every place; this task takes them from the last one alone")
     size = CHUNK_TOKENS // ids_BL.shape[0]
     size = max(1, min(size, _MASK // ids_BL.shape[1]) if grows(model) else size)

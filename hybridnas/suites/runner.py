@@ -160,6 +160,7 @@ class Runner:
         return self._sources[task.digest]
 
     def _train(self, cell: Cell, tracker: Tracker) -> bool:
+        from hybridnas.train.callbacks import OnEval, StopAtAccuracy
         from hybridnas.train.loop import run as train
 
         left = None if self.until is None else self.until - time.monotonic()
@@ -170,22 +171,21 @@ class Runner:
         about = {"model": cell.entry.name, "task": cell.task.name, **marks, **cell.config.to_dict()}
         tracker.start_trial(number, {**about, **asdict(cell.arch.cost(cell.config.seq_len))}, marks)
 
-        def seen(value: Eval) -> bool:
+        def record(value: Eval) -> None:
             tracker.log_eval(number, value)
-            return self.suite.stop_at is not None and value.accuracy >= self.suite.stop_at
 
+        stop = [] if self.suite.stop_at is None else [StopAtAccuracy(self.suite.stop_at)]
         result = train(
             cell.arch,
             cell.source,
             cell.config,
             folder=cell.folder,
             device=self.device,
-            on_eval=seen,
-            progress=False,
+            callbacks=[OnEval(record), *stop],
             keep_checkpoint=bool(cell.task.lengths),
             max_seconds=left,
         )
-        if not _final(result):
+        if not result.final:
             return False
         row = self._row(cell, result)
         tracker.end_trial(number, FAIL if row.status == "failed" else COMPLETE)
@@ -275,13 +275,6 @@ class Runner:
 def even_points(tokens: int, count: int) -> tuple[int, ...]:
     """Return ``count`` even points of a training, the last at its end."""
     return tuple(sorted({max(1, tokens * i // count) for i in range(1, count + 1)}))
-
-
-def _final(result: TrainResult) -> bool:
-    from hybridnas.train.records import read_run
-
-    stored = read_run(result.folder)
-    return bool(stored and stored["final"])
 
 
 def _told(row: Row) -> str:

@@ -155,9 +155,7 @@ class _Builder:
         folder = self.work / f"{self.space.name}-{arch.short}-{seed}"
         settings = self.spec.budget.train_config(self.target, seed).replace(eval_at=self.spec.points(self.target))
         began = time.process_time()
-        done = train_run(
-            arch, self.source, settings, folder=folder, device="cpu", progress=False, keep_checkpoint=False
-        )
+        done = train_run(arch, self.source, settings, folder=folder, device="cpu", keep_checkpoint=False)
         row = Row(
             pattern=str(arch.pattern),
             fingerprint=arch.fingerprint(),

@@ -31,8 +31,8 @@ from hybridnas.errors import ConfigError, MatchError, StudyError
 from hybridnas.files import write_text
 from hybridnas.search.config import Budget, SearchConfig
 from hybridnas.search_spaces.space import Space
+from hybridnas.train.callbacks import Action
 from hybridnas.train.records import Eval, TrainResult
-from hybridnas.train.trainer import PAUSE
 
 COSTS = tuple(item.name for item in dataclasses.fields(Cost))
 _HEAD = ("pattern", "fingerprint", "vocab_size", "choices", "seed", *COSTS, "tokens")
@@ -250,7 +250,7 @@ class TableSource(Source):
             )
 
     def look_up(
-        self, arch: Arch, tokens: tuple[int, ...], folder: Path, on_eval: Callable[[Eval], bool | str]
+        self, arch: Arch, tokens: tuple[int, ...], folder: Path, on_eval: Callable[[Eval], Action]
     ) -> TrainResult:
         """Return what training ``arch`` gave, measured at ``tokens``; ``on_eval`` may stop or pause it, as in training.
 
@@ -274,9 +274,9 @@ class TableSource(Source):
             accuracy = row.accuracies.get(point, math.nan)
             value = Eval(point, 0, math.nan, row.losses[point], None, accuracy, speed, spent)
             evals.append(value)
-            said = on_eval(value)
-            if said and point != tokens[-1]:
-                return TrainResult("paused" if said == PAUSE else "stopped", "", evals, None, folder, speed)
+            action = on_eval(value)
+            if action is not Action.CONTINUE and point != tokens[-1]:
+                return TrainResult("paused" if action is Action.PAUSE else "stopped", "", evals, None, folder, speed)
         return TrainResult("failed" if row.failed else "completed", row.failed, evals, None, folder, speed)
 
 

@@ -1,8 +1,8 @@
 """Checkpoints: one safetensors file that is whole or absent, and the one before it; no pickle.
 
-``checkpoint.safetensors`` holds weights, AdamW moments and, as JSON in its header, the position of the run, what run it
-is, and a checksum over all tensors. Data order and dropout are pure functions of seed and step, so the position is all
-that a generator's state would say.
+``checkpoint.safetensors`` holds weights, task heads, AdamW moments and, as JSON in its header, the position of the run,
+what run it is, and a checksum over all tensors. Data order and dropout are pure functions of seed and step, so the
+position is all that a generator's state would say.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
 from hybridnas.errors import CheckpointError
-from hybridnas.train import readout
 from hybridnas.train.records import FORMAT_VERSION, disk_error, read_run
 
 NEWEST, PREVIOUS = "checkpoint.safetensors", "checkpoint.prev.safetensors"
+MODULE = "module"  # the key of a foreign module's class in a run's identity, in the place of an architecture
 _TEMPORARY = ".checkpoint"
 _HEADER = "hybridnas"
-_MODEL, _OPTIMIZER = "model.", "optimizer."
+_MODEL, _HEADS, _OPTIMIZER = "model.", "heads.", "optimizer."
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Checkpoint:
     header: dict[str, Any]
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    heads: dict[str, Tensor] = field(default_factory=dict)  # of the task, empty for most
     note: str = ""  # why the previous one was taken, or empty
 
 
@@ -55,12 +56,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_model(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy stored weights into the model; raises CheckpointError when names or shapes disagree.
-
-    A decoder that was trained with the model (train.readout) comes with it.
-    """
-    if isinstance(model, HybridLM) and any(name.startswith(f"{readout.NAME}.") for name in tensors):
-        readout.attach(model)
+    """Copy stored weights into the model; raises CheckpointError when names or shapes disagree."""
     own = model_tensors(model)
     for name in dict.fromkeys((*own, *tensors)):
         if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
@@ -72,12 +68,19 @@ def restore_model(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> N
         tensor.copy_(tensors[name])
 
 
-def save(folder: Path, header: dict[str, Any], model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+def save(
+    folder: Path,
+    header: dict[str, Any],
+    model: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    heads: dict[str, Tensor] | None = None,
+) -> None:
     """Write a checkpoint beside the newest one, then let it take its place; the newest becomes the previous.
 
     Raises TrainingError when the disk refuses; the checkpoints that were there stay as they were.
     """
     tensors = {_MODEL + name: _plain(tensor) for name, tensor in model.items()}
+    tensors.update({_HEADS + name: _plain(tensor) for name, tensor in (heads or {}).items()})
     tensors.update({_OPTIMIZER + name: _plain(tensor) for name, tensor in optimizer.items()})
     header = {**header, "format": FORMAT_VERSION, "crc32": _checksum(tensors)}
     temporary = folder / f"{_TEMPORARY}.{os.getpid()}.tmp"
@@ -109,7 +112,7 @@ def load(folder: Path) -> Checkpoint | None:
             continue
         step = found.header["progress"]["step"]
         note = f"{notes[0]}; going on from {name} of step {step:,}" if notes else ""
-        return Checkpoint(found.header, found.model, found.optimizer, note)
+        return replace(found, note=note)
     if notes:
         raise CheckpointError(f"{' and '.join(notes)}; delete {folder} to train from the start")
     return None
@@ -133,6 +136,13 @@ def load_model(folder: str | Path, *, device: str = "cpu") -> HybridLM:
     found = load(where)
     if run is None or found is None:
         raise CheckpointError(f"{where} has no {NEWEST}: the run was made elsewhere or did not keep its weights")
+    if MODULE in found.header["architecture"]:
+        raise CheckpointError(
+            f"{where} holds the weights of a {found.header['architecture'][MODULE]}, which only its own code can "
+            f"build; build it and call hybridnas.fit on this folder again, or read {NEWEST} with safetensors",
+            field="folder",
+            got=str(where),
+        )
     model = HybridLM(Arch.from_dict(found.header["architecture"]))
     restore_model(model, found.model, where / NEWEST)
     return model.to(device).eval()
@@ -143,13 +153,11 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    try:
-        save_file(tensors, path, metadata=metadata)
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    except SafetensorError as error:  # it reports a refused write in words alone
-        code = 28 if "os error 28" in str(error) or "No space" in str(error) else 5
-        raise OSError(code, str(error)) from None
+    # Serialized in memory and written here: safetensors' own writer reports a full disk as text, without an errno.
+    with path.open("wb") as file:
+        file.write(serialized(tensors, metadata=metadata))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _read(path: Path) -> Checkpoint:
@@ -165,7 +173,7 @@ def _read(path: Path) -> Checkpoint:
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-    return Checkpoint(header, part(_MODEL), part(_OPTIMIZER))
+    return Checkpoint(header, part(_MODEL), part(_OPTIMIZER), part(_HEADS))
 
 
 def _checksum(tensors: dict[str, Tensor]) -> int:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from hybridnas.arch.presets import Recipe
-from hybridnas.config import FrozenConfig, option
+from hybridnas.config import MAX_SEED, FrozenConfig, option
 from hybridnas.errors import ConfigError
 
 EVALUATIONS = 6  # how often a run is measured when eval_at names no points
 NOT_IDENTITY = ("checkpoint_seconds",)  # fields that may change when a run goes on: they touch no number
+ADDED = {"devices": 1, "allow_noncausal": False}  # fields that older runs do not know, and the value they stand for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +39,13 @@ class TrainConfig(FrozenConfig):
         choices=("auto", "float32", "bfloat16"),
     )
     compile: bool = option(False, "compile the training step with torch.compile [yes/no]")
+    allow_noncausal: bool = option(
+        False,
+        "train a model whose layers see later tokens (expert_choice): its loss is no language model's [yes/no]",
+    )
     devices: int = option(1, "processes, each with a device, that share every batch [count]", ge=1)
-    seed: int = option(0, "seed of weights and dropout", ge=0)
-    data_seed: int | None = option(None, "seed of the data's order; none: as seed", ge=0)
+    seed: int = option(0, "seed of weights and dropout", ge=0, le=MAX_SEED)
+    data_seed: int | None = option(None, "seed of the data's order; none: as seed", ge=0, le=MAX_SEED)
     eval_at: tuple[int, ...] = option(
         (), f"training-token counts at which to measure; the end is always one; none: {EVALUATIONS} even points"
     )
@@ -80,7 +85,7 @@ class TrainConfig(FrozenConfig):
 
     @property
     def step_tokens(self) -> int:
-        """Training tokens of one optimiser step [tokens]."""
+        """Training tokens of one optimizer step [tokens]."""
         return self.batch_size * self.seq_len * self.accumulate
 
     @property
@@ -96,6 +101,4 @@ class TrainConfig(FrozenConfig):
     def identity(self) -> dict[str, Any]:
         """Return the fields that decide the numbers of a run: what a checkpoint must agree with."""
         kept = {name: value for name, value in self.to_dict().items() if name not in NOT_IDENTITY}
-        if self.devices == 1:  # a field that older runs do not know
-            del kept["devices"]
-        return kept
+        return {name: value for name, value in kept.items() if name not in ADDED or value != ADDED[name]}

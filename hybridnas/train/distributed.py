@@ -1,9 +1,13 @@
-"""One run on several devices: ``train.devices=2`` starts one process for each under torchrun.
+"""One run on several devices: ``DistributedDataParallel`` over nccl on GPUs and gloo on processors.
 
-The run's owner, which called :func:`hybridnas.train.run`, stays outside and trains nothing. Rank 0 holds the folder,
-measures, saves, and asks the owner what ``on_eval`` says; all ranks hear the answer. Each rank reads its part of every
-batch and gradients are summed, so losses are those of one process with ``accumulate`` times ``devices`` smaller passes:
-equal within float error, and a mixture of experts balances and drops within each part.
+Two ways lead in. Under torchrun (``torchrun --nproc-per-node=2 -m hybridnas.train ... train.devices=2``, on one host or
+several) every process joins the group that torchrun's environment describes. Anywhere else the calling process becomes
+rank 0 and starts the other ranks itself, so that callbacks remain Python objects of the caller's process.
+
+Rank 0 owns the folder and the callbacks, measures, saves and decides; its decisions are broadcast. Each rank computes
+its part of every batch, with ``no_sync`` while it accumulates. Losses are scaled so that the averaged gradients are
+those of one process with ``accumulate`` times ``devices`` smaller passes: equal within float error, and a mixture of
+experts balances and drops within each part. Buffers are rank 0's.
 """
 
 from __future__ import annotations
@@ -11,32 +15,35 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Sequence
-from dataclasses import asdict
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hybridnas.errors import ConfigError, HybridNASError, TrainingError
-from hybridnas.files import write_json
-from hybridnas.train.records import Eval, TrainResult, read_evals, read_run
+from hybridnas.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hybridnas.arch.arch import Arch
-    from hybridnas.data.source import Source
-    from hybridnas.train.config import TrainConfig
-    from hybridnas.train.progress import Progress
-    from hybridnas.train.trainer import OnEval
+    from torch.nn.parallel import DistributedDataParallel
 
-JOB, LOG = "distributed.json", "distributed.log"
-GRACE_SECONDS = 60.0  # for the ranks to save and leave
-PATIENCE_MINUTES = 120  # of a rank that waits for rank 0 to measure
+    from hybridnas.train.config import TrainConfig
+    from hybridnas.train.objective import Objective
+
+LOG = "ranks.log"  # standard error of the ranks that were started here
+GRACE_SECONDS = 60.0  # for the other ranks to leave after the last step
+TIMEOUT = timedelta(hours=2)  # of a rank that waits, e.g. for rank 0 to measure
+
+
+class RankLostError(RuntimeError):
+    """Another process of the run ended before its time."""
 
 
 class Group:
@@ -46,264 +53,244 @@ class Group:
 
     @property
     def first(self) -> bool:
-        """Whether this process owns the run's folder."""
+        """Whether this process owns the run's folder and its callbacks."""
         return self.rank == 0
 
-    def reduce(self, parameters: Sequence[Tensor], sums: dict[str, Tensor], stop: bool) -> bool:
-        """Sum gradients and figures over the processes, in place; returns whether any of them was asked to stop."""
-        return stop
+    def parallel(self, objective: Objective) -> nn.Module:
+        """Return the module whose backward pass averages gradients over the ranks."""
+        return objective
+
+    def accumulating(self) -> AbstractContextManager[object]:
+        """Return a context in which backward passes only add to this rank's own gradients."""
+        return contextlib.nullcontext()
+
+    def sum_figures(self, sums: dict[str, Tensor]) -> None:
+        """Sum scalars over the ranks, in place."""
 
     def share(self, value: Any) -> Any:
-        """Return rank 0's value, of plain JSON types, everywhere."""
+        """Return rank 0's value everywhere."""
         return value
 
 
 class Ranks(Group):
-    """The processes that torchrun started."""
+    """The processes of torch's default process group."""
 
     def __init__(self, device: torch.device) -> None:
-        from datetime import timedelta
-
         import torch.distributed as dist
 
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=PATIENCE_MINUTES))
         self._dist = dist
         self._device = device
+        self._parallel: DistributedDataParallel | None = None
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
-    def reduce(self, parameters: Sequence[Tensor], sums: dict[str, Tensor], stop: bool) -> bool:
-        """One message for all: gradients, which of them exist, figures, and the wish to stop."""
+    def parallel(self, objective: Objective) -> nn.Module:
+        from torch.nn.parallel import DistributedDataParallel
+
+        from hybridnas.arch.model import HybridLM
+
+        # Every weight of a HybridLM takes part in every pass, idle experts included; heads and other modules may not.
+        some_unused = not isinstance(objective.model, HybridLM) or len(objective.heads) > 0
+        ids = [self._device.index] if self._device.type == "cuda" else None
+        self._parallel = DistributedDataParallel(objective, device_ids=ids, find_unused_parameters=some_unused)
+        return self._parallel
+
+    def accumulating(self) -> AbstractContextManager[object]:
+        assert self._parallel is not None
+        return self._parallel.no_sync()
+
+    def sum_figures(self, sums: dict[str, Tensor]) -> None:
         names = sorted(sums)
-        absent = [p.grad is None for p in parameters]
-        flags = torch.tensor([*(0.0 if gone else 1.0 for gone in absent), float(stop)], device=self._device)
-        figures = [sums[name].detach().reshape(1).float() for name in names]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([flags, *figures, *(grad.reshape(-1).float() for grad in grads)])
-        self._dist.all_reduce(flat)
-        head = [len(flags), len(names)]
-        flags, values, rest = torch.split(flat, [*head, len(flat) - sum(head)])
-        sums.update(zip(names, values.unbind(), strict=True))
-        exists = flags[:-1].tolist()
-        for parameter, part, there in zip(
-            parameters, torch.split(rest, [p.numel() for p in parameters]), exists, strict=True
-        ):
-            # A weight that no rank has used keeps no gradient: the optimizer passes it over, as in one process.
-            parameter.grad = part.view_as(parameter).to(parameter.dtype) if there else None
-        return bool(flags[-1] > 0)
+        figures = torch.stack([sums[name].detach().double() for name in names])
+        self._dist.all_reduce(figures)
+        sums.update(zip(names, figures.unbind(), strict=True))
 
     def share(self, value: Any) -> Any:
-        data = json.dumps(value).encode() if self.first else b""
-        length = torch.tensor([len(data)], device=self._device)
-        self._dist.broadcast(length, 0)
-        text = torch.zeros(int(length), dtype=torch.uint8, device=self._device)
-        if self.first:
-            text.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        self._dist.broadcast(text, 0)
-        return json.loads(bytes(text.cpu().tolist()))
-
-    def close(self) -> None:
-        """Leave the group."""
-        self._dist.destroy_process_group()
+        held = [value]
+        self._dist.broadcast_object_list(held, src=0, device=self._device)
+        return held[0]
 
 
 def check_devices(config: TrainConfig, device: torch.device) -> None:
     """Raise ConfigError unless the batch can be divided and the devices are there."""
     rows = config.batch_size
     if rows % config.devices:
-        raise ConfigError(f"train batch_size={rows} cannot be divided by devices={config.devices}; choose a multiple")
-    if device.type == "cuda" and config.devices > torch.cuda.device_count():
-        raise ConfigError(f"train devices={config.devices}: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise ConfigError(
+            f"train batch_size={rows} cannot be divided by devices={config.devices}; choose a multiple",
+            field="batch_size",
+            got=rows,
+            allowed=f"a multiple of {config.devices}",
+        )
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))
+    if device.type == "cuda" and local > torch.cuda.device_count():
+        raise ConfigError(
+            f"train devices={config.devices}: this machine has {torch.cuda.device_count()} CUDA devices",
+            field="devices",
+            got=config.devices,
+            allowed=f"<= {torch.cuda.device_count()}",
+        )
 
 
-def launch(
-    arch: Arch,
-    source: Source,
-    config: TrainConfig,
-    *,
-    folder: Path,
-    device: str,
-    on_eval: OnEval | None,
-    shown: Progress,
-    max_seconds: float | None,
-    impl: str,
-    keep_checkpoint: bool,
-) -> TrainResult:
-    """Run the job under torchrun and answer rank 0's questions; returns what it left, without the model.
+def launched() -> bool:
+    """Whether this process belongs to a group already: started by torchrun, or torch.distributed is initialised."""
+    return torch.distributed.is_initialized() or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
-    Raises KeyboardInterrupt after Ctrl-C, when the ranks have saved, and TrainingError where rank 0 did.
+
+def local_rank(group: Group) -> int:
+    """Return a rank's number on its host."""
+    return int(os.environ.get("LOCAL_RANK", group.rank))
+
+
+def own_device(device: torch.device, rank: int) -> torch.device:
+    """Return the device of a rank on its host, made the current one."""
+    if device.type != "cuda":
+        return device
+    own = torch.device("cuda", rank)
+    torch.cuda.set_device(own)
+    return own
+
+
+@contextlib.contextmanager
+def join(config: TrainConfig, device: torch.device) -> Iterator[Group]:
+    """Join the group that torchrun, or the caller's own ``init_process_group``, describes.
+
+    Raises ConfigError where it has another size than ``config.devices``.
     """
-    if source.config is None:
-        raise TrainingError("devices > 1 needs data that other processes can open, by hybridnas.data.open_source")
-    job = {
-        "arch": arch.to_dict(),
-        "data": source.config.to_dict(),
-        "train": config.to_dict(),
-        "device": device,
-        "impl": impl,
-        "max_seconds": max_seconds,
-        "keep_checkpoint": keep_checkpoint,
-    }
-    write_json(folder / JOB, job)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.devices}"),
-        *("-m", "hybridnas.train.distributed", str(folder.absolute())),
-    ]
-    threads = str(max(1, torch.get_num_threads() // config.devices))
-    with (folder / LOG).open("w") as log:
-        process = subprocess.Popen(
-            command,
+    import torch.distributed as dist
+
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        if dist.get_world_size() != config.devices:
+            raise ConfigError(
+                f"train devices={config.devices} but {dist.get_world_size()} processes were started; set "
+                f"train.devices={dist.get_world_size()}",
+                field="devices",
+                got=config.devices,
+                allowed=dist.get_world_size(),
+            )
+        yield Ranks(device)
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def start(config: TrainConfig, device: torch.device, job: dict[str, Any], folder: Path | None) -> Iterator[Group]:
+    """Become rank 0 and start the other ranks on this host; they are gone when the context is left.
+
+    ``job``: what :func:`main` reads. Raises RankLostError when a rank has ended before its time.
+    """
+    import torch.distributed as dist
+
+    meeting = Path(tempfile.mkdtemp(prefix="hybridnas-ranks-"))  # the ranks find each other by files in it
+    threads = torch.get_num_threads()
+    share = max(1, threads // config.devices)
+    log = (folder / LOG).open("w") if folder is not None else None
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "hybridnas.train.distributed"],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
+            stdout=log or subprocess.DEVNULL,
+            stderr=log or subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
-            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(share)},
+            start_new_session=True,  # Ctrl-C is rank 0's to answer
         )
+        for _ in range(1, config.devices)
+    ]
+    sound = False
     try:
-        ended = _answer(process, on_eval, shown, config.tokens)
-    finally:
-        _end(process)
-    return _result(folder, ended, process.returncode)
-
-
-def _answer(
-    process: subprocess.Popen[str], on_eval: OnEval | None, shown: Progress, total: int
-) -> dict[str, Any] | None:
-    """Talk with rank 0 until it ends; returns its last word, or None when it died without one."""
-    assert process.stdout is not None and process.stdin is not None
-    ended = None
-    for line in process.stdout:
-        try:
-            message = json.loads(line)
-        except ValueError:
-            continue  # a library's own print
-        if "eval" in message:
-            value = Eval.from_dict(message["eval"])
-            if message["new"]:
-                shown.measured(value, total)
-            said = on_eval(value) if on_eval is not None else None
+        for rank, worker in enumerate(workers, start=1):
+            assert worker.stdin is not None
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(json.dumps(said) + "\n")
-                process.stdin.flush()
-        elif "note" in message:
-            shown.note(message["note"])
-        elif "ended" in message:
-            ended = message
-    return ended
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """Close the pipe, which is rank 0's word to save and leave, and see that all have left."""
-    assert process.stdin is not None and process.stdout is not None
-    with contextlib.suppress(OSError):
-        process.stdin.close()
-    try:
-        process.wait(GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        pass
+                json.dump({**job, "rank": rank, "meeting": str(meeting), "device": device.type}, worker.stdin)
+                worker.stdin.close()
+        torch.set_num_threads(share)
+        _await(meeting, workers)
+        _meet(meeting, device, 0, config.devices)
+        try:
+            yield Ranks(device)
+            sound = True
+        finally:
+            dist.destroy_process_group()
+    except RuntimeError as error:
+        lost = _lost(workers)
+        if not lost:
+            raise
+        words = f" (see {folder / LOG})" if folder is not None else ""
+        raise RankLostError(f"one of its processes ended with exit code {lost}{words}") from error
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        torch.set_num_threads(threads)
+        _end(workers, GRACE_SECONDS if sound else 0.0)
+        shutil.rmtree(meeting, ignore_errors=True)
+        if log is not None:
+            log.close()
 
 
-def _result(folder: Path, ended: dict[str, Any] | None, code: int) -> TrainResult:
-    from hybridnas import errors
-
-    if ended is not None and "error" in ended:
-        name, text = ended["error"]
-        raise getattr(errors, name, TrainingError)(text)
-    evals = read_evals(folder)
-    if ended is None:
-        said = (folder / LOG).read_text(errors="replace")
-        lines = [line for line in said.splitlines() if "Error" in line] or [f"exit code {code}"]
-        reason = f"one of its processes ended: {lines[0][:200]} (see {folder / LOG})"
-        return TrainResult("failed", reason, evals, None, folder)
-    if ended["ended"] == "interrupted":
-        raise KeyboardInterrupt
-    run = read_run(folder) or {}
-    return TrainResult(run["status"], run["reason"], evals, None, folder, run.get("tokens_per_second", 0.0))
+def _meet(meeting: Path, device: torch.device, rank: int, size: int) -> None:
+    """Make the process group of the ranks that know this folder."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    method = (meeting / "store").as_uri()
+    torch.distributed.init_process_group(backend, init_method=method, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
-def main(folder: str) -> int:
-    """Be one rank: torchrun's environment says which."""
-    from hybridnas.arch.arch import Arch
-    from hybridnas.data import open_source, source_config
-    from hybridnas.train.config import TrainConfig
-    from hybridnas.train.loop import run
+def _await(meeting: Path, workers: list[subprocess.Popen[str]]) -> None:
+    """Return when all ranks are up; raises RankLostError when one has failed before."""
+    for rank, worker in enumerate(workers, start=1):
+        while not (meeting / str(rank)).exists():
+            if worker.poll() is not None:
+                raise RankLostError
+            time.sleep(0.02)
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    job = json.loads((Path(folder) / JOB).read_text())
-    device = torch.device(job["device"] if job["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    group = Ranks(device)
-    answers, sys.stdout = sys.stdout, sys.stderr
-    known = len(read_evals(Path(folder)))
 
-    def say(**message: Any) -> None:
-        if group.first:
-            with contextlib.suppress(OSError):
-                print(json.dumps(message), file=answers, flush=True)
-
-    words = _Owner() if group.first else None
-    seen = 0
-
-    def ask(value: Eval) -> Any:
-        nonlocal seen
-        seen += 1
-        say(eval=asdict(value), new=seen > known)
-        return words.hear() if words is not None else None
-
-    try:
-        result = run(
-            Arch.from_dict(job["arch"]),
-            open_source(source_config(job["data"])),
-            TrainConfig.from_dict(job["train"]),
-            folder=folder,
-            device=str(device),
-            on_eval=ask,
-            progress=(lambda text: None),
-            max_seconds=job["max_seconds"],
-            keep_checkpoint=job["keep_checkpoint"],
-            impl=job["impl"],
-            group=group,
-        )
-    except KeyboardInterrupt:
-        say(ended="interrupted")
-        return 0
-    except HybridNASError as error:
-        say(ended="error", error=[type(error).__name__, str(error)])
-        return 3
-    say(ended=result.status)
-    if result.status == "failed" and not (read_run(Path(folder)) or {}).get("final"):
-        os._exit(3)  # out of memory here alone: torchrun ends the others, which wait for us
-    group.close()
+def _lost(workers: list[subprocess.Popen[str]]) -> int:
+    """Return the exit code of a rank that has failed, or 0; a broken connection comes a moment before the exit."""
+    patience = time.monotonic() + 3.0
+    while time.monotonic() < patience:
+        codes = [worker.poll() for worker in workers]
+        if any(codes):
+            return next(code for code in codes if code)
+        time.sleep(0.05)
     return 0
 
 
-class _Owner:
-    """Rank 0's ear: answers of the owner by line; the end of the pipe is a Ctrl-C."""
+def _end(workers: list[subprocess.Popen[str]], seconds: float) -> None:
+    for worker in workers:
+        try:
+            worker.wait(seconds)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
 
-    def __init__(self) -> None:
-        import queue
 
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._listen, daemon=True).start()
+def main() -> int:
+    """Be one of the ranks that :func:`start` starts: read the job from standard input, train along, leave."""
+    import torch.distributed as dist
 
-    def _listen(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            for line in sys.stdin:
-                self._lines.put(line)
-        self._lines.put("null")  # whoever waits for an answer goes on to where the interrupt is seen
-        os.kill(os.getpid(), signal.SIGINT)
+    from hybridnas.arch.arch import Arch
+    from hybridnas.data import open_source, source_config
+    from hybridnas.train.config import TrainConfig
+    from hybridnas.train.loop import follow
 
-    def hear(self) -> Any:
-        return json.loads(self._lines.get())
+    job = json.load(sys.stdin)
+    config = TrainConfig.from_dict(job["train"])
+    device = own_device(torch.device(job["device"]), job["rank"])
+    meeting = Path(job["meeting"])
+    (meeting / str(job["rank"])).touch()
+    _meet(meeting, device, job["rank"], config.devices)
+    follow(
+        Arch.from_dict(job["arch"]),
+        open_source(source_config(job["data"])),
+        config,
+        folder=None if job["folder"] is None else Path(job["folder"]),
+        device=device,
+        impl=job["impl"],
+        group=Ranks(device),
+    )
+    dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main())

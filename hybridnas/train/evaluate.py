@@ -13,13 +13,12 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hybridnas.arch.model import HybridLM
 from hybridnas.data.source import Batch, Source
 from hybridnas.errors import DataError
-from hybridnas.kernels.cross_entropy import linear_cross_entropy, token_scores
-from hybridnas.train.readout import read
+from hybridnas.train.objective import Objective, check_causal
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -51,21 +50,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return the batch on ``device``."""
     if device.type == "cpu":
         return batch
-    inputs, targets, mask, summary = batch
-    return Batch(inputs.to(device), targets.to(device), None if mask is None else mask.to(device), summary)
+    mask_BL = None if batch.mask_BL is None else batch.mask_BL.to(device)
+    return batch._replace(inputs_BL=batch.inputs_BL.to(device), targets_BL=batch.targets_BL.to(device), mask_BL=mask_BL)
 
 
 def counted(batch: Batch) -> Tensor | int:
     """Return how many places of a batch count."""
     return batch.targets_BL.numel() if batch.mask_BL is None else batch.mask_BL.sum()
-
-
-def cross_entropy_sum(x_BLD: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
-    """Return the sum of ``-log p(target)`` over the places that count [nats], computed in float32.
-
-    x (B, L, D) is what the head reads: all logits exist at once only where that is faster.
-    """
-    return linear_cross_entropy(x_BLD, head_VD, batch.targets_BL, mask=batch.mask_BL, reduction="sum")
 
 
 def autocast(precision: str, device: torch.device) -> Autocast:
@@ -83,7 +74,7 @@ def autocast(precision: str, device: torch.device) -> Autocast:
 
 @torch.no_grad()
 def evaluate(
-    model: HybridLM,
+    model: nn.Module,
     source: Source,
     *,
     n_tokens: int,
@@ -91,22 +82,32 @@ def evaluate(
     seq_len: int,
     device: torch.device,
     precision: str = "auto",
+    heads: nn.ModuleDict | None = None,
+    allow_noncausal: bool = False,
 ) -> Score:
-    """Measure the model on the source's validation batches, the same ones at every call; leaves the mode as it was.
+    """Measure a model on the source's validation batches, the same ones at every call; leaves the mode as it was.
+
+    ``model``: a HybridLM, or any module from ids (B, L) to logits (B, L, V). ``heads``: those of the source's tasks
+    that were trained with it, where the source has any.
 
     Of data in several parts (``Source.valid_parts``) each is measured by itself, and the score is their mean: a part
-    with few places counts as much as one with many. Raises DataError when a part has no validation tokens.
+    with few places counts as much as one with many. Raises DataError when a part has no validation tokens, ConfigError
+    for a HybridLM with a layer that sees later tokens unless ``allow_noncausal``: its loss depends on the batch and is
+    no language model's.
     """
+    if isinstance(model, HybridLM):
+        check_causal(model.arch, allow_noncausal)
+    objective = Objective(model, heads)
     was_training = model.training
-    model.eval()
+    objective.eval()
     around = autocast(precision, device)
     try:
         parts = {
-            name: _measure(model, batches, device, around)
+            name: _measure(objective, batches, device, around)
             for name, batches in source.valid_parts(n_tokens, batch_size, seq_len).items()
         }
     finally:
-        model.train(was_training)
+        objective.train(was_training)
     if not parts or any(part.tokens == 0 for part in parts.values()):
         raise DataError(f"{source.describe()}: no validation tokens to measure; raise valid_fraction or add text")
     loss = sum(part.loss for part in parts.values()) / len(parts)
@@ -117,13 +118,12 @@ def evaluate(
     return Score(loss, bits, accuracy, tokens, {name: part for name, part in parts.items() if name})
 
 
-def _measure(model: HybridLM, batches: Iterable[Batch], device: torch.device, around: Autocast) -> Part:
+def _measure(objective: Objective, batches: Iterable[Batch], device: torch.device, around: Autocast) -> Part:
     total, right, places = 0.0, 0, 0
     for raw in batches:
         batch = to_device(raw, device)
         with around():
-            x_BLD = read(model, model.hidden(batch.inputs_BL).x_BLD, batch)
-            scores = token_scores(x_BLD, model.head.weight, batch.targets_BL, mask=batch.mask_BL)
+            scores = objective.scores(batch)
         total += float(scores.loss.sum())
         right += int(scores.correct.sum())
         places += int(counted(batch))

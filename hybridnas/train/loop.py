@@ -1,212 +1,320 @@
-"""The training run: resumed where it stopped, measured at fixed token counts, ended with a reason.
-
-Shapes: B batch, L length.
-"""
+"""The training run: resumed where it stopped, measured at fixed token counts, ended with a reason."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import re
+import functools
+import hashlib
+import json
+import logging
 import signal
 import threading
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
 from hybridnas.data.source import Source, check_vocab
-from hybridnas.errors import KernelInputError, TrainingError
+from hybridnas.errors import NonFiniteInputError, TrainingDiverged, TrainingError
 from hybridnas.hardware import describe_machine, pick_device
-from hybridnas.train import checkpoint
+from hybridnas.study.locks import locked
+from hybridnas.train import checkpoint, distributed
+from hybridnas.train.callbacks import Callback, CallbackList, Run
 from hybridnas.train.config import TrainConfig
-from hybridnas.train.distributed import Group, check_devices, launch
-from hybridnas.train.progress import Progress, Report, make_progress
+from hybridnas.train.distributed import Group, RankLostError
+from hybridnas.train.objective import check_causal, make_heads
 from hybridnas.train.records import (
     FORMAT_VERSION,
-    RUN,
-    Eval,
     TrainResult,
     compare_identity,
     disk_error,
     read_run,
     repair_evals,
-    write_json,
+    write_run,
 )
-from hybridnas.train.trainer import OnEval, Outcome, Trainer
+from hybridnas.train.trainer import Outcome, Trainer
 
-_NO_MEMORY = re.compile(r"out of memory|(can.t|cannot|not able to|not enough) (allocate )?memory", re.IGNORECASE)
+Trainee = Arch | nn.Module | Callable[[], nn.Module]
+log = logging.getLogger("hybridnas.train")
 
 
 def run(
+    model: Trainee,
+    source: Source,
+    config: TrainConfig,
+    *,
+    folder: str | Path | None = None,
+    device: str = "auto",
+    callbacks: Iterable[Callback] = (),
+    keep_checkpoint: bool = True,
+    max_seconds: float | None = None,
+    impl: str = "auto",
+) -> TrainResult:
+    """Train a model on ``source``, or go on from where ``folder`` stands; the same call again is how one resumes.
+
+    ``model``: an architecture, whose weights are drawn from ``config.seed``; a module from ids (B, L) to logits
+    (B, L, V), which is trained in place; or a function that builds one, called with torch's generator seeded.
+    ``folder``: None writes nothing, so nothing can be resumed.
+
+    ``callbacks`` see every measurement of the run in order, those of earlier processes first. A run that is completed,
+    failed or stopped by a callback is not trained again: its stored result is returned. ``Action.PAUSE`` leaves the run
+    with status "paused" and its whole checkpoint instead: the next call goes on, as after ``max_seconds``, Ctrl-C, a
+    crash or lack of memory. On a processor with the same number of threads, a run that was interrupted equals one that
+    was not, to the bit. ``keep_checkpoint=False`` deletes the weights when the run has ended. Ctrl-C finishes the step,
+    saves, and raises KeyboardInterrupt.
+
+    Raises ConfigError for a model that sees later tokens (``config.allow_noncausal``), CheckpointError for a folder of
+    another run or with damaged files, DataError for a vocabulary larger than the model's, TrainingError when the disk
+    refuses or another process trains in the folder.
+    """
+    target = pick_device(device)
+    if config.devices > 1:
+        distributed.check_devices(config, target)
+    job = _Job(_Subject.of(model, config, impl), source, config, None if folder is None else Path(folder), target)
+    watchers = CallbackList(callbacks)
+    if config.devices == 1:
+        return _lead(job, lambda: contextlib.nullcontext(Group()), watchers, max_seconds, keep_checkpoint)
+    if distributed.launched():
+        with distributed.join(config, target) as group:
+            job = job.on(distributed.own_device(target, distributed.local_rank(group)))
+            if not group.first:
+                return _follow(job, group)
+            return _lead(job, lambda: contextlib.nullcontext(group), watchers, max_seconds, keep_checkpoint)
+    job = job.on(distributed.own_device(target, 0))
+    start = functools.partial(distributed.start, config, job.device, job.for_ranks(), job.folder)
+    return _lead(job, start, watchers, max_seconds, keep_checkpoint)
+
+
+def follow(
     arch: Arch,
     source: Source,
     config: TrainConfig,
     *,
-    folder: str | Path,
-    device: str = "auto",
-    on_eval: OnEval | None = None,
-    progress: bool | Report = True,
-    keep_checkpoint: bool = True,
-    max_seconds: float | None = None,
-    impl: str = "auto",
-    group: Group | None = None,
+    folder: Path | None,
+    device: torch.device,
+    impl: str,
+    group: Group,
 ) -> TrainResult:
-    """Train ``arch`` on ``source``, or go on from where ``folder`` stands; the same call again is how one resumes.
-
-    ``on_eval`` sees every measurement of the run in order, those of earlier processes first (so report them
-    idempotently), and stops the run by returning True. A run that is completed, failed or so stopped is not trained
-    again: its stored result is returned. Returning ``PAUSE`` leaves the run with status "paused" and its whole
-    checkpoint instead: the next call goes on, as after ``max_seconds``, Ctrl-C, a crash or lack of memory.
-    On a processor with the same number of threads, a run that was interrupted equals one that was not, to the bit.
-
-    ``progress``: True (bar or lines), False (silence) or a callable that takes lines. ``keep_checkpoint=False``
-    deletes the weights when the run has ended. Ctrl-C finishes the step, saves, and raises KeyboardInterrupt.
-
-    Raises CheckpointError for a folder of another run or with damaged files, DataError for a vocabulary larger than
-    the model's, TrainingError when the disk refuses or another process trains in the folder.
-    """
-    check_vocab(source.vocab_size, arch.vocab_size)
-    target = pick_device(device)
-    where = Path(folder)
-    group = group or Group()
-    if config.devices > 1:
-        check_devices(config, target)
-    job = _Job(arch, source, config, where, target, impl, identity(arch, source, config), group)
-    if not group.first:
-        _follow(job, max_seconds)
-        return TrainResult("completed", "", [], None, where)
-    with _claimed(where):
-        stored = read_run(where)
-        if stored is not None:
-            compare_identity(stored, job.identity, where)
-        evals, torn = repair_evals(where)
-        if stored is not None and stored["final"]:
-            return _stored_result(stored, evals, arch, where, target, impl, on_eval)
-        if config.devices == group.size:
-            return _own(job, evals, torn, on_eval, make_progress(progress), max_seconds, keep_checkpoint)
-    result = launch(
-        arch,
-        source,
-        config,
-        folder=where,
-        device=device,
-        on_eval=on_eval,
-        shown=make_progress(progress),
-        max_seconds=max_seconds,
-        impl=impl,
-        keep_checkpoint=keep_checkpoint,
-    )
-    ended = read_run(where)
-    if result.status == "failed" or ended is None or not ended["final"]:
-        return result
-    return _stored_result(ended, result.evals, arch, where, target, impl, None)
+    """Train along with rank 0, which owns the folder, measures and decides."""
+    return _follow(_Job(_Subject.of(arch, config, impl), source, config, folder, device), group)
 
 
-def _own(
-    job: _Job,
-    evals: list[Eval],
-    torn: str,
-    on_eval: OnEval | None,
-    shown: Progress,
-    max_seconds: float | None,
-    keep_checkpoint: bool,
-) -> TrainResult:
-    """Train what is ours to write: the folder is held, its measurements are read."""
-    where = job.folder
-    if torn:
-        shown.note(torn)
-    machine = {"device": str(job.device), "machine": describe_machine(), "data_words": job.source.describe()}
-    about = {"format": FORMAT_VERSION, **job.identity, **machine}
-    write_json(where / RUN, {**about, "status": "running", "reason": "", "final": False})
-    job.group.share([asdict(value) for value in evals])
-    outcome, trainer = _train(job, evals, on_eval, shown, max_seconds)
-    speed = trainer.tokens_per_second if trainer else 0.0
-    ended = {"status": outcome.status, "reason": outcome.reason, "final": outcome.final, "tokens_per_second": speed}
-    if outcome.final:
-        _settle_checkpoints(trainer, where, keep_checkpoint, sound=outcome.status != "failed")
-    elif outcome.status == "paused":
-        checkpoint.remove(where, names=(checkpoint.PREVIOUS,))  # it may lie there for long, and the newest is whole
-    write_json(where / RUN, {**about, **ended})
-    model = trainer.model if trainer and outcome.status != "failed" else None
-    return TrainResult(outcome.status, outcome.reason, evals, model, where, speed)
+@dataclass(frozen=True)
+class _Subject:
+    """What is trained: how to build it, and what identifies it."""
+
+    arch: Arch | None
+    build: Callable[[], nn.Module]
+    identity: dict[str, Any]
+    impl: str = "auto"
+
+    @classmethod
+    def of(cls, model: Trainee, config: TrainConfig, impl: str) -> _Subject:
+        if isinstance(model, Arch):
+            check_causal(model, config.allow_noncausal)
+            return cls(model, lambda: HybridLM(model, impl=impl, seed=config.seed), _arch_identity(model), impl)
+        given = isinstance(model, nn.Module)
+        built = model if isinstance(model, nn.Module) else _seeded(model, config.seed)
+        if isinstance(built, HybridLM):
+            check_causal(built.arch, config.allow_noncausal)
+            about: dict[str, Any] = _arch_identity(built.arch)
+        else:
+            about = _module_identity(built)
+        if given:
+            about["start"] = {"weights": "given"}
+        return cls(built.arch if isinstance(built, HybridLM) else None, lambda: built, about)
 
 
 @dataclass(frozen=True)
 class _Job:
     """What is trained, where, and on what."""
 
-    arch: Arch
+    subject: _Subject
     source: Source
     config: TrainConfig
-    folder: Path
+    folder: Path | None
     device: torch.device
-    impl: str
-    identity: dict[str, Any]
-    group: Group
 
-    def trainer(self, evals: list[Eval]) -> Trainer:
-        model = HybridLM(self.arch, impl=self.impl, seed=self.config.seed).to(self.device)
-        return Trainer(
-            model,
-            self.source,
-            self.config,
-            folder=self.folder,
-            device=self.device,
-            evals=evals,
-            identity=self.identity,
-            group=self.group,
+    def __post_init__(self) -> None:
+        if self.subject.arch is not None:
+            check_vocab(self.source.vocab_size, self.subject.arch.vocab_size)
+
+    def on(self, device: torch.device) -> _Job:
+        return _Job(self.subject, self.source, self.config, self.folder, device)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        data = {"fingerprint": self.source.fingerprint}
+        return {**self.subject.identity, "data": data, "train": self.config.identity()}
+
+    def for_ranks(self) -> dict[str, Any]:
+        """Return what a rank in a process of its own needs to build the same; raises TrainingError where it cannot."""
+        if self.source.config is None:
+            raise TrainingError(
+                "devices > 1 needs data that other processes can open, by hybridnas.data.open_source; or start this "
+                "script with torchrun --nproc-per-node=N, where every process opens its own",
+                field="data",
+            )
+        if self.subject.arch is None or "start" in self.subject.identity:
+            raise TrainingError(
+                "devices > 1 needs an architecture, which other processes can build; start this script with torchrun "
+                "--nproc-per-node=N to train a module of your own, so that every process has it",
+                field="model",
+                allowed="an Arch",
+            )
+        return {
+            "arch": self.subject.arch.to_dict(),
+            "data": self.source.config.to_dict(),
+            "train": self.config.to_dict(),
+            "folder": None if self.folder is None else str(self.folder.absolute()),
+            "impl": self.subject.impl,
+        }
+
+
+def _lead(
+    job: _Job,
+    open_group: Callable[[], AbstractContextManager[Group]],
+    callbacks: CallbackList,
+    max_seconds: float | None,
+    keep_checkpoint: bool,
+) -> TrainResult:
+    """Train as the process that owns the folder: read what is there, train, write how it ended."""
+    folder = job.folder
+    run_ = Run(job.config, job.source, folder, job.subject.arch, None, job.device)
+    with _claimed(folder):
+        stored = read_run(folder) if folder is not None else None
+        if stored is not None and folder is not None:
+            compare_identity(stored, job.identity, folder)
+        if folder is not None:
+            run_.evals, torn = repair_evals(folder)
+            if torn:
+                log.warning("%s", torn)
+        if stored is not None and stored["final"]:
+            if distributed.launched() and job.config.devices > 1:
+                with open_group() as group:
+                    group.share({"ended": (stored["status"], stored["reason"]), "evals": run_.evals})
+            return _stored_result(stored, job, run_, callbacks)
+        if job.subject.arch is not None and not job.subject.arch.causal:
+            log.warning("%s sees later tokens: its loss is no language model's", job.subject.arch.pattern)
+        machine = {"device": str(job.device), "machine": describe_machine(), "data_words": job.source.describe()}
+        about = {"format": FORMAT_VERSION, **job.identity, **machine}
+        if folder is not None:
+            write_run(folder, {**about, "status": "running", "reason": "", "final": False})
+        try:
+            outcome, trainer = _train(job, run_, open_group, callbacks, max_seconds)
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            words = "stopped by Ctrl-C; the same call goes on" if interrupted else f"{type(error).__name__}: {error}"
+            status = "interrupted" if interrupted else "failed"
+            callbacks.on_end(run_, TrainResult(status, words, run_.evals, None, folder, final=False))
+            raise
+        speed = trainer.tokens_per_second if trainer else 0.0
+        ended = {"status": outcome.status, "reason": outcome.reason, "final": outcome.final, "tokens_per_second": speed}
+        if folder is not None:
+            if outcome.final:
+                _settle_checkpoints(trainer, folder, keep_checkpoint, sound=outcome.status != "failed")
+            elif outcome.status == "paused":
+                checkpoint.remove(folder, names=(checkpoint.PREVIOUS,))  # the newest one is whole
+            write_run(folder, {**about, **ended})
+        sound = trainer is not None and outcome.status != "failed"
+        result = TrainResult(
+            outcome.status,
+            outcome.reason,
+            run_.evals,
+            trainer.model if trainer is not None and sound else None,
+            folder,
+            speed,
+            trainer.heads if trainer is not None and sound else None,
+            outcome.final,
         )
+        callbacks.on_end(run_, result)
+        return result
 
 
-def _follow(job: _Job, max_seconds: float | None) -> None:
-    """Train along with rank 0, which owns the folder, measures and decides."""
-    evals = [Eval.from_dict(value) for value in job.group.share(None)]
-    _train(job, evals, None, Progress(), max_seconds)
+def _follow(job: _Job, group: Group) -> TrainResult:
+    known = group.share(None)
+    run_ = Run(job.config, job.source, job.folder, job.subject.arch, None, job.device, known["evals"])
+    if known["ended"] is not None:
+        status, reason = known["ended"]
+        return TrainResult(status, reason, run_.evals, None, job.folder)
+    outcome, trainer = _fit(job, run_, group, CallbackList(()), threading.Event(), None)
+    return TrainResult(outcome.status, outcome.reason, run_.evals, trainer.model, job.folder, trainer.tokens_per_second)
 
 
 def _train(
-    job: _Job, evals: list[Eval], on_eval: OnEval | None, shown: Progress, max_seconds: float | None
+    job: _Job,
+    run_: Run,
+    open_group: Callable[[], AbstractContextManager[Group]],
+    callbacks: CallbackList,
+    max_seconds: float | None,
 ) -> tuple[Outcome, Trainer | None]:
-    """Build, restore, and train to the end; everything random in it leaves the caller's generators alone."""
-    trainer: Trainer | None = None
-    forked = [job.device] if job.device.type == "cuda" else []
+    """Train to the end as rank 0; lack of memory and a lost rank are ends, too, from which the same call goes on."""
+    config = job.config
     try:
-        with torch.random.fork_rng(devices=forked), _interrupt() as interrupted:
-            trainer = job.trainer(evals)
-            found = checkpoint.load(job.folder)
-            if found is not None:
-                compare_identity(found.header, job.identity, job.folder)
-                trainer.restore(found)
-                if found.note:
-                    shown.note(found.note)
-                shown.note(f"{job.folder}: going on from {trainer.tokens:,} of {job.config.tokens:,} tokens")
-            shown.begin(trainer.tokens, job.config.tokens)
-            return trainer.train(on_eval, shown, interrupted, max_seconds), trainer
-    except KernelInputError as error:
-        if trainer is None or "finite" not in str(error):
-            raise
-        return Outcome("failed", trainer.why(f"the weights have grown beyond all numbers: {error}")), trainer
+        with _interrupt() as interrupted, open_group() as group:
+            group.share({"ended": None, "evals": run_.evals})
+            return _fit(job, run_, group, callbacks, interrupted, max_seconds)
+    except RankLostError as error:
+        return Outcome("failed", str(error), final=False), None
     except (MemoryError, RuntimeError) as error:
-        if job.config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise TrainingError(
                 f"train.compile=True: torch cannot compile this model on this machine ({str(error).splitlines()[0]}); "
-                f"install a C++ compiler or set train.compile=False"
+                f"install a C++ compiler or set train.compile=False",
+                field="compile",
+                got=True,
+                allowed=False,
             ) from None
-        if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
+        if not _out_of_memory(error):
             raise
-        step = trainer.state.step + 1 if trainer else 1
         reason = (
-            f"out of memory in step {step:,}; lower train.batch_size={job.config.batch_size} (and raise "
-            f"train.accumulate to keep the step's size) or train.seq_len={job.config.seq_len}"
+            f"out of memory in step {run_.step + 1:,}; lower train.batch_size={config.batch_size} (and raise "
+            f"train.accumulate to keep the step's size; experts with a capacity then drop tokens within each smaller "
+            f"pass) or train.seq_len={config.seq_len}"
         )
         return Outcome("failed", reason, final=False), None  # what was taken then may be free later
-    finally:
-        shown.end()
+
+
+def _fit(
+    job: _Job,
+    run_: Run,
+    group: Group,
+    callbacks: CallbackList,
+    interrupted: threading.Event,
+    max_seconds: float | None,
+) -> tuple[Outcome, Trainer]:
+    """Build, restore, and train to the end; everything random in it leaves the caller's generators alone."""
+    forked = [job.device] if job.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=forked):
+        model = job.subject.build().to(job.device)
+        run_.model = model
+        heads = make_heads(job.source, model, job.config.seed)
+        trainer = Trainer(run_, model, heads, identity=job.identity, callbacks=callbacks.callbacks, group=group)
+        found = checkpoint.load(job.folder) if job.folder is not None else None
+        if found is not None and job.folder is not None:
+            compare_identity(found.header, job.identity, job.folder)
+            trainer.restore(found)
+            if found.note and group.first:
+                log.warning("%s", found.note)
+            if group.first:
+                log.info("%s: going on from %d of %d tokens", job.folder, trainer.tokens, run_.total_tokens)
+        try:
+            return trainer.train(interrupted, max_seconds), trainer
+        except TrainingDiverged as error:
+            return Outcome("failed", str(error)), trainer
+        except NonFiniteInputError as error:
+            return Outcome("failed", trainer.why(f"parameters became NaN or infinite: {error}")), trainer
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # torch's CPU allocator raises a plain RuntimeError, which nothing but its name in the text tells from others.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _settle_checkpoints(trainer: Trainer | None, folder: Path, keep: bool, *, sound: bool) -> None:
@@ -218,57 +326,71 @@ def _settle_checkpoints(trainer: Trainer | None, folder: Path, keep: bool, *, so
         checkpoint.remove(folder, names=(checkpoint.PREVIOUS,))
 
 
-def _stored_result(
-    stored: dict[str, Any],
-    evals: list[Eval],
-    arch: Arch,
-    folder: Path,
-    device: torch.device,
-    impl: str,
-    on_eval: OnEval | None,
-) -> TrainResult:
-    if on_eval is not None:
-        for value in evals:
-            on_eval(value)
-    found = checkpoint.load(folder)
-    model = None
+def _stored_result(stored: dict[str, Any], job: _Job, run_: Run, callbacks: CallbackList) -> TrainResult:
+    """Return what a finished run left; callbacks see it as a run that starts at its end."""
+    assert job.folder is not None
+    found = checkpoint.load(job.folder)
+    heads = None
     if found is not None:
-        model = HybridLM(arch, impl=impl)
-        checkpoint.restore_model(model, found.model, folder / checkpoint.NEWEST)
-        model = model.to(device)
-    return TrainResult(stored["status"], stored["reason"], evals, model, folder, stored["tokens_per_second"])
+        with torch.random.fork_rng(devices=[]):
+            run_.model = job.subject.build()
+            checkpoint.restore_model(run_.model, found.model, job.folder / checkpoint.NEWEST)
+            heads = make_heads(job.source, run_.model, job.config.seed)
+            checkpoint.restore_model(heads, found.heads, job.folder / checkpoint.NEWEST)
+            run_.model = run_.model.to(job.device)
+            heads = heads.to(job.device)
+    run_.step = run_.evals[-1].step if run_.evals else 0
+    result = TrainResult(
+        stored["status"], stored["reason"], run_.evals, run_.model, job.folder, stored["tokens_per_second"], heads
+    )
+    callbacks.on_start(run_)
+    for value in run_.evals:
+        callbacks.on_eval(run_, value)
+    callbacks.on_end(run_, result)
+    return result
 
 
 def identity(arch: Arch, source: Source, config: TrainConfig) -> dict[str, Any]:
     """Return what makes two runs the same: architecture, data and every setting that touches a number."""
-    return {
-        "fingerprint": arch.fingerprint(),
-        "architecture": arch.to_dict(),
-        "data": {"fingerprint": source.fingerprint},
-        "train": config.identity(),
-    }
+    return {**_arch_identity(arch), "data": {"fingerprint": source.fingerprint}, "train": config.identity()}
+
+
+def _arch_identity(arch: Arch) -> dict[str, Any]:
+    return {"fingerprint": arch.fingerprint(), "architecture": arch.to_dict()}
+
+
+def _module_identity(module: nn.Module) -> dict[str, Any]:
+    """Identify a module by its class and the names, shapes and dtypes of what it stores."""
+    stored = [[name, list(value.shape), str(value.dtype)] for name, value in module.state_dict().items()]
+    digest = hashlib.sha256(json.dumps(stored).encode()).hexdigest()
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    count = sum(parameter.numel() for parameter in module.parameters())
+    return {"fingerprint": digest, "architecture": {checkpoint.MODULE: name, "params": count, "tensors": digest[:12]}}
+
+
+def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
+def _claimed(folder: Path | None) -> Iterator[None]:
     """Make the folder and hold it, so that two processes never write one run; the hold ends with the process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a")
-    except OSError as error:
-        raise disk_error(error, folder, "the run's folder") from None
-    with file:
+    if folder is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
         try:
-            import fcntl
-        except ImportError:  # Windows has no flock; the hold is a comfort, not a need
-            yield
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            ours = stack.enter_context(locked(folder / ".lock", wait=False))
+        except OSError as error:
+            raise disk_error(error, folder, "the run's folder") from None
+        if not ours:
             raise TrainingError(
-                f"{folder} is being trained in by another process; wait for it or choose another folder"
-            ) from None
+                f"{folder} is being trained in by another process; wait for it or choose another folder",
+                field="folder",
+                got=str(folder),
+            )
         yield
 
 
@@ -288,7 +410,7 @@ def _interrupt() -> Iterator[threading.Event]:
         if seen.is_set():
             raise KeyboardInterrupt
         seen.set()
-        os.write(2, b"\nfinishing this step and saving; Ctrl-C again stops at once\n")
+        log.warning("finishing this step and saving; Ctrl-C again stops at once")
 
     signal.signal(signal.SIGINT, catch)
     try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from hybridnas.layers.block import Block
 from hybridnas.train.config import TrainConfig
 
 
@@ -19,9 +19,11 @@ def learning_rate(config: TrainConfig, tokens: int) -> float:
     warmup = config.warmup_fraction * config.tokens
     if tokens < warmup:
         return config.lr * tokens / warmup
+    if warmup >= config.tokens:  # the last step may pass ``tokens``: it has no cosine to fall along
+        return config.lr
     if config.schedule == "constant":
         return config.lr
-    part = min(1.0, (tokens - warmup) / max(1.0, config.tokens - warmup))
+    part = min(1.0, (tokens - warmup) / (config.tokens - warmup))
     low = config.final_lr_fraction
     return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * part)))
 
@@ -34,15 +36,17 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def no_decay_names(model: nn.Module) -> set[str]:
     """Return the parameters that weight decay leaves alone.
 
-    These are all vectors (biases, norms), what the blocks name themselves (``Block.no_decay``), and embeddings: rows
-    of rare tokens see few gradients, and decay would only shrink them.
+    What a module declares itself: any module may have ``no_decay``, names of its own parameters (with dots for those of
+    its parts), such as biases of experts that are stacked into a matrix. Besides, all vectors and scalars (biases,
+    norms), and embeddings: rows of rare tokens see few gradients, and decay would only shrink them.
     """
     spared = {id(p) for p in model.parameters() if p.ndim < 2}
     for module in model.modules():
-        if isinstance(module, Block):
+        declared = getattr(module, "no_decay", ())
+        if declared:
             own = dict(module.named_parameters())
-            spared |= {id(own[name]) for name in module.no_decay if name in own}
-        elif isinstance(module, nn.Embedding):
+            spared |= {id(own[name]) for name in declared if name in own}
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             spared.add(id(module.weight))
     return {name for name, p in named_parameters(model).items() if id(p) in spared}
 
@@ -60,18 +64,18 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return ``name.moment`` -> tensor for every parameter that has taken a step."""
     return {
-        f"{name}.{key}": value
-        for name, p in named_parameters(model).items()
-        for key, value in optimizer.state.get(p, {}).items()
+        f"{name}.{key}": value for name, p in parameters.items() for key, value in optimizer.state.get(p, {}).items()
     }
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
     """Put back what :func:`optimizer_tensors` gave, on each parameter's device."""
-    for name, p in named_parameters(model).items():
+    for name, p in parameters.items():
         own = {key: tensors[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors}
         if own:
             optimizer.state[p] = {key: value.clone().to(p.device) for key, value in own.items()}

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridnas.errors import CheckpointError, TrainingError
+from hybridnas.files import write_json
 
 if TYPE_CHECKING:
-    from hybridnas.arch.model import HybridLM
+    from torch import nn
 
 RUN, METRICS = "run.json", "metrics.jsonl"
 FORMAT_VERSION = 1
@@ -46,15 +47,18 @@ class Eval:
 class TrainResult:
     """How a run ended, and all that was measured.
 
-    ``status``: completed, stopped (by ``on_eval`` or a time limit), paused (by ``on_eval``, to go on later) or failed.
+    ``status``: completed, stopped (by a callback or a time limit), paused (by a callback, to go on later), failed, or
+    interrupted (by Ctrl-C: callbacks see it, the caller gets KeyboardInterrupt).
     """
 
     status: str
     reason: str  # a sentence; empty for completed
     evals: list[Eval]
-    model: HybridLM | None  # on the run's device; None when weights were not kept
-    folder: Path
+    model: nn.Module | None  # on the run's device; None when weights were not kept
+    folder: Path | None  # None: nothing was written
     tokens_per_second: float = 0.0  # mean over the whole run
+    heads: nn.ModuleDict | None = None  # of the data's tasks, which evaluate takes beside the model; mostly empty
+    final: bool = True  # False: the same call goes on (paused, out of time or memory)
 
     @property
     def valid_loss(self) -> float | None:
@@ -126,19 +130,12 @@ def append_eval(folder: Path, value: Eval) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Replace a JSON file whole: either the old text or the new one is there, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_run(folder: Path, values: dict[str, Any]) -> None:
+    """Replace run.json whole; raises TrainingError when the disk refuses."""
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(values, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_json(folder / RUN, values)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise disk_error(error, path, path.name) from None
+        raise disk_error(error, folder / RUN, RUN) from None
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -170,11 +167,11 @@ def disk_error(error: OSError, path: Path, what: str) -> TrainingError:
 def compare_identity(stored: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     """Raise CheckpointError naming the fields in which the run in ``folder`` differs from the one asked for."""
     same_model = stored.get("fingerprint") == wanted["fingerprint"]  # two spellings of one architecture are one
-    parts = ("data", "train") if same_model else ("architecture", "data", "train")
+    parts = ("start", "data", "train") if same_model else ("architecture", "start", "data", "train")
     differing = [
         f"{part} {key}={_show(old.get(key))} (asked for: {_show(new.get(key))})"
         for part in parts
-        for old, new in ((_flat(stored.get(part, {})), _flat(wanted[part])),)
+        for old, new in ((_flat(stored.get(part, {})), _flat(wanted.get(part, {}))),)
         for key in dict.fromkeys((*old, *new))
         if old.get(key) != new.get(key)
     ]
@@ -184,8 +181,27 @@ def compare_identity(stored: dict[str, Any], wanted: dict[str, Any], folder: Pat
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise CheckpointError(
             f"{folder} holds another run, with {', '.join(differing[:3])}{more}; "
-            f"choose another folder, or delete this one to train from the start"
+            f"choose another folder, or delete this one to train from the start",
+            field="folder",
+            got=str(folder),
+            allowed=differing,
         )
+
+
+def eval_line(value: Eval, total: int) -> str:
+    """Return a measurement as one line of words and figures; ``total``: training tokens of the whole run."""
+    parts = [
+        f"{value.tokens:>13,} of {total:,} tokens",
+        f"train {value.train_loss:.4f}",
+        f"valid {value.valid_loss:.4f} nats/token",
+        f"accuracy {value.accuracy:.4f}",
+        f"{value.tokens_per_second:,.0f} tokens/s",
+    ]
+    if value.bits_per_byte is not None:
+        parts.insert(3, f"{value.bits_per_byte:.4f} bits/byte")
+    if "dropped" in value.aux:
+        parts.append(f"dropped {value.aux['dropped']:.1%}")
+    return "  ".join(parts)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

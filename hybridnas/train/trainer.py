@@ -5,31 +5,31 @@ Shapes: B batch, L length.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hybridnas.arch.model import HybridLM, LMHidden
-from hybridnas.data.source import Batch, Source
+from hybridnas.data.source import Batch
+from hybridnas.errors import TrainingDiverged
 from hybridnas.train import checkpoint, optim
-from hybridnas.train.config import TrainConfig
+from hybridnas.train.callbacks import Action, Callback, CallbackList, Run
 from hybridnas.train.distributed import Group
-from hybridnas.train.evaluate import autocast, counted, cross_entropy_sum, evaluate, mean_stats, to_device
-from hybridnas.train.progress import Progress
-from hybridnas.train.readout import attach, read
-from hybridnas.train.records import Eval, append_eval
+from hybridnas.train.evaluate import autocast, counted, evaluate, mean_stats, to_device
+from hybridnas.train.objective import Loss, Objective
+from hybridnas.train.records import Eval, append_eval, eval_line
 
-PAUSE = "pause"  # what on_eval returns to leave a run that may go on later
-OnEval = Callable[[Eval], bool | str | None]
 _CHECK_EVERY = 16  # steps between looks at the loss on a device that would have to be waited for
 _SMOOTH = 0.95  # decay of the running mean of the loss
+_GO_ON, _INTERRUPTED, _LATE, _SAVE = range(4)  # what rank 0 decides after a step
+log = logging.getLogger("hybridnas.train")
 
 
 @dataclass(frozen=True)
@@ -60,38 +60,38 @@ class Trainer:
 
     def __init__(
         self,
-        model: HybridLM,
-        source: Source,
-        config: TrainConfig,
+        run: Run,
+        model: nn.Module,
+        heads: nn.ModuleDict,
         *,
-        folder: Path,
-        device: torch.device,
-        evals: list[Eval],
         identity: dict[str, Any],
+        callbacks: Iterable[Callback] = (),
         group: Group | None = None,
     ) -> None:
+        self.run = run
         self.model = model
-        self.source = source
-        self.config = config
-        self.folder = folder
-        self.device = device
-        self.evals = evals
+        self.heads = heads
+        self.source = run.source
+        self.config = run.config
+        self.folder = run.folder
+        self.device = run.device
+        self.evals = run.evals
         self.identity = identity
+        self.callbacks = CallbackList(callbacks)
         self.group = group or Group()
-        self._interrupted = threading.Event()
-        self._stop = False  # whether any process of the group was asked to
-        if source.summary:
-            attach(model, config.seed)
-        self.optimizer = optim.make_optimizer(model, config)
+        objective = Objective(model, heads, compile_model=run.config.compile)
+        self.optimizer = optim.make_optimizer(objective, run.config)
         self.state = Position()
-        self._parameters = list(optim.named_parameters(model).values())
-        self._hidden: Callable[[Tensor], LMHidden] = torch.compile(model.hidden) if config.compile else model.hidden
-        self._autocast = autocast(config.precision, device)
+        self._objective = objective
+        self._forward: Callable[[Batch], Loss] = objective
+        # Named as in a checkpoint: the model's own names, and "heads.NAME..." for what a task adds.
+        self._named = {n.removeprefix("model."): p for n, p in optim.named_parameters(objective).items()}
+        self._parameters = list(self._named.values())
+        self._autocast = autocast(run.config.precision, run.device)
         self._sums: dict[str, Tensor] = {}
         self._smooth = self._scalar(0.0)
-        self._saved_step = -1
         self._started = self._lap_start = self._saved_at = time.perf_counter()
-        model.train()
+        objective.train()
 
     @property
     def tokens(self) -> int:
@@ -103,58 +103,63 @@ class Trainer:
         """Mean speed of training alone over the whole run."""
         return self.tokens / self.state.train_seconds if self.state.train_seconds else 0.0
 
-    def train(
-        self,
-        on_eval: OnEval | None,
-        shown: Progress,
-        interrupted: threading.Event,
-        max_seconds: float | None,
-    ) -> Outcome:
-        """Run to the end, a stop, a failure or an interrupt; saves at measurements, at times, and before it leaves."""
-        self._interrupted = interrupted
+    def train(self, interrupted: threading.Event, max_seconds: float | None) -> Outcome:
+        """Run to the end, a stop or an interrupt; saves at measurements, at times, and before it leaves.
+
+        Raises TrainingDiverged when the run cannot go on, KeyboardInterrupt when ``interrupted`` is set.
+        """
+        self.run.step = self.state.step
+        if self.group.size > 1:
+            self._forward = self.group.parallel(self._objective)
+        if self.group.first:
+            self.callbacks.on_start(self.run)
         for value in self.evals:
-            if said := self._ask(on_eval, value):
-                return _left(value, said)
+            action = self._ask(value)
+            if action is not Action.CONTINUE:
+                return _left(value, action)
         points = frozenset(self.config.eval_steps())
         self._started = self._lap_start = self._saved_at = time.perf_counter()
         while self.state.step < self.config.steps:
-            reason = self._step() or self._look(shown)
-            if reason:
-                return Outcome("failed", reason)
-            due = self.state.step in points
-            if due:
-                measured = self._measure(shown)
-                if isinstance(measured, str):
-                    return Outcome("failed", measured)
+            self._step()
+            self._look()
+            if self.group.first:
+                self.callbacks.on_step(self.run, self.state.step)
+            if self.state.step in points:
+                measured = self._measure()
                 self.save()
-                if measured is not None and (said := self._ask(on_eval, measured)):
-                    return _left(measured, said)
+                action = Action.CONTINUE if measured is None else self._ask(measured)
+                if measured is not None and action is not Action.CONTINUE:
+                    return _left(measured, action)
                 self._lap_start = time.perf_counter()
-            if self._stop or (self.group.size == 1 and interrupted.is_set()):
+            decision = self.group.share(self._decide(interrupted, max_seconds))
+            if decision == _INTERRUPTED:
                 self.save()
                 raise KeyboardInterrupt
-            now = time.perf_counter()
-            late = max_seconds is not None and self.group.share(now - self._started) >= max_seconds
-            if late and self.state.step < self.config.steps:
+            if decision == _LATE:
                 self.save()
                 reason = f"time limit of {max_seconds:g} s reached at {self.tokens:,} tokens; the same call goes on"
                 return Outcome("stopped", reason, final=False)
-            if now - self._saved_at >= self.config.checkpoint_seconds:
-                reason = self._not_finite()
-                if reason and self.group.size == 1:  # several look at the same step, or some would wait for ever
-                    return Outcome("failed", reason)
-                if not reason:
-                    self.save()
+            if decision == _SAVE:
+                self._require_finite()
+                self.save()
         return Outcome("completed")
 
-    def _ask(self, on_eval: OnEval | None, value: Eval) -> bool | str | None:
-        """Return what ``on_eval`` says of a measurement: rank 0 asks, and all hear it."""
-        said = on_eval(value) if on_eval is not None and self.group.first else None
-        return self.group.share(said)  # type: ignore[no-any-return]
+    def _decide(self, interrupted: threading.Event, max_seconds: float | None) -> int:
+        now = time.perf_counter()
+        if interrupted.is_set():
+            return _INTERRUPTED
+        if max_seconds is not None and now - self._started >= max_seconds and self.state.step < self.config.steps:
+            return _LATE
+        return _SAVE if now - self._saved_at >= self.config.checkpoint_seconds else _GO_ON
 
-    def _step(self) -> str:
-        """Take one optimiser step; returns why it could not be taken, or ''. Nothing is changed by a refused step."""
-        config, step = self.config, self.state.step
+    def _ask(self, value: Eval) -> Action:
+        """Return what the callbacks want after a measurement: rank 0 asks, all ranks do the same."""
+        action = self.callbacks.on_eval(self.run, value) if self.group.first else None
+        return Action(self.group.share(action))
+
+    def _step(self) -> None:
+        """Take one optimizer step; raises TrainingDiverged, with nothing changed, where it cannot be taken."""
+        config, step, group = self.config, self.state.step, self.group
         self._seed(step)
         optim.set_learning_rate(self.optimizer, optim.learning_rate(config, (step + 1) * config.step_tokens))
         # One draw of the whole step, then cut: accumulation reads exactly what one large batch would read.
@@ -166,31 +171,32 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         rows = len(whole.inputs_BL)  # more than batch_size * accumulate where a mixture's part has shorter examples
-        parts = config.accumulate * self.group.size
-        for part in range(self.group.rank, parts, self.group.size):
+        parts = config.accumulate * group.size
+        for part in range(group.rank, parts, group.size):
             first, last = (rows * number // parts for number in (part, part + 1))
             batch = _slice(whole, first, last - first)
-            with self._autocast():
-                output = self._hidden(batch.inputs_BL)
-                x_BLD = read(self.model, output.x_BLD, batch)
-                loss = cross_entropy_sum(x_BLD, self.model.head.weight, batch) / places
-            extra = sum(output.aux.losses.values(), start=loss.new_zeros(())) / parts
-            (loss + extra).backward()  # type: ignore[no-untyped-call]
+            accumulating = group.size > 1 and part + group.size < parts
+            with group.accumulating() if accumulating else contextlib.nullcontext():
+                with self._autocast():
+                    found = self._forward(batch)
+                    loss = found.total / places
+                extra = sum(found.losses.values(), start=loss.new_zeros(())) / parts
+                total = loss + extra
+                # DistributedDataParallel averages over ranks what one process would have summed.
+                (total * group.size if group.size > 1 else total).backward()  # type: ignore[no-untyped-call]
             _add(sums, "loss", loss.detach())
-            for name, value in (*output.aux.losses.items(), *mean_stats(output.aux.stats).items()):
+            for name, value in (*found.losses.items(), *mean_stats(found.stats).items()):
                 _add(sums, name, value.detach() / parts)
-        self._stop = self.group.reduce(self._parameters, sums, self._interrupted.is_set())
+        group.sum_figures(sums)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, config.grad_clip or math.inf, foreach=True)
         sums["grad_norm"] = norm
         self._count(sums)
         if self.device.type == "cpu":
-            reason = self._not_finite()
-            if reason:
-                return reason
+            self._require_finite()
         self.optimizer.step()
         self.state.step += 1
         self.state.since_steps += 1
-        return ""
+        self.run.step = self.state.step
 
     def _count(self, sums: dict[str, Tensor]) -> None:
         """Add a step's figures to the sums since the last measurement, on the device: no waiting."""
@@ -207,26 +213,29 @@ class Trainer:
 
     def _limit(self) -> float:
         """The loss above which a run counts as diverged, when it stays there."""
-        start = max(math.log(self.model.arch.vocab_size), self.state.first_loss or 0.0)
+        arch = self.run.arch
+        vocab_size = self.source.vocab_size if arch is None else arch.vocab_size
+        start = max(math.log(vocab_size), self.state.first_loss or 0.0)
         return (self.config.divergence_factor or math.inf) * start
 
-    def _not_finite(self) -> str:
+    def _require_finite(self) -> None:
         for name, words in (("loss", "training loss"), ("grad_norm", "gradient")):
             if name in self._sums and not math.isfinite(float(self._sums[name])):
-                return self.why(f"the {words} is not a finite number")
-        return ""
+                raise TrainingDiverged(self.why(f"the {words} is not a finite number"))
 
-    def _look(self, shown: Progress) -> str:
-        """Now and then, wait for the device, show where the run is, and say why it cannot go on, or ''."""
+    def _look(self) -> None:
+        """Now and then, wait for the device, update what callbacks see, and raise TrainingDiverged for a high loss."""
         if self.device.type != "cpu" and self.state.step % _CHECK_EVERY:
-            return ""
-        reason = self._not_finite()
+            return
+        self._require_finite()
         smooth = float(self._smooth)
-        if not reason and smooth > self._limit():
-            reason = self.why(f"diverged: the training loss stays at {smooth:.3g}, above {self._limit():.3g}")
+        if smooth > self._limit():
+            raise TrainingDiverged(
+                self.why(f"diverged: the training loss stays at {smooth:.3g}, above {self._limit():.3g}")
+            )
         elapsed = self.state.since_seconds + time.perf_counter() - self._lap_start
-        shown.step(self.tokens, smooth, self.state.since_steps * self.config.step_tokens / max(elapsed, 1e-9))
-        return reason
+        self.run.loss = smooth
+        self.run.tokens_per_second = self.state.since_steps * self.config.step_tokens / max(elapsed, 1e-9)
 
     def why(self, what: str) -> str:
         """Say what went wrong, where in the run, and what to try."""
@@ -236,22 +245,24 @@ class Trainer:
             f"or raise train.warmup_fraction={self.config.warmup_fraction:g}"
         )
 
-    def _measure(self, shown: Progress) -> Eval | str | None:
-        """Measure, record and start new sums; returns the measurement, a reason for failure, or None if it is known."""
-        reason = self._not_finite()
+    def _measure(self) -> Eval | None:
+        """Measure, record and start new sums; returns the measurement, or None where it was known already.
+
+        Raises TrainingDiverged for a loss that is not finite.
+        """
         self._lap()
-        if reason:
-            return reason
+        self._require_finite()
         value: Eval | None = None
         if not self.evals or self.evals[-1].step < self.state.step:
-            measured = asdict(self._evaluate()) if self.group.first else None
-            value = Eval.from_dict(self.group.share(measured))
+            value = self.group.share(self._evaluate() if self.group.first else None)
+            assert value is not None
             if not math.isfinite(value.valid_loss):
-                return self.why("the validation loss is not a finite number")
+                raise TrainingDiverged(self.why("the validation loss is not a finite number"))
             if self.group.first:
-                append_eval(self.folder, value)
+                if self.folder is not None:
+                    append_eval(self.folder, value)
+                log.info("%s", eval_line(value, self.run.total_tokens))
             self.evals.append(value)
-            shown.measured(value, self.config.tokens)
         self._sums = {}
         self.state.since_steps, self.state.since_seconds = 0, 0.0
         self._lap_start = time.perf_counter()
@@ -267,6 +278,8 @@ class Trainer:
             seq_len=config.seq_len,
             device=self.device,
             precision=config.precision,
+            heads=self.heads,
+            allow_noncausal=config.allow_noncausal,
         )
         means = {name: float(value) / state.since_steps for name, value in self._sums.items()}
         train_loss = means.pop("loss")
@@ -286,29 +299,36 @@ class Trainer:
 
     def save(self, *, with_optimizer: bool = True) -> None:
         """Write a checkpoint of this moment; raises TrainingError when the disk refuses."""
-        if not self.group.first:
+        if not self.group.first or self.folder is None:
             self._saved_at = time.perf_counter()
             return
         self._lap()
         self.state.sums = {name: float(value) for name, value in self._sums.items()}
         self.state.smooth_loss = float(self._smooth)
         position = {**asdict(self.state), "seconds": self._seconds()}
-        moments = optim.optimizer_tensors(self.model, self.optimizer) if with_optimizer else {}
+        moments = optim.optimizer_tensors(self._named, self.optimizer) if with_optimizer else {}
         header = {**self.identity, "progress": position}
-        checkpoint.save(self.folder, header, checkpoint.model_tensors(self.model), moments)
+        weights, heads = checkpoint.model_tensors(self.model), checkpoint.model_tensors(self.heads)
+        checkpoint.save(self.folder, header, weights, moments, heads)
         self._saved_at = self._lap_start = time.perf_counter()
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
         """Take up a checkpoint: weights, moments, position and sums."""
+        assert self.folder is not None
         checkpoint.restore_model(self.model, found.model, self.folder / checkpoint.NEWEST)
-        optim.restore_optimizer(self.model, self.optimizer, found.optimizer)
+        checkpoint.restore_model(self.heads, found.heads, self.folder / checkpoint.NEWEST)
+        optim.restore_optimizer(self._named, self.optimizer, found.optimizer)
         self.state = Position(**found.header["progress"])
         self._sums = {name: self._scalar(value) for name, value in self.state.sums.items()}
         self._smooth = self._scalar(self.state.smooth_loss)
 
     def _seed(self, step: int) -> None:
-        """Make dropout and the like a function of seed and step, so that no generator needs saving."""
-        mixed = (self.config.seed * 0x9E3779B97F4A7C15 + step) % (1 << 63)
+        """Make dropout and the like a function of seed, step and rank, so that no generator's state needs saving.
+
+        It is torch's global generator that is seeded, since that is what ``F.dropout`` draws from; the run holds it
+        inside ``fork_rng``, so the caller's own stream goes on as if no training had been.
+        """
+        mixed = (self.config.seed * 0x9E3779B97F4A7C15 + self.group.rank * 0xBF58476D1CE4E5B9 + step) % (1 << 63)
         torch.default_generator.manual_seed(mixed)  # torch.manual_seed takes 0.2 ms for its calls to absent devices
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
@@ -341,7 +361,7 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
 
 
-def _left(value: Eval, said: bool | str) -> Outcome:
-    if said == PAUSE:
+def _left(value: Eval, action: Action) -> Outcome:
+    if action is Action.PAUSE:
         return Outcome("paused", f"paused after the measurement at {value.tokens:,} tokens", final=False)
     return Outcome("stopped", f"stopped after the measurement at {value.tokens:,} tokens")

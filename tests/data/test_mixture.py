@@ -11,6 +11,7 @@ from hybridnas.cli.compose import CONF
 from hybridnas.config import read_yaml
 from hybridnas.data import SOURCES, open_source, source_config
 from hybridnas.errors import ConfigError, DataError
+from hybridnas.train import checkpoint
 from hybridnas.train.checkpoint import load_model
 from hybridnas.train.config import TrainConfig
 from hybridnas.train.evaluate import evaluate
@@ -62,7 +63,9 @@ def test_a_part_reads_its_own_batches_one_after_another_with_as_many_tokens_as_t
         assert batch.inputs_BL.equal(wanted.inputs_BL + 48)
         assert batch.targets_BL.equal(wanted.targets_BL + 48)
         assert batch.mask_BL.equal(wanted.mask_BL)
-    assert [batch.summary for batch in batches] == [part_of(batch, source) == "compression" for batch in batches]
+    assert [batch.head for batch in batches] == [
+        "readout" if part_of(batch, source) == "compression" else None for batch in batches
+    ]
 
 
 def test_shared_ids_are_one_task_at_several_sizes():
@@ -101,18 +104,23 @@ def test_a_training_run_records_every_part_and_keeps_the_decoder_of_its_compress
     source = mixture()
     arch = preset("mamba", d_model=16, n_blocks=1, vocab_size=source.vocab_size)
     config = TrainConfig(tokens=1024, batch_size=4, seq_len=32, eval_at=(512,), valid_tokens=768, accumulate=2)
-    result = run(arch, source, config, folder=tmp_path / "one", device="cpu", progress=False)
+    result = run(arch, source, config, folder=tmp_path / "one", device="cpu")
     assert result.status == "completed"
     for value in read_evals(tmp_path / "one"):
         assert value.valid_loss == pytest.approx(sum(value.aux[f"loss.{name}"] for name in SMALL) / 3)
         assert value.accuracy == pytest.approx(sum(value.aux[f"accuracy.{name}"] for name in SMALL) / 3)
-    stopped = run(arch, source, config, folder=tmp_path / "two", device="cpu", progress=False, max_seconds=0)
+    stopped = run(arch, source, config, folder=tmp_path / "two", device="cpu", max_seconds=0)
     assert stopped.status == "stopped"
-    again = run(arch, mixture(), config, folder=tmp_path / "two", device="cpu", progress=False)
+    again = run(arch, mixture(), config, folder=tmp_path / "two", device="cpu")
     assert [v.valid_loss for v in again.evals] == [v.valid_loss for v in result.evals]  # resumed: to the bit
-    kept, trained = load_model(tmp_path / "one"), result.model
-    assert kept.readout.layers[1].weight.equal(trained.readout.layers[1].weight)
-    assert not kept.readout.layers[1].bias.eq(0).all()
+    kept, trained = checkpoint.load(tmp_path / "one").heads, result.heads["readout"]
+    assert kept["readout.layers.1.weight"].equal(trained.layers[1].weight)
+    assert not kept["readout.layers.1.bias"].eq(0).all()
+    assert not any("readout" in name for name in load_model(tmp_path / "one").state_dict())
+    stored = run(arch, source, config, folder=tmp_path / "one", device="cpu")  # read back, heads and all
+    assert stored.heads["readout"].layers[1].weight.equal(trained.layers[1].weight)
+    given = {"n_tokens": 768, "batch_size": 4, "seq_len": 32, "device": torch.device("cpu")}
+    assert evaluate(stored.model, source, heads=stored.heads, **given).loss == result.evals[-1].valid_loss
 
 
 def test_an_export_leaves_the_decoder_behind_and_says_so_when_it_is_missed(tmp_path):
@@ -122,29 +130,33 @@ def test_an_export_leaves_the_decoder_behind_and_says_so_when_it_is_missed(tmp_p
     source = open_source(source_config({"kind": "compression", "seq_len": 16}))
     arch = preset("mamba", d_model=16, n_blocks=1, vocab_size=16)
     config = TrainConfig(tokens=512, batch_size=4, seq_len=16, valid_tokens=64)
-    result = run(arch, source, config, folder=tmp_path / "run", device="cpu", progress=False)
+    result = run(arch, source, config, folder=tmp_path / "run", device="cpu")
     model = hybridnas.load(export(result.model, tmp_path / "model", source=source, card={}))
-    with pytest.raises(DataError, match="read out of one position by a decoder"):
+    with pytest.raises(DataError) as caught:
         evaluate(model, source, n_tokens=64, batch_size=4, seq_len=16, device=torch.device("cpu"))
+    assert (caught.value.field, caught.value.got, caught.value.allowed) == ("heads", [], "readout")
 
 
 def test_compression_is_read_out_of_the_last_position_alone():
-    from hybridnas.train.readout import Readout, attach, read
+    from hybridnas.data.heads.readout import Readout
+    from hybridnas.train.objective import Objective, make_heads
 
     source = open_source(source_config({"kind": "compression", "seq_len": 16}))
     batch = source.train_batch(0, 4, 16, 0)
     model = HybridLM(preset("mamba", d_model=16, n_blocks=1, vocab_size=16))
-    attach(model, 3)
-    first = model.readout
-    attach(model, 4)
-    assert model.readout is first
+    heads = make_heads(source, model, 3)
+    weights = [make_heads(source, model, seed)["readout"].layers[1].weight for seed in (3, 4)]
+    assert heads["readout"].layers[1].weight.equal(weights[0])
+    assert not weights[0].equal(weights[1])
+    objective = Objective(model, heads)
     x = torch.randn(4, 16, 16)
     other = torch.randn(4, 16, 16)
     other[:, -1] = x[:, -1]
-    assert read(model, x, batch).equal(read(model, other, batch))
-    assert not read(model, x, batch).equal(read(model, -x, batch))
-    assert read(model, x, batch._replace(summary=False)) is x
-    decoded = read(model, x, batch)
+    read = objective._through_head
+    assert read(x, batch).equal(read(other, batch))
+    assert not read(x, batch).equal(read(-x, batch))
+    assert read(x, batch._replace(head=None)) is x
+    decoded = read(x, batch)
     assert all(not decoded[:, 0].equal(decoded[:, place]) for place in range(1, 16))
     assert sum(p.numel() for p in Readout(128).parameters()) == 2 * (128 * 128 + 128) + 3 * 128
 
@@ -159,7 +171,8 @@ def test_mad_is_its_six_tasks_at_their_baselines():
         "seq_len": None,
     }
     source = open_source(config)
-    assert (source.vocab_size, source.seq_len, source.summary) == (16 + 16 + 16 + 16 + 256 + 32, 256, True)
+    assert (source.vocab_size, source.seq_len) == (16 + 16 + 16 + 16 + 256 + 32, 256)
+    assert list(source.heads(8)) == ["readout"]
     shapes = [tuple(source.train_batch(step, 2, 256, 0).inputs_BL.shape) for step in range(6)]
     assert sorted(shapes) == [(2, 256), (4, 128), (4, 128), (4, 128), (16, 32), (16, 32)]
 

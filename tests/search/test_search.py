@@ -131,18 +131,18 @@ def test_records_tell_the_whole_story(study):
 
 def test_a_replay_is_equal_to_the_bit(study):
     summary, _ = study
-    again = replay(summary.folder, summary.best.number, progress=False)
+    again = replay(summary.folder, summary.best.number)
     assert again.identical
     assert again.pairs[-1][1] == again.pairs[-1][2] == summary.best.valid_loss
-    once_more = replay(summary.folder, summary.best.number, progress=False)
+    once_more = replay(summary.folder, summary.best.number)
     assert once_more.identical
 
 
 def test_a_replay_trains_anew_each_time(study, tmp_path):
     summary, _ = study
-    replay(summary.folder, 2, out=tmp_path / "again", progress=False)
+    replay(summary.folder, 2, out=tmp_path / "again")
     with pytest.raises(StudyError, match="holds a finished run; give out=FOLDER another one"):
-        replay(summary.folder, 2, out=tmp_path / "again", progress=False)
+        replay(summary.folder, 2, out=tmp_path / "again")
 
 
 def test_a_replay_of_an_unknown_trial_names_the_trained_ones(study):
@@ -171,7 +171,7 @@ def test_a_candidate_in_two_spellings_is_trained_once(tmp_path, tiny):
     assert not (summary.folder / "trials/0002/metrics.jsonl").exists()
     assert summary.ended == "exhausted"
     assert [record.choices["candidate"] for record in summary.records] == ["a", "b", "c"]
-    again = replay(summary.folder, 2, progress=False)
+    again = replay(summary.folder, 2)
     assert again.identical
     assert again.record.number == 0
 

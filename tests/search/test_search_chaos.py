@@ -104,7 +104,7 @@ def test_a_study_survives_workers_and_parents_killed_at_random(tmp_path, tiny):
     assert not [record for record in found if record.state == "FAIL"]
     trained = [record for record in found if record.state in ("COMPLETE", "PRUNED")]
     for record in trained:
-        again = replay(folder, record.number, progress=False, out=tmp_path / f"again-{record.number}")
+        again = replay(folder, record.number, out=tmp_path / f"again-{record.number}")
         assert again.pairs and again.identical, record
         journal = study.trials[record.number].intermediate_values
         assert record.rungs and all(journal[int(tokens)] == loss for tokens, loss in record.rungs)

@@ -152,7 +152,7 @@ def test_one_of_two_workers_is_killed_and_the_other_ends_the_study(survived, ser
 def test_a_trial_taken_over_has_the_scores_of_a_quiet_run(survived, tmp_path):
     said = (survived / "second.log").read_text()
     number = int(said.partition(" was interrupted")[0].rpartition(" ")[2])
-    assert replay(survived / "b/shared", number, progress=False, out=tmp_path / "again").identical
+    assert replay(survived / "b/shared", number, out=tmp_path / "again").identical
 
 
 def test_status_reads_the_database_alone(survived, server, capsys, monkeypatch, tmp_path):

@@ -88,7 +88,7 @@ def test_tokens_are_counted_once(study):
 def test_a_promoted_candidate_equals_one_that_never_stopped(study):
     summary, _ = study
     record = next(record for record in summary.records if record.state == "COMPLETE" and len(record.legs) > 1)
-    assert replay(summary.folder, record.number, progress=False).identical
+    assert replay(summary.folder, record.number).identical
 
 
 def test_paused_ones_say_so(study):

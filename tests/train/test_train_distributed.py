@@ -10,9 +10,9 @@ from hybridnas.cli import _guarded
 from hybridnas.data import open_source, source_config
 from hybridnas.errors import ConfigError
 from hybridnas.study.records import load_records
+from hybridnas.train.callbacks import Action, OnEval
 from hybridnas.train.config import TrainConfig
 from hybridnas.train.records import read_evals, read_run
-from hybridnas.train.trainer import PAUSE
 
 SETTINGS = {"tokens": 2048, "batch_size": 4, "seq_len": 32, "valid_tokens": 256, "lr": 3e-3, "eval_at": (1024,)}
 
@@ -29,7 +29,8 @@ def arch(pattern):
 
 def run(pattern, source, folder, on_eval=None, **changes):
     config = TrainConfig.from_dict({**SETTINGS, **changes})
-    return train.run(arch(pattern), source, config, folder=folder, progress=False, device="cpu", on_eval=on_eval)
+    callbacks = [OnEval(on_eval)] if on_eval else []
+    return train.run(arch(pattern), source, config, folder=folder, device="cpu", callbacks=callbacks)
 
 
 def assert_close(one, two):
@@ -56,7 +57,7 @@ def test_a_mixture_balances_within_each_part_as_it_does_when_accumulating(source
 
 
 def test_what_rank_0_hears_all_obey_and_a_paused_run_goes_on(source, tmp_path):
-    paused = run("MF", source, tmp_path / "a", lambda value: PAUSE, devices=2)
+    paused = run("MF", source, tmp_path / "a", lambda value: Action.PAUSE, devices=2)
     assert (paused.status, [value.tokens for value in paused.evals]) == ("paused", [1024])
     asked = []
     again = run("MF", source, tmp_path / "a", lambda value: asked.append(value.tokens), devices=2)

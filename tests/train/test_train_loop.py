@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from hybridnas import train
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
+from hybridnas.cli.progress import ProgressBar, ProgressLines, progress
 from hybridnas.data import Batch, Source
 from hybridnas.errors import DataError
-from hybridnas.train import trainer as trainer_module
+from hybridnas.train import objective
+from hybridnas.train.callbacks import Action, OnEval
 from hybridnas.train.config import TrainConfig
 from hybridnas.train.evaluate import evaluate, mean_stats
 from hybridnas.train.optim import learning_rate, no_decay_names
@@ -66,7 +68,6 @@ def settings(steps, **fields):
 
 
 def run(tmp_path, config, arch=None, source=None, **kwargs):
-    kwargs.setdefault("progress", False)
     return train.run(arch or arch_of(), source or Counting(), config, folder=tmp_path / "run", device="cpu", **kwargs)
 
 
@@ -101,7 +102,7 @@ def test_a_step_is_adamw_on_clipped_gradients_of_cross_entropy_plus_auxiliary_lo
             group["lr"] = learning_rate(config, (step + 1) * 64)
         batch = source.train_batch(step, 4, 16, 0)
         output = model(batch.inputs_BL)
-        loss = F.cross_entropy(output.logits.flatten(0, 1), batch.targets_BL.flatten())
+        loss = F.cross_entropy(output.logits_BLV.flatten(0, 1), batch.targets_BL.flatten())
         plain.zero_grad()
         (loss + output.aux.losses["load_balance"]).backward()
         total = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
@@ -119,10 +120,10 @@ def test_a_step_is_adamw_on_clipped_gradients_of_cross_entropy_plus_auxiliary_lo
 
 def test_auxiliary_losses_are_never_mixed_into_cross_entropy(tmp_path):
     little = train.run(
-        arch_of(load_balance_weight=0.01), Counting(), settings(1), folder=tmp_path / "a", progress=False, device="cpu"
+        arch_of(load_balance_weight=0.01), Counting(), settings(1), folder=tmp_path / "a", device="cpu"
     ).evals[0]
     much = train.run(
-        arch_of(load_balance_weight=100.0), Counting(), settings(1), folder=tmp_path / "b", progress=False, device="cpu"
+        arch_of(load_balance_weight=100.0), Counting(), settings(1), folder=tmp_path / "b", device="cpu"
     ).evals[0]
     assert much.train_loss == little.train_loss  # of the first step, before any weight has moved
     assert much.aux["load_balance"] == pytest.approx(1e4 * little.aux["load_balance"], rel=1e-4)
@@ -136,7 +137,7 @@ def test_a_measurement_is_the_plain_mean_over_validation_tokens():
     nats, right, count = 0.0, 0, 0
     for batch in source.valid_batches(300, 4, 16):
         with torch.no_grad():
-            logp = model.eval()(batch.inputs_BL).logits.double().log_softmax(-1)
+            logp = model.eval()(batch.inputs_BL).logits_BLV.double().log_softmax(-1)
         nats -= float(logp.gather(-1, batch.targets_BL[..., None]).sum())
         right += int((logp.argmax(-1) == batch.targets_BL).sum())
         count += batch.targets_BL.numel()
@@ -151,7 +152,7 @@ def test_places_under_the_mask_count_neither_in_loss_nor_in_accuracy():
     score = evaluate(model, source, n_tokens=64, batch_size=4, seq_len=16, device=torch.device("cpu"))
     (batch,) = source.valid_batches(64, 4, 16)
     with torch.no_grad():
-        logp = model.eval()(batch.inputs_BL).logits.log_softmax(-1)
+        logp = model.eval()(batch.inputs_BL).logits_BLV.log_softmax(-1)
     kept = logp.gather(-1, batch.targets_BL[..., None])[..., 0][batch.mask_BL]
     assert score.tokens == int(batch.mask_BL.sum()) < 64
     assert score.loss == pytest.approx(-float(kept.mean()), rel=1e-5)
@@ -170,15 +171,12 @@ def test_a_source_without_validation_tokens_says_so():
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_accumulation_equals_the_large_batch(tmp_path, masked):
-    large = train.run(
-        arch_of("MF"), Counting(masked), settings(6, batch_size=8), folder=tmp_path / "a", progress=False, device="cpu"
-    )
+    large = train.run(arch_of("MF"), Counting(masked), settings(6, batch_size=8), folder=tmp_path / "a", device="cpu")
     small = train.run(
         arch_of("MF"),
         Counting(masked),
         settings(6, batch_size=2, accumulate=4),
         folder=tmp_path / "b",
-        progress=False,
         device="cpu",
     )
     for ours, theirs in zip(small.model.parameters(), large.model.parameters(), strict=True):
@@ -231,9 +229,7 @@ def test_training_leaves_the_callers_random_numbers_alone(tmp_path):
 def test_the_same_call_gives_the_same_numbers_and_another_seed_others(tmp_path):
     losses = {}
     for name, fields in (("a", {}), ("b", {}), ("c", {"seed": 1}), ("d", {"data_seed": 1})):
-        result = train.run(
-            arch_of(), Counting(), settings(3, **fields), folder=tmp_path / name, progress=False, device="cpu"
-        )
+        result = train.run(arch_of(), Counting(), settings(3, **fields), folder=tmp_path / name, device="cpu")
         losses[name] = [(value.train_loss, value.valid_loss) for value in result.evals]
     assert losses["a"] == losses["b"]
     assert len({str(value) for value in losses.values()}) == 3
@@ -242,7 +238,12 @@ def test_the_same_call_gives_the_same_numbers_and_another_seed_others(tmp_path):
 def test_a_run_that_its_watcher_stops_ends_there_for_good(tmp_path):
     source = Counting()
     seen = []
-    result = run(tmp_path, settings(12), source=source, on_eval=lambda v: seen.append(v.tokens) or v.tokens >= 256)
+
+    def watch(value):
+        seen.append(value.tokens)
+        return Action.STOP if value.tokens >= 256 else Action.CONTINUE
+
+    result = run(tmp_path, settings(12), source=source, callbacks=[OnEval(watch)])
     assert (result.status, seen) == ("stopped", [128, 256])
     assert result.reason == "stopped after the measurement at 256 tokens"
     asked = len(source.asked)
@@ -252,14 +253,14 @@ def test_a_run_that_its_watcher_stops_ends_there_for_good(tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_what_was_measured(tmp_path, monkeypatch):
-    true = trainer_module.cross_entropy_sum
+    true = objective.cross_entropy_sum
     calls = []
 
     def poisoned(*args):
         calls.append(1)
         return true(*args) * (math.nan if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(trainer_module, "cross_entropy_sum", poisoned)
+    monkeypatch.setattr(objective, "cross_entropy_sum", poisoned)
     result = run(tmp_path, settings(12))
     assert result.status == "failed"
     assert result.reason.startswith(
@@ -280,19 +281,24 @@ def test_a_loss_that_stays_high_is_called_diverged(tmp_path):
 
 
 def test_one_bad_batch_is_not_called_diverged(tmp_path, monkeypatch):
-    true = trainer_module.cross_entropy_sum
+    true = objective.cross_entropy_sum
     calls = []
 
     def spiked(*args):
         calls.append(1)
         return true(*args) * (1e6 if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(trainer_module, "cross_entropy_sum", spiked)
+    monkeypatch.setattr(objective, "cross_entropy_sum", spiked)
     assert run(tmp_path, settings(12)).status == "completed"
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("CUDA out of memory. Tried"), RuntimeError("can't allocate memory: you")]
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+    ],
 )
 def test_lack_of_memory_fails_the_run_and_the_same_call_goes_on_when_there_is_more(tmp_path, error):
     source = Counting()
@@ -329,36 +335,37 @@ def test_data_with_more_tokens_than_the_model_is_refused(tmp_path):
 
 def test_news_comes_as_plain_lines_through_a_callable_or_a_pipe_or_not_at_all(tmp_path, capsys):
     lines = []
-    run(tmp_path, settings(2, eval_at=(64,)), progress=lines.append)
+    run(tmp_path, settings(2, eval_at=(64,)), callbacks=[ProgressLines(lines.append)])
     assert len(lines) == 2
     assert "64 of 128 tokens  train 2." in lines[0]
     assert "nats/token" in lines[0]
     assert "bits/byte" in lines[0]
-    train.run(arch_of(), Counting(), settings(1), folder=tmp_path / "piped", device="cpu")
+    train.run(arch_of(), Counting(), settings(1), folder=tmp_path / "piped", device="cpu", callbacks=[progress()])
     out, err = capsys.readouterr()
     assert out == ""
     assert "64 of 64 tokens" in err
-    train.run(arch_of(), Counting(), settings(1), folder=tmp_path / "quiet", device="cpu", progress=False)
+    train.run(arch_of(), Counting(), settings(1), folder=tmp_path / "quiet", device="cpu")
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):
-    from hybridnas.train.progress import Bar, make_progress
-
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    assert isinstance(make_progress(True), Bar)
-    bar = Bar()
-    bar.note("before")
-    bar.begin(0, 100)
-    bar.step(50, 2.0, 1e4)
-    bar.note("during")
-    bar.end()
+    assert isinstance(progress(), ProgressBar)
+    seen = []
+
+    class Watched(ProgressBar):
+        def on_step(self, run, step):
+            super().on_step(run, step)
+            seen.append((self._bar.tasks[0].completed, self._bar.tasks[0].total))
+
+    run(tmp_path, settings(2), callbacks=[Watched()])
+    assert seen == [(64, 128), (128, 128)]
 
 
 def test_bfloat16_products_keep_float32_weights(tmp_path):
     result = run(tmp_path, settings(3, precision="bfloat16"), arch=arch_of("MF"))
     assert result.status == "completed"
     assert {p.dtype for p in result.model.parameters()} == {torch.float32}
-    exact = train.run(arch_of("MF"), Counting(), settings(3), folder=tmp_path / "exact", progress=False, device="cpu")
+    exact = train.run(arch_of("MF"), Counting(), settings(3), folder=tmp_path / "exact", device="cpu")
     assert result.evals[-1].valid_loss != exact.evals[-1].valid_loss
     assert result.evals[-1].valid_loss == pytest.approx(exact.evals[-1].valid_loss, rel=0.02)

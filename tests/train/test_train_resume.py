@@ -14,13 +14,13 @@ from torch import nn
 
 from hybridnas import train
 from hybridnas.arch.arch import Arch
+from hybridnas.blocks.base import Aux, Block, BlockConfig, BlockOutput
 from hybridnas.config import option
 from hybridnas.cost import Cost
 from hybridnas.errors import CheckpointError
-from hybridnas.layers.block import Aux, Block, BlockConfig, BlockOutput
 from hybridnas.registry import BLOCKS, register_block
 from hybridnas.train import checkpoint
-from hybridnas.train.trainer import PAUSE
+from hybridnas.train.callbacks import Action, OnEval
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -124,7 +124,7 @@ def test_a_time_limit_stops_and_the_same_call_goes_on(tmp_path, undisturbed):
 
 def test_a_paused_run_keeps_its_moments_and_goes_on_to_the_bit(tmp_path, undisturbed):
     for step in (4, 8):
-        part = run(tmp_path, on_eval=lambda value, step=step: PAUSE if value.step == step else None)
+        part = run(tmp_path, callbacks=[OnEval(lambda value, step=step: Action.PAUSE if value.step == step else None)])
         assert (part.status, part.reason) == ("paused", f"paused after the measurement at {64 * step} tokens")
         assert json.loads((tmp_path / "run.json").read_text())["final"] is False
         assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("checkpoint")) == [
@@ -137,7 +137,7 @@ def test_a_paused_run_keeps_its_moments_and_goes_on_to_the_bit(tmp_path, undistu
 
 
 def test_a_paused_run_whose_checkpoint_was_deleted_is_trained_again_to_the_same_bits(tmp_path, undisturbed):
-    run(tmp_path, on_eval=lambda value: PAUSE if value.step == 4 else None)
+    run(tmp_path, callbacks=[OnEval(lambda value: Action.PAUSE if value.step == 4 else None)])
     checkpoint.remove(tmp_path)
     before = (tmp_path / "metrics.jsonl").read_text()
     same_bits(run(tmp_path), undisturbed)
@@ -163,13 +163,13 @@ run(Path({str(tmp_path)!r}), source=Counting(lambda step: step == 7 and os.kill(
 def test_a_watcher_sees_every_measurement_in_order_also_those_of_an_earlier_process(tmp_path):
     seen = []
     with pytest.raises(CrashError):
-        run(tmp_path, source=Counting(crash_at(7)), on_eval=lambda v: seen.append(v.step))
+        run(tmp_path, source=Counting(crash_at(7)), callbacks=[OnEval(lambda v: seen.append(v.step))])
     assert seen == [2, 4, 6]
     seen.clear()
-    run(tmp_path, on_eval=lambda v: seen.append(v.step))
+    run(tmp_path, callbacks=[OnEval(lambda v: seen.append(v.step))])
     assert seen == [2, 4, 6, 8, 10, 12]
     seen.clear()
-    run(tmp_path, on_eval=lambda v: seen.append(v.step))  # a finished run is only told again
+    run(tmp_path, callbacks=[OnEval(lambda v: seen.append(v.step))])  # a finished run is only told again
     assert seen == [2, 4, 6, 8, 10, 12]
 
 

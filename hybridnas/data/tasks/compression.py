@@ -1,9 +1,9 @@
 """``data=compression``: everything that was read has to come back out of one position (MAD, arXiv 2403.17844).
 
 Random ids (0 to V-2), then one marker (id V-1). The prediction for place i is made from what the model holds at the
-marker alone, and from i: ``Batch.summary`` asks the training for the decoder of the paper, two layers of width d_model
-that read the last position's vector plus sines and cosines of i (hybridnas.train.readout). It is trained with the model
-and belongs to the run: it is in its checkpoints, but no part of the architecture, its parameter count or its export.
+marker alone, and from i: the task's head (``heads``) is the decoder of the paper, two layers of width d_model that
+read the last position's vector plus sines and cosines of i (hybridnas.data.heads). It is trained with the model and
+belongs to the run: it is in its checkpoints, but no part of the architecture, its parameter count or its export.
 Scored: every place but the marker's. The paper's sizes: 16 ids, 32 tokens, 12,800 examples to train on; one at a time
 vocab_size 32, 64, 128, seq_len 64, 128, 256, n_train_examples 6400, 3200, 1600, 800.
 
@@ -15,12 +15,17 @@ to leave out. The rest is as there, but that the model's head has no bias.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hybridnas.config import option
 from hybridnas.data.draws import Draws
-from hybridnas.data.task import Examples, Task, TaskConfig, register_task
+from hybridnas.data.source import register_source
+from hybridnas.data.task import Examples, Task, TaskConfig
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +59,18 @@ class CompressionConfig(TaskConfig):
         return self.vocab_size - 1 - self.noise_vocab_size
 
 
-@register_task("compression", config=CompressionConfig)
+@register_source("compression", config=CompressionConfig)
 class Compression(Task):
     """Everything that was read, out of one position."""
 
     config: CompressionConfig
 
-    @property
-    def summary(self) -> bool:
-        return True
+    head = "readout"
+
+    def heads(self, d_model: int) -> dict[str, nn.Module]:
+        from hybridnas.data.heads.readout import Readout
+
+        return {self.head: Readout(d_model)}
 
     def words(self) -> str:
         return f"{self.config.seq_len - 1} ids to be read out of one position"

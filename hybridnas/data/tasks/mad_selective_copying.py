@@ -21,7 +21,8 @@ import numpy as np
 
 from hybridnas.config import option
 from hybridnas.data.draws import I64, Draws
-from hybridnas.data.task import Examples, Task, TaskConfig, register_task
+from hybridnas.data.source import register_source
+from hybridnas.data.task import Examples, Task, TaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class MadSelectiveCopyingConfig(TaskConfig):
         )
 
 
-@register_task("mad_selective_copying", config=MadSelectiveCopyingConfig)
+@register_source("mad_selective_copying", config=MadSelectiveCopyingConfig)
 class MadSelectiveCopying(Task):
     """Selective copying with one marker."""
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from hybridnas.config import option
 from hybridnas.data.draws import Draws
-from hybridnas.data.task import Examples, Task, TaskConfig, register_task
+from hybridnas.data.source import register_source
+from hybridnas.data.task import Examples, Task, TaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class MqarConfig(TaskConfig):
         )
 
 
-@register_task("mqar", config=MqarConfig)
+@register_source("mqar", config=MqarConfig)
 class Mqar(Task):
     """Multi-query associative recall."""
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from hybridnas.config import option
 from hybridnas.data.draws import Draws
-from hybridnas.data.task import Examples, Task, TaskConfig, register_task
+from hybridnas.data.source import register_source
+from hybridnas.data.task import Examples, Task, TaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class ParityConfig(TaskConfig):
     score: str = option("all", "which places count", choices=("all", "last"))
 
 
-@register_task("parity", config=ParityConfig)
+@register_source("parity", config=ParityConfig)
 class Parity(Task):
     """The sum so far, modulo the number of ids."""
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from hybridnas.config import option
 from hybridnas.data.draws import Draws
-from hybridnas.data.task import Examples, Task, TaskConfig, register_task
+from hybridnas.data.source import register_source
+from hybridnas.data.task import Examples, Task, TaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class SelectiveCopyingConfig(TaskConfig):
         )
 
 
-@register_task("selective_copying", config=SelectiveCopyingConfig)
+@register_source("selective_copying", config=SelectiveCopyingConfig)
 class SelectiveCopying(Task):
     """Selective copying."""
 

@@ -26,6 +26,8 @@ from typing import NamedTuple
 
 import torch
 
+from hybridnas.files import cache_home
+
 _LOG = logging.getLogger("hybridnas")
 _HERE = Path(__file__).resolve().parent
 _COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=fast")
@@ -132,10 +134,8 @@ def _processor() -> str:
 
 def _cache_folder() -> Path | None:
     """Return a folder that can be written, or None."""
-    asked = os.environ.get("HYBRIDNAS_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME")
     try:
-        folder = Path(asked) if asked else (Path(base) if base else Path.home() / ".cache") / "hybridnas"
+        folder = cache_home()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=folder):
             return folder

@@ -1,0 +1,154 @@
+"""What is trained and measured of a model: cross-entropy of its predictions, auxiliary losses and statistics beside it.
+
+A :class:`HybridLM` is read before its output matrix, so that the loss computes logits chunk by chunk, and through the
+task's head where a batch asks for one. Any other module has to map ids (B, L) to logits (B, L, V): as a tensor, as an
+object with ``.logits``, or as a tuple whose first element they are.
+Shapes: B batch, L length, D d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hybridnas.arch.arch import Arch
+from hybridnas.arch.model import HybridLM
+from hybridnas.data.source import Batch, Source
+from hybridnas.errors import ConfigError, DataError
+from hybridnas.kernels.cross_entropy import TokenScores, cross_entropy, linear_cross_entropy, token_scores
+
+
+class Loss(NamedTuple):
+    """One forward pass: the sum of ``-log p(target)`` over the places that count [nats], float32, and extras."""
+
+    total: Tensor
+    losses: Mapping[str, Tensor]  # auxiliary losses, already weighted
+    stats: Mapping[str, Tensor]  # e.g. routing statistics, detached
+
+
+class Objective(nn.Module):
+    """A model and its task's heads, as one module from a batch to a loss: what an optimizer and DDP see."""
+
+    def __init__(self, model: nn.Module, heads: nn.ModuleDict | None = None, *, compile_model: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = heads if heads is not None else nn.ModuleDict()
+        own: Callable[[Tensor], Any] = model.hidden if isinstance(model, HybridLM) else model
+        compiled = torch.compile(own) if compile_model else own
+
+        def read(ids_BL: Tensor) -> Any:
+            return compiled(ids_BL)
+
+        self._read = read  # a function: torch would register a module a second time
+
+    def forward(self, batch: Batch) -> Loss:
+        """Return the loss of a batch, differentiable."""
+        if not isinstance(self.model, HybridLM):
+            logits_BLV = self._logits(batch)
+            total = cross_entropy(logits_BLV, batch.targets_BL, mask=batch.mask_BL, reduction="sum")
+            return Loss(total, {}, {})
+        hidden = self._read(batch.inputs_BL)
+        x_BLD = self._through_head(hidden.x_BLD, batch)
+        total = cross_entropy_sum(x_BLD, self.model.head.weight, batch)
+        return Loss(total, hidden.aux.losses, hidden.aux.stats)
+
+    @torch.no_grad()
+    def scores(self, batch: Batch) -> TokenScores:
+        """Return each place's loss and whether its likeliest token is right; 0 and False where it does not count."""
+        if isinstance(self.model, HybridLM):
+            x_BLD = self._through_head(self.model.hidden(batch.inputs_BL).x_BLD, batch)
+            return token_scores(x_BLD, self.model.head.weight, batch.targets_BL, mask=batch.mask_BL)
+        logits_BLV = self._logits(batch)
+        mask_BL = torch.ones_like(batch.targets_BL, dtype=torch.bool) if batch.mask_BL is None else batch.mask_BL
+        loss_BL = cross_entropy(logits_BLV, batch.targets_BL, mask=batch.mask_BL, reduction="none")
+        correct_BL = (logits_BLV.argmax(dim=-1) == batch.targets_BL) & mask_BL
+        return TokenScores(loss_BL, torch.logsumexp(logits_BLV.float(), dim=-1), correct_BL)
+
+    def _through_head(self, x_BLD: Tensor, batch: Batch) -> Tensor:
+        if batch.head is None:
+            return x_BLD
+        if batch.head not in self.heads:
+            raise DataError(
+                f"this data is read through a task head {batch.head!r} that is trained with the model and stays with "
+                f"its run: this model has none; train it on the data, whose measurements are the score",
+                field="heads",
+                got=list(self.heads),
+                allowed=batch.head,
+            )
+        y_BLD: Tensor = self.heads[batch.head](x_BLD)
+        return y_BLD
+
+    def _logits(self, batch: Batch) -> Tensor:
+        if batch.head is not None:
+            raise DataError(
+                f"this data is read through a task head {batch.head!r} between a model and its output matrix, which "
+                f"only a HybridLM has: {type(self.model).__name__} gives logits; choose other data",
+                field="model",
+                got=type(self.model).__name__,
+                allowed="HybridLM",
+            )
+        logits_BLV = logits_of(self._read(batch.inputs_BL), self.model)
+        if logits_BLV.shape[:-1] != batch.inputs_BL.shape:
+            raise ConfigError(
+                f"{type(self.model).__name__} must map ids {tuple(batch.inputs_BL.shape)} to logits (B, L, V), "
+                f"got {tuple(logits_BLV.shape)}",
+                field="model",
+                got=tuple(logits_BLV.shape),
+                allowed="(B, L, V)",
+            )
+        return logits_BLV
+
+
+def cross_entropy_sum(x_BLD: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
+    """Return the sum of ``-log p(target)`` over the places that count [nats], computed in float32.
+
+    x (B, L, D) is what the output matrix reads: all logits exist at once only where that is faster.
+    """
+    return linear_cross_entropy(x_BLD, head_VD, batch.targets_BL, mask=batch.mask_BL, reduction="sum")
+
+
+def logits_of(output: Any, model: nn.Module) -> Tensor:
+    """Return the logits in what a module returned; raises ConfigError for anything that holds none."""
+    found = getattr(output, "logits", output)
+    if isinstance(found, (tuple, list)) and found:
+        found = found[0]
+    if not isinstance(found, Tensor):
+        raise ConfigError(
+            f"{type(model).__name__} returned {type(output).__name__}; a model must return logits (B, L, V), an object "
+            f"with .logits, or a tuple whose first element they are",
+            field="model",
+            got=type(output).__name__,
+            allowed="logits, an object with .logits, or a tuple",
+        )
+    return found
+
+
+def check_causal(arch: Arch, allowed: bool) -> None:
+    """Raise ConfigError for an architecture with a layer that sees later tokens, unless that is ``allowed``.
+
+    Predicting a token from a vector that has seen it is no language modelling: such losses depend on what else is in
+    the batch, and compare with no causal model's.
+    """
+    for node in arch.nodes:
+        if not node.config.causal and not allowed:
+            raise ConfigError(
+                f"{node.where} is not causal: its outputs depend on later tokens of the batch, so its loss is no "
+                f"language model's; use a causal setting (for moe: router='switch'), or allow_noncausal=True",
+                field="allow_noncausal",
+                got=False,
+                allowed=True,
+            )
+
+
+def make_heads(source: Source, model: nn.Module, seed: int) -> nn.ModuleDict:
+    """Return the heads of the source's tasks for a model's width, with weights drawn from ``seed``, on its device."""
+    heads = nn.ModuleDict()
+    if isinstance(model, HybridLM):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            heads.update(source.heads(model.arch.d_model))
+        heads.to(model.head.weight.device)
+    return heads
