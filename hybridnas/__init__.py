@@ -28,17 +28,28 @@ from hybridnas.errors import (
 )
 from hybridnas.registry import register_block
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the same names as in _LAZY, for type checkers and editors
     from hybridnas.api import build, list_blocks, list_search_spaces
     from hybridnas.arch.arch import Arch
     from hybridnas.arch.match import match
-    from hybridnas.arch.pattern import parse
-    from hybridnas.arch.presets import list_presets, preset
+    from hybridnas.arch.model import HybridLM
+    from hybridnas.arch.pattern import Pattern
+    from hybridnas.arch.presets import list_presets, preset, register_preset
+    from hybridnas.cost import Cost
+    from hybridnas.data.task import register_task
     from hybridnas.export.load import load
+    from hybridnas.search_spaces.listing import register_space
+    from hybridnas.train.config import TrainConfig
     from hybridnas.train.fit import fit
 
-_LAZY = {
+    __version__: str
+
+_LAZY = {  # public name -> the module that is imported when the name is first used
     "Arch": "hybridnas.arch.arch",
+    "Cost": "hybridnas.cost",
+    "HybridLM": "hybridnas.arch.model",
+    "Pattern": "hybridnas.arch.pattern",
+    "TrainConfig": "hybridnas.train.config",
     "build": "hybridnas.api",
     "fit": "hybridnas.train.fit",
     "list_blocks": "hybridnas.api",
@@ -46,25 +57,32 @@ _LAZY = {
     "list_search_spaces": "hybridnas.api",
     "load": "hybridnas.export.load",
     "match": "hybridnas.arch.match",
-    "parse": "hybridnas.arch.pattern",
     "preset": "hybridnas.arch.presets",
+    "register_preset": "hybridnas.arch.presets",
+    "register_space": "hybridnas.search_spaces.listing",
+    "register_task": "hybridnas.data.task",
 }
 
 __all__ = [
     "Arch",
     "CheckpointError",
     "ConfigError",
+    "Cost",
     "DataError",
     "ExportError",
     "GraphError",
+    "HybridLM",
     "HybridNASError",
     "KernelInputError",
     "KernelUnavailableError",
     "LayoutError",
     "MatchError",
+    "Pattern",
     "PatternError",
     "StudyError",
+    "TrainConfig",
     "TrainingError",
+    "__version__",
     "build",
     "fit",
     "list_blocks",
@@ -72,16 +90,21 @@ __all__ = [
     "list_search_spaces",
     "load",
     "match",
-    "parse",
     "preset",
     "register_block",
+    "register_preset",
+    "register_space",
+    "register_task",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name == "__version__":
+        value: Any = importlib.import_module("importlib.metadata").version("hybridnas")
+    elif name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    else:
         raise AttributeError(f"module 'hybridnas' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
 

@@ -65,6 +65,6 @@ def list_blocks() -> dict[str, str]:
 
 def list_search_spaces() -> list[str]:
     """Return the names of the search spaces that come with the package and lie in ./search_spaces."""
-    from hybridnas.search_spaces.space import list_spaces
+    from hybridnas.search_spaces.listing import list_spaces
 
     return list_spaces()

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from hybridnas.errors import ConfigError, LayoutError, suggest
 
 if TYPE_CHECKING:
-    from hybridnas.blocks.base import Block
+    from hybridnas.layers.block import Block
 
 T = TypeVar("T")
 B = TypeVar("B", bound="type[Any]")
@@ -39,16 +39,16 @@ _log = logging.getLogger("hybridnas.registry")
 class Registry(Generic[T]):
     """A table from key to value that is filled from a package of ours and from entry points at the first lookup.
 
-    ``kind`` names an entry in errors, ``package`` is imported file by file, ``group`` is the entry points' group.
+    ``kind`` names an entry in errors, ``package`` is imported file by file, ``groups`` are those of the entry points.
     """
 
-    def __init__(self, kind: str, package: str | None = None, *, group: str | None = None) -> None:
+    def __init__(self, kind: str, package: str | None = None, *, groups: tuple[str, ...] = ()) -> None:
         self.kind = kind
         self.failures: dict[str, str] = {}  # entry point that did not load -> one sentence with package and reason
         self._package = package
-        self._group = group
+        self._groups = groups
         self._entries: dict[str, T] = {}
-        self._filled = package is None and group is None
+        self._filled = package is None and not groups
 
     def add(self, key: str, value: T) -> None:
         """Put a value under a new key; a key that is taken raises ConfigError."""
@@ -102,8 +102,8 @@ class Registry(Generic[T]):
         except BaseException:
             self._filled = False  # a file of ours that fails is reported again at the next lookup
             raise
-        if self._group is not None:
-            for point in importlib.metadata.entry_points(group=self._group):
+        for group in self._groups:
+            for point in importlib.metadata.entry_points(group=group):
                 self._load(point)
 
     def _load(self, point: importlib.metadata.EntryPoint) -> None:
@@ -127,7 +127,7 @@ def _import_all(package: str) -> None:
         importlib.import_module(f"{package}.{module.name}")
 
 
-BLOCKS: Registry[type[Block]] = Registry("block letter", "hybridnas.blocks", group="hybridnas.blocks")
+BLOCKS: Registry[type[Block]] = Registry("block letter", "hybridnas.blocks", groups=("hybridnas.blocks",))
 ALIASES: dict[str, str] = {}  # other spellings of a letter, e.g. '*' for 'A'
 
 

@@ -1,6 +1,7 @@
 """What everything stands on: frozen configs, the registry, devices, files, costs, and the words of errors."""
 
 import enum
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -281,6 +282,8 @@ def test_every_public_name_resolves():
     for name in hybridnas.__all__:
         assert getattr(hybridnas, name) is not None
     assert set(hybridnas.__all__) <= set(dir(hybridnas))
+    assert set(hybridnas._LAZY) <= set(hybridnas.__all__)
+    assert hybridnas.__version__ == importlib.metadata.version("hybridnas")
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         _ = hybridnas.nonsense
     assert hybridnas.list_blocks()["M"] == "mamba"
@@ -307,25 +310,25 @@ def test_build_takes_what_names_an_architecture():
 
 
 def test_a_registry_names_what_it_has():
-    table = Registry("colour")
+    table = Registry("color")
     table.add("red", 1)
     assert table.get("red") == 1
     assert "red" in table
     assert list(table) == ["red"]
     assert len(table) == 1
-    with pytest.raises(ConfigError, match="colour 'red' is already registered by 1; choose another name"):
+    with pytest.raises(ConfigError, match="color 'red' is already registered by 1; choose another name"):
         table.add("red", 2)
-    with pytest.raises(ConfigError, match="unknown colour 'rod'; did you mean 'red'"):
+    with pytest.raises(ConfigError, match="unknown color 'rod'; did you mean 'red'"):
         table.get("rod")
     table.remove("red")
     assert len(table) == 0
 
 
-def test_a_room_with_a_broken_file_is_reported_every_time(tmp_path, monkeypatch):
-    (tmp_path / "room_of_test").mkdir()
-    (tmp_path / "room_of_test/bad.py").write_text("raise ValueError('broken')")
+def test_a_package_with_a_broken_file_is_reported_every_time(tmp_path, monkeypatch):
+    (tmp_path / "package_of_test").mkdir()
+    (tmp_path / "package_of_test/bad.py").write_text("raise ValueError('broken')")
     monkeypatch.syspath_prepend(tmp_path)
-    table = Registry("thing", "room_of_test")
+    table = Registry("thing", "package_of_test")
     for _ in range(2):
         with pytest.raises(ValueError, match="broken"):
             list(table)

@@ -15,10 +15,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hybridnas.arch.pattern import Parallel, Pattern, Slot, parse
-from hybridnas.blocks.base import BlockConfig
 from hybridnas.config import FrozenConfig, option
 from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError, suggest
+from hybridnas.layers.block import BlockConfig
 from hybridnas.registry import BLOCKS
 
 if TYPE_CHECKING:

@@ -9,13 +9,14 @@ of attention (A) holds keys and values of everything read and grows with L by na
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from hybridnas.arch.model import HybridLM, LMState
 from hybridnas.errors import ConfigError
+from hybridnas.layers.block import State, map_state
+from hybridnas.layers.mode import evaluating
 
 
 def prefill(
@@ -83,12 +84,17 @@ def _kept(state: LMState | None, following: LMState) -> LMState:
 
     A million tokens are hundreds of chunks: states that move through the heap would keep it from being used again.
     """
-    if state is None:
-        return following
-    return tuple(
-        type(new)(*(b.copy_(a) if a.shape == b.shape else a for a, b in zip(new, old, strict=True)))
-        for new, old in zip(following, state, strict=True)
-    )
+    if state is None:  # tensors of our own: a block may return views, of its input or of one row for the whole batch
+        return tuple(map_state(lambda new: new.clone(memory_format=torch.contiguous_format), s) for s in following)
+    return tuple(_overwritten(new, old) for new, old in zip(following, state, strict=True))
+
+
+def _overwritten(new: State, old: State) -> State:
+    """Copy a state into the tensors of the last one, unless it is made of them (a block that shifts its tensors)."""
+    held = {tensor.untyped_storage().data_ptr() for tensor in old}
+    if any(tensor.untyped_storage().data_ptr() in held for tensor in new):
+        return new
+    return map_state(lambda a, b: b.copy_(a) if a.shape == b.shape and a.dtype == b.dtype else a, new, old)
 
 
 def _split(ids_BL: Tensor, size: int) -> Sequence[Tensor]:
@@ -100,7 +106,7 @@ def _read(model: HybridLM, chunk_Bl: Tensor, state: LMState | None) -> tuple[Ten
     """Return what the head reads, and the state after a chunk."""
     if chunk_Bl.ndim != 2 or chunk_Bl.shape[1] == 0:
         raise ConfigError(f"a chunk of ids must be (batch, at least one token), got shape {tuple(chunk_Bl.shape)}")
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         x_BlD, following, _ = model.hidden(chunk_Bl, model.init_state(chunk_Bl.shape[0]) if state is None else state)
     assert following is not None
     return x_BlD, following
@@ -110,16 +116,3 @@ def _read(model: HybridLM, chunk_Bl: Tensor, state: LMState | None) -> tuple[Ten
 def _head(model: HybridLM, x: Tensor) -> Tensor:
     logits: Tensor = model.head(x)
     return logits
-
-
-@contextmanager
-def _evaluating(model: HybridLM) -> Iterator[None]:
-    """Evaluate inside, and leave the model in the mode it was in; a generator must not hold it between chunks."""
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train()

@@ -13,8 +13,8 @@ from fractions import Fraction
 from typing import Any
 
 from hybridnas.arch.arch import FACTORS, Arch, overlay
-from hybridnas.blocks.base import BlockConfig
 from hybridnas.errors import ConfigError, MatchError, suggest
+from hybridnas.layers.block import BlockConfig
 from hybridnas.registry import BLOCKS
 
 MAX_WIDTH = 2**20  # the widest size that is tried [channels]
@@ -32,7 +32,7 @@ class Match:
     target: int
     active_params: int
     reachable: tuple[int, int]  # least and most that the free fields can make of this pattern
-    step: int  # distance between the two feasible neighbours around the target
+    step: int  # distance between the two feasible neighbors around the target
     values: dict[str, int]  # what was set, e.g. {"E.d_expert": 1536} or {"d_model": 512}
 
     @property
@@ -42,67 +42,68 @@ class Match:
 
 
 def match(
-    arch: Arch, *, active_params: int, free: str | Sequence[str] = ("d_expert",), multiple: int = 8, ratio: Ratio = None
+    arch: Arch,
+    *,
+    active_params: int,
+    free: str | Sequence[str] = ("d_expert",),
+    multiple: int = 8,
+    ratio: Ratio = None,
+    share: float | None = None,
 ) -> Arch:
-    """Return the architecture nearest to ``active_params``; :func:`solve_match` also states the residual."""
-    return solve_match(arch, active_params=active_params, free=free, multiple=multiple, ratio=ratio).arch
-
-
-def solve_match(
-    arch: Arch, *, active_params: int, free: str | Sequence[str] = ("d_expert",), multiple: int = 8, ratio: Ratio = None
-) -> Match:
     """Size the ``free`` fields, in multiples of ``multiple`` [channels], to ``active_params`` [count per token].
 
     ``free`` names widths: ``d_expert``, ``d_ff``, ``d_inner`` (or ``expand``), ``d_model``. Several move together at
     ``ratio`` (``{"d_inner": 2, "d_expert": 3}`` or in the order of ``free``; none: their present proportions). Slots
     that pin a field in ``{args}`` keep it; a field that no block here has is left out while another one moves.
-    Of two equally near architectures the smaller is returned. Raises MatchError when nothing can move or the target
-    lies outside what the free fields reach, ConfigError for a field or number that makes no sense.
+    Of two equally near architectures the smaller is returned.
+
+    ``share`` splits instead: the blocks that have the first free field get this part of the sized parameters (all but
+    norms and blocks without a free field) and those that have one of the others the rest, e.g.
+    ``free=("d_inner", "d_expert"), share=0.5``. The total is then as exact as without, the share as near as one
+    multiple of the first field.
+
+    Raises MatchError when nothing can move or the target lies outside what the free fields reach, ConfigError for a
+    field or number that makes no sense.
     """
-    target = _positive("active_params", active_params)
-    line = _Line(arch, _fields(free), _positive("multiple", multiple), ratio)
-    return line.solve(target)
+    return solve(arch, active_params=active_params, free=free, multiple=multiple, ratio=ratio, share=share).arch
 
 
-def match_share(
+def solve(
     arch: Arch,
     *,
     active_params: int,
-    share: float,
-    first: str = "d_inner",
-    then: str | Sequence[str] = ("d_expert", "d_ff"),
+    free: str | Sequence[str] = ("d_expert",),
     multiple: int = 8,
-) -> Arch:
-    """Return :func:`solve_share`'s architecture: a split of the active parameters, then an exact total."""
-    return solve_share(arch, active_params=active_params, share=share, first=first, then=then, multiple=multiple).arch
-
-
-def solve_share(
-    arch: Arch,
-    *,
-    active_params: int,
-    share: float,
-    first: str = "d_inner",
-    then: str | Sequence[str] = ("d_expert", "d_ff"),
-    multiple: int = 8,
+    ratio: Ratio = None,
+    share: float | None = None,
 ) -> Match:
-    """Give the blocks that have ``first`` (Mamba) the ``share`` of the sized budget, those that have ``then`` the rest.
-
-    The sized budget is ``active_params`` less what neither field sizes: norms and other blocks. ``first`` is solved for
-    its share, then ``then`` for the total, so the total is as exact as :func:`solve_match` makes it and the share as
-    near as one multiple of ``first``. Raises as :func:`solve_match`, ConfigError for a share outside 0 to 1.
-    """
-    target = _positive("active_params", active_params)
+    """Do as :func:`match` and return how near it came, what is reachable, and the sizes that were set."""
+    target, multiple, fields = _positive("active_params", active_params), _positive("multiple", multiple), _fields(free)
+    if share is None:
+        return _Line(arch, fields, multiple, ratio).solve(target)
     if not isinstance(share, (int, float)) or not 0 < share < 1:
-        raise ConfigError(f"match share={share!r} must be a number between 0 and 1, the part of the Mamba layers")
-    multiple = _positive("multiple", multiple)
-    lead, follow = _Line(arch, _fields(first), multiple, None), _Line(arch, _fields(then), multiple, None)
+        raise ConfigError(
+            f"match share={share!r} must be a number between 0 and 1, the part of the blocks with {fields[0]}",
+            field="share",
+            got=share,
+            allowed="between 0 and 1",
+        )
+    if len(fields) < 2 or ratio is not None:
+        raise ConfigError(
+            f"match share={share!r} needs two free fields or more and no ratio, got free={fields} and {ratio=}",
+            field="free",
+            got=fields,
+        )
+    lead, follow = _Line(arch, fields[:1], multiple, None), _Line(arch, fields[1:], multiple, None)
     if both := lead.owners & follow.owners:
-        raise ConfigError(f"match cannot split active parameters inside one block: {', '.join(both)} has {first!r} too")
-    here = lead.active(None)
-    fixed = here - lead.active(None, lead.owners) - follow.active(None, follow.owners)
+        raise ConfigError(
+            f"match cannot split active parameters inside one block: {', '.join(both)} has {fields[0]!r} too",
+            field="free",
+            got=fields,
+        )
+    fixed = lead.active(None) - lead.active(None, lead.owners) - follow.active(None, follow.owners)
     part = lead.solve(round(share * (target - fixed)), lead.owners)
-    final = _Line(part.arch, _fields(then), multiple, None).solve(target)
+    final = _Line(part.arch, fields[1:], multiple, None).solve(target)
     return Match(final.arch, target, final.active_params, final.reachable, final.step, {**part.values, **final.values})
 
 
@@ -123,24 +124,27 @@ class _Line:
         self._costs: dict[tuple[int, bool], int | None] = {}
         self.last = self._last()
 
-    def _movers(self) -> dict[str, int]:
-        """Return what can move, as ``letter.field`` (or d_model) -> its present size; raise MatchError for nothing."""
-        sizes: dict[str, int] = {}
+    def _movers(self) -> dict[str, Any]:
+        """Return what can move, ``letter.field`` (or d_model) -> present size, None where the block leaves it open.
+
+        Raises MatchError for nothing.
+        """
+        sizes: dict[str, Any] = {}
         for field in self.free:
             if field == "d_model":
                 sizes[field] = self.arch.d_model
                 continue
             for node in self.arch.nodes:
                 if _has(node.slot.letter, field) and not _pinned(node.slot.args, field):
-                    sizes.setdefault(f"{node.slot.letter}.{field}", _size(node.config, field))
+                    sizes.setdefault(f"{node.slot.letter}.{field}", node.config.canonical().get(field))
         if not sizes:
-            raise MatchError(self._nothing_moves())
+            raise MatchError(self._nothing_moves(), field="free", got=self.free)
         return sizes
 
     def _nothing_moves(self) -> str:
         where = f"pattern '{self.arch.pattern}'"
         letters = sorted({letter for letter, _ in self.kinds})
-        others = [f for f in ("d_ff", "d_expert", "d_inner") if any(_has(x, f) for x in letters) and f not in self.free]
+        others = [name for letter in letters for name in widths_of(letter) if name not in self.free]
         instead = f"free {others[0] if others else 'd_model'} instead"
         owners = [letter for letter in BLOCKS if any(_has(letter, field) for field in self.free)]
         nouns = " or ".join(_NOUNS.get(field, f"block with {field}") for field in self.free)
@@ -154,21 +158,36 @@ class _Line:
 
     def _ratios(self, ratio: Ratio) -> dict[str, Fraction]:
         """Return each mover's size as a fraction of the widest one."""
-        sizes: dict[str, Any] = dict(self.movers)
+        sizes: dict[str, Any] = dict(self.movers) if len(self.movers) > 1 else dict.fromkeys(self.movers, 1)
         if ratio is not None:
             if not isinstance(ratio, Mapping):
                 if len(ratio) != len(self.free):
-                    raise ConfigError(f"match {ratio=} needs one number for each of free={self.free}")
+                    raise ConfigError(
+                        f"match {ratio=} needs one number for each of free={self.free}",
+                        field="ratio",
+                        got=ratio,
+                        allowed=f"{len(self.free)} numbers",
+                    )
                 ratio = dict(zip(self.free, ratio, strict=True))
             named = {FACTORS.get(key, key): value for key, value in ratio.items()}
             for key in named:
                 if key not in self.free:
-                    raise ConfigError(f"match ratio names {key!r}, which is not free{suggest(key, self.free)}")
+                    raise ConfigError(
+                        f"match ratio names {key!r}, which is not free{suggest(key, self.free)}",
+                        field="ratio",
+                        got=key,
+                        allowed=self.free,
+                    )
             sizes = {mover: named.get(mover.split(".")[-1]) for mover in self.movers}
         for mover, size in sizes.items():
             if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 < size < float("inf"):
                 hint = "" if ratio is not None else "; set it above 0 first or give a ratio"
-                raise ConfigError(f"match needs a ratio above 0 for {mover!r}, got {size!r}{hint}")
+                raise ConfigError(
+                    f"match needs a ratio above 0 for {mover!r}, got {size!r}{hint}",
+                    field="ratio",
+                    got=size,
+                    allowed="> 0",
+                )
         widest = max(Fraction(size) for size in sizes.values())
         return {mover: Fraction(size) / widest for mover, size in sizes.items()}
 
@@ -239,11 +258,15 @@ class _Line:
         if low is None or high is None:
             self.active(1, only)  # raises the block's own reason
             raise MatchError(
-                f"pattern '{self.arch.pattern}' accepts no size of free={self.free} in steps of {self.multiple}"
+                f"pattern '{self.arch.pattern}' accepts no size of free={self.free} in steps of {self.multiple}",
+                field="multiple",
+                got=self.multiple,
             )
         reachable = (self._known(low, only), self._known(high, only))
         if not reachable[0] <= target <= reachable[1]:
-            raise MatchError(self._outside(target, reachable, only))
+            raise MatchError(
+                self._outside(target, reachable, only), field="active_params", got=target, allowed=reachable
+            )
         while True:  # cost(low) <= target <= cost(high), both feasible
             middle = self.feasible(range((low + high) // 2, high), only)
             if middle is None or middle == low:
@@ -289,12 +312,29 @@ def _fields(free: str | Sequence[str]) -> tuple[str, ...]:
     fields = tuple(dict.fromkeys(FACTORS.get(name, name) for name in names))
     widths = {f for letter in BLOCKS for f in BLOCKS.get(letter).Config.field_names() if f.startswith("d_")}
     widths -= {"d_conv"}  # counts taps
+    widths |= {name for letter in BLOCKS for name in widths_of(letter)}
     if not fields:
-        raise ConfigError(f"match free=() needs at least one field; allowed: {', '.join(sorted(widths))}")
+        raise ConfigError(
+            f"match free=() needs at least one field; allowed: {', '.join(sorted(widths))}",
+            field="free",
+            got=names,
+            allowed=tuple(sorted(widths)),
+        )
     for field in fields:
         if field not in widths:
-            raise ConfigError(f"match free={names} has no width {field!r}{suggest(str(field), widths)}")
+            raise ConfigError(
+                f"match free={names} has no width {field!r}{suggest(str(field), widths)}",
+                field="free",
+                got=field,
+                allowed=tuple(sorted(widths)),
+            )
     return fields
+
+
+def widths_of(letter: str) -> tuple[str, ...]:
+    """Return the fields by which the block of a letter declares that it can be sized."""
+    config = BLOCKS.get(letter).Config
+    return tuple(name for name in config.widths if name in config.field_names())
 
 
 def _has(letter: str, field: str) -> bool:
@@ -305,14 +345,9 @@ def _pinned(args: tuple[tuple[str, str], ...], field: str) -> bool:
     return any(FACTORS.get(key, key) == field for key, _ in args)
 
 
-def _size(config: BlockConfig, field: str) -> int:
-    size = config.canonical().get(field)
-    if not isinstance(size, int):
-        raise ConfigError(f"{config.label()} {field}={size!r} is not a width that can be matched")
-    return size
-
-
 def _positive(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"match {name}={value!r} must be a whole number of at least 1")
+        raise ConfigError(
+            f"match {name}={value!r} must be a whole number of at least 1", field=name, got=value, allowed=">= 1"
+        )
     return value

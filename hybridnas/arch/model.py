@@ -5,9 +5,12 @@ Shapes: B batch, L length, D d_model, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +18,31 @@ from torch import Tensor, nn
 
 from hybridnas.arch.arch import Arch, ModelConfig, Node
 from hybridnas.arch.decode import Decoder
-from hybridnas.blocks.base import Aux, Block, BlockOutput, State, truncated_normal_
-from hybridnas.errors import ConfigError
+from hybridnas.errors import ConfigError, TrainingError
 from hybridnas.hardware import Impl
-from hybridnas.kernels.rmsnorm import rms_norm
+from hybridnas.kernels import cross_entropy as loss_kernel
+from hybridnas.kernels import rmsnorm as norm_kernel
+from hybridnas.layers.block import Aux, Block, BlockOutput, State, truncated_normal_
+from hybridnas.layers.mode import evaluating
+from hybridnas.layers.norms import NORMS
 from hybridnas.registry import BLOCKS
 
 LMState = tuple[State, ...]  # one block state per node, in the order of execution
+# The package that reads and writes folders of models. It builds models, so it lies above this one: looked up when it
+# is needed, as the registry looks up blocks.
+_FOLDERS = "hybridnas.export"
+_LARGEST_SEED = 2**63 - 1
 
 
 class LMOutput(NamedTuple):
-    """Logits, the next state (None when none was given), auxiliary losses and statistics of all layers."""
+    """What a model returns.
 
-    logits_BLV: Tensor
+    ``logits`` (B, L, V); ``loss`` [nats per token] where labels were given, without the auxiliary losses, which stay
+    in ``aux.losses``; the next ``state`` where one was given; ``aux``: losses and statistics of all layers.
+    """
+
+    logits: Tensor
+    loss: Tensor | None
     state: LMState | None
     aux: Aux
 
@@ -43,7 +58,12 @@ class LMHidden(NamedTuple):
 class HybridLM(nn.Module):
     """A causal language model built from an architecture's layers; ``device='meta'`` builds it without memory.
 
-    Weights are drawn from ``seed`` alone. ``impl`` is handed to every block: ``auto`` decides by device.
+    Weights are drawn from ``seed`` alone, on ``device``: None leaves that to torch (its default device, or an
+    enclosing ``with torch.device(...)``). ``impl`` is handed to every block, norm and loss: ``auto`` chooses by call.
+
+    The embedding is drawn with std ``sqrt(init_scale)``, as in the MoE-Mamba code, and the head with
+    ``sqrt(init_scale / d_model)``. A tied matrix is drawn as a head is, so that the first logits are small at every
+    width; the first layer's norm scales what it reads.
     """
 
     def __init__(
@@ -56,37 +76,48 @@ class HybridLM(nn.Module):
     ) -> None:
         super().__init__()
         self.arch = arch
+        self.impl = Impl.of(impl)
         config = arch.model
-        with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
+        check_seed("model", seed)
+        with _drawing_on(device):
             torch.manual_seed(seed)
             self.embedding = nn.Embedding(config.vocab_size, config.d_model)
             modules: dict[str, Block] = {}
             for node in arch.nodes:
                 if node.module not in modules:
-                    modules[node.module] = BLOCKS.get(node.slot.letter)(node.config, impl=Impl.of(impl))
-                    modules[node.module].reset_parameters(config.init_scale)
-            self.layers = nn.ModuleList(ResidualLayer(layer, modules, config) for layer in arch.layers)
-            self.final_norm: nn.Module | None = make_norm(config) if config.final_norm else None
+                    block = BLOCKS.get(node.slot.letter)(node.config, impl=self.impl)
+                    block.widen()
+                    block.reset_parameters(config.init_scale)
+                    modules[node.module] = block
+            self.layers = nn.ModuleList(ResidualLayer(layer, modules, config, self.impl) for layer in arch.layers)
+            self.final_norm: nn.Module | None = make_norm(config, self.impl) if config.final_norm else None
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
             # The MoE-Mamba code draws the embedding with fan_in = 1 and cuts it at 2 * scale.
-            truncated_normal_(self.embedding.weight, 1, config.init_scale)
+            truncated_normal_(self.embedding.weight, config.d_model if config.tie_embeddings else 1, config.init_scale)
             truncated_normal_(self.head.weight, config.d_model, config.init_scale)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, ids_BL: Tensor, state: LMState | None = None) -> LMOutput:
-        """Return logits for every position; with a state, continue from it and return the next one.
+    def forward(self, ids: Tensor, labels: Tensor | None = None, state: LMState | None = None) -> LMOutput:
+        """Return logits for every position of ids (B, L); with a state, continue from it and return the next one.
 
-        Raises ConfigError for a state when a block is not causal.
+        ``labels`` (B, L), as in transformers: aligned with ids and shifted here, so that the logits at position t are
+        measured against ``labels[:, t + 1]``; -100 counts for nothing. The loss is the mean cross-entropy over what
+        counts (0 where nothing does) and nothing else: auxiliary losses stay in ``aux.losses``.
+
+        Raises ConfigError for ids that are not (B, L) integers below the vocabulary's size, and for a state when a
+        block is not causal.
         """
-        x_BLD, following, aux = self.hidden(ids_BL, state)
-        return LMOutput(self.head(x_BLD), following, aux)
+        x_BLD, following, aux = self.hidden(ids, state)
+        logits_BLV: Tensor = self.head(x_BLD)
+        loss = None if labels is None else self._loss(logits_BLV, labels)
+        return LMOutput(logits_BLV, loss, following, aux)
 
     def hidden(self, ids_BL: Tensor, state: LMState | None = None) -> LMHidden:
         """Return what the head reads, for a loss that computes logits chunk by chunk; otherwise as ``forward``."""
         if state is not None:
             self._need_causal()
-        x_BLD = self.embedding(ids_BL)
+        x_BLD = self._embedded(ids_BL)
         given = iter(state) if state is not None else None
         following: list[State] = []
         losses: dict[str, list[Tensor]] = defaultdict(list)
@@ -112,62 +143,145 @@ class HybridLM(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        ids_BL: Tensor,
+        ids: Tensor,
         max_new_tokens: int,
         *,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float | None = None,
         seed: int = 0,
         on_token: Callable[[Tensor], bool | None] | None = None,
         prefill_chunk: int = 1024,
     ) -> Tensor:
-        """Sample ``max_new_tokens`` after a prompt of any length, token by token from the explicit state.
+        """Sample up to ``max_new_tokens`` after prompts (B, L) of one length, token by token from the explicit state.
 
-        Returns ids (B, L + max_new_tokens), fewer when ``on_token(ids_B)`` returns True. Temperature 0 is greedy.
-        Memory is constant in the length for recurrent blocks. Raises ConfigError for an empty prompt or bad settings.
+        ``temperature`` 0 is greedy; ``top_k`` draws among that many likeliest tokens, ``top_p`` among the fewest
+        likeliest whose probabilities sum to at least that much (after temperature and ``top_k``). A row that drew one
+        of ``eos_token_id`` is finished: ``pad_token_id`` (by default the first of ``eos_token_id``) fills it up.
+
+        Returns ids (B, L + n): n is ``max_new_tokens``, or less when all rows are finished or ``on_token(ids_B)``
+        returns True. Memory is constant in the length for recurrent blocks. Weights are read once, at the start.
+        Raises ConfigError for an empty prompt or bad settings, TrainingError for logits that are not finite.
         """
-        if ids_BL.ndim != 2 or ids_BL.shape[1] == 0:
-            raise ConfigError(f"prompt ids must be (batch, at least one token), got shape {tuple(ids_BL.shape)}")
-        if max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
-            raise ConfigError(f"generate needs {max_new_tokens=} >= 0, {temperature=} >= 0 and {top_k=} >= 1 or None")
-        was_training = self.training
-        self.eval()
-        try:
-            return self._generate(
-                ids_BL, max_new_tokens, temperature, top_k, seed, on_token or (lambda _: None), prefill_chunk
+        self._check_ids(ids)
+        if ids.shape[1] == 0:
+            raise ConfigError(
+                f"generate ids must be (batch, at least one token), got shape {tuple(ids.shape)}",
+                field="ids",
+                got=tuple(ids.shape),
+                allowed="(B, L) with L >= 1",
             )
-        finally:
-            self.train(was_training)
-
-    def _generate(
-        self,
-        ids_BL: Tensor,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int | None,
-        seed: int,
-        on_token: Callable[[Tensor], bool | None],
-        prefill_chunk: int,
-    ) -> Tensor:
-        generator = torch.Generator(device=ids_BL.device).manual_seed(seed)
-        state: LMState | None = self.init_state(ids_BL.shape[0])
-        x_BLD = self.embedding(ids_BL[:, :0])
-        for chunk_BL in torch.split(ids_BL, prefill_chunk, dim=1):
-            x_BLD, state, _ = self.hidden(chunk_BL, state)
-        assert state is not None
-        logits_BV, decode = self.head(x_BLD[:, -1]), Decoder(self, state)
-        pieces = [ids_BL]
-        for step in range(max_new_tokens):
-            next_B = sample(logits_BV, temperature, top_k, generator)
-            pieces.append(next_B[:, None])
-            if on_token(next_B) or step == max_new_tokens - 1:
-                break
-            logits_BV = decode(next_B)
-        return torch.cat(pieces, dim=1)
+        ends = _token_ids(eos_token_id, "eos_token_id", self.arch.vocab_size)
+        pad = next(iter(_token_ids(pad_token_id, "pad_token_id", self.arch.vocab_size) or ends), None)
+        _check_sampling(max_new_tokens, temperature, top_k, top_p)
+        check_seed("generate", seed)
+        with evaluating(self):
+            generator = torch.Generator(device=ids.device).manual_seed(seed)
+            state: LMState | None = self.init_state(ids.shape[0])
+            x_BLD = self.embedding(ids[:, :0])
+            for chunk_BL in torch.split(ids, prefill_chunk, dim=1):
+                x_BLD, state, _ = self.hidden(chunk_BL, state)
+            assert state is not None
+            logits_BV, decode = self.head(x_BLD[:, -1]), Decoder(self, state)
+            _check_finite(logits_BV, "after the prompt")
+            finished_B = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+            ends_E = torch.tensor(ends, dtype=ids.dtype, device=ids.device)
+            pieces = [ids]
+            for step in range(max_new_tokens):
+                next_B = _drawn(logits_BV, temperature, top_k, top_p, generator, step).to(ids.dtype)
+                if ends:
+                    next_B = next_B.masked_fill(finished_B, cast(int, pad))
+                    finished_B = finished_B | torch.isin(next_B, ends_E)
+                pieces.append(next_B[:, None])
+                stop = on_token(next_B) if on_token is not None else False
+                if stop or step == max_new_tokens - 1 or (ends and bool(finished_B.all())):
+                    break
+                logits_BV = decode(next_B)
+            return torch.cat(pieces, dim=1)
 
     def blocks(self) -> Iterator[Block]:
         """Every block in the order of execution; a shared one comes once per use."""
         return (block for layer in cast("Iterable[ResidualLayer]", self.layers) for block in layer.blocks())
+
+    def implementations(self, device: torch.device | str | None = None) -> dict[str, dict[str, str]]:
+        """Return what computes the model on a device (by default its own): block name -> operation -> words.
+
+        Beside the blocks there are ``norm`` and ``loss``.
+        """
+        where = torch.device(device) if device is not None else self.embedding.weight.device
+        found = {block.name: block.implementations(where) for block in self.blocks()}
+        named = self.impl is not Impl.AUTO
+        norm = f"impl={self.impl.value}" if named else norm_kernel.describe(where)
+        loss = f"impl={self.impl.value}" if named else loss_kernel.describe(where)
+        return {**found, "norm": {self.arch.model.norm: norm}, "loss": {"cross_entropy": loss}}
+
+    def save_pretrained(self, folder: str | Path, **settings: Any) -> Path:
+        """Write the model as a folder that ``from_pretrained`` reads, and return its absolute path.
+
+        ``settings`` are those of :func:`hybridnas.export.folder.export`: ``tokenizer``, ``card`` and others.
+        """
+        found: Path = _folders("folder").export(self, folder, **settings)
+        return found
+
+    @classmethod
+    def from_pretrained(cls, folder_or_repo: str | Path, **settings: Any) -> HybridLM:
+        """Return the model of an exported folder, or of a repository on the Hugging Face Hub, in evaluation mode.
+
+        ``settings`` are those of :func:`hybridnas.export.load.load`: ``device``, ``impl``, ``revision`` and others.
+        """
+        found: HybridLM = _folders("load").load(folder_or_repo, **settings)
+        return found
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> str:
+        """Upload what ``save_pretrained`` writes to a repository on the Hugging Face Hub; returns the commit's URL.
+
+        ``settings`` are those of :func:`hybridnas.export.hub.push_to_hub`: ``private``, ``token`` and others.
+        """
+        found: str = _folders("hub").push_to_hub(self, repo_id, **settings)
+        return found
+
+    def _loss(self, logits_BLV: Tensor, labels: Tensor) -> Tensor:
+        if labels.shape != logits_BLV.shape[:2]:
+            raise ConfigError(
+                f"model labels must have the shape of ids {tuple(logits_BLV.shape[:2])}, got {tuple(labels.shape)}; "
+                f"give labels=ids, they are shifted inside",
+                field="labels",
+                got=tuple(labels.shape),
+                allowed=tuple(logits_BLV.shape[:2]),
+            )
+        return loss_kernel.cross_entropy(logits_BLV[:, :-1], labels[:, 1:], impl=self.impl)
+
+    def _embedded(self, ids_BL: Tensor) -> Tensor:
+        self._check_ids(ids_BL)
+        if torch.compiler.is_compiling():
+            x_BLD: Tensor = self.embedding(ids_BL)
+            return x_BLD
+        try:
+            x_BLD = self.embedding(ids_BL)
+        except IndexError:  # torch looks at every id anyway on a processor, so asking first would be double work
+            low, high = int(ids_BL.min()), int(ids_BL.max())
+            raise ConfigError(
+                f"model ids must be 0 to {self.arch.vocab_size - 1}, got ids from {low} to {high}; "
+                f"use the tokenizer that the model was trained with",
+                field="ids",
+                got=(low, high),
+                allowed=f"0 to {self.arch.vocab_size - 1}",
+            ) from None
+        return x_BLD
+
+    def _check_ids(self, ids_BL: Tensor) -> None:
+        if not isinstance(ids_BL, Tensor) or ids_BL.ndim != 2 or ids_BL.dtype not in (torch.int64, torch.int32):
+            is_tensor = isinstance(ids_BL, Tensor)
+            got = f"{tuple(ids_BL.shape)} {ids_BL.dtype}" if is_tensor else type(ids_BL).__name__
+            raise ConfigError(
+                f"model ids must be a tensor (B, L) of integers 0 to {self.arch.vocab_size - 1}, got {got}; "
+                f"for one sequence give ids[None], and cast by .long()",
+                field="ids",
+                got=got,
+                allowed="(B, L) int64 or int32",
+            )
 
     def _need_causal(self) -> None:
         for node in self.arch.nodes:
@@ -181,9 +295,15 @@ class HybridLM(nn.Module):
 class ResidualLayer(nn.Module):
     """``x + sum of branches of norm(x)``; the blocks of a branch are applied one after another."""
 
-    def __init__(self, branches: tuple[tuple[Node, ...], ...], modules: dict[str, Block], config: ModelConfig) -> None:
+    def __init__(
+        self,
+        branches: tuple[tuple[Node, ...], ...],
+        modules: dict[str, Block],
+        config: ModelConfig,
+        impl: Impl = Impl.AUTO,
+    ) -> None:
         super().__init__()
-        self.norm = make_norm(config)
+        self.norm = make_norm(config, impl)
         self.branches = nn.ModuleList(nn.ModuleList(modules[node.module] for node in branch) for branch in branches)
         letters = [node.slot.letter for branch in branches for node in branch]
         self.names = [
@@ -217,26 +337,102 @@ class ResidualLayer(nn.Module):
                 yield block
 
 
-class _RMSNorm(nn.RMSNorm):
-    """RMSNorm by our kernel room: torch's own is several unfused steps on a processor."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps or 0.0)
-
-
-def make_norm(config: ModelConfig) -> nn.Module:
+def make_norm(config: ModelConfig, impl: Impl = Impl.AUTO) -> nn.Module:
     """Return the norm that the architecture asks for."""
-    if config.norm == "rmsnorm":
-        return _RMSNorm(config.d_model, eps=config.norm_eps)
-    return nn.LayerNorm(config.d_model, eps=config.norm_eps)
+    return NORMS[config.norm](config.d_model, eps=config.norm_eps, impl=impl)
 
 
-def sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
-    """Draw one token id per row: greedy at temperature 0, else from the softmax, cut to the ``top_k`` likeliest."""
+def sample(
+    logits_BV: Tensor,
+    temperature: float,
+    top_k: int | None,
+    generator: torch.Generator,
+    *,
+    top_p: float | None = None,
+) -> Tensor:
+    """Draw one token id per row: greedy at temperature 0, else from the softmax of what ``top_k`` and ``top_p`` leave.
+
+    ``top_p`` leaves the fewest likeliest tokens whose probabilities, after temperature and ``top_k``, sum to at least
+    ``top_p``; the likeliest always stays.
+    """
     if temperature == 0:
         return logits_BV.argmax(dim=-1)
     logits_BV = logits_BV.float() / temperature
     if top_k is not None and top_k < logits_BV.shape[-1]:
         threshold_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < threshold_B1, float("-inf"))
-    return torch.multinomial(F.softmax(logits_BV, dim=-1), 1, generator=generator)[:, 0]
+    probs_BV = F.softmax(logits_BV, dim=-1)
+    if top_p is not None and top_p < 1:
+        sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+        before_BV = sorted_BV.cumsum(dim=-1) - sorted_BV  # probability of all likelier tokens
+        keep_BV = (before_BV < top_p).index_fill(-1, torch.zeros(1, dtype=torch.long, device=probs_BV.device), True)
+        probs_BV = probs_BV.masked_fill(~torch.zeros_like(keep_BV).scatter(-1, order_BV, keep_BV), 0.0)
+    return torch.multinomial(probs_BV, 1, generator=generator)[:, 0]
+
+
+def _drawn(
+    logits_BV: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator,
+    step: int,
+) -> Tensor:
+    try:
+        return sample(logits_BV, temperature, top_k, generator, top_p=top_p)
+    except RuntimeError:  # torch.multinomial refuses probabilities that are not numbers
+        _check_finite(logits_BV, f"after {step} new tokens")
+        raise
+
+
+def _check_finite(logits_BV: Tensor, where: str) -> None:
+    if not bool(torch.isfinite(logits_BV).all()):
+        raise TrainingError(
+            f"generate cannot draw a token: the logits {where} are not finite, since weights hold NaN or infinity or "
+            f"grew too large; load weights from before the training diverged",
+            field="logits",
+            got="NaN or infinity",
+            allowed="finite numbers",
+        )
+
+
+def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    checks: tuple[tuple[str, Any, bool, str], ...] = (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, ">= 0"),
+        ("temperature", temperature, temperature >= 0, ">= 0"),
+        ("top_k", top_k, top_k is None or top_k >= 1, ">= 1 or None"),
+        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1, or None"),
+    )
+    for name, got, fine, allowed in checks:
+        if not fine:
+            raise ConfigError(f"generate {name}={got!r} must be {allowed}", field=name, got=got, allowed=allowed)
+
+
+def _token_ids(given: int | Sequence[int] | None, name: str, vocab_size: int) -> list[int]:
+    ids = [] if given is None else [given] if isinstance(given, int) else [int(one) for one in given]
+    for one in ids:
+        if not 0 <= one < vocab_size:
+            allowed = f"0 to {vocab_size - 1}"
+            raise ConfigError(f"generate {name}={one} must be {allowed}", field=name, got=one, allowed=allowed)
+    return ids
+
+
+def check_seed(where: str, seed: int) -> None:
+    """Raise ConfigError for a seed that torch's generators do not take."""
+    if not 0 <= seed <= _LARGEST_SEED:
+        allowed = "0 to 2**63 - 1"
+        raise ConfigError(f"{where} seed={seed} must be {allowed}", field="seed", got=seed, allowed=allowed)
+
+
+@contextlib.contextmanager
+def _drawing_on(device: torch.device | str | None) -> Iterator[None]:
+    """Draw inside from a generator that can be seeded, on a device or where torch's own context says."""
+    around = contextlib.nullcontext() if device is None else torch.device(device)
+    with around:
+        target = torch.get_default_device()
+        with torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
+            yield
+
+
+def _folders(module: str) -> Any:
+    return importlib.import_module(f"{_FOLDERS}.{module}")

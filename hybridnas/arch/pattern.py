@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias, Union
+from typing import Any, TypeAlias, Union
 
 from hybridnas.arch.folding import Motif, fold
 from hybridnas.errors import PatternError
@@ -98,6 +98,11 @@ class Pattern:
             else "[" + ",".join("".join(slot.letter for slot in branch) for branch in layer.branches) + "]"
             for layer in self.layers
         )
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Parse and expand a pattern string, as :func:`parse` of this module does."""
+        return parse(text)
 
     @classmethod
     def from_megatron(cls, text: str) -> Pattern:
@@ -294,11 +299,15 @@ def _blocks(layers: Sequence[Layer]) -> int:
 def _unknown_letter(text: str, place: int) -> PatternError:
     known = ", ".join(f"{letter} {BLOCKS.get(letter).name}" for letter in BLOCKS)
     message = f"pattern {text!r} has unknown letter {text[place]!r} at character {place + 1}"
-    return _error(message, text, place, f"known letters: {known}")
+    notes = [f"known letters: {known}", *filter(None, [BLOCKS.failures.get(text[place])])]
+    return _error(message, text, place, *notes, got=text[place], allowed=tuple(BLOCKS))
 
 
-def _error(message: str, text: str, place: int, *notes: str) -> PatternError:
-    return PatternError("\n".join([message, f"    {text}", "    " + " " * place + "^", *(f"  {n}" for n in notes)]))
+def _error(
+    message: str, text: str, place: int, *notes: str, got: str | None = None, allowed: Any = None
+) -> PatternError:
+    lines = [message, f"    {text}", "    " + " " * place + "^", *(f"  {note}" for note in notes)]
+    return PatternError("\n".join(lines), field="pattern", got=text if got is None else got, allowed=allowed)
 
 
 def _unify_shared(layers: Sequence[Layer], text: str) -> tuple[Layer, ...]:

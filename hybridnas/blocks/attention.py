@@ -5,7 +5,7 @@ Shapes: B batch, L length, D d_model, H query heads, K key and value heads, P he
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridnas.blocks.base import Block, BlockConfig, BlockOutput, State, truncated_normal_
-from hybridnas.blocks.stepping import as_written, one_row
 from hybridnas.config import option
 from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError
 from hybridnas.hardware import Impl
+from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, Variant, truncated_normal_
+from hybridnas.layers.mode import is_plain_eager
+from hybridnas.layers.norms import one_row
 from hybridnas.registry import register_block
 
 
@@ -112,6 +113,16 @@ class Attention(Block):
         self.out_proj = nn.Linear(query, config.d_model, bias=config.bias)
         self.reset_parameters()
 
+    @classmethod
+    def test_configs(cls) -> Sequence[Variant]:
+        return [
+            Variant(),
+            Variant(fields={"n_heads": 4}),
+            Variant(fields={"n_heads": 4, "n_kv_heads": 2, "bias": True}),
+            Variant(fields={"n_heads": 4, "n_kv_heads": 1, "positions": "none"}),
+            Variant(fields={"n_heads": 3, "head_dim": 6, "rope_base": 500.0}),
+        ]
+
     def forward(self, x_BLD: Tensor, state: State | None = None) -> BlockOutput:
         config: Attention.Config = self.config
         width = config.head_width
@@ -137,7 +148,7 @@ class Attention(Block):
         return BlockOutput(self.out_proj(y_BHLP.transpose(1, 2).flatten(2)), state)
 
     def one_token(self, norm: nn.Module, state: State) -> Callable[[Tensor], Tensor] | None:
-        if type(self).forward is not Attention.forward or not as_written():
+        if type(self).forward is not Attention.forward or not is_plain_eager(state[0].device):
             return None
         return _Cached(self, norm, cast(AttentionState, state))
 

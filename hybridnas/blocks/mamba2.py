@@ -6,20 +6,22 @@ Shapes: B batch, L length, D d_model, I d_inner, H heads, P head_dim, G n_groups
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridnas.blocks.base import Block, BlockConfig, BlockOutput, State
 from hybridnas.config import option
 from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError
 from hybridnas.hardware import Impl
-from hybridnas.kernels import causal_conv1d as conv_room
-from hybridnas.kernels import ssd as ssd_room
+from hybridnas.kernels import causal_conv1d as conv_kernel
+from hybridnas.kernels import ssd as ssd_kernel
+from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, Variant
+from hybridnas.layers.norms import GatedRMSNorm
+from hybridnas.layers.short_conv import ShortConvolution
 from hybridnas.registry import register_block
 
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of the step sizes at initialisation
@@ -117,6 +119,10 @@ class Mamba2(Block):
             state = (self.d_conv - 1) * wide * dtype_bytes + di * self.d_state * 4
             return Cost(params=params, active_params=params, flops_per_token=flops, state_bytes=state)
 
+        def kernel_flops(self) -> dict[str, float]:
+            recurrence = ssd_flops(self.heads, self.head_width, self.d_state)
+            return {"ssd": recurrence, "causal_conv1d": 2 * self.d_conv * self.conv_width}
+
         def canonical(self) -> dict[str, Any]:
             fields = {**self.to_dict(), "d_inner": self.width, "head_dim": self.head_width}
             return {name: value for name, value in fields.items() if name != "expand"}
@@ -125,29 +131,29 @@ class Mamba2(Block):
         super().__init__(config, impl=impl)
         d, di, wide, heads = config.d_model, config.width, config.conv_width, config.heads
         self.in_proj = nn.Linear(d, di + wide + heads, bias=config.bias)
-        self.conv1d = nn.Conv1d(wide, wide, config.d_conv, groups=wide, bias=config.conv_bias)
+        self.conv1d = ShortConvolution(wide, config.d_conv, bias=config.conv_bias, impl=impl)
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
-        self.norm = _GatedRMSNorm(di, di // config.n_groups, config.norm_eps)
+        self.norm = GatedRMSNorm(di, di // config.n_groups, config.norm_eps)
         self.out_proj = nn.Linear(di, d, bias=config.bias)
         self.reset_parameters()
+
+    @classmethod
+    def test_configs(cls) -> Sequence[Variant]:
+        return [
+            Variant(),
+            Variant(fields={"d_state": 5, "n_groups": 2, "head_dim": 4, "bias": True}),
+            Variant(fields={"d_inner": 24, "head_dim": 8, "n_groups": 3, "d_conv": 1, "conv_bias": False}),
+            Variant(fields={"expand": 1.5, "d_state": 16, "head_dim": 1, "d_conv": 2}),
+        ]
 
     def forward(self, x_BLD: Tensor, state: State | None = None) -> BlockOutput:
         config: Mamba2.Config = self.config
         before = None if state is None else cast(Mamba2State, state)
         sizes = [config.width, config.conv_width, config.heads]
         z_BLI, u_BLJ, dt_BLH = torch.split(self.in_proj(x_BLD), sizes, dim=-1)
-        conv = conv_room.causal_conv1d(
-            u_BLJ,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            activation="silu",
-            initial_state=None if before is None else before.conv_BKJ.to(u_BLJ.dtype),
-            return_final_state=before is not None,
-            impl=self.impl,
-        )
-        u_BLJ, conv_BKJ = conv if isinstance(conv, tuple) else (conv, None)
+        u_BLJ, conv_BKJ = self.conv1d(u_BLJ, None if before is None else before.conv_BKJ)
         y_BLI, ssm_BHPN = self._scan(u_BLJ, dt_BLH, before)
         y_BLD = self.out_proj(self.norm(y_BLI, z_BLI))
         after = None if conv_BKJ is None or ssm_BHPN is None else Mamba2State(conv_BKJ, ssm_BHPN)
@@ -158,7 +164,7 @@ class Mamba2(Block):
         shared = config.n_groups * config.d_state
         x_BLI, B_BLX, C_BLX = torch.split(u_BLJ, [config.width, shared, shared], dim=-1)
         wide = torch.promote_types(self.A_log.dtype, torch.float32)
-        scanned = ssd_room.ssd(
+        scanned = ssd_kernel.ssd(
             x_BLI.reshape(*x_BLI.shape[:2], config.heads, config.head_width),
             dt_BLH,
             -self.A_log.to(wide).exp(),
@@ -178,7 +184,7 @@ class Mamba2(Block):
         config: Mamba2.Config = self.config
         heads = (batch_size, config.heads, config.head_width, config.d_state)
         return Mamba2State(
-            torch.zeros(batch_size, config.d_conv - 1, config.conv_width, device=device, dtype=dtype),
+            self.conv1d.init_state(batch_size, device=device, dtype=dtype),
             torch.zeros(heads, device=device, dtype=torch.float32),
         )
 
@@ -196,25 +202,8 @@ class Mamba2(Block):
             self.dt_bias.copy_(dt_H + torch.log(-torch.expm1(-dt_H)))  # the inverse of softplus
 
     def implementations(self, device: torch.device) -> dict[str, str]:
-        words = {"ssd": ssd_room.describe(device), "causal_conv1d": conv_room.describe(device)}
+        words = {"ssd": ssd_kernel.describe(device), "causal_conv1d": conv_kernel.describe(device)}
         return dict.fromkeys(words, "reference: step by step") if self.impl is Impl.REFERENCE else words
-
-
-class _GatedRMSNorm(nn.Module):
-    """weight * rmsnorm(y silu(z)), each group of heads by itself, computed in float32 or wider."""
-
-    def __init__(self, width: int, group: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.group, self.eps = group, eps
-
-    def forward(self, y_BLI: Tensor, z_BLI: Tensor) -> Tensor:
-        wide = torch.promote_types(y_BLI.dtype, torch.float32)
-        gated = y_BLI.to(wide) * F.silu(z_BLI.to(wide))
-        gated = gated.reshape(*gated.shape[:-1], -1, self.group)
-        normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + self.eps)
-        scaled: Tensor = self.weight * normed.flatten(-2).to(y_BLI.dtype)
-        return scaled
 
 
 def _largest_divisor(number: int, limit: int) -> int:

@@ -5,48 +5,21 @@ Shapes: B batch, L length, D d_model, F d_ff.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hybridnas.blocks.base import Block, BlockConfig, BlockOutput, State, truncated_normal_
-from hybridnas.blocks.stepping import one_row
 from hybridnas.config import option
 from hybridnas.cost import Cost
 from hybridnas.hardware import Impl
-from hybridnas.kernels.moe_dispatch import ACTIVATIONS, activate
+from hybridnas.layers.activations import ACTIVATIONS
+from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, Variant
+from hybridnas.layers.feed_forward import FeedForward, feed_forward_params
+from hybridnas.layers.norms import one_row
 from hybridnas.registry import register_block
-
-
-def feed_forward_params(d_model: int, d_ff: int, *, gated: bool, bias: bool) -> int:
-    """Return the weights of a feed-forward layer [count]: two matrices, three when gated."""
-    first = 2 * d_ff if gated else d_ff
-    return d_model * first + d_ff * d_model + (first + d_model if bias else 0)
-
-
-class FeedForward(nn.Module):
-    """Two linear layers around a nonlinearity; gated: ``up_proj`` yields gate and value side by side."""
-
-    def __init__(self, d_model: int, d_ff: int, *, activation: str, gated: bool, bias: bool) -> None:
-        super().__init__()
-        self.activation = activation
-        self.gated = gated
-        self.up_proj = nn.Linear(d_model, 2 * d_ff if gated else d_ff, bias=bias)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        y_BLD: Tensor = self.down_proj(activate(self.up_proj(x_BLD), self.activation, self.gated))
-        return y_BLD
-
-    def reset_parameters(self, init_scale: float = 0.1) -> None:
-        """Draw truncated-normal matrices, zero biases (MoE-Mamba code, section 1.3 of the facts)."""
-        for linear in (self.up_proj, self.down_proj):
-            truncated_normal_(linear.weight, linear.in_features, init_scale)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
 
 
 @register_block("F", name="mlp", aliases=("-",))
@@ -81,6 +54,14 @@ class Mlp(Block):
             config.d_model, config.hidden, activation=config.activation, gated=config.gated, bias=config.bias
         )
         self.reset_parameters()
+
+    @classmethod
+    def test_configs(cls) -> Sequence[Variant]:
+        return [
+            Variant(),
+            Variant(fields={"d_ff": 24, "activation": "gelu"}),
+            Variant(fields={"d_ff": 24, "gated": True, "activation": "silu", "bias": False}),
+        ]
 
     def forward(self, x_BLD: Tensor, state: State | None = None) -> BlockOutput:
         return BlockOutput(self.ff(x_BLD), state)

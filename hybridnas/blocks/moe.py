@@ -5,22 +5,24 @@ Shapes: B batch, L length, D d_model, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hybridnas.blocks.base import Block, BlockConfig, BlockOutput, State
-from hybridnas.blocks.experts import RoutedExperts, RoutedShape
-from hybridnas.blocks.mlp import FeedForward, feed_forward_params
-from hybridnas.blocks.stepping import one_row
 from hybridnas.config import option
 from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError
 from hybridnas.hardware import Impl
-from hybridnas.kernels.moe_dispatch import ACTIVATIONS, describe
+from hybridnas.kernels import moe_dispatch as moe_kernel
+from hybridnas.layers.activations import ACTIVATIONS
+from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, Variant
+from hybridnas.layers.experts import RoutedExperts, RoutedShape
+from hybridnas.layers.feed_forward import FeedForward, feed_forward_params
+from hybridnas.layers.mode import has_hooks
+from hybridnas.layers.norms import one_row
 from hybridnas.registry import register_block
 
 
@@ -123,6 +125,25 @@ class Moe(Block):
             )
         self.reset_parameters()
 
+    @classmethod
+    def test_configs(cls) -> Sequence[Variant]:
+        # Torch's counter sees the padded products that a capacity makes, so FLOPs are counted with one slot a choice.
+        full = {"capacity_factor": 1.0}
+        one = {"n_experts": 1, "d_expert": 12}  # its gate is 1 whatever its router says
+        two = {"n_experts": 4, "d_expert": 12, "router": "top_k", "top_k": 2, "renormalise": True}
+        gated = {"n_experts": 4, "d_expert": 7, "gated": True, "activation": "silu", "bias": True}
+        shared = {"n_experts": 6, "d_expert": 8, "d_shared": 20, "capacity_factor": 1.25, "bias": True}
+        chosen = {"n_experts": 4, "d_expert": 12, "router": "expert_choice", "capacity_factor": 2.0}
+        return [
+            Variant(flop_fields=full),
+            Variant(fields={"n_experts": 4}, flop_fields=full),
+            Variant(fields=one, flop_fields=full, without_gradient=("routed.router.weight",)),
+            Variant(fields={**two, "router_z_weight": 1e-3}, flop_fields=full),
+            Variant(fields={**gated, "capacity_factor": None}, flop_fields=full),
+            Variant(fields=shared, flop_fields=full),
+            Variant(fields=chosen),
+        ]
+
     def forward(self, x_BLD: Tensor, state: State | None = None) -> BlockOutput:
         if state is not None:
             self._refuse_generation()
@@ -132,8 +153,7 @@ class Moe(Block):
         return BlockOutput(y_BLD, state, aux)
 
     def one_token(self, norm: nn.Module, state: State) -> Callable[[Tensor], Tensor] | None:
-        listening = self.routed._forward_hooks or self.routed._forward_pre_hooks
-        if type(self).forward is not Moe.forward or not self.config.causal or listening:
+        if type(self).forward is not Moe.forward or not self.config.causal or has_hooks(self.routed):
             return None
         normed, shared = one_row(norm), self.shared
 
@@ -156,7 +176,7 @@ class Moe(Block):
     def implementations(self, device: torch.device) -> dict[str, str]:
         if self.impl is Impl.REFERENCE:
             return {"moe_dispatch": "reference: a Python loop over tokens"}
-        return {"moe_dispatch": describe(device)}
+        return {"moe_dispatch": moe_kernel.describe(device)}
 
     def _refuse_generation(self) -> None:
         if not self.config.causal:

@@ -144,7 +144,7 @@ class SourceKind:
     open: Callable[..., Source]
 
 
-SOURCES: Registry[SourceKind] = Registry("data", "hybridnas.data")
+SOURCES: Registry[SourceKind] = Registry("data", "hybridnas.data", groups=("hybridnas.sources", "hybridnas.tasks"))
 
 
 def register_source(kind: str, *, config: type[SourceConfig]) -> Callable[[O], O]:

@@ -17,19 +17,20 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from hybridnas.config import MAX_SEED, option
 from hybridnas.data.draws import I64, U64, Bools, Draws, keys_of, mix, word
-from hybridnas.data.source import Batch, Source, SourceConfig
+from hybridnas.data.source import Batch, Source, SourceConfig, register_source
 from hybridnas.data.windows import permute
 from hybridnas.errors import ConfigError, DataError
 
+K = TypeVar("K", bound="type[Task]")
 VERSION = 1  # part of every fingerprint: raise it whenever examples come out differently
 _TABLE = 1 << 18  # of training sets up to this size an epoch's order is a table; of larger ones it is computed
 _TEST_BITS = 4  # one example in 2^4 belongs to the test set
@@ -69,6 +70,26 @@ class TaskConfig(SourceConfig):
         """Raise ConfigError that opens with the task's name unless ``holds``."""
         if not holds:
             raise ConfigError(f"{self.kind} {words}")
+
+
+def register_task(name: str, *, config: type[TaskConfig]) -> Callable[[K], K]:
+    """Class decorator: make a :class:`Task` the data that ``data=NAME`` opens, with the settings of ``config``.
+
+    Raises ConfigError for a name that is taken or that is not the default of the config's ``kind``.
+    """
+
+    def decorate(cls: K) -> K:
+        kind = config.__dataclass_fields__["kind"].default
+        if kind != name:
+            raise ConfigError(
+                f"task {name!r} needs kind={name!r} as the default in {config.__name__}, got {kind!r}",
+                field="kind",
+                got=kind,
+                allowed=name,
+            )
+        return register_source(name, config=config)(cls)
+
+    return decorate
 
 
 class Task(Source):

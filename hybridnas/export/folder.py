@@ -33,6 +33,7 @@ from hybridnas.export.layout import (
     stored_tensors,
 )
 from hybridnas.export.load import load, read_ours
+from hybridnas.layers.mode import evaluating
 
 if TYPE_CHECKING:
     from hybridnas.data.source import Source
@@ -75,13 +76,10 @@ def check_logits(trained: HybridLM, reloaded: HybridLM) -> None:
     """Raise ExportError unless both models give equal logits on random ids, to the bit, on the CPU."""
     on_cpu = all(tensor.device.type == "cpu" for tensor in trained.state_dict().values())
     original = trained if on_cpu else copy.deepcopy(trained).to("cpu")
-    was_training = original.training
     ids_BL = probe_ids(trained.arch.vocab_size)
-    try:
-        wanted_BLV = original.eval()(ids_BL).logits_BLV
-    finally:
-        original.train(was_training)
-    got_BLV = reloaded.to("cpu").eval()(ids_BL).logits_BLV
+    with evaluating(original):
+        wanted_BLV = original(ids_BL).logits
+    got_BLV = reloaded.to("cpu").eval()(ids_BL).logits
     if not torch.isfinite(wanted_BLV).all():
         raise ExportError("the model's logits are not finite, so there is nothing to export; its training diverged")
     if not torch.equal(wanted_BLV, got_BLV):

@@ -161,12 +161,12 @@ def speeds(model: HybridLM, setting: Setting) -> dict[str, float]:
 
     with torch.inference_mode():
         reading = _median(lambda: model(ids_BL), wait)
-        state = model(ids_BL[:1], model.init_state(1)).state
+        state = model(ids_BL[:1], state=model.init_state(1)).state
 
         def write() -> None:
             now = state
             for _ in range(_WRITTEN):
-                now = model(ids_BL[:1, :1], now).state
+                now = model(ids_BL[:1, :1], state=now).state
 
         writing = _median(write, wait)
     return {"tokens_per_second": ids_BL.numel() / reading, "ms_per_token": 1000 * writing / _WRITTEN}

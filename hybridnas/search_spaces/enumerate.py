@@ -38,8 +38,8 @@ def every_choice(space: Space, scale: Scale) -> Iterator[dict[str, Any]]:
     path: list[int] = []
     while True:
         walker = _Walker(path)
-        with contextlib.suppress(HybridNASError):  # the search records why; here only the choices count
-            space.propose(walker, scale)
+        with contextlib.suppress(HybridNASError):  # of a draw that no architecture fits: the search records why
+            space.choose(walker, scale)
         yield walker.choices
         path = list(walker.taken)
         while path and path[-1] == walker.widths[len(path) - 1] - 1:

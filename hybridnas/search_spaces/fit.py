@@ -3,45 +3,55 @@
 from __future__ import annotations
 
 from hybridnas.arch.arch import Arch
-from hybridnas.arch.match import match, match_share
+from hybridnas.arch.match import match, widths_of
 from hybridnas.arch.pattern import Pattern
 from hybridnas.errors import MatchError
 from hybridnas.registry import BLOCKS
 
 TOLERANCE = 0.02  # a candidate farther from the target than this is not a fair comparison [fraction]
-_WIDTHS = ("d_expert", "d_ff", "d_inner")  # in the order in which they give way
+_FIRST = ("d_expert", "d_ff")  # widths that give way first: experts and MLPs
 
 
 def fit(arch: Arch, target: int, multiple: int = 8, share: float | None = None) -> Arch:
     """Return the architecture with sizes changed so that its active parameters meet the target within 2 %.
 
-    Expert and MLP widths give way first, so that Mamba keeps its expansion; where that does not suffice, all widths
-    move together. With ``share``, mixers get that share of the blocks' active parameters. Raises MatchError.
+    Expert and MLP widths give way first, so that mixers (Mamba and others with an inner width) keep theirs; where that
+    does not suffice, all widths move together. With ``share``, mixers get that share of the blocks' active parameters.
+    Raises MatchError.
     """
-    free = [name for name in _WIDTHS if _has(arch.pattern, name)]
+    free = _free(arch.pattern)
     if not free:
-        raise MatchError(f"pattern '{arch.pattern}' has no width to size (no E, F or M); add one of them")
-    if share is not None and share_free(arch.pattern):
-        then = tuple(name for name in free if name != "d_inner")
-        return _close_enough(match_share(arch, active_params=target, share=share, then=then, multiple=multiple), target)
-    outer = tuple(name for name in free if name != "d_inner") or ("d_inner",)
+        sizable = ", ".join(letter for letter in BLOCKS if widths_of(letter))
+        raise MatchError(
+            f"pattern '{arch.pattern}' has no width to size; add a letter that has one: {sizable}",
+            field="pattern",
+            got=str(arch.pattern),
+            allowed=sizable,
+        )
+    outer = tuple(name for name in free if name in _FIRST)
+    inner = tuple(name for name in free if name not in _FIRST)
+    if share is not None and len(inner) == 1 and outer:
+        return _close_enough(
+            match(arch, active_params=target, free=(*inner, *outer), multiple=multiple, share=share), target
+        )
     try:
-        return _close_enough(match(arch, active_params=target, free=outer, multiple=multiple), target)
+        return _close_enough(match(arch, active_params=target, free=outer or inner, multiple=multiple), target)
     except MatchError:
-        if len(free) == len(outer):
+        if not (outer and inner):
             raise
-        return _close_enough(match(arch, active_params=target, free=tuple(free), multiple=multiple), target)
+        return _close_enough(match(arch, active_params=target, free=free, multiple=multiple), target)
 
 
 def share_free(pattern: Pattern) -> bool:
-    """Whether a pattern has both a mixer with an inner width and experts or MLPs, so that a split means something."""
-    return _has(pattern, "d_inner") and (_has(pattern, "d_expert") or _has(pattern, "d_ff"))
+    """Whether a pattern has both mixers with one inner width and experts or MLPs, so that a split means something."""
+    free = _free(pattern)
+    return any(name in _FIRST for name in free) and sum(name not in _FIRST for name in free) == 1
 
 
-def _has(pattern: Pattern, name: str) -> bool:
-    return any(
-        name in BLOCKS.get(slot.letter).Config.field_names() and name not in dict(slot.args) for slot in pattern.slots
-    )
+def _free(pattern: Pattern) -> tuple[str, ...]:
+    """Return the widths that a pattern's blocks declare and its slots do not pin, experts and MLPs first."""
+    names = {name for slot in pattern.slots for name in widths_of(slot.letter) if name not in dict(slot.args)}
+    return tuple(sorted(names, key=lambda name: (name not in _FIRST, name)))
 
 
 def _close_enough(arch: Arch, target: int) -> Arch:
@@ -49,6 +59,9 @@ def _close_enough(arch: Arch, target: int) -> Arch:
     if abs(got - target) > TOLERANCE * target:
         raise MatchError(
             f"pattern '{arch.pattern}' comes no nearer to {target:,} active parameters than {got:,} "
-            f"({(got - target) / target:+.1%}); allow a smaller multiple or another split"
+            f"({(got - target) / target:+.1%}); allow a smaller multiple or another split",
+            field="active_params",
+            got=got,
+            allowed=target,
         )
     return arch

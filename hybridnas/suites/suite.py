@@ -170,7 +170,7 @@ def _variant(entry: Entry, variant: Fields) -> Entry:
     return replace(entry, name=f"{entry.name}, {words}", fields={**entry.fields, **own})
 
 
-SUITES: Registry[S] = Registry("suite", "hybridnas.suites")
+SUITES: Registry[S] = Registry("suite", "hybridnas.suites", groups=("hybridnas.suites",))
 
 
 def register_suite(name: str) -> Callable[[S], S]:

@@ -1,4 +1,4 @@
-"""Decoding token by token: the fused step is the block, sees every change of its weights, gives the peers' tokens."""
+"""Decoding token by token: the fused step is the layer, and greedy tokens are those of transformers."""
 
 import copy
 import pickle
@@ -6,15 +6,17 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.decode import Decoder
 from hybridnas.arch.model import HybridLM
-from hybridnas.blocks import stepping
+from hybridnas.blocks import mamba
 from hybridnas.blocks.mamba import Mamba
 from hybridnas.hardware import Impl
 from hybridnas.kernels.mamba_step import cpu
+from hybridnas.layers.block import map_state
+from hybridnas.layers.norms import NORMS
+from hybridnas.registry import BLOCKS
 
 V = 29
 needs_compiler = pytest.mark.skipif(not cpu.available(), reason="no C compiler")
@@ -36,20 +38,25 @@ def state_of(made, batch=2, seed=2):
     return type(empty)(*(torch.randn(t.shape, generator=generator) for t in empty))
 
 
-def by_torch(made, x, state):
-    """Return what the block's own operations give."""
-    with torch.enable_grad():
-        output = made(x, state)
-    return output.y_BLD.detach(), *(t.detach() for t in output.state)
+def norm_of(kind="rmsnorm", width=20, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    made = NORMS[kind](width)
+    for parameter in made.parameters():
+        parameter.data = torch.randn(width, generator=generator)
+    return made
 
 
 @torch.no_grad()
-def fused(made, x, state):
-    calls, original = [], cpu.Step.bound
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu.Step, "bound", lambda self, *states: calls.append(1) or original(self, *states))
-        output = made(x, state)
-    return bool(calls), (output.y_BLD, *output.state)
+def by_torch(made, norm, x_BD, state):
+    """Return what the block's own operations give for one token."""
+    output = made(norm(x_BD)[:, None], state)
+    return x_BD + output.y_BLD[:, 0], output.state
+
+
+@torch.no_grad()
+def one_token(made, norm, state):
+    """Return the block's fast step over a copy of a state, or None."""
+    return made.one_token(norm, map_state(torch.clone, state))
 
 
 def close(got, expected):
@@ -72,12 +79,13 @@ def recomputed(model, ids, new):
     model = copy.deepcopy(model).eval()
     with torch.no_grad():
         for _ in range(new):
-            ids = torch.cat([ids, model(ids).logits_BLV[:, -1].argmax(-1, keepdim=True)], dim=1)
+            ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     return ids
 
 
 @needs_compiler
-@pytest.mark.parametrize("batch", [1, 2, 3, stepping.MAX_BATCH])
+@pytest.mark.parametrize("norm", sorted(NORMS))
+@pytest.mark.parametrize("batch", [1, 2, 3, mamba._MAX_BATCH])
 @pytest.mark.parametrize(
     "fields",
     [
@@ -91,108 +99,64 @@ def recomputed(model, ids, new):
     ],
     ids=str,
 )
-def test_the_fused_step_is_the_block(fields, batch):
-    made = block(**fields)
-    x, state = token(batch), state_of(made, batch)
-    kept = [t.clone() for t in state]
-    ran, got = fused(made, x, state)
-    assert ran
-    close(got, by_torch(made, x, state))
-    assert all(torch.equal(a, b) for a, b in zip(state, kept, strict=True))
+def test_the_fused_step_is_the_layer(fields, batch, norm):
+    made, norm = block(**fields), norm_of(norm)
+    state = state_of(made, batch)
+    step = one_token(made, norm, state)
+    for seed in (1, 2, 3):
+        x_BD = token(batch, seed=seed)[:, 0]
+        expected, state = by_torch(made, norm, x_BD, state)
+        close([step(x_BD.clone())], [expected])
+
+
+@needs_compiler
+def test_the_fused_step_reads_the_weights_once_and_keeps_them_alive():
+    made, norm = block(), norm_of()
+    state, x_BD = state_of(made), token()[:, 0]
+    expected = by_torch(made, norm, x_BD, state)[0]
+    step = one_token(made, norm, state)
+    made.in_proj.weight = nn.Parameter(torch.zeros(80, 20))  # the old tensor has no other holder
+    made.conv1d.weight.data = torch.zeros(40, 1, 4)
+    close([step(x_BD.clone())], [expected])
 
 
 @needs_compiler
 @pytest.mark.parametrize(
     "change",
     [
-        lambda m: m.load_state_dict(block(seed=9).state_dict()),
-        lambda m: m.load_state_dict(block(seed=9).state_dict(), assign=True),
-        lambda m: setattr(m, "out_proj", nn.Linear(40, 20)),
-        lambda m: setattr(m, "A_log", nn.Parameter(torch.rand(40, 16))),
-        lambda m: setattr(m.conv1d.weight, "data", torch.rand(40, 1, 4)),
-        lambda m: m.D.data.fill_(-3.0),
-        lambda m: m.to(torch.float64).to(torch.float32).in_proj.weight.data.mul_(2),
+        lambda m, n: m.out_proj.register_forward_hook(lambda _m, _i, y: y + 1),
+        lambda m, n: m.in_proj.register_forward_pre_hook(lambda _m, x: (2 * x[0],)),
+        lambda m, n: n.register_forward_hook(lambda _m, _i, y: 3 * y),
+        lambda m, n: nn.utils.parametrizations.weight_norm(m.x_proj),
+        lambda m, n: setattr(m, "out_proj", nn.Sequential(m.out_proj)),
+        lambda m, n: setattr(m, "impl", Impl.REFERENCE),
+        lambda m, n: setattr(m.out_proj.weight, "data", m.out_proj.weight.data.t().contiguous().t()),
+        lambda m, n: m.to(torch.float64),
     ],
 )
-def test_weights_that_change_are_seen_by_the_next_step(change):
-    made = block()
-    x, state = token(), state_of(made)
-    before = fused(made, x, state)[1]
-    change(made)
-    ran, after = fused(made, x, state)
-    assert ran
-    assert not torch.equal(before[0], after[0])
-    close(after, by_torch(made, x, state))
+def test_what_the_kernel_does_not_know_has_no_fused_step(change):
+    made, norm = block(), norm_of()
+    assert one_token(made, norm, state_of(made)) is not None
+    change(made, norm)
+    assert one_token(made, norm, state_of(made)) is None
 
 
 @needs_compiler
-def test_an_optimizer_step_is_seen_by_the_next_step():
-    made = block()
-    x, state = token(), state_of(made)
-    fused(made, x, state)
-    optimizer = torch.optim.AdamW(made.parameters(), lr=0.05)
-    made(x).y_BLD.square().sum().backward()
-    optimizer.step()
-    close(fused(made, x, state)[1], by_torch(made, x, state))
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda m: m.out_proj.register_forward_hook(lambda _m, _i, y: y + 1),
-        lambda m: m.in_proj.register_forward_pre_hook(lambda _m, x: (2 * x[0],)),
-        lambda m: nn.utils.parametrizations.weight_norm(m.x_proj),
-        lambda m: setattr(m, "out_proj", nn.Sequential(m.out_proj)),
-        lambda m: setattr(m, "impl", Impl.REFERENCE),
-        lambda m: setattr(m.out_proj.weight, "data", m.out_proj.weight.data.t().contiguous().t()),
-    ],
-)
-def test_what_the_kernel_does_not_know_goes_through_torch(change):
-    made = block()
-    x, state = token(), state_of(made)
-    fused(made, x, state)
-    change(made)
-    ran, got = fused(made, x, state)
-    assert not ran
-    close(got, by_torch(made, x, state))
-
-
-@needs_compiler
-def test_gradients_autocast_counting_and_other_dtypes_go_through_torch():
-    made = block()
-    x, state = token(), state_of(made)
-    assert made(x, state).y_BLD.requires_grad
+def test_gradients_autocast_large_batches_and_states_of_another_size_have_no_fused_step():
+    made, norm = block(), norm_of()
+    assert made.one_token(norm, state_of(made)) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert not fused(made, x, state)[0]
-    with FlopCounterMode(display=False) as counter:
-        assert not fused(made, x, state)[0]
-    assert counter.get_total_flops() > 0
-    assert not fused(made, token(stepping.MAX_BATCH + 1), state_of(made, stepping.MAX_BATCH + 1))[0]
-    wide = made.to(torch.float64)
-    ran, got = fused(wide, x.double(), type(state)(state[0].double(), state[1]))
-    assert not ran
-    assert got[0].dtype == torch.float64
+        assert one_token(made, norm, state_of(made)) is None
+    assert one_token(made, norm, state_of(made, mamba._MAX_BATCH + 1)) is None
+    assert one_token(made, norm, state_of(block(d_inner=24))) is None
 
 
-@needs_compiler
-def test_a_state_of_another_size_is_refused_by_torch_and_never_read():
-    made, other = block(), block(width=20, d_inner=24)
-    with pytest.raises(Exception, match="state"):
-        fused(made, token(), state_of(other))
-
-
-@needs_compiler
-def test_a_copy_and_a_pickle_step_with_their_own_weights():
-    made = block()
-    x, state = token(), state_of(made)
-    fused(made, x, state)
-    twin, thawed = copy.deepcopy(made), pickle.loads(pickle.dumps(made))
-    made.in_proj.weight.data.zero_()
-    for other in (twin, thawed):
-        ran, got = fused(other, x, state)
-        assert ran
-        close(got, by_torch(block(), x, state))
+@pytest.mark.parametrize("letter", sorted(BLOCKS))
+def test_every_letter_decodes_after_copying_and_pickling(letter):
+    model, ids = model_of(letter).eval(), prompt(2, 9)
+    expected = model.generate(ids, 5, temperature=0)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.generate(ids, 5, temperature=0), expected)
 
 
 @pytest.mark.parametrize("pattern", ["M", "Mx3", EVERY, "(ME)x2", "AF", "[MF,A]M@tM@t", "N"])
@@ -218,7 +182,7 @@ def test_any_routing_decodes_as_it_reads(experts):
     with torch.no_grad():
         state, decode = model.init_state(1), Decoder(model, model.init_state(1))
         for t in range(20):
-            expected, state, _ = model(ids[:, t : t + 1], state)
+            expected, _, state, _ = model(ids[:, t : t + 1], state=state)
             close([decode(ids[:, t])], [expected[:, 0]])
 
 
@@ -226,8 +190,8 @@ def test_any_routing_decodes_as_it_reads(experts):
 def test_the_decoder_gives_the_logits_of_forward(pattern):
     model, ids = model_of(pattern).eval(), prompt(2, 40)
     with torch.no_grad():
-        whole = model(ids).logits_BLV
-        decode = Decoder(model, model(ids[:, :4], model.init_state(2)).state)
+        whole = model(ids).logits
+        decode = Decoder(model, model(ids[:, :4], state=model.init_state(2)).state)
         for t in range(4, 40):
             close([decode(ids[:, t])], [whole[:, t]])
 
@@ -236,8 +200,8 @@ def test_the_decoder_gives_the_logits_of_forward(pattern):
 def test_a_cache_of_keys_grows_as_often_as_it_must(fields):
     model, ids = model_of("AF", A=fields).eval(), prompt(2, 170)
     with torch.no_grad():
-        whole = model(ids).logits_BLV
-        decode = Decoder(model, model(ids[:, :5], model.init_state(2)).state)
+        whole = model(ids).logits
+        decode = Decoder(model, model(ids[:, :5], state=model.init_state(2)).state)
         close([torch.stack([decode(ids[:, t]) for t in range(5, 170)], dim=1)], [whole[:, 5:]])
 
 
@@ -251,15 +215,14 @@ def test_a_cache_of_keys_grows_as_often_as_it_must(fields):
         lambda m: m.layers[1].branches[0][0].out_proj.register_forward_hook(lambda _m, _i, y: 3 * y),
     ],
 )
-def test_a_model_changed_between_two_tokens_decodes_as_changed(change):
+def test_a_new_decoder_decodes_a_changed_model_as_changed(change):
     model, ids = model_of("Mx2").eval(), prompt(1, 9)
     with torch.no_grad():
-        state = model(ids[:, :8], model.init_state(1)).state
-        decode = Decoder(model, [type(s)(*(t.clone() for t in s)) for s in state])
-        decode(ids[:, 8])
-        state = model(ids[:, 8:9], state).state
+        model.generate(ids, 2)
         change(model)
-        close([decode(ids[:, 3])], [model(ids[:, 3:4], state).logits_BLV[:, -1]])
+        state = model(ids[:, :8], state=model.init_state(1)).state
+        expected = model(ids[:, 8:], state=state).logits[:, -1]
+        close([Decoder(model, state)(ids[:, 8])], [expected])
 
 
 def test_without_the_kernel_the_tokens_are_the_same(monkeypatch):
@@ -281,7 +244,7 @@ def test_generation_hands_out_tensors_that_training_takes_and_leaves_the_mode():
     model = model_of("MA")
     made = model.generate(prompt(), 4)
     assert model.training
-    model(made).logits_BLV.sum().backward()
+    model(made).logits.sum().backward()
     with pytest.raises(RuntimeError, match="stop"):
         model.generate(prompt(), 4, on_token=lambda _: (_ for _ in ()).throw(RuntimeError("stop")))
     assert model.training

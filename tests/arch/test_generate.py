@@ -95,7 +95,7 @@ def test_the_state_of_recurrent_patterns_does_not_grow(pattern: str) -> None:
     sizes = set()
     for length in (1, 1, 40, 7, 1):
         ids_BL = torch.randint(256, (1, length), generator=torch.Generator().manual_seed(length))
-        state = model(ids_BL, state).state
+        state = model(ids_BL, state=state).state
         sizes.add(sum(tensor.numel() * tensor.element_size() for block in state for tensor in block))
     assert sizes == {model.arch.cost(1).state_bytes} == {model.arch.cost(10_000).state_bytes}
 
@@ -108,7 +108,7 @@ def test_greedy_generation_equals_recomputation(pattern: str) -> None:
     slow = ids_BL
     with torch.no_grad():
         for _ in range(12):
-            slow = torch.cat([slow, model(slow).logits_BLV[:, -1].argmax(-1)[:, None]], dim=1)
+            slow = torch.cat([slow, model(slow).logits[:, -1].argmax(-1)[:, None]], dim=1)
     assert torch.equal(fast, slow)
 
 

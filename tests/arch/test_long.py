@@ -28,19 +28,19 @@ def test_chunks_give_the_logits_of_one_pass():
     model, ids = make().eval(), text(29)
     pieces = list(prefill(model, ids.split(7, dim=1)))
     assert [logits.shape[1] for logits, _ in pieces] == [7, 7, 7, 7, 1]
-    close(torch.cat([logits for logits, _ in pieces], dim=1), model(ids).logits_BLV)
+    close(torch.cat([logits for logits, _ in pieces], dim=1), model(ids).logits)
 
 
 def test_a_state_continues_the_text():
     model, ids = make().eval(), text(20)
     ((_, state),) = prefill(model, [ids[:, :13]])
     ((logits, _),) = prefill(model, [ids[:, 13:]], state=state)
-    close(logits, model(ids).logits_BLV[:, 13:])
+    close(logits, model(ids).logits[:, 13:])
 
 
 def test_the_last_logits_and_those_at_asked_positions_are_those_of_one_pass():
     model, ids = make().eval(), text(23)
-    whole = model(ids).logits_BLV
+    whole = model(ids).logits
     close(last_logits(model, ids, chunk_tokens=5), whole[:, -1])
     asked = [22, 0, 4, 5, 5, 12]
     close(last_logits(model, ids, chunk_tokens=5, positions=asked), whole[:, asked])
@@ -54,7 +54,7 @@ def test_nothing_is_read_beyond_the_largest_position():
         yield ids[:, :10]
         raise AssertionError("read on")
 
-    close(last_logits(model, pieces(), positions=[9, 3]), model(ids).logits_BLV[:, [9, 3]])
+    close(last_logits(model, pieces(), positions=[9, 3]), model(ids).logits[:, [9, 3]])
 
 
 def test_reading_leaves_the_mode_and_keeps_no_graph():
@@ -65,7 +65,7 @@ def test_reading_leaves_the_mode_and_keeps_no_graph():
         assert torch.is_grad_enabled()
         assert not logits.requires_grad
     assert not last_logits(model, ids).requires_grad
-    expected = model.eval()(ids).logits_BLV[:, -1]
+    expected = model.eval()(ids).logits[:, -1]
     close(last_logits(model.train(), ids, chunk_tokens=4), expected)
     assert model.training
 

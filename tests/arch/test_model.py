@@ -71,9 +71,9 @@ def test_declared_parameters_equal_the_built_module_for_any_architecture(pattern
 def test_any_architecture_runs_and_learns_in_every_weight(pattern):
     model = HybridLM(Arch.from_pattern(pattern, d_model=16, vocab_size=V), seed=0)
     output = model(ids())
-    assert output.logits_BLV.shape == (2, 13, V)
+    assert output.logits.shape == (2, 13, V)
     assert output.state is None
-    (output.logits_BLV.float().logsumexp(-1).mean() + sum(output.aux.losses.values())).backward()
+    (output.logits.float().logsumexp(-1).mean() + sum(output.aux.losses.values())).backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
@@ -81,13 +81,13 @@ def test_any_architecture_runs_and_learns_in_every_weight(pattern):
 def test_forward_is_chunked_prefill_is_token_by_token(pattern):
     model = HybridLM(small(pattern), seed=3).eval()
     x_BL = ids()
-    whole = model(x_BL).logits_BLV
+    whole = model(x_BL).logits
     for cuts in ([5, 1, 7], [1] * 13):
         state, pieces = model.init_state(2), []
         for piece in x_BL.split(cuts, dim=1):
-            output = model(piece, state)
+            output = model(piece, state=state)
             state = output.state
-            pieces.append(output.logits_BLV)
+            pieces.append(output.logits)
         torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-5)
 
 
@@ -96,7 +96,7 @@ def test_logits_do_not_depend_on_what_follows():
     x_BL = ids()
     changed = x_BL.clone()
     changed[:, 8:] = (changed[:, 8:] + 1) % V
-    torch.testing.assert_close(model(x_BL).logits_BLV[:, :8], model(changed).logits_BLV[:, :8], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(x_BL).logits[:, :8], model(changed).logits[:, :8], rtol=1e-5, atol=1e-6)
 
 
 def test_each_layer_adds_its_block_of_the_normed_stream():
@@ -104,7 +104,7 @@ def test_each_layer_adds_its_block_of_the_normed_stream():
     x_BLD = model.embedding(ids())
     for layer, block in zip(model.layers, model.blocks(), strict=True):
         x_BLD = x_BLD + block(layer.norm(x_BLD)).y_BLD
-    torch.testing.assert_close(model(ids()).logits_BLV, model.head(x_BLD))
+    torch.testing.assert_close(model(ids()).logits, model.head(x_BLD))
 
 
 def test_a_parallel_layer_sums_branches_of_one_norm():
@@ -113,7 +113,7 @@ def test_a_parallel_layer_sums_branches_of_one_norm():
     normed = model.layers[0].norm(x_BLD)
     attention, mamba, mlp = model.blocks()
     summed = x_BLD + attention(normed).y_BLD + mlp(mamba(normed).y_BLD).y_BLD
-    torch.testing.assert_close(model(ids()).logits_BLV, model.head(summed))
+    torch.testing.assert_close(model(ids()).logits, model.head(summed))
 
 
 def test_a_shared_block_is_one_module_with_a_state_for_each_use():
@@ -166,7 +166,7 @@ def test_greedy_generation_equals_recomputing_the_argmax(pattern):
     model.eval()
     expected = ids(2, 5)
     for _ in range(6):
-        expected = torch.cat([expected, model(expected).logits_BLV[:, -1].argmax(-1, keepdim=True)], 1)
+        expected = torch.cat([expected, model(expected).logits[:, -1].argmax(-1, keepdim=True)], 1)
     assert torch.equal(made, expected)
 
 
@@ -190,7 +190,7 @@ def test_top_k_draws_from_the_likeliest_alone():
 
 def test_a_model_that_is_not_causal_refuses_to_generate():
     model = HybridLM(small("ME", router="expert_choice"), seed=0)
-    assert model(ids()).logits_BLV.shape == (2, 13, V)
+    assert model(ids()).logits.shape == (2, 13, V)
     with pytest.raises(ConfigError, match=r"layer 1 \(E moe\) is not causal, .* cannot generate"):
         model.generate(ids(1, 3), 2)
     with pytest.raises(ConfigError, match="is not causal"):
@@ -198,18 +198,26 @@ def test_a_model_that_is_not_causal_refuses_to_generate():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "field", "got"),
     [
-        (
-            {"ids_BL": torch.zeros(1, 0, dtype=torch.long), "max_new_tokens": 1},
-            r"at least one token\), got shape \(1, 0\)",
-        ),
-        ({"ids_BL": torch.zeros(3, dtype=torch.long), "max_new_tokens": 1}, r"got shape \(3,\)"),
-        ({"ids_BL": ids(1, 2), "max_new_tokens": -1}, "max_new_tokens=-1"),
-        ({"ids_BL": ids(1, 2), "max_new_tokens": 1, "temperature": -0.5}, "temperature=-0.5"),
-        ({"ids_BL": ids(1, 2), "max_new_tokens": 1, "top_k": 0}, "top_k=0"),
+        ({"ids": torch.zeros(1, 0, dtype=torch.long)}, "ids", (1, 0)),
+        ({"ids": torch.zeros(3, dtype=torch.long)}, "ids", "(3,) torch.int64"),
+        ({"ids": torch.zeros(1, 3)}, "ids", "(1, 3) torch.float32"),
+        ({"ids": torch.tensor([[0, V]])}, "ids", (0, V)),
+        ({"max_new_tokens": -1}, "max_new_tokens", -1),
+        ({"temperature": -0.5}, "temperature", -0.5),
+        ({"top_k": 0}, "top_k", 0),
+        ({"top_p": 0.0}, "top_p", 0.0),
+        ({"top_p": 1.5}, "top_p", 1.5),
+        ({"eos_token_id": V}, "eos_token_id", V),
+        ({"eos_token_id": [1, -1]}, "eos_token_id", -1),
+        ({"pad_token_id": V}, "pad_token_id", V),
+        ({"seed": 2**63}, "seed", 2**63),
+        ({"seed": -1}, "seed", -1),
     ],
 )
-def test_generation_refuses_settings_that_make_no_sense(arguments, words):
-    with pytest.raises(ConfigError, match=words):
-        HybridLM(small("M"), seed=0).generate(**arguments)
+def test_generation_refuses_settings_that_make_no_sense(arguments, field, got):
+    with pytest.raises(ConfigError) as caught:
+        HybridLM(small("M"), seed=0).generate(**{"ids": ids(1, 2), "max_new_tokens": 1, **arguments})
+    assert (caught.value.field, caught.value.got) == (field, got)
+    assert caught.value.allowed

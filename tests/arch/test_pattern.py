@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridnas.arch.folding import fold
-from hybridnas.arch.neighbours import neighbours
+from hybridnas.arch.neighbors import neighbors
 from hybridnas.arch.pattern import MAX_LAYERS, Parallel, Pattern, Slot, parse
-from hybridnas.blocks.base import Block, BlockConfig
 from hybridnas.errors import ConfigError, PatternError
+from hybridnas.layers.block import Block, BlockConfig
 from hybridnas.registry import BLOCKS, register_block
 
 NEMOTRON_H = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
@@ -221,13 +221,13 @@ short = st.lists(st.sampled_from(["M", "A", "E", "[M,E]", "A@s"]), min_size=1, m
 
 @settings(max_examples=60, deadline=None)
 @given(short)
-def test_neighbours_are_distinct_one_edit_away_and_parse(text):
+def test_neighbors_are_distinct_one_edit_away_and_parse(text):
     start = parse(text)
-    found = neighbours(start, ["M", "E", "[M,E]"])
+    found = neighbors(start, ["M", "E", "[M,E]"])
     results = [pattern for _, pattern in found]
     assert start not in results
     assert len(set(results)) == len(results)
-    assert found == neighbours(text, ["M", "E", "[M,E]"])
+    assert found == neighbors(text, ["M", "E", "[M,E]"])
     for move, pattern in found:
         grown = {"insert": 1, "delete": -1, "substitute": 0, "swap": 0}[move.split()[0]]
         assert len(pattern) == len(start) + grown
@@ -235,20 +235,20 @@ def test_neighbours_are_distinct_one_edit_away_and_parse(text):
         if move.startswith("swap"):
             assert sorted(map(str, pattern.layers)) == sorted(map(str, start.layers))
         else:
-            assert start in [back for _, back in neighbours(pattern, map(str, start.layers))]
+            assert start in [back for _, back in neighbors(pattern, map(str, start.layers))]
 
 
-def test_neighbours_of_a_small_pattern_are_these():
-    found = neighbours("MA", "ME", min_depth=2, max_depth=3)
+def test_neighbors_of_a_small_pattern_are_these():
+    found = neighbors("MA", "ME", min_depth=2, max_depth=3)
     assert found[0] == ("insert M at 0", parse("MMA"))
     assert {str(p) for _, p in found} == {"MMA", "EMA", "MEA", "MAM", "MAE", "EA", "MM", "ME", "AM"}
     assert ("swap M and A at 0", parse("AM")) in found
     assert ("substitute A by E at 1", parse("ME")) in found
-    assert [str(p) for _, p in neighbours("MA", "M", max_depth=2)] == ["A", "M", "MM", "AM"]
+    assert [str(p) for _, p in neighbors("MA", "M", max_depth=2)] == ["A", "M", "MM", "AM"]
 
 
-def test_neighbours_refuse_what_makes_no_sense():
+def test_neighbors_refuse_what_makes_no_sense():
     with pytest.raises(ConfigError, match="needs 1 <= min_depth <= max_depth"):
-        neighbours("ME", "M", min_depth=0)
+        neighbors("ME", "M", min_depth=0)
     with pytest.raises(PatternError, match="letter 'ME' spells 2 layers; a move puts in one"):
-        neighbours("ME", ["ME"])
+        neighbors("ME", ["ME"])

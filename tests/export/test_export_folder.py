@@ -52,7 +52,7 @@ def test_a_model_reloads_to_equal_logits(name: str, tmp_path: Path) -> None:
     assert again.arch == model.arch
     assert again.arch.fingerprint() == model.arch.fingerprint()
     assert not again.training
-    assert torch.equal(again(ids_BL).logits_BLV, model.eval()(ids_BL).logits_BLV)
+    assert torch.equal(again(ids_BL).logits, model.eval()(ids_BL).logits)
 
 
 def test_no_tensor_is_stored_twice_and_none_is_missing(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_moved_folder_loads_in_a_fresh_process_with_nothing_else(tmp_path: Pat
         "import sys, torch, hybridnas\n"
         "from hybridnas.export.layout import probe_ids\n"
         "model = hybridnas.load(sys.argv[1], device='cpu')\n"
-        "print(model(probe_ids(256)).logits_BLV.double().sum().item())"
+        "print(model(probe_ids(256)).logits.double().sum().item())"
     )
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -173,7 +173,7 @@ def test_a_moved_folder_loads_in_a_fresh_process_with_nothing_else(tmp_path: Pat
         [sys.executable, "-c", code, str(moved)], cwd=empty, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == model.eval()(probe_ids(256)).logits_BLV.double().sum().item()
+    assert float(done.stdout) == model.eval()(probe_ids(256)).logits.double().sum().item()
 
 
 def test_bfloat16_weights_keep_their_dtype(tmp_path: Path) -> None:

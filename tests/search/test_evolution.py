@@ -122,7 +122,7 @@ def test_a_hand_simulated_run_of_ageing_evolution_is_met_to_the_letter(plain):
         parent = min(sample, key=lambda entry: (loss(entry[1]), entry[0]))[1]
         oracle.random()  # whether to cross
         oracle.choice([0] * 3)  # which gene: each is a slot of the motif
-        expected = "".join(motifs.neighbour(list(parent), oracle))
+        expected = "".join(motifs.neighbor(list(parent), oracle))
         assert ours_motif == expected
         queue.append((number, expected))
         told(study, *slots(expected), {100: float(loss(expected))})
@@ -132,12 +132,12 @@ def test_a_hand_simulated_run_of_ageing_evolution_is_met_to_the_letter(plain):
 def test_moves_reach_every_allowed_length_and_no_other():
     space = Space.from_mapping({**PLAIN, "motif_length": [2, 4], "letters": ["M", "[M,F]"]})
     motifs, rng = Motifs(space, SCALE), random.Random(0)
-    from_two = {tuple(motifs.neighbour(["M", "[M,F]"], rng)) for _ in range(300)}
+    from_two = {tuple(motifs.neighbor(["M", "[M,F]"], rng)) for _ in range(300)}
     assert {len(motif) for motif in from_two} == {2, 4}
     assert ("M", "[M,F]", "M", "[M,F]") in from_two  # repeated: the same architecture, open to finer moves
-    assert {len(motifs.neighbour(["M"] * 4, rng)) for _ in range(100)} == {2, 4}
+    assert {len(motifs.neighbor(["M"] * 4, rng)) for _ in range(100)} == {2, 4}
     steps = Motifs(Space.from_mapping({**PLAIN, "motif_length": [2, 3]}), SCALE)
-    assert {len(steps.neighbour(["M", "A"], rng)) for _ in range(200)} == {2, 3}
+    assert {len(steps.neighbor(["M", "A"], rng)) for _ in range(200)} == {2, 3}
 
 
 def test_a_crossed_child_has_its_motif_from_both_and_its_other_choices_from_either():
@@ -152,7 +152,7 @@ def test_a_crossed_child_has_its_motif_from_both_and_its_other_choices_from_eith
     assert {child["M.d_state"] for child in children} == {2}
 
 
-def test_numbers_step_to_their_neighbours_and_names_to_any_other():
+def test_numbers_step_to_their_neighbors_and_names_to_any_other():
     evolution = Evolution(Space.from_mapping(CONDITIONAL), SCALE, seed=0)
     share = optuna.distributions.FloatDistribution(0.3, 0.7, step=0.1)
     assert {evolution.step(0.5, share) for _ in range(60)} == {0.4, 0.6}

@@ -13,12 +13,25 @@ from hypothesis import strategies as st
 
 from hybridnas.arch.arch import Arch
 from hybridnas.errors import ConfigError, MatchError, PatternError
+from hybridnas.search_spaces.choice import Options
 from hybridnas.search_spaces.enumerate import every_choice
 from hybridnas.search_spaces.fit import TOLERANCE, fit, share_free
+from hybridnas.search_spaces.listing import list_spaces
 from hybridnas.search_spaces.placement import PLACEMENTS, place
-from hybridnas.search_spaces.space import BASELINES, Scale, Space, list_spaces, load_space
+from hybridnas.search_spaces.space import (
+    BASELINES,
+    SHAPES,
+    CandidateSpace,
+    LetterSpace,
+    PlacementSpace,
+    Scale,
+    Space,
+    load_space,
+)
 
 SCALE = Scale(d_model=32, depth=4, n_experts=4, multiple=2, seq_len=64)
+LETTERS = {"letters": ["M", "E"], "motif_length": [2]}
+BASE = {"base": "M", "replace": "M", "insert": "A", "n_inserted": [1]}
 SHIPPED = ("attention_placement", "hybrid", "mamba_moe", "tabular")
 
 
@@ -88,6 +101,21 @@ def test_a_target_can_be_given():
     assert abs(load_space("hybrid").baseline("mamba", scale).cost().active_params - 40_000) <= 800
 
 
+def test_the_reference_gives_the_target():
+    named = space(**LETTERS, reference="transformer", baselines=["transformer"])
+    assert named.target(SCALE) == named.baseline("transformer", SCALE).cost().active_params
+    assert named.target(SCALE) != space(**LETTERS).target(SCALE)
+    assert space(**LETTERS).reference == "moe_mamba"
+
+
+def test_a_space_without_a_reference_needs_a_target():
+    none = space(**LETTERS, reference=None, baselines=[])
+    with pytest.raises(ConfigError) as caught:
+        none.target(SCALE)
+    assert (caught.value.field, caught.value.got) == ("budget.active_params", None)
+    assert none.target(SCALE.replace(active_params=40_000)) == 40_000
+
+
 def test_letters_cycle_a_motif_to_the_depth():
     one = space(letters=["M", "E"], motif_length=[2], n_experts=4)
     patterns = {str(one.propose(Dice(seed), SCALE).arch.pattern) for seed in range(40)}
@@ -133,7 +161,7 @@ def test_candidates_are_a_list_of_names():
     stored = {name: str(arch.to_dict()) for name, arch in found.items()}
     assert "'n_experts': 2" in stored["pattern"]
     assert "'n_experts': 8" in stored["preset"]
-    assert one.size(SCALE) == 3
+    assert len(list(every_choice(one, SCALE))) == 3
 
 
 def test_a_space_without_matching_keeps_its_sizes():
@@ -221,17 +249,20 @@ def test_a_placement_has_so_many_different_slots(where, slots, count):
     assert found == sorted(found)
 
 
-def test_sizes_count_what_can_be_drawn():
-    assert load_space("hybrid").size(SCALE) == (4**2 + 4**3 + 4**4) * 3
-    assert load_space("mamba_moe").size(SCALE) == (3**2 + 3**4) * 6 * 5
-    assert load_space("attention_placement").size(SCALE) == 1 + 3 * 4
-    assert load_space("attention_placement").size(SCALE.replace(depth=2)) == 1 + 4 + 1
+@pytest.mark.parametrize(
+    ("name", "depth", "count"),
+    [
+        ("attention_placement", 4, 1 + 3 * 4),  # none or all in one way, else by four placements
+        ("attention_placement", 2, 1 + 4 + 1),
+        ("hybrid", 4, sum((4**n - 3**n) * 3 + 3**n for n in (2, 3, 4))),  # the number of experts where there are some
+    ],
+)
+def test_enumeration_yields_every_draw_once(name, depth, count):
+    listed = list(every_choice(load_space(name), SCALE.replace(depth=depth)))
+    assert len(listed) == count == len({str(choices) for choices in listed})
 
 
-def test_enumeration_yields_every_draw_once():
-    one = load_space("attention_placement")
-    listed = list(every_choice(one, SCALE))
-    assert len(listed) == one.size(SCALE) == len({str(choices) for choices in listed})
+def test_a_range_is_enumerated_up_to_its_last_whole_step():
     ranged = space(letters=["M"], motif_length=[1], **{"M.expand": {"low": 1, "high": 2, "step": 0.6}})
     assert [choices["M.expand"] for choices in every_choice(ranged, SCALE)] == [1.0, 1.6]
 
@@ -282,64 +313,107 @@ def test_an_unknown_space_is_met_with_the_nearest():
         load_space("mamba_mo")
 
 
-LETTERS = {"letters": ["M", "E"], "motif_length": [2]}
-BASE = {"base": "M", "replace": "M", "insert": "A", "n_inserted": [1]}
+@pytest.mark.parametrize(
+    ("keys", "field", "got"),
+    [
+        ({}, "space", ()),
+        ({**LETTERS, **BASE}, "space", ("letters", "base")),
+        ({"letter": ["M"], "motif_length": [2]}, "space.letter", "letter"),
+        ({"letters": ["M"]}, "space.motif_length", ()),
+        ({"base": "M"}, "space.replace", None),
+        ({**LETTERS, "n_expert": [1]}, "space.n_expert", "n_expert"),
+        ({**LETTERS, "E.n_expert": [1]}, "space.E.n_expert", "E.n_expert"),
+        ({**LETTERS, "Q.n_experts": [1]}, "space.Q.n_experts", "Q.n_experts"),
+        ({**LETTERS, "d_model": [64]}, "space.d_model", "d_model"),
+        ({**LETTERS, "n_experts": []}, "space.n_experts", []),
+        ({**LETTERS, "n_experts": [0]}, "space.n_experts", 0),
+        ({**LETTERS, "n_experts": [-4]}, "space.n_experts", -4),
+        ({**LETTERS, "n_experts": ["8"]}, "space.n_experts", "8"),
+        ({**LETTERS, "n_experts": [[8]]}, "space.n_experts", [8]),
+        ({**LETTERS, "n_experts": {"low": 1, "high": 8}}, "space.n_experts", {"low": 1, "high": 8}),
+        (
+            {**LETTERS, "n_experts": {"low": 8, "high": 1, "step": 1}},
+            "space.n_experts",
+            {"low": 8, "high": 1, "step": 1},
+        ),
+        (
+            {**LETTERS, "n_experts": {"low": "a", "high": 1, "step": 1}},
+            "space.n_experts",
+            {"low": "a", "high": 1, "step": 1},
+        ),
+        ({**LETTERS, "split": {"low": 0.1}}, "space.split", {"low": 0.1}),
+        ({**LETTERS, "motif_length": [0]}, "space.motif_length", 0),
+        ({**LETTERS, "requires": ["Z"]}, "space.requires", "Z"),
+        ({**LETTERS, "baselines": ["mambo"]}, "space.baselines", "mambo"),
+        ({**LETTERS, "reference": "mambo"}, "space.reference", "mambo"),
+        ({**LETTERS, "placement": ["first"]}, "space.placement", "placement"),
+        ({"letters": ["M", "ME"], "motif_length": [2]}, "space.letters", "ME"),
+        ({**BASE, "placement": ["frist"]}, "space.placement", "frist"),
+        ({**BASE, "n_inserted": [-1]}, "space.n_inserted", -1),
+        ({**BASE, "replace": "E"}, "space.replace", "E"),
+        ({"candidates": [{"name": "a"}]}, "space.candidates", {"name": "a"}),
+        ({"candidates": ["ME"]}, "space.candidates", "ME"),
+        ({"candidates": [{"preset": "mambo"}]}, "space.candidates", "mambo"),
+        ({"candidates": [{"name": "a", "motif": "M"}, {"name": "a", "motif": "E"}]}, "space.candidates", "a"),
+        ({"candidates": [{"motif": "M"}], "n_experts": [4]}, "space.n_experts", "n_experts"),
+        ({**LETTERS, "match": "maybe"}, "space.match", "maybe"),
+    ],
+)
+def test_a_mistaken_space_is_refused_in_one_sentence(keys, field, got):
+    with pytest.raises(ConfigError) as caught:
+        space(**keys)
+    assert (caught.value.field, caught.value.got) == (field, got)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({}, "needs exactly one of letters .* base .* and candidates, got 0"),
-        ({**LETTERS, **BASE}, "got 2"),
-        ({"letters": ["M"]}, r"so it needs motif_length, e.g. motif_length: \[2, 4\]"),
-        ({"base": "M"}, "so it needs insert, replace and n_inserted"),
-        ({**LETTERS, "n_expert": [1]}, "has no choice 'n_expert'; did you mean 'n_experts'"),
-        ({**LETTERS, "E.n_expert": [1]}, "has no choice 'E.n_expert'; did you mean 'n_experts'"),
-        ({**LETTERS, "Q.n_experts": [1]}, "has no choice 'Q.n_experts'"),
-        ({**LETTERS, "n_experts": []}, "empty list of choices"),
-        ({**LETTERS, "n_experts": [0]}, "n_experts=0 must be >= 1"),
-        ({**LETTERS, "n_experts": [-4]}, "n_experts=-4 must be >= 1"),
-        ({**LETTERS, "n_experts": ["8"]}, "n_experts='8' must be an integer, got str"),
-        ({**LETTERS, "n_experts": [[8]]}, r"has the choice \[8\]; each must be a number"),
-        ({**LETTERS, "n_experts": {"low": 1, "high": 8}}, "as a range needs low, high and step"),
-        ({**LETTERS, "n_experts": {"low": 8, "high": 1, "step": 1}}, "needs low <= high and step > 0"),
-        ({**LETTERS, "n_experts": {"low": "a", "high": 1, "step": 1}}, "as a range needs numbers"),
-        ({**LETTERS, "split": {"low": 0.1}}, "split as a range needs low, high and step"),
-        ({**LETTERS, "motif_length": [0]}, "motif_length=0 must be a whole number of 1 or more"),
-        ({**LETTERS, "requires": ["Z"]}, "requires='Z' is unknown"),
-        ({**LETTERS, "baselines": ["mambo"]}, "baselines='mambo' is unknown; did you mean 'mamba'"),
-        ({"letters": ["M", "ME"], "motif_length": [2]}, "'ME' must be one layer"),
-        ({**BASE, "placement": ["frist"]}, "placement='frist' is unknown; did you mean 'first'"),
-        ({**BASE, "n_inserted": [-1]}, "n_inserted=-1 must be a whole number of 0 or more"),
-        ({**BASE, "replace": "E"}, "base='M' has no 'E' to replace"),
-        (
-            {"candidates": [{"name": "a"}]},
-            "candidate 0 must be a mapping with one of pattern, motif and preset",
-        ),
-        ({"candidates": ["ME"]}, "candidate 0 must be a mapping"),
-        (
-            {"candidates": [{"name": "a", "motif": "M"}, {"name": "a", "motif": "E"}]},
-            "two candidates called 'a'",
-        ),
-        ({**LETTERS, "match": "maybe"}, "match='maybe' must be true or false"),
+        ({"letter": ["M"], "motif_length": [2]}, "space 'mine' has no key 'letter'; did you mean 'letters'?"),
+        ({**LETTERS, "n_expert": [1]}, "space 'mine' has no choice 'n_expert'; did you mean 'n_experts'?"),
     ],
 )
-def test_a_mistaken_space_is_refused_in_one_sentence(keys, words):
-    with pytest.raises(ConfigError, match=words) as caught:
+def test_a_mistyped_key_is_met_with_the_nearest(keys, words):
+    with pytest.raises(ConfigError) as caught:
         space(**keys)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value) == words
 
 
-@pytest.mark.parametrize("keys", [{"letters": ["M", "X"], "motif_length": [1]}, {**BASE, "insert": "X"}])
-def test_unknown_letters_are_pointed_at(keys):
-    with pytest.raises(PatternError, match="unknown letter 'X'"):
+@pytest.mark.parametrize(("keys", "shape"), [(LETTERS, LetterSpace), (BASE, PlacementSpace)])
+def test_keys_of_another_shape_that_are_empty_are_left_out(keys, shape):
+    emptied = {"letters": [], "motif_length": [], "base": None, "candidates": [], "split": None, "n_experts": None}
+    assert type(space(**{**emptied, **keys})) is shape
+    listed = space(**{**emptied, "requires": [], "candidates": [{"motif": "ME"}]})
+    assert type(listed) is CandidateSpace
+    assert set(SHAPES.values()) == {LetterSpace, PlacementSpace, CandidateSpace}
+
+
+@pytest.mark.parametrize(
+    ("keys", "field"),
+    [
+        ({"letters": ["M", "X"], "motif_length": [1]}, "space.letters"),
+        ({**BASE, "insert": "X"}, "space.insert"),
+        ({"candidates": [{"motif": "X"}]}, "space.candidates"),
+    ],
+)
+def test_unknown_letters_are_pointed_at(keys, field):
+    with pytest.raises(PatternError, match=r"space 'mine' .* unknown letter 'X'") as caught:
         space(**keys)
+    assert (caught.value.field, caught.value.got) == (field, "X")
+
+
+def test_an_unknown_letter_in_a_file_names_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("search_spaces").mkdir()
+    Path("search_spaces/mine.yaml").write_text("letters: [M, X]\nmotif_length: 2\n")
+    with pytest.raises(PatternError, match=r"^search_spaces.mine\.yaml: space 'mine' letters: pattern 'X' has unknown"):
+        load_space("mine")
 
 
 def test_narrowing_a_choice_keeps_the_rest():
     narrowed = Space.from_mapping({**load_mapping("mamba_moe"), "n_experts": [8, 16]})
-    assert narrowed.fields["n_experts"] == [8, 16]
-    assert narrowed.size(SCALE) == (3**2 + 3**4) * 2 * 5
+    assert narrowed.fields["n_experts"] == Options((8, 16))
+    assert narrowed.letters == load_space("mamba_moe").letters
 
 
 def load_mapping(name):

@@ -51,7 +51,7 @@ def test_accuracy_by_length_is_that_of_one_whole_pass(pattern, counting, monkeyp
     assert [(r.length, r.seed, r.model, r.examples) for r in rows] == [(16, 3, "counter", 4), (40, 3, "counter", 4)]
     for found in rows:
         batch = next(iter(Counting().valid_batches(1, 1, found.length)))
-        hits = (model(batch.inputs_BL).logits_BLV.argmax(-1) == batch.targets_BL)[batch.mask_BL]
+        hits = (model(batch.inputs_BL).logits.argmax(-1) == batch.targets_BL)[batch.mask_BL]
         assert found.accuracy == pytest.approx(hits.float().mean().item())
         assert found.state_bytes == model.arch.cost(found.length).state_bytes
 

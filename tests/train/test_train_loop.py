@@ -102,7 +102,7 @@ def test_a_step_is_adamw_on_clipped_gradients_of_cross_entropy_plus_auxiliary_lo
             group["lr"] = learning_rate(config, (step + 1) * 64)
         batch = source.train_batch(step, 4, 16, 0)
         output = model(batch.inputs_BL)
-        loss = F.cross_entropy(output.logits_BLV.flatten(0, 1), batch.targets_BL.flatten())
+        loss = F.cross_entropy(output.logits.flatten(0, 1), batch.targets_BL.flatten())
         plain.zero_grad()
         (loss + output.aux.losses["load_balance"]).backward()
         total = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
@@ -137,7 +137,7 @@ def test_a_measurement_is_the_plain_mean_over_validation_tokens():
     nats, right, count = 0.0, 0, 0
     for batch in source.valid_batches(300, 4, 16):
         with torch.no_grad():
-            logp = model.eval()(batch.inputs_BL).logits_BLV.double().log_softmax(-1)
+            logp = model.eval()(batch.inputs_BL).logits.double().log_softmax(-1)
         nats -= float(logp.gather(-1, batch.targets_BL[..., None]).sum())
         right += int((logp.argmax(-1) == batch.targets_BL).sum())
         count += batch.targets_BL.numel()
@@ -152,7 +152,7 @@ def test_places_under_the_mask_count_neither_in_loss_nor_in_accuracy():
     score = evaluate(model, source, n_tokens=64, batch_size=4, seq_len=16, device=torch.device("cpu"))
     (batch,) = source.valid_batches(64, 4, 16)
     with torch.no_grad():
-        logp = model.eval()(batch.inputs_BL).logits_BLV.log_softmax(-1)
+        logp = model.eval()(batch.inputs_BL).logits.log_softmax(-1)
     kept = logp.gather(-1, batch.targets_BL[..., None])[..., 0][batch.mask_BL]
     assert score.tokens == int(batch.mask_BL.sum()) < 64
     assert score.loss == pytest.approx(-float(kept.mean()), rel=1e-5)

@@ -14,10 +14,10 @@ from torch import nn
 
 from hybridnas import train
 from hybridnas.arch.arch import Arch
-from hybridnas.blocks.base import Aux, Block, BlockConfig, BlockOutput
 from hybridnas.config import option
 from hybridnas.cost import Cost
 from hybridnas.errors import CheckpointError
+from hybridnas.layers.block import Aux, Block, BlockConfig, BlockOutput
 from hybridnas.registry import BLOCKS, register_block
 from hybridnas.train import checkpoint
 from hybridnas.train.callbacks import Action, OnEval

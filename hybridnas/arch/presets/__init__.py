@@ -72,7 +72,7 @@ class Preset:
         return (inspect.getdoc(self.build) or self.name).splitlines()[0]
 
 
-PRESETS: Registry[Preset] = Registry("preset", "hybridnas.arch.presets", group="hybridnas.presets")
+PRESETS: Registry[Preset] = Registry("preset", "hybridnas.arch.presets", groups=("hybridnas.presets",))
 
 
 def register_preset(*paper: PaperModel) -> Callable[[Callable[..., Arch]], Callable[..., Arch]]:

@@ -21,8 +21,7 @@ import numpy as np
 
 from hybridnas.config import option
 from hybridnas.data.draws import Draws
-from hybridnas.data.source import register_source
-from hybridnas.data.task import Examples, Task, TaskConfig
+from hybridnas.data.task import Examples, Task, TaskConfig, register_task
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,7 +58,7 @@ class CompressionConfig(TaskConfig):
         return self.vocab_size - 1 - self.noise_vocab_size
 
 
-@register_source("compression", config=CompressionConfig)
+@register_task("compression", config=CompressionConfig)
 class Compression(Task):
     """Everything that was read, out of one position."""
 

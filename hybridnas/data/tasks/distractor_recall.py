@@ -15,8 +15,7 @@ import numpy as np
 
 from hybridnas.config import option
 from hybridnas.data.draws import Draws
-from hybridnas.data.source import register_source
-from hybridnas.data.task import Examples, Task, TaskConfig, next_tokens
+from hybridnas.data.task import Examples, Task, TaskConfig, next_tokens, register_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,7 @@ class DistractorRecallConfig(TaskConfig):
         return min(round(self.frac_context * self.seq_len) // 2, self.seq_len // 2 - self.n_pairs)
 
 
-@register_source("distractor_recall", config=DistractorRecallConfig)
+@register_task("distractor_recall", config=DistractorRecallConfig)
 class DistractorRecall(Task):
     """Recall among distractors."""
 

@@ -20,8 +20,7 @@ import numpy as np
 
 from hybridnas.config import option
 from hybridnas.data.draws import I64, U64, Bools, Draws, mix, repeats
-from hybridnas.data.source import register_source
-from hybridnas.data.task import Examples, Task, TaskConfig, next_tokens
+from hybridnas.data.task import Examples, Task, TaskConfig, next_tokens, register_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ class FuzzyRecallConfig(TaskConfig):
         return self.vocab_size - self.noise_vocab_size - 1 - (not self.multi_query)
 
 
-@register_source("fuzzy_recall", config=FuzzyRecallConfig)
+@register_task("fuzzy_recall", config=FuzzyRecallConfig)
 class FuzzyRecall(Task):
     """In-context recall of keys and values that are several tokens long."""
 

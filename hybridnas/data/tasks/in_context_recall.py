@@ -19,8 +19,7 @@ import numpy as np
 
 from hybridnas.config import option
 from hybridnas.data.draws import I64, Bools, Draws
-from hybridnas.data.source import register_source
-from hybridnas.data.task import Examples, Task, TaskConfig, next_tokens
+from hybridnas.data.task import Examples, Task, TaskConfig, next_tokens, register_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ class RecallConfig(TaskConfig):
         return self.vocab_size - self.noise_vocab_size - (not self.multi_query)
 
 
-@register_source("in_context_recall", config=RecallConfig)
+@register_task("in_context_recall", config=RecallConfig)
 class InContextRecall(Task):
     """In-context recall, with noise between the pairs where the settings say so."""
 

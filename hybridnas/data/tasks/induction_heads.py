@@ -17,8 +17,7 @@ import numpy as np
 
 from hybridnas.config import option
 from hybridnas.data.draws import Draws
-from hybridnas.data.source import register_source
-from hybridnas.data.task import Examples, Task, TaskConfig
+from hybridnas.data.task import Examples, Task, TaskConfig, register_task
 from hybridnas.errors import ConfigError
 
 
@@ -38,7 +37,7 @@ class InductionHeadsConfig(TaskConfig):
             raise ConfigError(f"{self.kind}: n_between={self.n_between} needs seq_len >= {least}, got {self.seq_len}")
 
 
-@register_source("induction_heads", config=InductionHeadsConfig)
+@register_task("induction_heads", config=InductionHeadsConfig)
 class InductionHeads(Task):
     """Induction heads."""
 

@@ -21,8 +21,7 @@ import numpy as np
 
 from hybridnas.config import option
 from hybridnas.data.draws import I64, Draws
-from hybridnas.data.source import register_source
-from hybridnas.data.task import Examples, Task, TaskConfig
+from hybridnas.data.task import Examples, Task, TaskConfig, register_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,7 @@ class MadSelectiveCopyingConfig(TaskConfig):
         )
 
 
-@register_source("mad_selective_copying", config=MadSelectiveCopyingConfig)
+@register_task("mad_selective_copying", config=MadSelectiveCopyingConfig)
 class MadSelectiveCopying(Task):
     """Selective copying with one marker."""
 

@@ -15,8 +15,7 @@ import numpy as np
 
 from hybridnas.config import option
 from hybridnas.data.draws import Draws, keys_of
-from hybridnas.data.source import register_source
-from hybridnas.data.task import Examples, Task, TaskConfig
+from hybridnas.data.task import Examples, Task, TaskConfig, register_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,7 @@ class MemorisationConfig(TaskConfig):
         return self.vocab_size - 1 - self.noise_vocab_size
 
 
-@register_source("memorisation", config=MemorisationConfig)
+@register_task("memorisation", config=MemorisationConfig)
 class Memorisation(Task):
     """A fixed dictionary to be learnt by heart."""
 

@@ -18,8 +18,7 @@ import numpy as np
 
 from hybridnas.config import option
 from hybridnas.data.draws import Draws
-from hybridnas.data.source import register_source
-from hybridnas.data.task import Examples, Task, TaskConfig
+from hybridnas.data.task import Examples, Task, TaskConfig, register_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class MqarConfig(TaskConfig):
         )
 
 
-@register_source("mqar", config=MqarConfig)
+@register_task("mqar", config=MqarConfig)
 class Mqar(Task):
     """Multi-query associative recall."""
 

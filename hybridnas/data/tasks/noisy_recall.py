@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hybridnas.config import option
-from hybridnas.data.source import register_source
+from hybridnas.data.task import register_task
 from hybridnas.data.tasks.in_context_recall import InContextRecall, RecallConfig
 
 
@@ -24,6 +24,6 @@ class NoisyRecallConfig(RecallConfig):
     frac_noise: float = option(0.2, "share of the pairs that are two noise ids instead [0 to 1]", ge=0, le=1)
 
 
-@register_source("noisy_recall", config=NoisyRecallConfig)
+@register_task("noisy_recall", config=NoisyRecallConfig)
 class NoisyRecall(InContextRecall):
     """In-context recall among noise."""

@@ -14,8 +14,7 @@ import numpy as np
 
 from hybridnas.config import option
 from hybridnas.data.draws import Draws
-from hybridnas.data.source import register_source
-from hybridnas.data.task import Examples, Task, TaskConfig
+from hybridnas.data.task import Examples, Task, TaskConfig, register_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class ParityConfig(TaskConfig):
     score: str = option("all", "which places count", choices=("all", "last"))
 
 
-@register_source("parity", config=ParityConfig)
+@register_task("parity", config=ParityConfig)
 class Parity(Task):
     """The sum so far, modulo the number of ids."""
 

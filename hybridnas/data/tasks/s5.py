@@ -16,8 +16,7 @@ import numpy as np
 
 from hybridnas.config import option
 from hybridnas.data.draws import Draws
-from hybridnas.data.source import register_source
-from hybridnas.data.task import Examples, Task, TaskConfig
+from hybridnas.data.task import Examples, Task, TaskConfig, register_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ class S5Config(TaskConfig):
         )
 
 
-@register_source("s5", config=S5Config)
+@register_task("s5", config=S5Config)
 class S5(Task):
     """The product of all permutations so far."""
 

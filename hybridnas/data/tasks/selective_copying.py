@@ -14,8 +14,7 @@ import numpy as np
 
 from hybridnas.config import option
 from hybridnas.data.draws import Draws
-from hybridnas.data.source import register_source
-from hybridnas.data.task import Examples, Task, TaskConfig
+from hybridnas.data.task import Examples, Task, TaskConfig, register_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,7 @@ class SelectiveCopyingConfig(TaskConfig):
         )
 
 
-@register_source("selective_copying", config=SelectiveCopyingConfig)
+@register_task("selective_copying", config=SelectiveCopyingConfig)
 class SelectiveCopying(Task):
     """Selective copying."""
 

@@ -36,14 +36,17 @@ def token_choice_fast(
         return no_tokens(x_ND, gate_NK, experts), expert_NK.new_zeros(n_experts)
     if n_experts == 1 and capacity is None:
         return _one_expert(x_ND, gate_NK, experts, 0), expert_NK.new_full((1,), expert_NK.shape[0])
-    if capacity is None and expert_NK.numel() <= _FEW and x_ND.device.type == "cpu":
+    exporting = torch.compiler.is_exporting()  # shapes may not depend on data, nor use grouped_mm's rule (see below)
+    if capacity is None and expert_NK.numel() <= _FEW and x_ND.device.type == "cpu" and not exporting:
         return _few(x_ND, gate_NK, expert_NK, experts), expert_NK.flatten().bincount(minlength=n_experts)
     sorted_expert_S, choice_S = torch.sort(expert_NK.flatten(), stable=True)
     everyone_E = torch.arange(n_experts, device=x_ND.device)
     ends_E = torch.searchsorted(sorted_expert_S, everyone_E, right=True)
     starts_E = torch.searchsorted(sorted_expert_S, everyone_E)
     counts_E = ends_E - starts_E
-    if capacity is None and not _grouped_mm_takes(x_ND, experts):
+    if capacity is None and exporting:
+        capacity = x_ND.shape[0]  # a slot for every token at every expert: same result, more products
+    elif capacity is None and not _grouped_mm_takes(x_ND, experts):
         capacity = max(1, int(counts_E.max()))  # pads to the fullest expert instead: same result
     if capacity is None:
         slots = _Slots(choice_S // top_k, gate_NK.flatten()[choice_S], ends_E.to(torch.int32))

@@ -3,7 +3,7 @@
 The population is the youngest ``population`` candidates of the study: age alone ends a candidate's part in it, so a
 lucky score dies out. A parent is the winner of a tournament; a child is a parent changed at one place, or two parents
 crossed and then changed. Slots of a motif change along the pattern graph: one substitution, insertion, deletion or swap
-(:mod:`hybridnas.arch.neighbours`); a length that the space jumps over is met by cutting or repeating the motif.
+(:mod:`hybridnas.arch.neighbors`); a length that the space jumps over is met by cutting or repeating the motif.
 
 A small population and a sharp tournament, because a search has tens of candidates, not thousands: of 4 to 24 members,
 8 needed the fewest tokens on the table (experiments/README.md).
@@ -24,11 +24,11 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from hybridnas.arch.neighbours import neighbours
+from hybridnas.arch.neighbors import neighbors
 from hybridnas.arch.pattern import Pattern, parse
 from hybridnas.errors import ConfigError
 from hybridnas.search.sampling.distinct import all_trials
-from hybridnas.search_spaces.space import Scale, Space
+from hybridnas.search_spaces.space import LetterSpace, Scale, Space
 
 LENGTH, SLOT = "motif_length", "slot"
 
@@ -65,7 +65,7 @@ class Evolution(BaseSampler):
         crossover: float = 0.25,
     ) -> None:
         self.population, self.tournament, self.crossover = population, tournament, crossover
-        self.motifs = Motifs(space, scale) if space.letters else None
+        self.motifs = Motifs(space, scale) if isinstance(space, LetterSpace) else None
         self.rng = random.Random(seed)
         self.uniform = RandomSampler(seed=seed)
 
@@ -135,7 +135,7 @@ class Evolution(BaseSampler):
         place = self.rng.choice(places)
         if place == "motif":
             assert self.motifs is not None
-            child.update(self.motifs.write(self.motifs.neighbour(motif, self.rng)))
+            child.update(self.motifs.write(self.motifs.neighbor(motif, self.rng)))
         else:
             child[place] = self.step(child[place], distributions[place])
         return child
@@ -157,9 +157,9 @@ class Evolution(BaseSampler):
 class Motifs:
     """Motifs of a space of letters, as the choices spell them and as the pattern graph knows them."""
 
-    def __init__(self, space: Space, scale: Scale) -> None:
+    def __init__(self, space: LetterSpace, scale: Scale) -> None:
         self.pieces = list(space.letters)
-        self.lengths = sorted({min(length, scale.depth) for length in space.motif_length})
+        self.lengths = space.lengths(scale)
         self.layers = {parse(piece).layers[0]: piece for piece in self.pieces}
         self.can_change = len(self.pieces) > 1 or len(self.lengths) > 1
 
@@ -172,9 +172,9 @@ class Motifs:
         """Return the motif as choices."""
         return {LENGTH: len(motif), **{f"{SLOT}{i}": piece for i, piece in enumerate(motif)}}
 
-    def neighbour(self, motif: Sequence[str], rng: random.Random) -> list[str]:
+    def neighbor(self, motif: Sequence[str], rng: random.Random) -> list[str]:
         """Return a motif of an allowed length that is one move away, or as near as the lengths allow."""
-        moves = neighbours(
+        moves = neighbors(
             Pattern(tuple(parse(piece).layers[0] for piece in motif)), self.pieces, max_depth=self.lengths[-1]
         )
         kinds: dict[str, list[list[str]]] = {}
@@ -185,7 +185,7 @@ class Motifs:
         jumps = [length for length in self.lengths if abs(length - len(motif)) > 1]
         if jumps and "resize" not in kinds:  # such as 2 and 4: by cutting or repeating
             kinds["resize"] = [[motif[i % len(motif)] for i in range(length)] for length in jumps]
-        # Inserting has more neighbours than all else together; the kinds are drawn as a person would weigh them.
+        # Inserting has more neighbors than all else together; the kinds are drawn as a person would weigh them.
         weights = {"substitute": 3.0, "resize": 1.0}
         kind = rng.choices(sorted(kinds), [weights[kind] for kind in sorted(kinds)])[0]
         return rng.choice(kinds[kind])

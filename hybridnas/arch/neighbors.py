@@ -8,7 +8,7 @@ from hybridnas.arch.pattern import Layer, Pattern, parse
 from hybridnas.errors import ConfigError, PatternError
 
 
-def neighbours(
+def neighbors(
     pattern: Pattern | str, letters: Iterable[str], *, min_depth: int = 1, max_depth: int | None = None
 ) -> list[tuple[str, Pattern]]:
     """Return every pattern one insert, delete, substitute or swap of adjacent layers away, with the move in words.
@@ -19,7 +19,7 @@ def neighbours(
     """
     start = parse(pattern) if isinstance(pattern, str) else pattern
     if min_depth < 1 or (max_depth is not None and max_depth < min_depth):
-        raise ConfigError(f"neighbours needs 1 <= min_depth <= max_depth, got {min_depth=} and {max_depth=}")
+        raise ConfigError(f"neighbors needs 1 <= min_depth <= max_depth, got {min_depth=} and {max_depth=}")
     seen = {start.layers}
     found: list[tuple[str, Pattern]] = []
     for move, layers in _moves(start.layers, [_one_layer(letter) for letter in letters]):

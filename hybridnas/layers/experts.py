@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridnas.blocks.base import Aux, truncated_normal_
 from hybridnas.cost import Cost
 from hybridnas.hardware import Impl
 from hybridnas.kernels.moe_dispatch import Experts, expert_choice, token_choice
+from hybridnas.layers.block import Aux, truncated_normal_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ class RoutedExperts(nn.Module):
         logits_NE = self._logits(x_ND)
         route = self._expert_choice if self.shape.router == "expert_choice" else self._token_choice
         y_NO, aux = route(x_ND, logits_NE, logits_NE.softmax(dim=-1))
-        return y_NO.view(*x_BLD.shape[:2], -1), aux
+        return y_NO.view(*x_BLD.shape[:2], self.shape.d_out), aux
 
     def without_aux(self, x_ND: Tensor) -> Tensor:
         """Return (N, O) of tokens that choose their experts, without the losses and statistics of the routing."""
@@ -160,7 +160,7 @@ class RoutedExperts(nn.Module):
         load_E = counts_E / max(1, expert_NK.numel())
         losses = self._z_loss(logits_NE)
         if shape.load_balance_weight:
-            balance = shape.n_experts * (load_E.to(probs_NE.dtype) * probs_NE.mean(dim=0)).sum()
+            balance = shape.n_experts * (load_E.to(probs_NE.dtype) * _mean(probs_NE, 0)).sum()
             losses["load_balance"] = shape.load_balance_weight * balance
         over_E = (counts_E - capacity).clamp(min=0) if capacity is not None else torch.zeros_like(counts_E)
         stats = {"load_E": load_E, "dropped": over_E.sum() / max(1, expert_NK.numel()), **_entropy(probs_NE)}
@@ -170,18 +170,24 @@ class RoutedExperts(nn.Module):
         shape = self.shape
         asked = None if self.training else shape.eval_capacity_factor
         capacity = shape.capacity(x_ND.shape[0], shape.capacity_factor if asked is None else asked)
-        gate_EC, token_EC = probs_NE.t().topk(capacity or x_ND.shape[0], dim=-1)
+        taken = x_ND.shape[0] if capacity is None else min(capacity, x_ND.shape[0])
+        gate_EC, token_EC = probs_NE.t().topk(taken, dim=-1)
         y_NO = expert_choice(x_ND, gate_EC, token_EC, self.experts.tensors(), impl=self.impl)
         seen_N = torch.zeros(x_ND.shape[0], device=x_ND.device).index_fill(0, token_EC.flatten(), 1.0)
         load_E = torch.full((shape.n_experts,), 1.0 / shape.n_experts, device=x_ND.device)
-        stats = {"load_E": load_E, "dropped": 1.0 - seen_N.mean(), **_entropy(probs_NE)}
+        stats = {"load_E": load_E, "dropped": 1.0 - _mean(seen_N, 0), **_entropy(probs_NE)}
         return y_NO, Aux(self._z_loss(logits_NE), stats)
 
     def _z_loss(self, logits_NE: Tensor) -> dict[str, Tensor]:
         if not self.shape.router_z_weight:
             return {}
-        return {"router_z": self.shape.router_z_weight * logits_NE.logsumexp(dim=-1).square().mean()}
+        return {"router_z": self.shape.router_z_weight * _mean(logits_NE.logsumexp(dim=-1).square(), 0)}
 
 
 def _entropy(probs_NE: Tensor) -> dict[str, Tensor]:
-    return {"router_entropy": torch.special.entr(probs_NE.detach()).sum(dim=-1).mean()}
+    return {"router_entropy": _mean(torch.special.entr(probs_NE.detach()).sum(dim=-1), 0)}
+
+
+def _mean(values: Tensor, dim: int) -> Tensor:
+    """Return the mean over a dimension, 0 where it is empty: a batch without rows adds nothing to a loss."""
+    return values.mean(dim=dim) if values.shape[dim] else values.sum(dim=dim)

@@ -1,0 +1,169 @@
+"""The contract of a block: a config that declares its cost, and a module whose state is explicit.
+
+A block of one's own imports everything from ``hybridnas.layers``. Shapes: B batch, L length (any, one included),
+D d_model.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hybridnas.config import FrozenConfig, option
+from hybridnas.cost import Cost
+from hybridnas.hardware import Impl
+
+S = TypeVar("S", bound="tuple[Tensor, ...]")
+# What a block carries from token to token: any tuple of tensors, plain or a NamedTuple, each with the batch first.
+# A block without a state has the empty tuple.
+State = tuple[Tensor, ...]
+
+
+class Aux(NamedTuple):
+    """Named extras of a forward pass: losses to add (already weighted), statistics to log (detached)."""
+
+    losses: Mapping[str, Tensor]
+    stats: Mapping[str, Tensor]
+
+
+NO_AUX = Aux({}, {})
+
+
+class BlockOutput(NamedTuple):
+    """What a block returns: output, next state (None when none was given), extras."""
+
+    y_BLD: Tensor
+    state: State | None
+    aux: Aux = NO_AUX
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Fields of a block's config under which the contract tests run it, and what is known to differ there."""
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    flop_fields: Mapping[str, Any] = field(default_factory=dict)  # laid over them where executed FLOPs are counted
+    without_gradient: tuple[str, ...] = ()  # parameters that cannot change the output under these fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig(FrozenConfig):
+    """Fields of a block; subclasses add theirs and declare their cost."""
+
+    block_name: ClassVar[str] = "block"  # set by register_block, for messages
+    widths: ClassVar[tuple[str, ...]] = ("d_expert", "d_ff", "d_inner")  # fields that size the block, where it has them
+
+    d_model: int = option(doc="width of the residual stream [channels]", ge=1)
+
+    @classmethod
+    def label(cls) -> str:
+        return cls.block_name
+
+    @property
+    def causal(self) -> bool:
+        """Whether output t depends on inputs up to t alone, so that the block can generate."""
+        return True
+
+    def cost(self, seq_len: int, dtype_bytes: int = 4) -> Cost:
+        """Return the block's cost at a sequence length, states that may be reduced in precision at ``dtype_bytes``."""
+        raise NotImplementedError
+
+    def kernel_flops(self) -> dict[str, float]:
+        """Return kernel -> FLOPs of one token, of ``cost``'s, for kernels that are no matrix products.
+
+        The keys are names of packages in ``hybridnas.kernels``. Such FLOPs are declared by a formula, since a kernel
+        may compute the same in another way (chunks of matrix products, for example).
+        """
+        return {}
+
+    def canonical(self) -> dict[str, Any]:
+        """Return the fields that define the function computed, defaults resolved: the block's part of a fingerprint."""
+        return self.to_dict()
+
+
+class Block(nn.Module, ABC):
+    """One residual sub-layer's inside: ``y = block(x)``, without the norm and the residual around it."""
+
+    Config: ClassVar[type[BlockConfig]]
+    letter: ClassVar[str]  # set by register_block
+    name: ClassVar[str]  # set by register_block
+    float32: ClassVar[tuple[str, ...]] = ()  # parameters never narrower than float32, whatever the model's dtype
+    no_decay: ClassVar[tuple[str, ...]] = ()  # matrices that weight decay leaves alone
+
+    def __init__(self, config: Any, *, impl: Impl = Impl.AUTO) -> None:
+        super().__init__()
+        self.config = config
+        self.impl = impl
+
+    @classmethod
+    def test_configs(cls) -> Sequence[Variant]:
+        """Return the configurations that the contract tests run; override it so that every code path is in one."""
+        return [Variant()]
+
+    @abstractmethod
+    def forward(self, x_BLD: Tensor, state: State | None = None) -> BlockOutput:
+        """Map (B, L, D) to (B, L, D). With a state, continue from it and return the next one; without, start fresh."""
+
+    @abstractmethod
+    def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        """Return the state of a sequence of which nothing has been read yet."""
+
+    def one_token(self, norm: nn.Module, state: State) -> Callable[[Tensor], Tensor] | None:
+        """Return a fast x (B, D) -> x + block(norm(x)) for decoding, or None where there is none but ``forward``.
+
+        It owns the state from now on and overwrites it, and may overwrite x. It may read the weights once, here.
+        Called without gradients, in evaluation.
+        """
+        return None
+
+    @abstractmethod
+    def reset_parameters(self, init_scale: float = 0.1) -> None:
+        """Draw fresh weights; ``init_scale`` is the s of truncated normal std sqrt(s / fan_in)."""
+
+    def implementations(self, device: torch.device) -> dict[str, str]:
+        """Return operation -> words on what computes it on a device, for ``describe``."""
+        return {}
+
+    def widen(self) -> None:
+        """Make the parameters named in ``float32`` that are narrower (bfloat16, float16) float32."""
+        self._apply(lambda tensor: tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
+        """Convert as torch does (``to``, ``bfloat16``, ``cuda`` ... all end here), but narrow no ``float32`` parameter.
+
+        Such a parameter goes to the device that ``fn`` puts it on; where ``fn`` would leave it narrower than float32
+        it is float32 there, without being rounded on the way.
+        """
+        named = [p for name, p in self.named_parameters() if name in self.float32]
+        kept = {id(tensor) for p in named for tensor in (p, p.grad) if tensor is not None}
+
+        def convert(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            if id(tensor) in kept and found.is_floating_point() and torch.finfo(found.dtype).bits < 32:
+                return tensor.to(found.device, torch.float32)
+            return found
+
+        super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def map_state(function: Callable[..., Tensor], first: S, *others: State) -> S:
+    """Return the state of ``function(tensor, *others' tensors)`` for each tensor of a state, of the same tuple class.
+
+    A state may be a plain tuple, of one tensor or of none too, or a NamedTuple.
+    """
+    tensors = [function(*parts) for parts in zip(first, *others, strict=True)]
+    kind = type(first)
+    return kind(*tensors) if hasattr(kind, "_fields") else kind(tensors)
+
+
+def truncated_normal_(weight: Tensor, fan_in: int, scale: float) -> None:
+    """Fill with N(0, scale / fan_in) cut at +-2 * scale, as the MoE-Mamba code does (not at 2 std)."""
+    with torch.no_grad():
+        nn.init.trunc_normal_(weight, mean=0.0, std=math.sqrt(scale / fan_in), a=-2 * scale, b=2 * scale)

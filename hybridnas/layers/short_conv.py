@@ -1,0 +1,37 @@
+"""A short causal convolution over time, each channel by itself, with SiLU; its state is its last inputs.
+
+Shapes: B batch, L length, C channels, K taps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hybridnas.hardware import Impl
+from hybridnas.kernels import causal_conv1d as kernel
+
+
+class ShortConvolution(nn.Conv1d):
+    """Depthwise causal convolution and SiLU, as in Mamba; parameters as those of torch's depthwise ``Conv1d``."""
+
+    def __init__(self, channels: int, taps: int, *, bias: bool, impl: Impl = Impl.AUTO) -> None:
+        super().__init__(channels, channels, taps, groups=channels, bias=bias)
+        self.impl = impl
+
+    def forward(self, x_BLC: Tensor, state_BKC: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        """Return (B, L, C), and with a state of the K - 1 inputs before x the one after it, else None."""
+        found = kernel.causal_conv1d(
+            x_BLC,
+            self.weight.squeeze(1),
+            self.bias,
+            activation="silu",
+            initial_state=None if state_BKC is None else state_BKC.to(x_BLC.dtype),
+            return_final_state=state_BKC is not None,
+            impl=self.impl,
+        )
+        return found if isinstance(found, tuple) else (found, None)
+
+    def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return zeros (B, K - 1, C): nothing has been read yet."""
+        return torch.zeros(batch_size, self.kernel_size[0] - 1, self.in_channels, device=device, dtype=dtype)
