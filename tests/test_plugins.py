@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 import hybridnas
-from hybridnas.blocks.base import Block, BlockConfig, BlockOutput
+from hybridnas.layers.block import Block, BlockConfig, BlockOutput
 from hybridnas.config import option
 from hybridnas.cost import Cost
 from hybridnas.data.task import Examples, Task, TaskConfig

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.match import match, solve
 from hybridnas.arch.presets import preset
-from hybridnas.blocks.base import Block, BlockConfig, BlockOutput
 from hybridnas.config import option
 from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError, MatchError
+from hybridnas.layers.block import Block, BlockConfig, BlockOutput
 from hybridnas.registry import BLOCKS, register_block
 
 BASELINES = ("transformer", "transformer_moe", "mamba", "mamba_mlp", "moe_mamba")
