@@ -39,7 +39,9 @@ class Budget(FrozenConfig):
     d_model: int = option(doc="width of the residual stream [channels]", ge=8)
     depth: int = option(doc="residual sub-layers [count]", ge=1)
     n_experts: int = option(8, "experts of the baselines that have some [count]", ge=1)
-    active_params: int | None = option(None, "target; none: those of moe_mamba at this size [count per token]", ge=1)
+    active_params: int | None = option(
+        None, "target; none: those of the space's reference at this size [count per token]", ge=1
+    )
     multiple: int = option(8, "sizes are multiples of this [channels]", ge=1)
     seq_len: int = option(256, "context [tokens]", ge=1)
     batch_size: int = option(16, "sequences per step [count]", ge=1)

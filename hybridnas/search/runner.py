@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridnas.analysis.ranking import winner
 from hybridnas.arch.arch import Arch
+from hybridnas.arch.presets import DEFAULT_REFERENCE
 from hybridnas.data import source_config
 from hybridnas.errors import MatchError, StudyError, TrainingError
 from hybridnas.hardware import describe_machine, pick_device
@@ -26,7 +27,6 @@ from hybridnas.study.folder import StudyFolder
 from hybridnas.study.objectives import eligible, score
 from hybridnas.study.records import (
     COMPLETE,
-    DEFAULT_REFERENCE,
     FAIL,
     INFEASIBLE,
     PRUNED,

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NoReturn
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.pattern import Pattern, parse
-from hybridnas.arch.presets import list_presets, preset, preset_arguments
+from hybridnas.arch.presets import DEFAULT_BASELINES, DEFAULT_REFERENCE, list_presets, preset, preset_arguments
 from hybridnas.config import FrozenConfig, option
 from hybridnas.errors import ConfigError, MatchError, PatternError, suggest
 from hybridnas.registry import BLOCKS
@@ -29,9 +29,6 @@ from hybridnas.search_spaces.choice import Choice, Chooser, read_choice
 from hybridnas.search_spaces.fit import fit, share_free
 from hybridnas.search_spaces.listing import space_file, space_settings
 from hybridnas.search_spaces.placement import PLACEMENTS, place
-
-REFERENCE = "moe_mamba"  # the default reference of a space, the only place that says so
-BASELINES = (REFERENCE, "mamba", "mamba_mlp", "transformer", "transformer_moe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +75,11 @@ class Space(FrozenConfig, ABC):
     name: str = option(doc="name of the space [text]")
     description: str = option("", "question that the space asks [text]")
     reference: str | None = option(
-        REFERENCE, "preset that candidates are sized like and compared with; none: budget.active_params [name]"
+        DEFAULT_REFERENCE, "preset that candidates are sized like and compared with; none: budget.active_params [name]"
     )
-    baselines: tuple[str, ...] = option(BASELINES, "presets trained first, at the same active parameters [names]")
+    baselines: tuple[str, ...] = option(
+        DEFAULT_BASELINES, "presets trained first, at the same active parameters [names]"
+    )
     match: bool = option(True, "whether candidates are matched to the target's active parameters [yes/no]")
     table: Mapping[str, Any] = option(
         {}, "results of all candidates, if known; read by the package tabular, opaque here [mapping]"

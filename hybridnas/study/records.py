@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hybridnas.arch.presets import DEFAULT_REFERENCE
 from hybridnas.errors import StudyError
 from hybridnas.files import write_text
 
@@ -91,9 +92,6 @@ class TrialRecord:
             if not isinstance(known.get(key), (int, float, type(None))):
                 raise StudyError(f"a trial's record needs a number for {key!r}, got {type(known[key]).__name__}")
         return cls(**known)
-
-
-DEFAULT_REFERENCE = "moe_mamba"  # the preset that a study compares with unless it names another, or none
 
 
 def reference_of(study: Mapping[str, Any]) -> str | None:

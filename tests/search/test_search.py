@@ -9,6 +9,7 @@ import math
 import pytest
 
 import hybridnas
+from hybridnas.arch.presets import DEFAULT_BASELINES as BASELINES
 from hybridnas.cli import search as cli
 from hybridnas.cli.compose import compose
 from hybridnas.errors import ConfigError, MatchError, StudyError, TrainingError
@@ -17,7 +18,6 @@ from hybridnas.search.config import Budget
 from hybridnas.search.pruning.promotion import Ladder
 from hybridnas.search.replay import replay
 from hybridnas.search.runner import Search
-from hybridnas.search_spaces.space import BASELINES
 from hybridnas.study import records
 from hybridnas.train.records import TrainResult
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import optuna
 import pytest
 
+from hybridnas.arch.presets import DEFAULT_BASELINES as BASELINES
 from hybridnas.cli import _guarded
 from hybridnas.errors import ConfigError
 from hybridnas.search.replay import replay
 from hybridnas.search.storage.leases import LEASES, FileLock, held
 from hybridnas.search.storage.postgres import database_url, open_database
-from hybridnas.search_spaces.space import BASELINES
 from hybridnas.study.records import load_records
 
 PASSWORD = "s3cr€t#word"

@@ -12,6 +12,7 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 
 from hybridnas.arch.arch import Arch
+from hybridnas.arch.presets import DEFAULT_BASELINES
 from hybridnas.errors import ConfigError, MatchError, PatternError
 from hybridnas.search_spaces.choice import Options
 from hybridnas.search_spaces.enumerate import every_choice
@@ -19,7 +20,6 @@ from hybridnas.search_spaces.fit import TOLERANCE, fit, share_free
 from hybridnas.search_spaces.listing import list_spaces
 from hybridnas.search_spaces.placement import PLACEMENTS, place
 from hybridnas.search_spaces.space import (
-    BASELINES,
     SHAPES,
     CandidateSpace,
     LetterSpace,
@@ -87,7 +87,7 @@ def test_the_same_draws_give_the_same_architecture():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_five_baselines_meet_one_target(name):
     drawn = load_space(name)
-    assert drawn.baselines == BASELINES == ("moe_mamba", "mamba", "mamba_mlp", "transformer", "transformer_moe")
+    assert drawn.baselines == DEFAULT_BASELINES == ("moe_mamba", "mamba", "mamba_mlp", "transformer", "transformer_moe")
     target = drawn.target(SCALE)
     for preset in drawn.baselines:
         got = drawn.baseline(preset, SCALE).cost().active_params

@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # names of presets are listed without torch
     from hybridnas.arch.arch import Arch
 
 GPT2_VOCAB = 50257
+DEFAULT_REFERENCE = "moe_mamba"  # the preset that a study compares with unless its space names another, or none
+DEFAULT_BASELINES = (DEFAULT_REFERENCE, "mamba", "mamba_mlp", "transformer", "transformer_moe")
 
 
 @dataclass(frozen=True, kw_only=True)
