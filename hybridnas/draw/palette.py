@@ -20,7 +20,11 @@ def color(letter: str) -> str:
     return _COLORS.get(letter, _MORE_COLORS[ord(letter) % len(_MORE_COLORS)])
 
 
-def tint(tone: str) -> str:
-    """Return a light wash of a color, for the ground under dark text."""
-    parts = (int(tone[i : i + 2], 16) for i in (1, 3, 5))
-    return "#" + "".join(f"{round(255 - (255 - part) * 0.12):02X}" for part in parts)
+def tint(tone: str, ground: str = "#FFFFFF", share: float = 0.12) -> str:
+    """Return a light wash of a color over a ground, for the ground under text."""
+    mixed = (round(g + (t - g) * share) for t, g in zip(_channels(tone), _channels(ground), strict=True))
+    return "#" + "".join(f"{part:02X}" for part in mixed)
+
+
+def _channels(tone: str) -> tuple[int, ...]:
+    return tuple(int(tone[i : i + 2], 16) for i in (1, 3, 5))

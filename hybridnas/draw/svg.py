@@ -27,8 +27,10 @@ from hybridnas.units import human
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_NAME = "architecture"  # of the drawing's group in an SVG
 FORMATS = ("svg", "png", "pdf")
-_SOFT, _LINE, _PAPER = "#5F6C7B", "#9AA5B1", "#F5F7FA"
+_SOFT, _LINE, _PAPER, _EMPTY = "#5F6C7B", "#9AA5B1", "#F5F7FA", "#FEFEFE"
+_DARK = {INK: "#E9E9EA", _SOFT: "#A7AFB9", _LINE: "#6B7683", _PAPER: "#24272C", _EMPTY: "#1E2024"}
 _CARD, _ROW, _INNER_ROW, _SLIM, _GAP = 3.7, 0.52, 0.58, 0.34, 0.16
 _LEFT, _LANE, _TALLEST = 0.62, 0.34, 10.5
 _CONTEXT: Any = {
@@ -43,6 +45,7 @@ _CONTEXT: Any = {
 def draw_svg(arch: Arch, path: str | Path) -> Path:
     """Draw an architecture to a file: ``.svg``, ``.png`` or ``.pdf`` by its suffix; returns the path.
 
+    An SVG has a transparent ground and follows the reader's light or dark scheme; the others are on white.
     Raises ConfigError for another suffix. The same architecture gives the same SVG, byte for byte.
     """
     path = Path(path)
@@ -66,8 +69,22 @@ def _render(arch: Arch, kind: str) -> bytes:
     undated = {"svg": {"Date": None, "Title": str(arch.pattern)}, "pdf": {"CreationDate": None}, "png": {}}[kind]
     buffer = io.BytesIO()
     with matplotlib.rc_context(_CONTEXT):
-        _Page(arch).figure().savefig(buffer, format=kind, dpi=144, metadata=undated)
-    return buffer.getvalue()
+        figure = _Page(arch).figure()
+        figure.set_facecolor("none" if kind == "svg" else "white")
+        figure.savefig(buffer, format=kind, dpi=144, metadata=undated)
+    return _with_dark_colors(buffer.getvalue(), arch) if kind == "svg" else buffer.getvalue()
+
+
+def _with_dark_colors(svg: bytes, arch: Arch) -> bytes:
+    """Add a style sheet that recolors the drawing where the reader's scheme is dark; other viewers ignore it."""
+    washes = {tint(color(slot.letter)): tint(color(slot.letter), _DARK[_EMPTY], 0.3) for slot in arch.pattern.slots}
+    rules = "".join(
+        f'#{_NAME} [style*="{part}: {light.lower()}"]{{{part}:{dark}!important}}'
+        for light, dark in sorted({**_DARK, **washes}.items())
+        for part in ("fill", "stroke")
+    )
+    sheet = f"@media screen and (prefers-color-scheme: dark){{{rules}}}</style>"
+    return svg.replace(b"</style>", sheet.encode(), 1)
 
 
 @dataclass(frozen=True)
@@ -130,7 +147,8 @@ class _Page:
     def figure(self) -> Figure:
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(self.width, self.height), facecolor="white")
+        figure = Figure(figsize=(self.width, self.height))
+        figure.set_gid(_NAME)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_xlim(0, self.width)
         axes.set_ylim(self.height, 0)
@@ -213,7 +231,7 @@ class _Page:
         if len(row.branches) == 1:
             self._card(row.branches[0][0], card, top, _CARD, row.height)
             return
-        self._box(card, top, _CARD, row.height, "white", _LINE, dashed=True)
+        self._box(card, top, _CARD, row.height, _EMPTY, _LINE, dashed=True)
         width = (_CARD - 0.2 - 0.16 * (len(row.branches) - 1)) / len(row.branches)
         for place, branch in enumerate(row.branches):
             x = card + 0.1 + place * (width + 0.16)
@@ -333,7 +351,7 @@ class _Page:
         from matplotlib.lines import Line2D
         from matplotlib.patches import Circle
 
-        self._add(Circle((x, y), 0.075, facecolor="white", edgecolor=_LINE, linewidth=1.3, zorder=3))
+        self._add(Circle((x, y), 0.075, facecolor=_EMPTY, edgecolor=_LINE, linewidth=1.3, zorder=3))
         if sign:
             for dx, dy in ((0.042, 0.0), (0.0, 0.042)):
                 self._add(Line2D([x - dx, x + dx], [y - dy, y + dy], color=_SOFT, linewidth=1.1, zorder=4))

@@ -4,6 +4,7 @@ import pytest
 
 from hybridnas.arch.arch import Arch
 from hybridnas.draw.mermaid import mermaid
+from hybridnas.draw.palette import INK, color, tint
 from hybridnas.draw.svg import draw_svg, svg_text
 from hybridnas.errors import ConfigError
 
@@ -56,3 +57,30 @@ def test_mermaid_draws_motif_branches_and_shared_modules():
     assert "  n16_sum --> n17_0_0" in lines
     assert "  n19_0_0 --> head" in lines
     assert text.count(":::E") == 2
+
+
+def test_an_svg_is_transparent_and_has_colors_for_a_dark_scheme():
+    svg = svg_text(small("M[M,E]A"))
+    dark = svg.split("@media screen and (prefers-color-scheme: dark)")[1]
+    assert 'id="architecture"' in dark
+    assert 'style="fill: #ffffff"' not in svg  # no ground; badges alone have white letters
+    for letter in "MEA":
+        assert f'fill: {tint(color(letter)).lower()}"]{{fill:{tint(color(letter), "#1E2024", 0.3)}!important}}' in dark
+
+
+@pytest.mark.parametrize("letter", "MAFENSGKLCRWDHYUXZ")
+def test_text_on_a_letters_wash_is_readable_in_both_schemes(letter):
+    assert contrast(INK, tint(color(letter))) > 7
+    assert contrast("#E9E9EA", tint(color(letter), "#1E2024", 0.3)) > 7
+
+
+def contrast(one, other):
+    """Return the contrast ratio of WCAG 2.1 between two colors, 1 to 21."""
+
+    def luminance(tone):
+        parts = [int(tone[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
