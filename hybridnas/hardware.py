@@ -1,4 +1,4 @@
-"""Which device and which implementation run: decided once, said in words."""
+"""Implementations, devices, and a description of this machine."""
 
 from __future__ import annotations
 
@@ -7,40 +7,34 @@ import platform
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from hybridnas.errors import ConfigError, KernelUnavailableError
+from hybridnas.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
 
 class Impl(str, Enum):
-    """Who computes an operation. ``auto`` decides by device at build; any other runs or raises."""
+    """Which implementation computes an operation.
+
+    ``auto`` chooses at every call by device, dtype, sizes and what is installed. Any other one runs, or raises
+    KernelUnavailableError where it cannot: nothing falls back to another implementation silently.
+    """
 
     AUTO = "auto"
-    REFERENCE = "reference"  # the plain recurrence: the specification, slow
-    CPU = "cpu"  # the fast path on a processor
-    TRITON = "triton"  # the fast path on a CUDA device
+    REFERENCE = "reference"  # the specification in plain torch, step by step: slow, on any device
+    TORCH = "torch"  # vectorized torch operations, on any device
+    NATIVE = "native"  # compiled C, on a CPU
+    TRITON = "triton"  # Triton kernels, on a CUDA device
 
     @classmethod
     def of(cls, value: str | Impl) -> Impl:
-        """Return the member for a name, or raise ConfigError that lists them."""
+        """Return the member of this name, or raise ConfigError that lists them."""
         try:
             return cls(value)
         except ValueError:
-            raise ConfigError(f"impl={value!r} must be one of {', '.join(m.value for m in cls)}") from None
-
-
-def resolve_impl(impl: str | Impl, device: torch.device, operation: str) -> Impl:
-    """Return the implementation that runs ``operation`` on ``device``; a requested one is kept or refused."""
-    wanted = Impl.of(impl)
-    if wanted is Impl.AUTO:
-        return Impl.TRITON if device.type == "cuda" else Impl.CPU
-    if wanted is Impl.TRITON and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        import torch
-
-        here = f"this tensor is on {device.type!r}" if torch.cuda.is_available() else "this machine has none"
-        raise KernelUnavailableError(f"{operation} impl='triton' needs a CUDA device, {here}; use impl='cpu'")
-    return wanted
+            names = [member.value for member in cls]
+            message = f"impl={value!r} must be one of {', '.join(names)}"
+            raise ConfigError(message, field="impl", got=value, allowed=names) from None
 
 
 def pick_device(wanted: str = "auto") -> torch.device:

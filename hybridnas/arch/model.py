@@ -59,7 +59,8 @@ class HybridLM(nn.Module):
     """A causal language model built from an architecture's layers; ``device='meta'`` builds it without memory.
 
     Weights are drawn from ``seed`` alone, on ``device``: None leaves that to torch (its default device, or an
-    enclosing ``with torch.device(...)``). ``impl`` is handed to every block, norm and loss: ``auto`` chooses by call.
+    enclosing ``with torch.device(...)``). ``impl`` is handed to every operation that has such a form; the others, and
+    all under ``auto``, choose at every call.
 
     The embedding is drawn with std ``sqrt(init_scale)``, as in the MoE-Mamba code, and the head with
     ``sqrt(init_scale / d_model)``. A tied matrix is drawn as a head is, so that the first logits are small at every
@@ -212,9 +213,10 @@ class HybridLM(nn.Module):
         """
         where = torch.device(device) if device is not None else self.embedding.weight.device
         found = {block.name: block.implementations(where) for block in self.blocks()}
-        named = self.impl is not Impl.AUTO
-        norm = f"impl={self.impl.value}" if named else norm_kernel.describe(where)
-        loss = f"impl={self.impl.value}" if named else loss_kernel.describe(where)
+        norm, loss = (
+            kernel.OPERATION.describe(where, impl=kernel.OPERATION.nearest(self.impl))
+            for kernel in (norm_kernel, loss_kernel)
+        )
         return {**found, "norm": {self.arch.model.norm: norm}, "loss": {"cross_entropy": loss}}
 
     def save_pretrained(self, folder: str | Path, **settings: Any) -> Path:
@@ -251,7 +253,9 @@ class HybridLM(nn.Module):
                 got=tuple(labels.shape),
                 allowed=tuple(logits_BLV.shape[:2]),
             )
-        return loss_kernel.cross_entropy(logits_BLV[:, :-1], labels[:, 1:], impl=self.impl)
+        return loss_kernel.cross_entropy(
+            logits_BLV[:, :-1], labels[:, 1:], impl=loss_kernel.OPERATION.nearest(self.impl)
+        )
 
     def _embedded(self, ids_BL: Tensor) -> Tensor:
         self._check_ids(ids_BL)

@@ -22,7 +22,7 @@ from hybridnas.kernels import causal_conv1d as conv_kernel
 from hybridnas.kernels import mamba_step as step_kernel
 from hybridnas.kernels import moe_dispatch as moe_kernel
 from hybridnas.kernels import selective_scan as scan_kernel
-from hybridnas.kernels.mamba_step import cpu as native_step
+from hybridnas.kernels.mamba_step import native as native_step
 from hybridnas.kernels.mamba_step.reference import Norm, Weights
 from hybridnas.layers.block import NO_AUX, Aux, Block, BlockConfig, BlockOutput, State, Variant
 from hybridnas.layers.experts import RoutedExperts, RoutedShape
@@ -253,7 +253,7 @@ class Mamba(Block):
         plain = all(type(part) in known and not has_hooks(part) for part in parts)
         if not plain or self.in_proj is None or self.out_proj is None or self.config.inner:
             return None
-        if type(self).forward is not Mamba.forward or (self.impl is not Impl.AUTO and self.impl is not Impl.CPU):
+        if type(self).forward is not Mamba.forward or (self.impl is not Impl.AUTO and self.impl is not Impl.NATIVE):
             return None
         return Weights(
             self.in_proj.weight,
@@ -288,12 +288,9 @@ class Mamba(Block):
             cast(RoutedExperts, routed).reset_parameters(init_scale)
 
     def implementations(self, device: torch.device) -> dict[str, str]:
-        words = {"selective_scan": scan_kernel.describe(device), "causal_conv1d": conv_kernel.describe(device)}
-        if self.config.inner:
-            words["moe_dispatch"] = moe_kernel.describe(device)
-        else:
-            words["mamba_step"] = step_kernel.describe(device)
-        return dict.fromkeys(words, "reference: step by step") if self.impl is Impl.REFERENCE else words
+        last = moe_kernel.OPERATION if self.config.inner else step_kernel.OPERATION
+        operations = (scan_kernel.OPERATION, conv_kernel.OPERATION, last)
+        return {op.name: op.describe(device, impl=op.nearest(self.impl)) for op in operations}
 
     def _project_in(self, x_BLD: Tensor, auxes: dict[str, Aux]) -> tuple[Tensor, Tensor]:
         found = dict(zip(self._halves, self._halved(x_BLD), strict=True))
@@ -331,7 +328,17 @@ class Mamba(Block):
         if before is not None and u_BLI.shape[1] == 1:
             u_BI, delta_BI, B_BN, C_BN, z_BI = (part[:, 0] for part in (u_BLI, delta_BLI, B_BLN, C_BLN, z_BLI))
             y_BI, ssm_BIN = scan_kernel.selective_state_update(
-                before.ssm_BIN, u_BI, delta_BI, A_IN, B_BN, C_BN, D_I, z_BI, delta_bias=bias_I, delta_softplus=True
+                before.ssm_BIN,
+                u_BI,
+                delta_BI,
+                A_IN,
+                B_BN,
+                C_BN,
+                D_I,
+                z_BI,
+                delta_bias=bias_I,
+                delta_softplus=True,
+                impl=self.impl,
             )
             return y_BI[:, None], ssm_BIN
         scanned = scan_kernel.selective_scan(

@@ -175,7 +175,7 @@ class Mamba2(Block):
             dt_softplus=True,
             initial_state=None if before is None else before.ssm_BHPN,
             return_final_state=before is not None,
-            impl=self.impl,
+            impl=ssd_kernel.OPERATION.nearest(self.impl),
         )
         y_BLHP, ssm_BHPN = scanned if isinstance(scanned, tuple) else (scanned, None)
         return y_BLHP.flatten(-2), ssm_BHPN
@@ -202,8 +202,8 @@ class Mamba2(Block):
             self.dt_bias.copy_(dt_H + torch.log(-torch.expm1(-dt_H)))  # the inverse of softplus
 
     def implementations(self, device: torch.device) -> dict[str, str]:
-        words = {"ssd": ssd_kernel.describe(device), "causal_conv1d": conv_kernel.describe(device)}
-        return dict.fromkeys(words, "reference: step by step") if self.impl is Impl.REFERENCE else words
+        operations = (ssd_kernel.OPERATION, conv_kernel.OPERATION)
+        return {op.name: op.describe(device, impl=op.nearest(self.impl)) for op in operations}
 
 
 def _largest_divisor(number: int, limit: int) -> int:

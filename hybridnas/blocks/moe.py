@@ -174,9 +174,8 @@ class Moe(Block):
             self.shared.reset_parameters(init_scale)
 
     def implementations(self, device: torch.device) -> dict[str, str]:
-        if self.impl is Impl.REFERENCE:
-            return {"moe_dispatch": "reference: a Python loop over tokens"}
-        return {"moe_dispatch": moe_kernel.describe(device)}
+        op = moe_kernel.OPERATION
+        return {op.name: op.describe(device, impl=op.nearest(self.impl))}
 
     def _refuse_generation(self) -> None:
         if not self.config.causal:

@@ -67,7 +67,7 @@ def empty_result(shape: tuple[int, ...], *inputs: Tensor | None) -> Tensor:
     if math.prod(shape):
         raise ValueError(f"a result of shape {shape} is not empty")
     given = [t for t in inputs if t is not None]
-    return given[0].new_empty(shape) + sum(t.sum() for t in given).to(given[0].dtype)
+    return given[0].new_empty(shape) + torch.stack([t.sum().to(given[0].dtype) for t in given]).sum()
 
 
 def state_dtype(*tensors: Tensor | None) -> torch.dtype:

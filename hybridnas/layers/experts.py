@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hybridnas.cost import Cost
 from hybridnas.hardware import Impl
-from hybridnas.kernels.moe_dispatch import Experts, expert_choice, token_choice
+from hybridnas.kernels.moe_dispatch import OPERATION, Experts, expert_choice, token_choice
 from hybridnas.layers.block import Aux, truncated_normal_
 
 
@@ -115,7 +115,7 @@ class RoutedExperts(nn.Module):
     def __init__(self, shape: RoutedShape, *, impl: Impl = Impl.AUTO) -> None:
         super().__init__()
         self.shape = shape
-        self.impl = impl
+        self.impl = OPERATION.nearest(impl)
         self.router = nn.Linear(shape.d_in, shape.n_experts, bias=False)
         self.experts = ExpertWeights(shape)
 

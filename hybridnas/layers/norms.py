@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridnas.hardware import Impl
-from hybridnas.kernels.rmsnorm import layer_norm, rms_norm
+from hybridnas.kernels.rmsnorm import OPERATION, layer_norm, rms_norm
 from hybridnas.layers.mode import has_hooks
 
 
@@ -21,7 +21,7 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, width: int, eps: float = 1e-5, *, impl: Impl = Impl.AUTO) -> None:
         super().__init__(width, eps=eps)
-        self.impl = impl
+        self.impl = OPERATION.nearest(impl)
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps or 0.0, impl=self.impl)
@@ -32,7 +32,7 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, width: int, eps: float = 1e-5, *, impl: Impl = Impl.AUTO) -> None:
         super().__init__(width, eps=eps)
-        self.impl = impl
+        self.impl = OPERATION.nearest(impl)
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps, impl=self.impl)

@@ -13,13 +13,13 @@ from hybridnas.arch.model import HybridLM
 from hybridnas.blocks import mamba
 from hybridnas.blocks.mamba import Mamba
 from hybridnas.hardware import Impl
-from hybridnas.kernels.mamba_step import cpu
+from hybridnas.kernels.mamba_step import native
 from hybridnas.layers.block import map_state
 from hybridnas.layers.norms import NORMS
 from hybridnas.registry import BLOCKS
 
 V = 29
-needs_compiler = pytest.mark.skipif(not cpu.available(), reason="no C compiler")
+needs_compiler = pytest.mark.skipif(not native.available(), reason="no C compiler")
 EVERY = "M[M,E]A@sFA@sNE"
 
 
@@ -228,7 +228,7 @@ def test_a_new_decoder_decodes_a_changed_model_as_changed(change):
 def test_without_the_kernel_the_tokens_are_the_same(monkeypatch):
     model = model_of("Mx2")
     expected = model.generate(prompt(), 12, temperature=0)
-    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(native, "available", lambda: False)
     assert torch.equal(model_of("Mx2").generate(prompt(), 12, temperature=0), expected)
 
 

@@ -269,7 +269,7 @@ def test_a_form_with_a_wrong_result_is_not_timed():
 
 def test_the_gpu_suite_checks_and_times_every_kernel_on_any_device():
     result = Result("gpu")
-    gpu.measure_on(BenchConfig(tiny=True), result, torch.device("cpu"), "cpu", None)
+    gpu.measure_on(BenchConfig(tiny=True), result, torch.device("cpu"), "auto", None)
     timed = {(t.case, t.name) for t in result.timed if t.spread is not None}
     for kind in ("fwd", "fwd+bwd"):
         assert (f"scan (1, 16, 16, 4) float32 {kind}", gpu.OURS) in timed

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hybridnas.kernels._build import build
-from hybridnas.kernels.causal_conv1d.cpu import SOURCE
+from hybridnas.kernels.causal_conv1d.native import SOURCE
 
 compiler = shutil.which(os.environ.get("CC", "cc"))
 needs_compiler = pytest.mark.skipif(compiler is None, reason="no C compiler")
@@ -99,7 +99,7 @@ def test_a_cache_that_cannot_be_written_still_runs_in_c(monkeypatch, tmp_path):
 @needs_compiler
 def test_several_processes_may_compile_at_once(cache):
     code = (
-        "from hybridnas.kernels._build import build; from hybridnas.kernels.causal_conv1d.cpu import SOURCE; "
+        "from hybridnas.kernels._build import build; from hybridnas.kernels.causal_conv1d.native import SOURCE; "
         "import sys; sys.exit(build(SOURCE).handle is None)"
     )
     workers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
@@ -121,7 +121,10 @@ def test_without_a_compiler_the_operations_run_in_torch_and_say_so(tmp_path):
     environment = dict(os.environ, CC=str(tmp_path / "nothing"), HYBRIDNAS_CACHE=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100)
     reason = f"no C compiler found (tried {tmp_path / 'nothing'}); install gcc or clang to run faster"
-    assert done.stdout.splitlines() == [f"torch, chunked: {reason}", f"torch, F.conv1d: {reason}"], done.stderr
+    assert done.stdout.splitlines() == [
+        f"torch: chunk by chunk (native is not compiled: {reason})",
+        f"torch: F.conv1d (native is not compiled: {reason})",
+    ], done.stderr
     assert done.stderr.count("runs in plain torch, slower") == 2
 
 

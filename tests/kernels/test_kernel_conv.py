@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -9,12 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hybridnas.errors import KernelInputError, KernelUnavailableError
-from hybridnas.kernels.causal_conv1d import _conv_torch, causal_conv1d, cpu, describe
-from hybridnas.kernels.causal_conv1d.reference import conv_reference
+from hybridnas.kernels.causal_conv1d import causal_conv1d, describe, native
 
-PATHS = {"torch": _conv_torch, "c": cpu.conv_c}
+PATHS = {impl: partial(causal_conv1d, impl=impl, return_final_state=True) for impl in ("reference", "torch", "native")}
+conv_reference = PATHS["reference"]
 needs_c = pytest.mark.skipif(not shutil.which(os.environ.get("CC", "cc")), reason="no C compiler")
-FAST = [pytest.param("torch"), pytest.param("c", marks=needs_c)]
+FAST = [pytest.param("torch"), pytest.param("native", marks=needs_c)]
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +64,7 @@ def test_outputs_and_gradients_agree_with_the_float64_form(
 ):
     shape, options = (batch, length, channels, taps), {"initial": initial, "strided": strided, "seed": seed}
     ids = None
-    if documents and path == "c":
+    if documents:
         ids = torch.randint(0, 5, (batch, length), generator=torch.Generator().manual_seed(seed)).sort(1).values
     true = run(conv_reference, inputs(*shape, **options), activation, ids)
     got = run(PATHS[path], inputs(*shape, **options, dtype=torch.float32), activation, ids)
@@ -101,7 +102,7 @@ def test_pieces_through_the_state_are_the_whole(length):
     assert torch.equal(state, final)
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("impl", ["reference", "torch", pytest.param("native", marks=needs_c)])
 def test_packed_documents_are_the_documents_alone(impl):
     values = {n: v.detach() for n, v in inputs(1, 30, 5, 4, initial=False, dtype=torch.float32).items()}
     ids = torch.tensor([[1] * 12 + [7] * 2 + [1] * 16])
@@ -125,7 +126,7 @@ def test_the_same_bits_for_any_number_of_threads():
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            results.append(run(cpu.conv_c, inputs(3, 100, 300, 4, dtype=torch.float32), "silu", None))
+            results.append(run(PATHS["native"], inputs(3, 100, 300, 4, dtype=torch.float32), "silu", None))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
@@ -156,7 +157,9 @@ def test_a_wrong_argument_is_named_with_what_was_expected_and_got(changes, words
         causal_conv1d(**({"x": torch.zeros(1, 3, 2), "weight": torch.zeros(2, 4)} | changes))
 
 
+@needs_c
 def test_a_requested_implementation_runs_or_raises():
-    with pytest.raises(KernelUnavailableError, match="causal_conv1d impl='triton' needs a CUDA device"):
-        causal_conv1d(torch.zeros(1, 3, 2), torch.zeros(2, 4), impl="triton")
-    assert describe("cpu").startswith("C, compiled by" if cpu.available() else "torch, F.conv1d: ")
+    with pytest.raises(KernelUnavailableError) as refused:
+        causal_conv1d(torch.zeros(1, 3, 2), torch.zeros(2, 17), impl="native")
+    assert refused.value.field == "impl" and "at most 16 taps K, got 17" in str(refused.value)
+    assert describe("cpu").startswith("native: C, compiled by" if native.available() else "torch: F.conv1d")

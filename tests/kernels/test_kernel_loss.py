@@ -1,8 +1,6 @@
 """Cross-entropy, with and without the head, against its float64 specification: values, gradients, masks, dtypes."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridnas.errors import ConfigError, KernelInputError, KernelUnavailableError
-from hybridnas.kernels.cross_entropy import cross_entropy, describe, linear, linear_cross_entropy, token_scores
+from hybridnas.kernels.cross_entropy import cross_entropy, describe, eager, linear_cross_entropy, token_scores
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by the test that starts Triton's interpreter")
 OPS = torch.ops.hybridnas
 
 
@@ -28,8 +25,8 @@ def _unwritten_memory_is_nan():
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Several chunks, the last one shorter, at sizes that a test can afford."""
-    monkeypatch.setattr(linear, "_FUSED_ROWS", 5)
-    monkeypatch.setattr(linear, "_FUSED_BYTES", 0)
+    monkeypatch.setattr(eager, "_FUSED_ROWS", 5)
+    monkeypatch.setattr(eager, "_FUSED_BYTES", 0)
 
 
 def make(tokens, features, vocabulary, *, ignored=0.3, seed=0, dtype=torch.float64):
@@ -86,7 +83,7 @@ def logits_by(impl):
 
 
 PATHS = {f"{name} {impl}": by(impl) for name, by in (("head", linear_by), ("logits", logits_by))
-         for impl in ("reference", "cpu", "auto")}  # fmt: skip
+         for impl in ("reference", "torch", "auto")}  # fmt: skip
 cases = st.tuples(
     st.sampled_from([0, 1, 2, 5, 13, 31]),
     st.sampled_from([1, 3, 8]),
@@ -114,7 +111,7 @@ def test_torch_agrees_with_the_specification():
     )
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu", "auto"])
+@pytest.mark.parametrize("impl", ["reference", "torch", "auto"])
 def test_nothing_counted_costs_nothing(impl):
     x, weight, targets = make(6, 4, 9, ignored=1.0)
     loss = linear_cross_entropy(x, weight, targets, impl=impl)
@@ -122,7 +119,7 @@ def test_nothing_counted_costs_nothing(impl):
     assert loss.item() == 0 and x.grad.abs().sum() == 0 and weight.grad.abs().sum() == 0
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu", "auto"])
+@pytest.mark.parametrize("impl", ["reference", "torch", "auto"])
 def test_a_mask_is_the_same_as_ignored_targets_and_leading_dimensions_are_kept(impl):
     x, weight, targets = make(12, 4, 9, ignored=0.0)
     mask = torch.arange(12).view(3, 4) % 3 != 0
@@ -140,17 +137,17 @@ def test_only_what_is_asked_for_is_differentiated(small_chunks):
     x, weight, targets = make(23, 4, 9)
     true, x64, weight64 = spelled_out(x, weight, targets)
     dx, dweight = torch.autograd.grad(true, (x64, weight64))
-    only_x = linear_cross_entropy(x, weight.detach(), targets, impl="cpu")
-    only_weight = linear_cross_entropy(x.detach(), weight, targets, impl="cpu")
+    only_x = linear_cross_entropy(x, weight.detach(), targets, impl="torch")
+    only_weight = linear_cross_entropy(x.detach(), weight, targets, impl="torch")
     assert_close(torch.autograd.grad(only_x, x)[0], dx, 1e-12)
     assert_close(torch.autograd.grad(only_weight, weight)[0], dweight, 1e-12)
     with torch.no_grad():
-        assert not linear_cross_entropy(x, weight, targets, impl="cpu").requires_grad
+        assert not linear_cross_entropy(x, weight, targets, impl="torch").requires_grad
 
 
 def test_a_graph_that_is_kept_gives_the_same_gradient_twice():
     x, weight, targets = make(9, 4, 9)
-    loss = 3 * linear_cross_entropy(x, weight, targets, impl="cpu")
+    loss = 3 * linear_cross_entropy(x, weight, targets, impl="torch")
     first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
     second = torch.autograd.grad(loss, (x, weight))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -159,12 +156,12 @@ def test_a_graph_that_is_kept_gives_the_same_gradient_twice():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradients_pass_gradcheck(small_chunks, reduction):
     x, weight, targets = make(7, 3, 4)
-    assert torch.autograd.gradcheck(lambda *xw: linear_by("cpu")(*xw, targets, reduction=reduction), (x, weight))
+    assert torch.autograd.gradcheck(lambda *xw: linear_by("torch")(*xw, targets, reduction=reduction), (x, weight))
     logits = (x @ weight.T).detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda v: cross_entropy(v, targets, reduction=reduction, impl="cpu"), (logits,))
+    assert torch.autograd.gradcheck(lambda v: cross_entropy(v, targets, reduction=reduction, impl="torch"), (logits,))
 
 
-@pytest.mark.parametrize("impl", ["cpu", "auto"])
+@pytest.mark.parametrize("impl", ["torch", "auto"])
 def test_extreme_logits_stay_finite_and_right(impl):
     x = torch.tensor([[1000.0], [-1000.0], [0.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.5]])
@@ -176,12 +173,12 @@ def test_extreme_logits_stay_finite_and_right(impl):
 
 def test_tokens_of_no_probability_are_allowed_and_a_wrong_number_is_not_hidden():
     logits = torch.tensor([[0.0, float("-inf")], [float("nan"), 0.0]])
-    for impl in ("reference", "cpu", "auto"):
+    for impl in ("reference", "torch", "auto"):
         loss = cross_entropy(logits, torch.tensor([0, 0]), reduction="none", impl=impl)
         assert loss[0] == 0 and loss[1].isnan()
 
 
-@pytest.mark.parametrize("path", ["head cpu", "head auto", "logits cpu"])
+@pytest.mark.parametrize("path", ["head torch", "head auto", "logits torch"])
 def test_bfloat16_is_as_right_as_its_inputs(path, small_chunks):
     x, weight, targets = make(40, 8, 30, dtype=torch.bfloat16)
     # the float64 form of the same rounded inputs; an eighth bit of rounding is 2^-9, a few of them meet in a sum
@@ -192,7 +189,7 @@ def test_bfloat16_is_as_right_as_its_inputs(path, small_chunks):
 def test_under_autocast_masters_stay_float32_and_so_does_the_loss():
     x, weight, targets = make(40, 8, 30, dtype=torch.float32)
     true, *_ = spelled_out(x.bfloat16(), weight.bfloat16(), targets)
-    for impl in ("cpu", "auto"):
+    for impl in ("torch", "auto"):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = linear_cross_entropy(x, weight, targets, impl=impl)
         dx, dweight = torch.autograd.grad(loss, (x, weight))
@@ -229,8 +226,8 @@ def test_both_compile_in_one_graph_and_export():
     x, weight, targets = make(13, 4, 9, dtype=torch.float32)
 
     def both(x, weight):
-        head = linear_cross_entropy(x, weight, targets, mask=targets > 2, impl="cpu")
-        return head + on_logits(x, weight, targets, impl="cpu") + linear_cross_entropy(x, weight, targets)
+        head = linear_cross_entropy(x, weight, targets, mask=targets > 2, impl="torch")
+        return head + on_logits(x, weight, targets, impl="torch") + linear_cross_entropy(x, weight, targets)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     for mine, theirs in zip(
@@ -250,10 +247,10 @@ def test_both_compile_in_one_graph_and_export():
 
 def test_auto_is_torchs_own_calls_for_one_chunk_and_chunks_beyond(monkeypatch):
     x, weight, targets = make(300, 4, 9, ignored=0.0, dtype=torch.float32)
-    assert linear.chunk_rows(256) == 8192 and linear.chunk_rows(4096) == 512 and linear.chunk_rows(50257) == 128
+    assert eager.chunk_rows(256) == 8192 and eager.chunk_rows(4096) == 512 and eager.chunk_rows(50257) == 128
     assert "linear_cross_entropy" not in graph_names(linear_cross_entropy(x, weight, targets))
     assert "linear_cross_entropy" in graph_names(linear_cross_entropy(x, weight, targets, mask=targets > 3))
-    monkeypatch.setattr(linear, "_FUSED_BYTES", 0)
+    monkeypatch.setattr(eager, "_FUSED_BYTES", 0)
     assert "linear_cross_entropy" in graph_names(linear_cross_entropy(x, weight, targets))
 
 
@@ -283,7 +280,7 @@ def test_bad_input_is_told_in_words():
     ):
         with pytest.raises(KernelInputError, match="linear_cross_entropy " + words):
             linear_cross_entropy(**({"x": x, "weight": weight, "targets": targets} | wrong))
-    for impl in ("cpu", "auto"):
+    for impl in ("torch", "auto"):
         with pytest.raises(KernelInputError, match=r"targets must be in 0\.\.4 or ignore_index=-100, got 5"):
             linear_cross_entropy(x, weight, torch.tensor([0, 5, 1, -100]), impl=impl)
         with pytest.raises(KernelInputError, match=r"targets must be in 0\.\.4 or ignore_index=-100, got -1"):
@@ -297,10 +294,10 @@ def test_triton_is_refused_on_a_processor():
     x, weight, targets = make(4, 3, 5)
     with pytest.raises(KernelUnavailableError, match="linear_cross_entropy impl='triton' needs a CUDA device"):
         linear_cross_entropy(x, weight, targets, impl="triton")
-    assert "torch; with the head in chunks" in describe("cpu")
+    assert describe("cpu").startswith("torch: with the head in chunks")
 
 
-@interpreted
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [1, 37, 1031])
 def test_triton_rows_agree_with_the_specification(small_chunks, dtype, vocabulary):
@@ -311,7 +308,7 @@ def test_triton_rows_agree_with_the_specification(small_chunks, dtype, vocabular
         assert_agrees(logits_by("triton"), x, weight, targets, reduction, 4 * tolerance)  # logits rounded as well
 
 
-@interpreted
+@pytest.mark.interpreter
 def test_triton_rows_take_strides_and_improbable_tokens_and_keep_torchs_contract():
     logits = torch.randn(5, 2 * 37)[:, ::2]
     logits[0, :36] = float("-inf")
@@ -321,26 +318,12 @@ def test_triton_rows_take_strides_and_improbable_tokens_and_keep_torchs_contract
     torch.library.opcheck(OPS.cross_entropy, (torch.randn(5, 9, requires_grad=True), targets.clamp(max=8), -100, True))
 
 
-def run_here(expression, **environment):
-    """Run some of this file's tests in a fresh process: Triton decides at import whether it interprets."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-k", expression, "-p", "no:cacheprovider"],
-        env={**os.environ, **environment}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this starts the interpreter")
-def test_triton_in_its_interpreter():
-    pytest.importorskip("triton")
-    run_here("triton_rows", TRITON_INTERPRET="1")
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize(("vocabulary", "dtype"), [(256, torch.bfloat16), (50257, torch.float32)])
 def test_the_triton_kernel_compiles_without_spills_for_every_target(vocabulary, dtype, monkeypatch):
     pytest.importorskip("triton")
-    from hybridnas.kernels._triton import compiled
+    from hybridnas.bench.triton import compiled
     from hybridnas.kernels._triton.launch import recording
     from hybridnas.kernels.cross_entropy.triton import losses
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridnas.errors import ConfigError, KernelInputError, KernelUnavailableError
-from hybridnas.kernels.mamba_step import Norm, Weights, cpu, describe, mamba_step, step_reference
+from hybridnas.kernels.mamba_step import Norm, Weights, describe, mamba_step, native, step_reference
 
-needs_compiler = pytest.mark.skipif(not cpu.available(), reason="no C compiler")
+needs_compiler = pytest.mark.skipif(not native.available(), reason="no C compiler")
 EMPTY = torch.empty
 
 
@@ -68,7 +68,7 @@ def test_c_is_the_reference_at_any_size(batch, width, inner, states, taps, rank,
     inputs = case(batch, width, inner, states, taps, rank, selected=selected, norm=norm, bias=bias)
     with pytest.MonkeyPatch.context() as patch:
         poisoned(patch)
-        got = mamba_step(*inputs[:4], norm=inputs[4], residual=residual, impl="cpu")
+        got = mamba_step(*inputs[:4], norm=inputs[4], residual=residual, impl="native")
     assert_close(got, step_reference(*widened(inputs), residual), 3e-5 if norm != "none" else 1e-5)
 
 
@@ -94,17 +94,17 @@ def test_the_given_states_and_token_stay_as_they_are():
 def test_writing_over_its_own_input_gives_the_same():
     x, conv, ssm, weights, norm = case(3, 24, 40, 16, 4, 3)
     expected = mamba_step(x, conv, ssm, weights, norm=norm, residual=True)
-    cpu.Step(weights, norm, True).bound((conv, conv), (ssm, ssm))(x, x)
+    native.Step(weights, norm, True).bound((conv, conv), (ssm, ssm))(x, x)
     assert all(torch.equal(a, b) for a, b in zip((x, conv, ssm), expected, strict=True))
 
 
 @needs_compiler
 def test_threads_and_the_rest_of_the_batch_change_no_bit(monkeypatch):
-    monkeypatch.setattr(cpu, "_THREAD_WEIGHTS", 1)
+    monkeypatch.setattr(native, "_THREAD_WEIGHTS", 1)
     inputs = case(5, 33, 75, 16, 4, 3)
     results = []
     for count in (1, 2, 3, 7):
-        monkeypatch.setattr(cpu, "threads", lambda count=count: count)
+        monkeypatch.setattr(native, "threads", lambda count=count: count)
         results.append(mamba_step(*inputs[:4], norm=inputs[4], residual=True))
     alone = [
         mamba_step(*(t[b : b + 1] for t in inputs[:3]), inputs[3], norm=inputs[4], residual=True) for b in range(5)
@@ -153,11 +153,11 @@ def test_other_dtypes_take_the_torch_form():
 def test_without_a_compiler_the_torch_form_gives_the_same(tmp_path):
     code = (
         "import torch\n"
-        "from hybridnas.kernels.mamba_step import cpu, describe, mamba_step\n"
+        "from hybridnas.kernels.mamba_step import describe, mamba_step, native\n"
         "from tests.kernels.test_kernel_mamba_step import case, assert_close, step_reference, widened\n"
-        "assert not cpu.available()\n"
-        "assert describe('cpu') == 'torch, operation by operation: no C compiler found (tried cc, gcc, clang); "
-        "install gcc or clang to run faster'\n"
+        "assert not native.available()\n"
+        "assert describe('cpu') == 'torch: operation by operation (native is not compiled: no C compiler found (tried "
+        "cc, gcc, clang); install gcc or clang to run faster)'\n"
         "inputs = case(2, 24, 40, 16, 4, 3)\n"
         "got = mamba_step(*inputs[:4], norm=inputs[4], residual=True)\n"
         "assert_close(got, step_reference(*widened(inputs), True))\n"
@@ -169,8 +169,9 @@ def test_without_a_compiler_the_torch_form_gives_the_same(tmp_path):
 
 
 def test_describe_says_what_runs():
-    assert describe("cpu").startswith(("C, compiled by", "torch, operation by operation: "))
-    assert describe("cuda") == "torch, operation by operation"
+    assert describe("cpu").startswith(("native: C, compiled by", "torch: operation by operation (native is not"))
+    assert describe("cuda") == "torch: operation by operation"
+    assert describe("cpu", torch.bfloat16) == "torch: operation by operation (native takes float32, got bfloat16)"
 
 
 @pytest.mark.parametrize(
@@ -189,6 +190,7 @@ def test_describe_says_what_runs():
         ({"norm": Norm("batchnorm", None, None, 0.0)}, ConfigError, "norm='batchnorm' must be one of rmsnorm, lay"),
         ({"norm": Norm("rmsnorm", EMPTY(3), None, 0.0)}, KernelInputError, "norm weight must have shape"),
         ({"impl": "triton"}, KernelUnavailableError, "triton"),
+        ({"impl": "native", "A_log": EMPTY(20, 4).double()}, KernelUnavailableError, "takes float32, got float64"),
         ({"x": EMPTY(2, 12, dtype=torch.int64)}, KernelInputError, "x must be floating point"),
     ],
 )

@@ -6,21 +6,20 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hybridnas.errors import ConfigError, KernelInputError, KernelUnavailableError
-from hybridnas.kernels.selective_scan import cpu, describe, selective_scan, selective_state_update
-from hybridnas.kernels.selective_scan.chunked import scan_chunked
-from hybridnas.kernels.selective_scan.cpu import scan_c
-from hybridnas.kernels.selective_scan.reference import scan_reference
+from hybridnas.errors import ConfigError, KernelInputError
+from hybridnas.kernels.selective_scan import describe, native, selective_scan, selective_state_update
 
-PATHS = {"reference": scan_reference, "chunked": scan_chunked, "c": scan_c}
+PATHS = {impl: partial(selective_scan, impl=impl, return_final_state=True) for impl in ("reference", "torch", "native")}
+scan_reference = PATHS["reference"]
 needs_c = pytest.mark.skipif(not shutil.which(os.environ.get("CC", "cc")), reason="no C compiler")
-FAST = [pytest.param("chunked"), pytest.param("c", marks=needs_c)]
+FAST = [pytest.param("torch"), pytest.param("native", marks=needs_c)]
 
 
 @pytest.fixture(autouse=True)
@@ -130,13 +129,13 @@ def test_the_reference_is_the_recurrence_written_out():
 
 
 @pytest.mark.parametrize("documents", [False, True])
-def test_the_chunked_form_passes_gradcheck(documents):
+def test_the_torch_form_passes_gradcheck(documents):
     case = Case(batch=2, length=35, channels=2, size=2, documents=documents)
     values = case.tensors()
     names, others = list(values), case.others()
 
     def run(*tensors):
-        return scan_chunked(**dict(zip(names, tensors, strict=True)), **others)
+        return PATHS["torch"](**dict(zip(names, tensors, strict=True)), **others)
 
     assert torch.autograd.gradcheck(run, tuple(values.values()))
 
@@ -187,7 +186,9 @@ def test_a_row_does_not_depend_on_the_batch_it_stands_in(path):
     both, _ = PATHS[path](**values, delta_softplus=True)
     rows = ("u", "delta", "z", "B", "C", "initial_state")
     alone, _ = PATHS[path](**{n: v[1:2] if n in rows else v for n, v in values.items()}, delta_softplus=True)
-    torch.testing.assert_close(both[1:2], alone, rtol=0 if path == "c" else 1e-6, atol=0 if path == "c" else 1e-6)
+    torch.testing.assert_close(
+        both[1:2], alone, rtol=0 if path == "native" else 1e-6, atol=0 if path == "native" else 1e-6
+    )
 
 
 @needs_c
@@ -195,10 +196,10 @@ def test_the_same_bits_for_any_number_of_threads_and_in_every_run():
     case, before = Case(batch=3, length=100, channels=300, size=16), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = outputs_and_gradients("c", case, torch.float32)
+        one = outputs_and_gradients("native", case, torch.float32)
         for count in (2, 3):
             torch.set_num_threads(count)
-            more = outputs_and_gradients("c", case, torch.float32)
+            more = outputs_and_gradients("native", case, torch.float32)
             assert all(torch.equal(one[name], more[name]) for name in one)
     finally:
         torch.set_num_threads(before)
@@ -207,9 +208,9 @@ def test_the_same_bits_for_any_number_of_threads_and_in_every_run():
 @needs_c
 def test_several_python_threads_get_the_same_bits():
     case = Case(batch=2, length=64, channels=64, size=16)
-    alone, results = outputs_and_gradients("c", case, torch.float32), []
+    alone, results = outputs_and_gradients("native", case, torch.float32), []
     workers = [
-        threading.Thread(target=lambda: results.append(outputs_and_gradients("c", case, torch.float32)))
+        threading.Thread(target=lambda: results.append(outputs_and_gradients("native", case, torch.float32)))
         for _ in range(4)
     ]
     for worker in workers:
@@ -333,18 +334,31 @@ def test_a_wrong_argument_is_named_with_what_was_expected_and_got(changes, words
 
 
 def test_a_requested_implementation_runs_or_raises():
-    with pytest.raises(KernelUnavailableError, match="impl='triton' needs a CUDA device"):
-        selective_scan(**arguments(), impl="triton")
-    with pytest.raises(ConfigError, match="impl='gpu' must be one of auto, reference, cpu, triton"):
+    with pytest.raises(ConfigError) as refused:
         selective_scan(**arguments(), impl="gpu")
+    assert (refused.value.field, refused.value.got) == ("impl", "gpu")
+    assert refused.value.allowed == ["auto", "reference", "torch", "native", "triton"]
     y, state = selective_scan(**arguments(), delta_softplus=True, impl="reference", return_final_state=True)
     torch.testing.assert_close(y, selective_scan(**arguments(), delta_softplus=True), rtol=1e-5, atol=1e-5)
     assert state.shape == (2, 3, 5)
 
 
-def test_describe_says_what_runs():
-    assert describe("cpu").startswith("C, compiled by" if cpu.available() else "torch, chunked: ")
-    assert describe("cuda").startswith(("Triton, tuned", "torch, chunked: the package triton is not installed"))
+def test_describe_says_what_auto_chooses_for_a_device_and_a_dtype():
+    assert describe("cpu").startswith("native: C, compiled by" if native.available() else "torch: chunk by chunk")
+    assert describe("cpu", torch.float64).startswith("torch: chunk by chunk (native takes float32")
+    assert describe("cpu", impl="torch") == "torch: chunk by chunk"
+    assert describe("cpu", impl="reference") == "reference: step by step"
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", pytest.param("native", marks=needs_c)])
+def test_a_step_by_any_implementation_is_the_step(impl):
+    values = {name: v.detach() for name, v in Case(length=1).tensors(torch.float32).items()}
+    step = {name: v[:, 0] if name in ("u", "delta", "z", "B", "C") else v for name, v in values.items()}
+    state = step.pop("initial_state")
+    expected = selective_state_update(state, **step, delta_softplus=True)
+    got = selective_state_update(state, **step, delta_softplus=True, impl=impl)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_a_step_names_a_wrong_argument():

@@ -1,5 +1,7 @@
 """State-space duality against its float64 recurrence, and the Mamba-2 block against transformers' Mamba2Mixer."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -8,8 +10,9 @@ from hypothesis import strategies as st
 from hybridnas.blocks.mamba2 import Mamba2
 from hybridnas.errors import ConfigError, KernelInputError, KernelUnavailableError
 from hybridnas.kernels.ssd import describe, ssd
-from hybridnas.kernels.ssd.chunked import ssd_chunked
-from hybridnas.kernels.ssd.reference import ssd_reference
+
+ssd_torch = partial(ssd, impl="torch", return_final_state=True)
+ssd_reference = partial(ssd, impl="reference", return_final_state=True)
 
 
 def inputs(batch, length, groups, share, width, size, *, optional=True, initial=True, seed=0, dtype=torch.float64):
@@ -57,18 +60,18 @@ def test_outputs_and_gradients_agree_with_the_float64_recurrence(
     if documents:
         ids = torch.randint(0, 5, (batch, length), generator=torch.Generator().manual_seed(3)).sort(1).values
     true = run(ssd_reference, inputs(*shape, **options), seq_idx=ids)
-    got = run(ssd_chunked, inputs(*shape, **options, dtype=torch.float32), seq_idx=ids, chunk_size=chunk)
+    got = run(ssd_torch, inputs(*shape, **options, dtype=torch.float32), seq_idx=ids, chunk_size=chunk)
     for name, expected in true.items():
         error = (got[name].double() - expected).abs().max().item()
         assert error <= 1e-5 * expected.abs().max().item() + 1e-12, f"{name} is {error} off"
 
 
-def test_the_chunked_form_passes_gradcheck():
+def test_the_torch_form_passes_gradcheck():
     values = inputs(1, 7, 1, 2, 2, 3)
     names, ids = list(values), torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
 
     def chunked(*tensors):
-        return ssd_chunked(**dict(zip(names, tensors, strict=True)), dt_softplus=True, seq_idx=ids, chunk_size=4)
+        return ssd_torch(**dict(zip(names, tensors, strict=True)), dt_softplus=True, seq_idx=ids, chunk_size=4)
 
     assert torch.autograd.gradcheck(chunked, tuple(values.values()))
 
@@ -89,7 +92,7 @@ def test_strong_decay_neither_overflows_nor_spoils_gradients():
     values = inputs(1, 64, 1, 2, 4, 4, dtype=torch.float32)
     with torch.no_grad():
         values["A"].mul_(1000.0)
-    assert all(torch.isfinite(tensor).all() for tensor in run(ssd_chunked, values).values())
+    assert all(torch.isfinite(tensor).all() for tensor in run(ssd_torch, values).values())
 
 
 @pytest.mark.parametrize(
@@ -112,9 +115,11 @@ def test_a_wrong_argument_is_named_with_what_was_expected_and_got(changes, words
 
 def test_a_requested_implementation_runs_or_raises():
     values = {n: v.detach().float() for n, v in inputs(1, 4, 1, 2, 3, 6).items()}
-    with pytest.raises(KernelUnavailableError, match="ssd impl='triton' needs a CUDA device"):
-        ssd(**values, impl="triton")
-    assert "matrix products" in describe("cpu")
+    with pytest.raises(KernelUnavailableError) as refused:
+        ssd(**values, impl="native")
+    assert (refused.value.field, refused.value.got) == ("impl", "native")
+    assert "torch" in refused.value.allowed and "native" not in refused.value.allowed
+    assert describe("cpu") == "torch: chunked matrix products"
 
 
 @pytest.mark.parametrize(("groups", "bias"), [(1, False), (2, True)])

@@ -3,12 +3,17 @@
 import json
 import os
 import re
-import subprocess
-import sys
+import threading
 
 import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, autotuner, driver
 
-pytest.importorskip("triton", reason="triton is not installed here (it has no wheel for this system)")
+from hybridnas.bench.triton.cases import compilations
+from hybridnas.bench.triton.compiled import TARGETS, intermediate
+from hybridnas.kernels._triton import launch as launcher
+
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="reads compiled code")
 
 # addressed with 32 bits: one number a channel, head, expert, tap or row, never a tensor of rows by channels
@@ -39,9 +44,6 @@ def narrow_pointers(code):
 
 
 def test_every_tensor_that_grows_with_batch_or_length_is_addressed_with_64_bits():
-    from hybridnas.kernels._triton.cases import compilations
-    from hybridnas.kernels._triton.compiled import TARGETS, intermediate
-
     seen, narrow, reached = set(), set(), set()
     for one in compilations(False):
         name = one.launch.kernel.__name__
@@ -56,60 +58,72 @@ def test_every_tensor_that_grows_with_batch_or_length_is_addressed_with_64_bits(
     assert large == {(kernel, "weight") for kernel in SMALL_WEIGHTS}
 
 
-# Triton's tuner itself, with a clock that says which tile was fastest and a GPU that takes every launch
-_TUNED = """
-import json, sys
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import JITFunction, autotuner, driver
-
-from hybridnas.kernels._triton.cases import compilations
-from hybridnas.kernels._triton.launch import launch
-
 class Gpu:
+    """A driver whose GPU is never asked to run anything."""
+
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
 
-driver.set_active(Gpu())
-timed, chosen = [], {}
 
-def clock(self, *args, config, **meta):
-    timed.append(self.fn.__name__)
-    return [float(-len(timed))] * 3  # each is faster than those before
+def tuned(monkeypatch):
+    """Launch every kernel with several tiles twice; return how many tiles were timed, and those of the kernels.
 
-def take(self, *args, grid=None, warmup=None, **meta):
-    chosen[self.__name__] = {k: v for k, v in meta.items() if isinstance(v, int)}
+    Triton's own tuner, on a clock by which each measurement is faster than those before, and without a GPU.
+    """
+    timed, chosen = [], {}
 
-autotuner.Autotuner._bench = clock
-JITFunction.run = take
-asked = {}
-for one in compilations(False):
-    if len(one.launch.tiles) > 1:
-        asked[one.launch.kernel.__name__] = one.launch
-for one in asked.values():
-    for _ in range(2):
-        launch(one.kernel, lambda tile: 1, one.tiles, one.key, torch.device("cuda"), **one.arguments)
-last = {name: dict(one.tiles[-1].constants) | {"num_warps": one.tiles[-1].warps} for name, one in asked.items()}
-for name, tile in chosen.items():
-    assert last[name].items() <= tile.items(), (name, tile, last[name])
-print(json.dumps({"timed": len(timed), "tiles": sum(len(one.tiles) for one in asked.values()), "kernels": len(asked)}))
-"""
+    def clock(self, *args, config, **meta):
+        timed.append(self.fn.__name__)
+        return [float(-len(timed))] * 3
+
+    def take(self, *args, grid=None, warmup=None, **meta):
+        chosen[self.__name__] = {k: v for k, v in meta.items() if isinstance(v, int)}
+
+    launcher._tuner.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "_active", Gpu())
+        patch.setattr(autotuner.Autotuner, "_bench", clock)
+        patch.setattr(JITFunction, "run", take)
+        several = [one.launch for one in compilations(False) if len(one.launch.tiles) > 1]
+        launches = {one.kernel.__name__: one for one in several}
+        for one in launches.values():
+            for _ in range(2):
+                launcher.launch(one.kernel, lambda tile: 1, one.tiles, one.key, torch.device("cuda"), **one.arguments)
+    launcher._tuner.cache_clear()
+    for name, tile in chosen.items():
+        last = launches[name].tiles[-1]
+        assert (dict(last.constants) | {"num_warps": last.warps}).items() <= tile.items()
+    return len(timed), launches
 
 
-def test_the_tuner_times_each_tile_once_and_finds_its_choice_on_disk(tmp_path):
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    found = []
-    for _ in range(2):  # two processes
-        done = subprocess.run(
-            [sys.executable, "-c", _TUNED], env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(json.loads(done.stdout))
-    first, second = found
-    assert first["kernels"] >= 12 and first["timed"] == first["tiles"]
-    assert second["timed"] == 0
+def test_the_tuner_times_each_tile_once_and_finds_its_choice_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    timed, launches = tuned(monkeypatch)
+    assert len(launches) >= 12 and timed == sum(len(one.tiles) for one in launches.values())
+    timed, _ = tuned(monkeypatch)  # tuners that know nothing but the disk
+    assert timed == 0
     files = list(tmp_path.rglob("*.autotune.json"))
-    assert len(files) == first["kernels"]
+    assert len(files) == len(launches)
     kept = json.loads(next(f for f in files if f.name == "ssd_outputs.autotune.json").read_text())
     sizes_and_dtypes = [64, 64, 4]  # P, N and heads of a group, then the dtypes of all tensors
     assert kept["key"][:3] == sizes_and_dtypes and "torch.bfloat16" in kept["key"]
+
+
+def test_launches_of_another_thread_are_not_recorded():
+    kernel, done = compilations(False)[0].launch.kernel, []
+
+    def record():
+        with launcher.recording() as launches:
+            started.set()
+            assert finished.wait(10)
+        done.extend(launches)
+
+    started, finished = threading.Event(), threading.Event()
+    thread = threading.Thread(target=record)
+    thread.start()
+    assert started.wait(10)
+    with launcher.recording() as here:
+        launcher.launch(kernel, lambda tile: 1, [launcher.Tile.of(1)], (), torch.device("meta"))
+    finished.set()
+    thread.join()
+    assert done == [] and [one.kernel for one in here] == [kernel]

@@ -1,6 +1,6 @@
 """The Triton kernels compile for GPUs that are not here, spill nothing and fit; and what they are counted to move.
 
-Every tile of every kernel: ``python -m hybridnas.kernels._triton.report``, as .ci/run does; every tile at every size
+Every tile of every kernel: ``python -m hybridnas.bench.triton.report``, as .ci/run does; every tile at every size
 and dtype: the same with ``whole=true`` (long).
 """
 
@@ -11,8 +11,9 @@ import sys
 
 import pytest
 
-from hybridnas.kernels._triton.shapes import power_of_two, scan_parts
-from hybridnas.kernels._triton.traffic import (
+from hybridnas.bench.triton.cases import compilations
+from hybridnas.bench.triton.compiled import Usage
+from hybridnas.bench.triton.traffic import (
     Traffic,
     conv_traffic,
     loss_traffic,
@@ -21,6 +22,8 @@ from hybridnas.kernels._triton.traffic import (
     scan_traffic,
     ssd_traffic,
 )
+from hybridnas.kernels._triton.shapes import MAX_STATE, power_of_two, scan_parts
+from hybridnas.kernels.selective_scan.triton import tiles
 
 KERNELS = {
     "chunk_states", "pass_states", "chunk_outputs", "chunk_gradients", "pass_gradients", "chunk_inputs_gradients",
@@ -38,13 +41,13 @@ FEW = {
 
 
 def run_report(folder, *options):
-    pytest.importorskip("triton", reason="triton is not installed here (it has no wheel for this system)")
     environment = os.environ | {"TRITON_CACHE_DIR": str(folder / "triton")}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-W", "error::UserWarning", "-m", "hybridnas.kernels._triton.report", *options]
+    command = [sys.executable, "-W", "error::UserWarning", "-m", "hybridnas.bench.triton.report", *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", list(FEW))
 def test_kernels_compile_without_spills_and_fit(target, tmp_path):
     out = tmp_path / "report.json"
@@ -67,57 +70,36 @@ def test_a_wrong_option_of_the_report_is_named(tmp_path):
     assert "option 'target=sm_80' is not name=value of a known one; did you mean 'targets'?" in done.stderr
 
 
-_CASES = """
-from hybridnas.kernels._triton.cases import compilations
-few, all_ = compilations(False), compilations(True)
-print(*sorted({c.launch.kernel.__name__ for c in few}))
-print(*sorted({c.launch.kernel.__name__ for c in all_}))
-tiles = {(c.launch.kernel.__name__, t) for c in all_ for t in c.launch.tiles}
-for compiled in few, all_:
-    assert tiles == {(c.launch.kernel.__name__, c.tile) for c in compiled}  # every configuration of the tuner
-"""
-
-
 def test_the_report_has_every_kernel_and_every_configuration():
-    pytest.importorskip("triton", reason="triton is not installed here (it has no wheel for this system)")
-    done = subprocess.run([sys.executable, "-c", _CASES], capture_output=True, text=True, timeout=300)
+    few, every = compilations(False), compilations(True)
+    assert {c.launch.kernel.__name__ for c in few} == {c.launch.kernel.__name__ for c in every} == KERNELS
+    tiles = {(c.launch.kernel.__name__, tile) for c in every for tile in c.launch.tiles}
+    for compiled in few, every:
+        assert tiles == {(c.launch.kernel.__name__, c.tile) for c in compiled}
+
+
+def test_a_limit_that_is_passed_is_named():
+    fine = Usage("k", "N=16", "", "sm_80", registers=255, shared=163 * 1024)
+    assert fine.problem == ""
+    assert fine._replace(stack=8).problem == "spills registers: 0 spilled, 8 bytes of stack"
+    assert fine._replace(spills=4).problem == "spills registers: 4 spilled, 0 bytes of stack"
+    assert fine._replace(shared=163 * 1024 + 1).problem == "166913 bytes shared, 166912 are allowed"
+    assert fine._replace(failed="did not compile in 1 s").problem == "did not compile in 1 s"
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_state_size_of_the_scan_has_a_tile(backward):
+    assert all(tiles(size, backward=backward) for size in range(1, MAX_STATE + 1))
+
+
+def test_triton_modules_are_not_imported_before_they_are_needed():
+    names = "hybridnas.kernels.selective_scan, hybridnas.kernels.causal_conv1d, hybridnas.bench.triton.traffic"
+    command = [sys.executable, "-X", "importtime", "-c", f"import {names}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    few, all_ = (set(line.split()) for line in done.stdout.splitlines())
-    assert few == all_ == KERNELS
-
-
-_LIMITS = """
-from hybridnas.kernels._triton import compiled
-fine = compiled.Usage("k", "N=16", "", "sm_80", registers=255, shared=163 * 1024)
-assert fine.problem == "", fine.problem
-assert fine._replace(stack=8).problem == "spills registers: 0 spilled, 8 bytes of stack"
-assert fine._replace(spills=4).problem == "spills registers: 4 spilled, 0 bytes of stack"
-assert fine._replace(shared=163 * 1024 + 1).problem == "166913 bytes shared, 166912 are allowed"
-assert fine._replace(failed="did not compile in 1 s").problem == "did not compile in 1 s"
-from hybridnas.kernels.selective_scan.triton import tiles
-for size in range(1, 257):
-    for backward in (False, True):
-        assert tiles(size, backward=backward), (size, backward)
-"""
-
-
-def test_a_limit_that_is_passed_is_said_and_every_size_has_a_tile():
-    pytest.importorskip("triton", reason="triton is not installed here (it has no wheel for this system)")
-    done = subprocess.run([sys.executable, "-c", _LIMITS], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-
-
-_NOT_IMPORTED = """
-import sys
-import hybridnas.kernels.selective_scan, hybridnas.kernels.causal_conv1d, hybridnas.kernels._triton.traffic
-early = [name for name in sys.modules if name.startswith("hybridnas") and "triton" in name.split(".")[-1]]
-assert early == ["hybridnas.kernels._triton"], early  # torch may have imported triton itself
-"""
-
-
-def test_triton_is_not_imported_before_it_is_asked_for():
-    done = subprocess.run([sys.executable, "-c", _NOT_IMPORTED], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    early = {name for name in imported if name.startswith("hybridnas") and "triton" in name.rsplit(".", 1)[-1]}
+    assert early == {"hybridnas.kernels._triton", "hybridnas.bench.triton"}  # torch itself may import triton
 
 
 def test_traffic_of_the_scan_is_what_its_tensors_weigh():

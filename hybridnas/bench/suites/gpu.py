@@ -24,7 +24,6 @@ from hybridnas.bench.suites import gpu_products as products
 from hybridnas.errors import ConfigError, HybridNASError
 from hybridnas.kernels.causal_conv1d import causal_conv1d
 from hybridnas.kernels.selective_scan import selective_scan
-from hybridnas.kernels.selective_scan.chunked import scan_chunked
 
 OURS, TORCH_SCAN, MAMBA_SSM = "ours, Triton", "ours, torch chunked", "mamba-ssm"
 TORCH_CONV, FLA = "F.conv1d + silu", "flash-linear-attention"
@@ -58,7 +57,7 @@ def measure_on(
             case = f"scan {shape} {dtype}".replace("torch.", "")
             draw: Callable[..., list[Tensor]] = partial(_scan_inputs, device=device, dtype=dtype)
             forms = _scans(result, case, impl, device)
-            _one_case(config, result, case, forms, draw, shape, (2, 70, 40, 16), _scan_reference, settle)
+            _one_case(config, result, case, forms, draw, shape, (2, 70, 40, 16), partial(_scan, "reference"), settle)
         for batch, length, channels, _ in scan_shapes:
             wide = (batch, length, channels)
             case = f"conv {wide} {dtype}".replace("torch.", "")
@@ -143,22 +142,14 @@ def _scan_inputs(
     return [t.to(device, torch.float32 if i in kept else dtype).requires_grad_() for i, t in enumerate(given)]
 
 
-def _scan_reference(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, b: Tensor) -> Tensor:
-    y_BLD = selective_scan(u, dt, A, B, C, D, z, delta_bias=b, delta_softplus=True, impl="reference")
+def _scan(impl: str, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, b: Tensor) -> Tensor:
+    y_BLD = selective_scan(u, dt, A, B, C, D, z, delta_bias=b, delta_softplus=True, impl=impl)
     assert isinstance(y_BLD, Tensor)
     return y_BLD
 
 
 def _scans(result: Result, case: str, impl: str, device: torch.device) -> dict[str, _Call]:
-    def ours(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, b: Tensor) -> Tensor:
-        y_BLD = selective_scan(u, dt, A, B, C, D, z, delta_bias=b, delta_softplus=True, impl=impl)
-        assert isinstance(y_BLD, Tensor)
-        return y_BLD
-
-    def chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, b: Tensor) -> Tensor:
-        return scan_chunked(u, dt, A, B, C, D, z, b, True)[0]
-
-    forms: dict[str, _Call] = {OURS: ours, TORCH_SCAN: chunked}
+    forms: dict[str, _Call] = {OURS: partial(_scan, impl), TORCH_SCAN: partial(_scan, "torch")}
     why = peers.absent("mamba_ssm") or ("" if device.type == "cuda" else "mamba-ssm needs a CUDA device")
     if why:
         result.missing(case, MAMBA_SSM, why)

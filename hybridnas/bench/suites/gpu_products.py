@@ -49,7 +49,7 @@ def ssd_by(impl: str) -> _Call:
 
 def ssd_forms(result: Result, case: str, impl: str, device: torch.device) -> dict[str, _Call]:
     """Return ours and the peers that are installed; ``result`` hears of those that are not."""
-    forms: dict[str, _Call] = {OURS: ssd_by(impl), TORCH_SSD: ssd_by("cpu")}
+    forms: dict[str, _Call] = {OURS: ssd_by(impl), TORCH_SSD: ssd_by("torch")}
     for name, module, call in ((MAMBA_SSM, "mamba_ssm", _mamba_ssm), (FLA, "fla", _fla)):
         why = peers.absent(module) or ("" if device.type == "cuda" else f"{name} needs a CUDA device")
         if why:
@@ -105,4 +105,4 @@ def moe_by(impl: str) -> _Call:
 
 def moe_forms(result: Result, case: str, impl: str, device: torch.device) -> dict[str, _Call]:
     """Return ours, in Triton and in torch's own matrix products."""
-    return {OURS: moe_by(impl), TORCH_MOE: moe_by("cpu")}
+    return {OURS: moe_by(impl), TORCH_MOE: moe_by("torch")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from hybridnas.bench import child
 from hybridnas.bench.context import BenchConfig
@@ -15,7 +16,7 @@ _MIB = 2**20
 
 def work(batch: int, length: int, channels: int, size: int, form: str) -> Callable[[], dict[str, int]]:
     """Build inputs and warm up at a small size; returns the scan to measure, which returns bytes that must be there."""
-    function = scan.ours if form == scan.OURS else scan.chunked
+    function = partial(scan.ours, impl="auto" if form == scan.OURS else "torch")
     small = scan.Inputs.draw(1, 2, 16, 2)
     scan.forward_backward(function, small)
     inputs = scan.Inputs.draw(batch, length, channels, size)

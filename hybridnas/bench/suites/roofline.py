@@ -1,6 +1,6 @@
 """What GPUs would need for the Triton kernels if nothing but memory and arithmetic counted: calculated, not measured.
 
-Bytes and operations are those of ``kernels/_triton/traffic.py``. The time is the larger of bytes / bandwidth and
+Bytes and operations are those of ``bench/triton/traffic.py``. The time is the larger of bytes / bandwidth and
 operations / peak (of the tensor cores for kernels of matrix products, else of plain float32), without launches,
 latency or partial waves.
 """
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.result import Result, Table
-from hybridnas.kernels._triton import traffic
+from hybridnas.bench.triton import traffic
 
 LABEL = "calculated, not measured"
 

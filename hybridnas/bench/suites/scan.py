@@ -18,8 +18,7 @@ from hybridnas.bench import floor, peers, plain
 from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.method import Form, measure
 from hybridnas.bench.result import Result
-from hybridnas.kernels.selective_scan import cpu, selective_scan
-from hybridnas.kernels.selective_scan.chunked import scan_chunked
+from hybridnas.kernels.selective_scan import native, selective_scan
 
 OURS, CHUNKED, MAMBAPY, HF, FLOOR = "ours", "ours, torch chunked", "mambapy pscan", "Hugging Face", "arithmetic floor"
 _HF_LENGTH = 256  # beyond it the backward of Hugging Face's loop, quadratic in L, takes minutes
@@ -53,16 +52,13 @@ class Inputs(NamedTuple):
         return cls._make([*(t.requires_grad_() for t in given), normal(wide)])
 
 
-def ours(i: Inputs) -> Tensor:
+def ours(i: Inputs, impl: str = "auto") -> Tensor:
     y_BLD = selective_scan(
-        i.u_BLD, i.delta_BLD, i.A_DN, i.B_BLN, i.C_BLN, i.D_D, i.z_BLD, delta_bias=i.bias_D, delta_softplus=True
-    )
+        i.u_BLD, i.delta_BLD, i.A_DN, i.B_BLN, i.C_BLN, i.D_D, i.z_BLD, delta_bias=i.bias_D, delta_softplus=True,
+        impl=impl,
+    )  # fmt: skip
     assert isinstance(y_BLD, Tensor)
     return y_BLD
-
-
-def chunked(i: Inputs) -> Tensor:
-    return scan_chunked(i.u_BLD, i.delta_BLD, i.A_DN, i.B_BLN, i.C_BLN, i.D_D, i.z_BLD, i.bias_D, True)[0]
 
 
 def mambapy(block: Any, i: Inputs) -> Tensor:
@@ -154,10 +150,10 @@ def default_malloc(
 def _scans(result: Result, words: str) -> dict[str, Scan]:
     """Return every scan that is here, and say which are not."""
     scans: dict[str, Scan] = {OURS: ours}
-    if cpu.available():
-        scans[CHUNKED] = chunked
+    if native.available():
+        scans[CHUNKED] = partial(ours, impl="torch")
     else:
-        result.notes.append(f"ours is the chunked torch form: {cpu.compiled().words}")
+        result.notes.append(f"ours is the chunked torch form: {native.compiled().words}")
     if floor.unavailable():
         for kind in ("fwd", "fwd+bwd"):
             result.missing(f"{words} {kind}", FLOOR, floor.unavailable())

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: launching with tuning, ahead-of-time compiling and its report, counted traffic.
+"""What the Triton kernels share at run time: launches with tuning (``launch``) and common sizes (``shapes``).
 
-Importing this package does not import triton; ``launch``, ``compiled`` and every ``kernels/OP/triton.py`` do.
+Importing this package does not import triton; ``launch`` and every ``kernels/OPERATION/triton.py`` do.
 """

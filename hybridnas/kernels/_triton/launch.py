@@ -6,6 +6,7 @@ by default ``~/.triton/cache``) under a key of kernel source, compiler and devic
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -51,17 +52,25 @@ class Launch(NamedTuple):
     key: tuple[str, ...] = ()
 
 
-_records: list[list[Launch]] = []
+class _Recording(threading.local):
+    """The list that launches of this thread go to instead of a GPU; None: they are made."""
+
+    launches: list[Launch] | None = None
+
+
+_recording = _Recording()
 
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collect launches instead of making them: with tensors on the meta device, what a call would compile."""
-    _records.append([])
+    """Collect this thread's launches instead of making them: on the meta device, what a call would compile."""
+    outer = _recording.launches
+    found: list[Launch] = []
+    _recording.launches = found
     try:
-        yield _records[-1]
+        yield found
     finally:
-        _records.pop()
+        _recording.launches = outer
 
 
 @cache
@@ -84,8 +93,8 @@ def launch(
     A single tile is taken as it is; so is the first one under the interpreter, where there is no device to tune on.
     ``key`` names the arguments whose values, besides all dtypes, make another measurement.
     """
-    if _records:
-        _records[-1].append(Launch(kernel, tuple(tiles), arguments, key))
+    if _recording.launches is not None:
+        _recording.launches.append(Launch(kernel, tuple(tiles), arguments, key))
         return
     if 0 in _grid(programs(dict(tiles[0].constants))):
         return  # nothing to do, which a GPU would refuse

@@ -11,6 +11,7 @@ GROUP = 8  # steps whose states the backward holds at once; CHUNK / GROUP groups
 BACKWARD_PARTS = 16  # at most so many partial sums over channels for dB and dC
 NORM_ROWS = 16  # rows of one program of the norms' backward: its partial sums take 1 / 16 of the input's size
 MAX_STATE = 256
+MAX_FEATURES = 4096  # of a norm: 8 numbers of a row a thread; its backward spills with 16
 MAX_TAPS = 8  # more spill registers, and take minutes to compile
 
 

@@ -1,4 +1,4 @@
-"""The causal depthwise convolution, tap by tap: the specification, and the path for packed documents without C.
+"""The causal depthwise convolution, tap by tap: the specification.
 
 Shapes: B batch, L length, D channels, K taps.
 
@@ -7,11 +7,24 @@ Shapes: B batch, L length, D channels, K taps.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hybridnas.kernels._inputs import boundaries, state_dtype
+
+
+class Inputs(NamedTuple):
+    """The arguments of a convolution, in the order of ``causal_conv1d``."""
+
+    x: Tensor  # (B, L, D)
+    weight: Tensor  # (D, K)
+    bias: Tensor | None = None  # (D,)
+    activation: str | None = None  # None or "silu"
+    initial_state: Tensor | None = None  # (B, K - 1, D)
+    seq_idx: Tensor | None = None  # (B, L) integers
 
 
 def padded(x_BLD: Tensor, taps: int, initial_state: Tensor | None) -> Tensor:
@@ -38,15 +51,9 @@ def final_state_of(x_BLD: Tensor, taps: int, initial_state: Tensor | None, seq_i
     return torch.where(same[..., None], last_BKD, torch.zeros_like(last_BKD))
 
 
-def conv_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def conv_reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (B, L, D) and the final state (B, K - 1, D), by shift and add; sums in float32 or wider."""
+    x, weight, bias, activation, initial_state, seq_idx = inputs
     dtype, (length, taps) = state_dtype(x, weight), (x.shape[1], weight.shape[1])
     x_BLD = padded(x, taps, initial_state).to(dtype)
     document = None if seq_idx is None else document_of(seq_idx, taps)

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridnas.errors import KernelInputError
 from hybridnas.kernels._inputs import boundaries
-from hybridnas.kernels._triton.choose import require_dtypes
+from hybridnas.kernels._register import register_differentiable_op
 from hybridnas.kernels._triton.launch import Tile, launch, near_rows
-from hybridnas.kernels._triton.shapes import MAX_TAPS, conv_rows
+from hybridnas.kernels._triton.shapes import conv_rows
 from hybridnas.kernels.causal_conv1d import triton_kernels as kernels
-from hybridnas.kernels.causal_conv1d.reference import final_state_of
+from hybridnas.kernels.causal_conv1d.reference import Inputs, final_state_of
 
 _Optional = Tensor | None
 
@@ -29,15 +28,8 @@ def tiles(taps: int) -> list[Tile]:
     return [Tile.of(w, BD=32 * w * numbers // conv_rows(taps)) for w in warps]
 
 
-def _ready(*tensors: _Optional) -> list[Any]:
-    """Return x, weight (K, D), bias, initial, document as the kernels read them; raises KernelInputError."""
-    require_dtypes("causal_conv1d", **dict(zip(("x", "weight", "bias", "initial_state"), tensors, strict=False)))
-    x, weight, *rest = tensors
-    assert x is not None and weight is not None
-    if weight.shape[1] > MAX_TAPS:
-        raise KernelInputError(
-            f"causal_conv1d impl='triton' takes at most {MAX_TAPS} taps K, got {weight.shape[1]}; use impl='cpu'"
-        )
+def _ready(x: Tensor, weight: Tensor, *rest: _Optional) -> list[Any]:
+    """Return x, weight (K, D), bias, initial, document as the kernels read them."""
     return [near_rows(x), weight.t().contiguous(), *(None if t is None else t.contiguous() for t in rest)]
 
 
@@ -52,7 +44,7 @@ def _run(kernel: Any, rows: int, ready: list[Any], only: Tile | None, **argument
     )  # fmt: skip
 
 
-def conv_forward(*tensors: _Optional, silu: bool, only: Tile | None = None) -> Tensor:
+def conv_forward(*tensors: Any, silu: bool, only: Tile | None = None) -> Tensor:
     """Return y (B, L, D) in x's dtype from x, weight (D, K), bias, initial_state, document (B, L) int32 or None."""
     ready = _ready(*tensors)
     y_BLD = torch.empty_like(ready[0], memory_format=torch.contiguous_format)
@@ -60,7 +52,7 @@ def conv_forward(*tensors: _Optional, silu: bool, only: Tile | None = None) -> T
     return y_BLD
 
 
-def conv_backward(*tensors: _Optional, dy: Tensor, silu: bool, only: Tile | None = None) -> tuple[Tensor, ...]:
+def conv_backward(*tensors: Any, dy: Tensor, silu: bool, only: Tile | None = None) -> tuple[Tensor, ...]:
     """Return the gradients of x, weight, bias, initial_state; the last is empty without a state."""
     ready, dy = _ready(*tensors), near_rows(dy)
     (batch, length, channels), taps = ready[0].shape, ready[1].shape[0]
@@ -75,7 +67,6 @@ def conv_backward(*tensors: _Optional, dy: Tensor, silu: bool, only: Tile | None
         dx=dx, dweight=dweight, dbias=dbias, dinitial=dinitial, SILU=silu,
     )  # fmt: skip
     _, weight, bias, initial, _ = tensors
-    assert weight is not None
     return (
         dx,
         dweight.sum((0, 1)).t().to(weight.dtype).contiguous(),
@@ -87,24 +78,17 @@ def conv_backward(*tensors: _Optional, dy: Tensor, silu: bool, only: Tile | None
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? document, bool silu"
 
 
-@torch.library.custom_op("hybridnas::causal_conv1d_triton", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
-def _forward_op(*args: Any) -> Tensor:
+def _forward(*args: Any) -> Tensor:
     x: Tensor = args[0]
     return conv_forward(*args[:5], silu=args[5]) if x.numel() else torch.zeros_like(x)
 
 
-@_forward_op.register_fake
-def _(*args: Any) -> Tensor:
+def _fake(*args: Any) -> Tensor:
     x: Tensor = args[0]
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op(
-    "hybridnas::causal_conv1d_triton_backward",
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor dy) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward_op(*args: Any) -> tuple[Tensor, ...]:
+def _backward(*args: Any) -> tuple[Tensor, ...]:
     *tensors, silu, dy = args
     if dy.numel():
         return conv_backward(*tensors, dy=dy, silu=silu)
@@ -118,34 +102,21 @@ def _gradients_like(*tensors: Any) -> list[Tensor]:
     return [torch.empty_like(like, memory_format=torch.contiguous_format) for like in likes]
 
 
-@_backward_op.register_fake
-def _(*args: Any) -> tuple[Tensor, ...]:
-    return tuple(_gradients_like(*args[:4]))
+register_differentiable_op(
+    "causal_conv1d_triton",
+    _INPUTS,
+    1,
+    forward=_forward,
+    fake=_fake,
+    backward=_backward,
+    fake_gradients=lambda *args: tuple(_gradients_like(*args[:4])),
+    gradients=4,
+)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    gradients = torch.ops.hybridnas.causal_conv1d_triton_backward(*tensors, ctx.silu, dy)
-    return (*(None if t is None else g for t, g in zip(tensors[:4], gradients, strict=True)), None, None)
-
-
-torch.library.register_autograd("hybridnas::causal_conv1d_triton", _backward, setup_context=_setup)
-
-
-def conv_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: _Optional = None,
-    activation: str | None = None,
-    initial_state: _Optional = None,
-    seq_idx: _Optional = None,
-) -> tuple[Tensor, Tensor]:
+def conv_triton(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (B, L, D) in x's dtype and the final state (B, K - 1, D), both differentiable."""
+    x, weight, bias, activation, initial_state, seq_idx = inputs
     document = None if seq_idx is None else boundaries(seq_idx).cumsum(1, dtype=torch.int32)
     y_BLD = torch.ops.hybridnas.causal_conv1d_triton(x, weight, bias, initial_state, document, activation == "silu")
     return y_BLD, final_state_of(x, weight.shape[1], initial_state, seq_idx)

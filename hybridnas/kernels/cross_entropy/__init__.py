@@ -1,31 +1,45 @@
 """The loss of language models: cross-entropy, and with it the head's matmul, without all logits at once.
 
 Shapes: N tokens (in any number of leading dimensions), D features, V vocabulary. ``reference.py`` is the
-specification; ``linear.py`` fuses the head, ``plain.py`` takes logits; ``triton.py`` computes their rows on a GPU.
+specification, ``eager.py`` works in chunks of tokens, whose rows ``triton.py`` computes on a GPU.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridnas.errors import ConfigError, KernelInputError, KernelUnavailableError
-from hybridnas.hardware import Impl, resolve_impl
+from hybridnas.errors import ConfigError, KernelInputError
+from hybridnas.hardware import Impl
+from hybridnas.kernels._dispatch import Operation, dtypes_of
 from hybridnas.kernels._inputs import require_tensor, state_dtype
-from hybridnas.kernels.cross_entropy.linear import (
+from hybridnas.kernels.cross_entropy.eager import (
     chunk_rows,
-    linear_cross_entropy_chunked,
+    cross_entropy_eager,
+    linear_cross_entropy_eager,
     matmul_dtype,
-    scores_chunked,
+    require_in_vocabulary,
+    scores_eager,
 )
-from hybridnas.kernels.cross_entropy.plain import cross_entropy_torch
-from hybridnas.kernels.cross_entropy.reference import cross_entropy_reference, linear_cross_entropy_reference
-from hybridnas.kernels.cross_entropy.rows import require_in_vocabulary
+from hybridnas.kernels.cross_entropy.reference import (
+    cross_entropy_reference,
+    linear_cross_entropy_reference,
+    scores_reference,
+)
 
+OPERATION = Operation(
+    "cross_entropy",
+    "with the head in chunks of tokens where the logits exceed 8 MiB",
+    triton=True,
+    triton_dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+)
+describe = OPERATION.describe
+_OPERATIONS = {
+    name: OPERATION._replace(name=name) for name in ("cross_entropy", "linear_cross_entropy", "token_scores")
+}
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -51,23 +65,23 @@ def linear_cross_entropy(
 
     x (..., D); weight (V, D), of x's dtype unless autocast is on; targets (...) integers; ``mask`` (...) bool, False
     where a token does not count, like a target of ``ignore_index``. ``reduction``: mean over the tokens that count
-    (0 when there are none), sum, or none: (...). x and weight are differentiable, once. ``impl``: reference, cpu
-    (chunks of tokens, torch), triton (the same with Triton rows), or auto: on a CUDA device triton where it is
-    installed; on a processor chunks where a token may be left out or the logits fill more than one chunk (8 MiB),
-    else torch's own two calls, which are as fast there.
+    (0 when there are none), sum, or none: (...). x and weight are differentiable, once. ``impl``: see ``Impl``;
+    torch works in chunks of tokens, triton the same with Triton rows, there is no native form. auto takes torch
+    with all logits at once where no token may be left out and they fill no more than one chunk (8 MiB), which is as
+    fast there.
 
     Raises KernelInputError for a wrong rank, shape, dtype, device or target, ConfigError for an unknown reduction,
     KernelUnavailableError for an implementation that cannot run here. Source: the idea is Liger's, arXiv 2410.10989.
     """
     x_ND, weight, targets_N = _checked(x, weight, targets, mask, ignore_index, reduction)
-    chosen = _resolve("linear_cross_entropy", impl, x.device)
+    chosen = _OPERATIONS["linear_cross_entropy"].choose(impl, x.device, dtypes_of(x_ND, weight))
     small = mask is None and _is_small(x_ND.shape[0], weight.shape[0])
-    if Impl.of(impl) is Impl.AUTO and chosen is Impl.CPU and small:
+    if Impl.of(impl) is Impl.AUTO and chosen is Impl.TORCH and small:
         return _torchs_own(_plain_linear(x_ND, weight), targets, targets_N, ignore_index, reduction)
     if chosen is Impl.REFERENCE:
         loss_N, _ = linear_cross_entropy_reference(x_ND, weight, targets_N, ignore_index)
         return _reduced(loss_N.sum(), loss_N, targets, targets_N, ignore_index, reduction)
-    total, loss_N, _ = linear_cross_entropy_chunked(
+    total, loss_N, _ = linear_cross_entropy_eager(
         x_ND, weight, targets_N, ignore_index, per_token=reduction == "none", triton=chosen is Impl.TRITON
     )
     return _reduced(total, loss_N, targets, targets_N, ignore_index, reduction)
@@ -89,32 +103,36 @@ def cross_entropy(
     """
     _check("cross_entropy", "logits", "(..., V)", logits, targets, mask, reduction)
     logits_NV, targets_N = logits.flatten(0, -2), _effective(targets, mask, ignore_index)
-    chosen = _resolve("cross_entropy", impl, logits.device)
-    if Impl.of(impl) is Impl.AUTO and chosen is Impl.CPU and _is_small(*logits_NV.shape):
+    chosen = _OPERATIONS["cross_entropy"].choose(impl, logits.device, dtypes_of(logits))
+    if Impl.of(impl) is Impl.AUTO and chosen is Impl.TORCH and _is_small(*logits_NV.shape):
         return _torchs_own(logits_NV, targets, targets_N, ignore_index, reduction)
     if chosen is Impl.REFERENCE:
         loss_N, _ = cross_entropy_reference(logits_NV, targets_N, ignore_index)
     else:
-        loss_N, _ = cross_entropy_torch(logits_NV, targets_N, ignore_index, triton=chosen is Impl.TRITON)
+        loss_N, _ = cross_entropy_eager(logits_NV, targets_N, ignore_index, triton=chosen is Impl.TRITON)
     return _reduced(loss_N.sum(), loss_N, targets, targets_N, ignore_index, reduction)
 
 
 def token_scores(
-    x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, mask: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    impl: str | Impl = Impl.AUTO,
 ) -> TokenScores:
     """Return every token's loss, normaliser and hit, for evaluation: chunk by chunk, without gradients.
 
     Arguments and errors as in ``linear_cross_entropy``.
     """
     x_ND, weight, targets_N = _checked(x, weight, targets, mask, ignore_index, "none")
-    return TokenScores(*(v.view(targets.shape) for v in scores_chunked(x_ND, weight, targets_N, ignore_index)))
-
-
-def describe(device: torch.device | str) -> str:
-    """Return words on what computes the loss on ``device``."""
-    chosen = _resolve("cross_entropy", Impl.AUTO, torch.device(device))
-    rows = "Triton rows" if chosen is Impl.TRITON else "torch"
-    return f"{rows}; with the head in chunks of tokens where the logits exceed 8 MiB"
+    chosen = _OPERATIONS["token_scores"].choose(impl, x.device, dtypes_of(x_ND, weight))
+    if chosen is Impl.REFERENCE:
+        scores = scores_reference(x_ND, weight, targets_N, ignore_index)
+    else:
+        scores = scores_eager(x_ND, weight, targets_N, ignore_index, triton=chosen is Impl.TRITON)
+    return TokenScores(*(v.view(targets.shape) for v in scores))
 
 
 def _torchs_own(logits_NV: Tensor, targets: Tensor, targets_N: Tensor, ignore_index: int, reduction: str) -> Tensor:
@@ -135,18 +153,6 @@ def _plain_linear(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
 
 def _is_small(tokens: int, vocabulary: int) -> bool:
     return tokens <= chunk_rows(vocabulary)
-
-
-def _resolve(operation: str, impl: str | Impl, device: torch.device) -> Impl:
-    """Return who computes; auto on a CUDA device without Triton (it has no wheel for every system) means torch."""
-    chosen = resolve_impl(impl, device, operation)
-    if chosen is Impl.TRITON and find_spec("triton") is None:
-        if Impl.of(impl) is Impl.AUTO:
-            return Impl.CPU
-        raise KernelUnavailableError(
-            f"{operation} impl='triton' needs the package triton; install it or use impl='cpu'"
-        )
-    return chosen
 
 
 def _checked(

@@ -30,3 +30,14 @@ def linear_cross_entropy_reference(
     """The same for ``logits = x weight^T``, all of them at once."""
     dtype = state_dtype(x_ND, weight_VD)
     return cross_entropy_reference(x_ND.to(dtype) @ weight_VD.to(dtype).t(), targets_N, ignore_index)
+
+
+@torch.no_grad()
+def scores_reference(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses and normalisers (N,), and whether the likeliest token (the first of equals) is the target."""
+    dtype = state_dtype(x_ND, weight_VD)
+    logits_NV = x_ND.to(dtype) @ weight_VD.to(dtype).t()
+    correct_N = (logits_NV.argmax(1) == targets_N) & (targets_N != ignore_index)
+    return *cross_entropy_reference(logits_NV, targets_N, ignore_index), correct_N

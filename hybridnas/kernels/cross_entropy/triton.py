@@ -1,4 +1,4 @@
-"""Losses of rows of logits on a GPU: the host's side of ``triton_kernels.py``, with the signature of ``rows.losses``.
+"""Losses of rows of logits on a GPU: the host's side of ``triton_kernels.py``, with the signature of ``eager.losses``.
 
 Imports triton at its top: imported only where it runs. Shapes: T rows, V vocabulary.
 """

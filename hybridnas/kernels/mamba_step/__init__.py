@@ -1,8 +1,8 @@
 """One token through a whole Mamba layer (arXiv 2312.00752), norm and residual included, in one call.
 
 Shapes: B batch, D d_model, I d_inner, N d_state, K d_conv, R dt_rank, P what x_proj yields. ``reference.py`` is the
-specification and runs where nothing can be compiled; ``cpu.py`` with ``step.c`` is the fast path of decoding on a
-processor, where dozens of small operations would each cost more than their arithmetic.
+specification in plain torch, which is the torch form too; ``native.py`` with ``step.c`` is the fast form of decoding
+on a CPU, where dozens of small operations would each cost more than their arithmetic.
 """
 
 from __future__ import annotations
@@ -10,13 +10,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hybridnas.errors import ConfigError, KernelInputError, KernelUnavailableError
-from hybridnas.hardware import Impl, resolve_impl
+from hybridnas.errors import ConfigError, KernelInputError
+from hybridnas.hardware import Impl
+from hybridnas.kernels._dispatch import Operation, dtypes_of
 from hybridnas.kernels._inputs import full_precision, require_tensor
-from hybridnas.kernels.mamba_step import cpu
+from hybridnas.kernels.mamba_step import native
 from hybridnas.kernels.mamba_step.reference import Norm, Weights, step_reference
 
-_NAME = "mamba_step"
+OPERATION = Operation(
+    "mamba_step",
+    "operation by operation",
+    native=native.compiled,
+    native_available=native.available,
+    native_dtypes=(torch.float32,),
+)
+describe = OPERATION.describe
+_NAME = OPERATION.name
 _KINDS = ("rmsnorm", "layernorm")
 
 
@@ -33,29 +42,18 @@ def mamba_step(
     """Return block(norm(x)) (B, D), plus x with ``residual``, and the next two states; the given ones stay as they are.
 
     x (B, D); conv_state (B, K - 1, I), the inputs before x's; ssm_state (B, I, N); weights as in ``Weights``. Not
-    differentiable: for generating. ``impl``: auto, reference or cpu; auto takes C for float32 on a processor with a
-    compiler, else torch.
+    differentiable: for generating. ``impl``: see ``Impl``; reference and torch are one form, native takes float32,
+    there is no triton.
 
-    Raises KernelInputError for a wrong rank, shape, dtype or device, KernelUnavailableError for triton. Source: Gu and
-    Dao 2023, figure 3 and algorithm 2.
+    Raises KernelInputError for a wrong rank, shape, dtype or device, KernelUnavailableError for an implementation that
+    cannot run here. Source: Gu and Dao 2023, figure 3 and algorithm 2.
     """
-    chosen = Impl.CPU if Impl.of(impl) is Impl.AUTO else resolve_impl(impl, x.device, _NAME)
-    if chosen is Impl.TRITON:
-        raise KernelUnavailableError(f"{_NAME} impl='triton' is not built in this version; use impl='auto'")
     _check(x, conv_state, ssm_state, weights, norm)
-    tensors = (x, conv_state, ssm_state, *weights, *(() if norm is None else (norm.weight, norm.bias)))
-    fits = all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
-    run = cpu.step_c if chosen is Impl.CPU and fits and cpu.available() else step_reference
+    norms = () if norm is None else (norm.weight, norm.bias)
+    chosen = OPERATION.choose(impl, x.device, dtypes_of(x, conv_state, ssm_state, *weights, *norms))
+    run = native.step_native if chosen is Impl.NATIVE else step_reference
     with torch.no_grad(), full_precision(x.device):
         return run(x, conv_state, ssm_state, weights, norm, residual)
-
-
-def describe(device: torch.device | str) -> str:
-    """Return words on what computes one token's step on ``device``."""
-    if torch.device(device).type != "cpu":
-        return "torch, operation by operation"
-    library = cpu.compiled()
-    return library.words if library.handle is not None else f"torch, operation by operation: {library.words}"
 
 
 def check_weights(w: Weights, norm: Norm | None) -> None:

@@ -1,4 +1,7 @@
-"""What one token through a Mamba layer is, in plain torch: the specification, and what runs without a compiler."""
+"""One token through a Mamba layer in plain torch: the specification, and the torch form, since nothing loops over time.
+
+Shapes: B batch, D d_model, I d_inner, N d_state, K d_conv, R dt_rank, P what x_proj yields.
+"""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     y_NO, counts_E = token_choice(x_ND, gate_NK, expert_NK, Experts(up_EDF, down_EFO), capacity=64)
 
-``reference`` loops over tokens; ``cpu`` is a path of torch's batched matmuls, on any device; ``triton`` groups tokens
-and multiplies in kernels of its own. ``auto`` is torch everywhere until Triton's is measured to be faster.
+``reference.py`` loops over tokens, ``eager.py`` is made of torch's batched matmuls, ``triton.py`` groups tokens and
+multiplies in kernels of its own. auto is torch on every device until Triton's form is measured to be faster.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ from torch import Tensor
 
 from hybridnas.errors import KernelInputError
 from hybridnas.hardware import Impl
-from hybridnas.kernels._triton.choose import choose, installed
-from hybridnas.kernels.moe_dispatch.fast import expert_choice_fast, token_choice_fast
-from hybridnas.kernels.moe_dispatch.reference import (
-    ACTIVATIONS,
-    Experts,
-    activate,
-    expert_choice_reference,
-    token_choice_reference,
-)
+from hybridnas.kernels._dispatch import Operation, dtypes_of
+from hybridnas.kernels.activations import ACTIVATIONS
+from hybridnas.kernels.moe_dispatch.eager import expert_choice_eager, token_choice_eager
+from hybridnas.kernels.moe_dispatch.reference import Experts, expert_choice_reference, token_choice_reference
 
-__all__ = ["ACTIVATIONS", "Experts", "activate", "describe", "expert_choice", "token_choice"]
+__all__ = ["OPERATION", "Experts", "describe", "expert_choice", "token_choice"]
+
+OPERATION = Operation("moe_dispatch", "padded bmm with a capacity, grouped_mm without", triton=True, auto_triton=False)
+describe = OPERATION.describe
 
 
 def token_choice(
@@ -33,12 +31,15 @@ def token_choice(
     experts: Experts,
     *,
     capacity: int | None = None,
-    impl: str | Impl = "auto",
+    impl: str | Impl = Impl.AUTO,
 ) -> tuple[Tensor, Tensor]:
     """Return y (N, O) = sum over a token's K distinct choices of gate * expert(x), and the choices per expert (E,).
 
     With a ``capacity`` an expert computes only the first that many tokens that chose it, in the order of N; counts are
-    those before dropping. Raises KernelInputError for shapes that do not fit, KernelUnavailableError for ``impl``.
+    those before dropping. ``impl``: see ``Impl``; there is no native form, triton takes float32, bfloat16 and float16.
+
+    Raises KernelInputError for shapes that do not fit, KernelUnavailableError for an implementation that cannot run
+    here.
     """
     _check(x_ND, experts)
     if gate_NK.shape != expert_NK.shape or gate_NK.dim() != 2 or gate_NK.shape[0] != x_ND.shape[0]:
@@ -50,22 +51,22 @@ def token_choice(
         raise KernelInputError(f"token_choice capacity={capacity} must be >= 1, or None to drop nothing")
     if capacity is not None and capacity >= x_ND.shape[0]:
         capacity = None  # an expert meets a token once at most, so nothing can drop
-    chosen = choose("moe_dispatch", impl, x_ND.device, takes=False)
+    chosen = _choose(impl, x_ND, gate_NK, experts)
     if chosen is Impl.REFERENCE:
         return token_choice_reference(x_ND, gate_NK, expert_NK, experts, capacity)
     if chosen is Impl.TRITON:
         from hybridnas.kernels.moe_dispatch.triton import token_choice_triton
 
         return token_choice_triton(x_ND, gate_NK, expert_NK, experts, capacity)
-    return token_choice_fast(x_ND, gate_NK, expert_NK, experts, capacity)
+    return token_choice_eager(x_ND, gate_NK, expert_NK, experts, capacity)
 
 
 def expert_choice(
-    x_ND: Tensor, gate_EC: Tensor, token_EC: Tensor, experts: Experts, *, impl: str | Impl = "auto"
+    x_ND: Tensor, gate_EC: Tensor, token_EC: Tensor, experts: Experts, *, impl: str | Impl = Impl.AUTO
 ) -> Tensor:
     """Return y (N, O) = sum over the experts that picked a token of gate * expert(x); unpicked tokens get 0.
 
-    Raises KernelInputError for shapes that do not fit, KernelUnavailableError for ``impl``.
+    ``impl`` and errors as in ``token_choice``.
     """
     _check(x_ND, experts)
     if gate_EC.shape != token_EC.shape or gate_EC.dim() != 2 or gate_EC.shape[0] != experts.up_EDF.shape[0]:
@@ -73,21 +74,21 @@ def expert_choice(
             f"expert_choice needs gate and token of shape (E, C) with E={experts.up_EDF.shape[0]}, "
             f"got {tuple(gate_EC.shape)} and {tuple(token_EC.shape)}"
         )
-    chosen = choose("moe_dispatch", impl, x_ND.device, takes=False)
+    chosen = _choose(impl, x_ND, gate_EC, experts)
     if chosen is Impl.REFERENCE:
         return expert_choice_reference(x_ND, gate_EC, token_EC, experts)
     if chosen is Impl.TRITON:
         from hybridnas.kernels.moe_dispatch.triton import expert_choice_triton
 
         return expert_choice_triton(x_ND, gate_EC, token_EC, experts)
-    return expert_choice_fast(x_ND, gate_EC, token_EC, experts)
+    return expert_choice_eager(x_ND, gate_EC, token_EC, experts)
 
 
-def describe(device: torch.device | str) -> str:
-    """Return words on what runs on ``device``."""
-    device = torch.device(device)
-    more = "; impl='triton' groups and multiplies in Triton" if device.type == "cuda" and installed() else ""
-    return f"torch on {device.type}: padded bmm with a capacity, grouped_mm without{more}"
+def _choose(impl: str | Impl, x_ND: Tensor, gate: Tensor, experts: Experts) -> Impl:
+    device = x_ND.device
+    if torch.is_autocast_enabled(device.type):  # the matrices are multiplied in its dtype
+        return OPERATION.choose(impl, device, dtypes_of(gate))
+    return OPERATION.choose(impl, device, dtypes_of(x_ND, gate, experts.up_EDF, experts.down_EFO))
 
 
 def _check(x_ND: Tensor, experts: Experts) -> None:

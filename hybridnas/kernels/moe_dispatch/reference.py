@@ -1,4 +1,4 @@
-"""Routed experts, token by token: the specification that the fast path is held to.
+"""Routed experts, token by token: the specification of the other implementations.
 
 Shapes: N tokens in batch-then-time order, D input width, F hidden width, O output width, E experts, K choices a token,
 C slots an expert. A gated expert holds its two first matrices side by side: (E, D, 2F), gate first.
@@ -6,16 +6,13 @@ C slots an expert. A gated expert holds its two first matrices side by side: (E,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hybridnas.kernels._inputs import empty_result
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+from hybridnas.kernels.activations import activate
 
 
 class Experts(NamedTuple):
@@ -27,14 +24,6 @@ class Experts(NamedTuple):
     down_bias_EO: Tensor | None = None
     activation: str = "relu"
     gated: bool = False
-
-
-def activate(h: Tensor, activation: str, gated: bool) -> Tensor:
-    """Apply the nonlinearity; gated: first half of the last axis, activated, times the second half."""
-    if not gated:
-        return ACTIVATIONS[activation](h)
-    gate, up = h.chunk(2, dim=-1)
-    return ACTIVATIONS[activation](gate) * up
 
 
 def expert_forward(x_D: Tensor, experts: Experts, e: int) -> Tensor:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from hybridnas.kernels._build.arguments import rows as packed_rows
-from hybridnas.kernels._triton.choose import require_dtypes
+from hybridnas.kernels._register import register_differentiable_op, register_op
 from hybridnas.kernels._triton.launch import Tile, launch, operand_dtype
 from hybridnas.kernels._triton.shapes import MOE_CHOICES, blocks_of, power_of_two
+from hybridnas.kernels.activations import activate
 from hybridnas.kernels.moe_dispatch import triton_kernels as kernels
-from hybridnas.kernels.moe_dispatch.reference import Experts, activate
+from hybridnas.kernels.moe_dispatch.reference import Experts
 
 _Optional = Tensor | None
 
@@ -120,49 +121,30 @@ def spread_rows(dy: Tensor, rows: Tensor, gate: Tensor, slot: Tensor) -> tuple[T
     return drows, dgate
 
 
-@torch.library.custom_op(
-    "hybridnas::moe_group",
-    mutates_args=(),
-    schema="(Tensor expert, int experts, int? capacity) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _group_op(expert: Tensor, experts: int, capacity: int | None) -> tuple[Tensor, ...]:
-    return group(expert, experts, capacity)
-
-
-@_group_op.register_fake
-def _(expert: Tensor, experts: int, capacity: int | None) -> tuple[Tensor, ...]:
+def _fake_group(expert: Tensor, experts: int, capacity: int | None) -> tuple[Tensor, ...]:
     most = expert.numel() if capacity is None else min(expert.numel(), experts * capacity)
     ends = expert.new_empty(experts, dtype=torch.int32)
     return ends.new_empty(expert.shape), ends.new_empty(most), ends, expert.new_empty(experts, dtype=torch.int64)
 
 
-_MULTIPLIED = "Tensor a, Tensor weight, Tensor? bias, Tensor? source, Tensor? slot, Tensor ends"
-
-
-@torch.library.custom_op("hybridnas::moe_multiply", mutates_args=(), schema=f"({_MULTIPLIED}) -> Tensor")
-def _multiply_op(*args: Any) -> Tensor:
-    a: Tensor = args[0]
-    _, weight, bias, source, _, ends = args
-    return multiply(a, weight, bias, source, ends, _count(a, source), transposed=False)
-
-
-@_multiply_op.register_fake
-def _(*args: Any) -> Tensor:
-    a: Tensor = args[0]
-    _, weight, _, source, _, _ = args
-    return a.new_empty(_count(a, source), weight.shape[2])
+register_op("moe_group", "Tensor expert, int experts, int? capacity", 4, run=group, fake=_fake_group)
 
 
 def _count(a: Tensor, source: _Optional) -> int:
     return a.shape[0] if source is None else source.shape[0]
 
 
-@torch.library.custom_op(
-    "hybridnas::moe_multiply_backward",
-    mutates_args=(),
-    schema=f"({_MULTIPLIED}, Tensor dy) -> (Tensor, Tensor, Tensor)",
-)
-def _multiply_backward_op(*args: Any) -> tuple[Tensor, ...]:
+def _multiply(*args: Any) -> Tensor:
+    a, weight, bias, source, _, ends = args
+    return multiply(a, weight, bias, source, ends, _count(a, source), transposed=False)
+
+
+def _fake_multiply(*args: Any) -> Tensor:
+    a: Tensor = args[0]
+    return a.new_empty(_count(a, args[3]), args[1].shape[2])
+
+
+def _multiply_backward(*args: Any) -> tuple[Tensor, ...]:
     a, weight, bias, source, slot, ends, dy = args
     da = multiply(dy, weight, None, None, ends, dy.shape[0], transposed=True)
     if slot is not None:  # rows were gathered from tokens: back to these
@@ -171,63 +153,46 @@ def _multiply_backward_op(*args: Any) -> tuple[Tensor, ...]:
     return da, dweight, dy.new_empty(0) if dbias is None else dbias
 
 
-@_multiply_backward_op.register_fake
-def _(*args: Any) -> tuple[Tensor, ...]:
+def _fake_multiply_backward(*args: Any) -> tuple[Tensor, ...]:
     a, weight, bias, *_, dy = args
-    return (
-        a.new_empty(a.shape),
-        weight.new_empty(weight.shape),
-        (dy.new_empty(0) if bias is None else bias.new_empty(bias.shape)),
-    )
+    dbias = dy.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return a.new_empty(a.shape), weight.new_empty(weight.shape), dbias
 
 
-def _multiply_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _multiply_backward(ctx: Any, dy: Tensor) -> tuple[_Optional, ...]:
-    da, dweight, dbias = torch.ops.hybridnas.moe_multiply_backward(*ctx.saved_tensors, dy)
-    return da, dweight, None if ctx.saved_tensors[2] is None else dbias, None, None, None
-
-
-torch.library.register_autograd("hybridnas::moe_multiply", _multiply_backward, setup_context=_multiply_setup)
-
-
-@torch.library.custom_op(
-    "hybridnas::moe_combine", mutates_args=(), schema="(Tensor rows, Tensor gate, Tensor slot) -> Tensor"
+register_differentiable_op(
+    "moe_multiply",
+    "Tensor a, Tensor weight, Tensor? bias, Tensor? source, Tensor? slot, Tensor ends",
+    1,
+    forward=_multiply,
+    fake=_fake_multiply,
+    backward=_multiply_backward,
+    fake_gradients=_fake_multiply_backward,
+    gradients=3,
 )
-def _combine_op(rows: Tensor, gate: Tensor, slot: Tensor) -> Tensor:
-    return add_rows(rows, gate, slot)
 
 
-@_combine_op.register_fake
-def _(rows: Tensor, gate: Tensor, slot: Tensor) -> Tensor:
+def _fake_combine(rows: Tensor, gate: Tensor, slot: Tensor) -> Tensor:
     return rows.new_empty(slot.shape[0], rows.shape[1])
 
 
-@torch.library.custom_op(
-    "hybridnas::moe_combine_backward",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor rows, Tensor gate, Tensor slot) -> (Tensor, Tensor)",
-)
-def _combine_backward_op(dy: Tensor, rows: Tensor, gate: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+def _combine_backward(rows: Tensor, gate: Tensor, slot: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     return spread_rows(dy, rows.contiguous(), gate.contiguous(), slot)
 
 
-@_combine_backward_op.register_fake
-def _(dy: Tensor, rows: Tensor, gate: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_combine_backward(rows: Tensor, gate: Tensor, slot: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape), gate.new_empty(gate.shape)
 
 
-def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _combine_backward(ctx: Any, dy: Tensor) -> tuple[_Optional, ...]:
-    return *torch.ops.hybridnas.moe_combine_backward(dy, *ctx.saved_tensors), None
-
-
-torch.library.register_autograd("hybridnas::moe_combine", _combine_backward, setup_context=_combine_setup)
+register_differentiable_op(
+    "moe_combine",
+    "Tensor rows, Tensor gate, Tensor slot",
+    1,
+    forward=add_rows,
+    fake=_fake_combine,
+    backward=_combine_backward,
+    fake_gradients=_fake_combine_backward,
+    gradients=2,
+)
 
 
 def token_choice_triton(
@@ -235,7 +200,7 @@ def token_choice_triton(
 ) -> tuple[Tensor, Tensor]:
     """Return y (N, O) in x's dtype, or autocast's, and the choices of each expert (E,), before any were dropped."""
     n_experts = experts.up_EDF.shape[0]
-    x_ND, experts = _ready(x_ND, experts, gate_NK)
+    x_ND, experts = _ready(x_ND, experts)
     slot_NK, choice_S, ends_E, counts_E = torch.ops.hybridnas.moe_group(expert_NK, n_experts, capacity)
     y_SO = _experts(x_ND, choice_S // expert_NK.shape[1], slot_NK, ends_E, experts)
     return torch.ops.hybridnas.moe_combine(y_SO, gate_NK, slot_NK), counts_E
@@ -243,7 +208,7 @@ def token_choice_triton(
 
 def expert_choice_triton(x_ND: Tensor, gate_EC: Tensor, token_EC: Tensor, experts: Experts) -> Tensor:
     """Return y (N, O); a token may be picked by any number of experts, so torch gathers and adds the rows."""
-    x_ND, experts = _ready(x_ND, experts, gate_EC)
+    x_ND, experts = _ready(x_ND, experts)
     ends_E = torch.arange(1, token_EC.shape[0] + 1, device=x_ND.device, dtype=torch.int32) * token_EC.shape[1]
     y_NO = x_ND.new_zeros(x_ND.shape[0], experts.down_EFO.shape[2])
     y_SO = _experts(x_ND.index_select(0, token_EC.flatten()), None, None, ends_E, experts)
@@ -257,12 +222,11 @@ def _experts(x: Tensor, source: _Optional, slot: _Optional, ends_E: Tensor, expe
     return y_SO
 
 
-def _ready(x_ND: Tensor, experts: Experts, gate: Tensor) -> tuple[Tensor, Experts]:
-    """Return x and the matrices in the dtype that autocast chooses; raises KernelInputError for one not taken."""
+def _ready(x_ND: Tensor, experts: Experts) -> tuple[Tensor, Experts]:
+    """Return x and the matrices in the dtype that autocast chooses."""
     device = x_ND.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x_ND = x_ND.to(dtype)
         experts = experts._replace(up_EDF=experts.up_EDF.to(dtype), down_EFO=experts.down_EFO.to(dtype))
-    require_dtypes("moe_dispatch", x=x_ND, gate=gate, up=experts.up_EDF, down=experts.down_EFO)
     return x_ND, experts

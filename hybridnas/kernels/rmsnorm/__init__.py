@@ -1,33 +1,39 @@
 """RMSNorm and LayerNorm, and both with the residual's addition in front of them.
 
-Shapes: N rows (any number of leading dimensions), D features. ``reference.py`` is the specification; ``fast.py`` is
-RMSNorm on a processor, LayerNorm there is torch's own; ``triton.py`` fuses either with the addition on a GPU.
+Shapes: N rows (any number of leading dimensions), D features. ``reference.py`` is the specification, ``eager.py`` the
+form in torch's operations, ``triton.py`` fuses either norm with the addition on a GPU.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hybridnas.errors import ConfigError, KernelInputError, KernelUnavailableError
-from hybridnas.hardware import Impl, resolve_impl
-from hybridnas.kernels._inputs import require_tensor, state_dtype
-from hybridnas.kernels.rmsnorm.fast import rms_norm_fast
+from hybridnas.errors import ConfigError, KernelInputError
+from hybridnas.hardware import Impl
+from hybridnas.kernels._dispatch import Operation, dtypes_of
+from hybridnas.kernels._inputs import require_tensor
+from hybridnas.kernels._triton.shapes import MAX_FEATURES
+from hybridnas.kernels.rmsnorm.eager import norm_eager
 from hybridnas.kernels.rmsnorm.reference import norm_reference
 
+OPERATION = Operation(
+    "rmsnorm",
+    "F.layer_norm; RMSNorm with an own backward on a CPU, else F.rms_norm",
+    triton=True,
+    triton_dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    auto_triton=False,
+)
+describe = OPERATION.describe
+_OPERATIONS = {name: OPERATION._replace(name=name) for name in ("rms_norm", "layer_norm", "add_norm")}
 _KINDS = ("rmsnorm", "layernorm")
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, *, impl: str | Impl = Impl.AUTO) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's dtype, statistics in float32 or wider.
 
-    x (..., D); weight (D,) or None; both differentiable, once. ``impl``: reference, cpu (torch), triton, or auto:
-    torch on every device (its RMSNorm on CUDA is one kernel already; on a processor and under compile see below).
-    On a processor an own backward runs, 2 to 3 times faster than F.rms_norm's chain; under torch.compile F.rms_norm,
-    which Inductor fuses.
+    x (..., D); weight (D,) or None; both differentiable, once. ``impl``: see ``Impl``; there is no native form, and
+    auto is torch on every device: its RMSNorm on CUDA is one kernel already.
 
     Raises KernelInputError for a wrong rank, shape, dtype or device, KernelUnavailableError for an implementation
     that cannot run here. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
@@ -64,19 +70,13 @@ def add_norm(
     """Return (norm(x + residual), x + residual), the two that a residual layer needs; ``kind``: rmsnorm or layernorm.
 
     x, residual (..., D) of one dtype; the rest as in ``rms_norm`` (which has no bias) and ``layer_norm``. Only triton
-    saves the pass over memory; auto adds, then norms, until that is measured on a GPU.
+    saves the pass over memory.
     """
     if kind not in _KINDS:
         raise ConfigError(f"add_norm kind={kind!r} must be one of {', '.join(_KINDS)}")
     if kind == "rmsnorm" and bias is not None:
         raise ConfigError("add_norm bias must be None for kind='rmsnorm', which has none; use kind='layernorm'")
     return _norm("add_norm", x, residual, weight, bias, eps, kind, impl)
-
-
-def describe(device: torch.device | str) -> str:
-    """Return words on what computes RMSNorm and LayerNorm on ``device``."""
-    own = torch.device(device).type == "cpu"
-    return f"torch: F.layer_norm; RMSNorm {'with an own backward' if own else 'F.rms_norm'}"
 
 
 def _norm(
@@ -90,42 +90,19 @@ def _norm(
     impl: str | Impl,
 ) -> tuple[Tensor, Tensor]:
     _check(operation, x, residual, weight, bias, eps)
-    chosen = Impl.CPU if Impl.of(impl) is Impl.AUTO else resolve_impl(impl, x.device, operation)
+    features = x.shape[-1]
+    limit = f"takes at most {MAX_FEATURES} features D, got {features}" if features > MAX_FEATURES else ""
+    chosen = _OPERATIONS[operation].choose(impl, x.device, dtypes_of(x, weight, bias), triton_limit=limit)
     centered = kind == "layernorm"
     if chosen is Impl.TRITON:
-        return _triton(operation, x, residual, weight, bias, eps, centered)
+        from hybridnas.kernels.rmsnorm.triton import norm_triton
+
+        flat = None if residual is None else residual.reshape(-1, features)
+        y_ND, total_ND = norm_triton(x.reshape(-1, features), flat, weight, bias, eps, centered=centered)
+        return y_ND.view(x.shape), total_ND.view(x.shape)
     total = x if residual is None else x + residual
-    if chosen is Impl.REFERENCE:
-        return norm_reference(total, weight, bias, eps, centered=centered), total
-    # torch's CPU kernel sums the weights' gradients in bfloat16: a percent off after 40 rows
-    dtype = state_dtype(x) if x.device.type == "cpu" else x.dtype
-    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
-    size = (x.shape[-1],)
-    if centered:
-        return F.layer_norm(total.to(dtype), size, weight, bias, eps).to(x.dtype), total
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.rms_norm(total.to(dtype), size, weight, eps).to(x.dtype), total
-    return rms_norm_fast(total.reshape(-1, *size), weight, eps).view(x.shape), total
-
-
-def _triton(
-    operation: str,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    centered: bool,
-) -> tuple[Tensor, Tensor]:
-    if find_spec("triton") is None:
-        raise KernelUnavailableError(
-            f"{operation} impl='triton' needs the package triton; install it or use impl='cpu'"
-        )
-    from hybridnas.kernels.rmsnorm.triton import norm_triton
-
-    flat = None if residual is None else residual.reshape(-1, x.shape[-1])
-    y_ND, total_ND = norm_triton(x.reshape(-1, x.shape[-1]), flat, weight, bias, eps, centered=centered)
-    return y_ND.view(x.shape), total_ND.view(x.shape)
+    run = norm_reference if chosen is Impl.REFERENCE else norm_eager
+    return run(total, weight, bias, eps, centered=centered), total
 
 
 def _check(

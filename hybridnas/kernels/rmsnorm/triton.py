@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridnas.errors import KernelInputError
 from hybridnas.kernels._build.arguments import rows
 from hybridnas.kernels._inputs import state_dtype
+from hybridnas.kernels._register import refuse_second_derivative, register_op
 from hybridnas.kernels._triton.launch import Tile, launch
 from hybridnas.kernels._triton.shapes import NORM_ROWS as ROWS
 from hybridnas.kernels._triton.shapes import power_of_two
 from hybridnas.kernels.rmsnorm import triton_kernels as kernels
 
-MAX_FEATURES = 4096  # 8 numbers of a row a thread; the backward spills with 16
 _Optional = Tensor | None
 
 
@@ -28,13 +27,7 @@ def tiles(features: int) -> list[Tile]:
     return [Tile.of(min(16, max(1, block // 256)), BLOCK=block)]
 
 
-@torch.library.custom_op(
-    "hybridnas::norm",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool centered) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, residual, weight, bias, eps, centered = args
     outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _outputs(*args)
     if x.shape[0]:
@@ -62,7 +55,6 @@ def _launch_forward(
     )  # fmt: skip
 
 
-@_forward_op.register_fake
 def _outputs(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, residual, _, _, _, centered = args
     rstd_N = x.new_empty(x.shape[0], dtype=state_dtype(x))
@@ -70,13 +62,7 @@ def _outputs(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), total_ND, rstd_N.new_empty(x.shape[0] if centered else 0), rstd_N
 
 
-@torch.library.custom_op(
-    "hybridnas::norm_backward",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor? dtotal, Tensor total, Tensor? weight, bool biased, Tensor mean, Tensor rstd, "
-    "bool centered) -> (Tensor, Tensor, Tensor)",
-)
-def _backward_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     dy, dtotal, total, weight, biased, mean_N, rstd_N, centered = args
     count, features = total.shape
     dx_ND, programs = total.new_empty(total.shape), -(-count // ROWS)
@@ -110,8 +96,7 @@ def _launch_backward(
     )  # fmt: skip
 
 
-@_backward_op.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_gradients(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     _, _, total, weight, biased, _, rstd_N, _ = args
     features = total.shape[1]
     sums = rstd_N.new_empty(0 if weight is None else features), rstd_N.new_empty(features if biased else 0)
@@ -131,7 +116,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(x if residual is None else total_ND, weight, mean_N, rstd_N)
 
 
-def _backward(ctx: Any, dy: _Optional, dtotal: _Optional, *_: Any) -> tuple[_Optional, ...]:
+def _backpropagate(ctx: Any, dy: _Optional, dtotal: _Optional, *_: Any) -> tuple[_Optional, ...]:
     total, weight, mean_N, rstd_N = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(total)
@@ -148,16 +133,28 @@ def _backward(ctx: Any, dy: _Optional, dtotal: _Optional, *_: Any) -> tuple[_Opt
     )
 
 
-torch.library.register_autograd("hybridnas::norm", _backward, setup_context=_setup)
+# the backward reads the sum alone, not both of its terms, which the general helper would keep
+register_op(
+    "norm",
+    "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool centered",
+    4,
+    run=_forward,
+    fake=_outputs,
+)
+register_op(
+    "norm_backward",
+    "Tensor dy, Tensor? dtotal, Tensor total, Tensor? weight, bool biased, Tensor mean, Tensor rstd, bool centered",
+    3,
+    run=_backward,
+    fake=_fake_gradients,
+)
+torch.library.register_autograd("hybridnas::norm", _backpropagate, setup_context=_setup)
+refuse_second_derivative("norm")
 
 
 def norm_triton(
     x_ND: Tensor, residual_ND: _Optional, weight_D: _Optional, bias_D: _Optional, eps: float, *, centered: bool
 ) -> tuple[Tensor, Tensor]:
     """Return y (N, D) and x + residual (x itself without one), both in x's dtype."""
-    if x_ND.shape[1] > MAX_FEATURES:
-        raise KernelInputError(
-            f"norm impl='triton' takes up to {MAX_FEATURES} features, got {x_ND.shape[1]}; use 'cpu'"
-        )
     y_ND, total_ND, _, _ = torch.ops.hybridnas.norm(x_ND, residual_ND, weight_D, bias_D, eps, centered)
     return y_ND, x_ND if residual_ND is None else total_ND

@@ -1,26 +1,28 @@
 """The selective scan of Mamba (arXiv 2312.00752), forward and backward, channel-last.
 
-Shapes: B batch, L length, D channels, N state size. ``reference.py`` is the specification; ``cpu.py`` with ``scan.c``
-is the fast path on a processor, ``triton.py`` on a GPU; ``chunked.py`` runs anywhere torch does.
+Shapes: B batch, L length, D channels, N state size. ``reference.py`` is the specification, ``eager.py`` the chunked
+form in plain torch, ``native.py`` with ``scan.c`` the one on a CPU, ``triton.py`` the one on a GPU.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hybridnas.hardware import Impl
+from hybridnas.kernels._dispatch import Operation, dtypes_of
 from hybridnas.kernels._inputs import full_precision, require_finite, require_seq_idx, require_tensor, state_dtype
-from hybridnas.kernels._triton.choose import choose, takes_dtypes, words
 from hybridnas.kernels._triton.shapes import MAX_STATE
-from hybridnas.kernels.selective_scan import cpu
-from hybridnas.kernels.selective_scan.chunked import scan_chunked
-from hybridnas.kernels.selective_scan.reference import scan_reference
+from hybridnas.kernels.selective_scan import native
+from hybridnas.kernels.selective_scan.eager import scan_eager
+from hybridnas.kernels.selective_scan.reference import Inputs, scan_reference
 
-_NAME = "selective_scan"
+OPERATION = Operation(
+    "selective_scan", "chunk by chunk", native=native.compiled, native_available=native.available, triton=True
+)
+describe = OPERATION.describe
+_NAME = OPERATION.name
 
 
 def selective_scan(
@@ -43,18 +45,16 @@ def selective_scan(
     u, delta, z (B, L, D); A (D, N); B, C (B, L, N); D, delta_bias (D,); states (B, D, N), float32 whatever the
     inputs (float64 for float64). ``seq_idx`` (B, L) integers: the state restarts where it changes along L. All
     floating inputs are differentiable. With ``return_final_state`` the result is (y, state after the last step).
-    ``impl``: auto, reference, cpu (C on a processor, chunked torch elsewhere) or triton; a requested one runs or
-    raises. auto on a CUDA device is triton, chunked torch for float64 and N > 256, which triton does not take.
+    ``impl``: see ``Impl``. native sums in float32 and does not take float64; triton takes float32, bfloat16, float16
+    and N up to 256. The outputs of native, torch and triton can be differentiated once.
 
     Raises KernelInputError for a wrong rank, shape, dtype, device or non-finite A, KernelUnavailableError for an
     implementation that cannot run here. Source: Gu and Dao 2023, algorithm 2 and section 3.3.
     """
-    given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    _check(*given, seq_idx)
-    takes = takes_dtypes(*given) and A.shape[1] <= MAX_STATE
-    run = _form(choose(_NAME, impl, u.device, takes=takes), u.device, state_dtype(u, delta, A, B, C))
+    inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus)
+    _check(inputs)
     with full_precision(u.device):
-        y_BLD, final_BDN = run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx)
+        y_BLD, final_BDN = _run(inputs, impl)
     return (y_BLD, final_BDN) if return_final_state else y_BLD
 
 
@@ -69,11 +69,13 @@ def selective_state_update(
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
+    impl: str | Impl = Impl.AUTO,
 ) -> tuple[Tensor, Tensor]:
     """Return y (B, D) and the next state (B, D, N) for one token; the given state is left as it is.
 
-    state (B, D, N); u, delta, z (B, D); A (D, N); B, C (B, N); D, delta_bias (D,). Raises KernelInputError for a
-    wrong rank or shape.
+    state (B, D, N); u, delta, z (B, D); A (D, N); B, C (B, N); D, delta_bias (D,). ``impl``: auto is torch on every
+    device, the others are those of ``selective_scan`` at length 1. Raises KernelInputError for a wrong rank or shape,
+    KernelUnavailableError for an implementation that cannot run here.
     """
     name, device = "selective_state_update", state.device
     require_tensor(name, "state", state, "(B, D, N)", (*u.shape[:1], *A.shape), device)
@@ -81,6 +83,11 @@ def selective_state_update(
         require_tensor(name, label, tensor, "(B, D)", tuple(state.shape[:2]), device)
     for label, tensor in (("B", B), ("C", C)):
         require_tensor(name, label, tensor, "(B, N)", (state.shape[0], state.shape[2]), device)
+    if Impl.of(impl) not in (Impl.AUTO, Impl.TORCH):
+        wide = (u[:, None], delta[:, None], A, B[:, None], C[:, None], D, None if z is None else z[:, None])
+        with full_precision(device):
+            y_BLD, final_BDN = _run(Inputs(*wide, delta_bias, state, None, delta_softplus), impl)
+        return y_BLD[:, 0], final_BDN
     dtype = state_dtype(state, u)
     dt_BD = delta.to(dtype) if delta_bias is None else delta.to(dtype) + delta_bias
     if delta_softplus:
@@ -97,37 +104,21 @@ def selective_state_update(
     return y_BD.to(u.dtype), next_BDN
 
 
-def describe(device: torch.device | str) -> str:
-    """Return words on what computes the scan on ``device``."""
-    if torch.device(device).type == "cuda":
-        return words(device, "chunked")
-    library = cpu.compiled()
-    return library.words if library.handle is not None else f"torch, chunked: {library.words}"
-
-
-def _form(chosen: Impl, device: torch.device, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that runs; ``dtype`` is that of the sums: C does them in float32 only."""
-    if chosen is Impl.REFERENCE:
-        return scan_reference
+def _run(inputs: Inputs, impl: str | Impl) -> tuple[Tensor, Tensor]:
+    size = inputs.A.shape[1]
+    limit = f"takes a state size N of at most {MAX_STATE}, got {size}" if size > MAX_STATE else ""
+    chosen = OPERATION.choose(impl, inputs.u.device, dtypes_of(*inputs.floating), triton_limit=limit)
+    if chosen is Impl.NATIVE:
+        return native.scan_native(inputs)
     if chosen is Impl.TRITON:
         from hybridnas.kernels.selective_scan.triton import scan_triton
 
-        return scan_triton
-    return cpu.scan_c if device.type == "cpu" and dtype == torch.float32 and cpu.available() else scan_chunked
+        return scan_triton(inputs)
+    return scan_reference(inputs) if chosen is Impl.REFERENCE else scan_eager(inputs)
 
 
-def _check(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-) -> None:
+def _check(inputs: Inputs) -> None:
+    u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, _ = inputs
     device = u.device
     require_tensor(_NAME, "u", u, "(B, L, D)", tuple(u.shape) if u.dim() == 3 else (0, 0, 0), device)
     batch, length, channels = u.shape

@@ -9,6 +9,8 @@ Shapes: B batch, L length, D channels, N state size.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,21 +18,36 @@ from torch import Tensor
 from hybridnas.kernels._inputs import boundaries, empty_result, state_dtype
 
 
-def scan_reference(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+class Inputs(NamedTuple):
+    """The arguments of a scan, in the order of ``selective_scan``."""
+
+    u: Tensor  # (B, L, D)
+    delta: Tensor  # (B, L, D)
+    A: Tensor  # (D, N)
+    B: Tensor  # (B, L, N)
+    C: Tensor  # (B, L, N)
+    D: Tensor | None = None  # (D,)
+    z: Tensor | None = None  # (B, L, D)
+    delta_bias: Tensor | None = None  # (D,)
+    initial_state: Tensor | None = None  # (B, D, N)
+    seq_idx: Tensor | None = None  # (B, L) integers
+    delta_softplus: bool = False
+
+    @property
+    def floating(self) -> tuple[Tensor | None, ...]:
+        """The nine inputs that have a gradient."""
+        return self[:9]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the state and of all sums."""
+        return state_dtype(self.u, self.delta, self.A, self.B, self.C)
+
+
+def scan_reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (B, L, D) and the final state (B, D, N), one step at a time, differentiable by plain autograd."""
-    dtype = state_dtype(u, delta, A, B, C)
+    u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus = inputs
+    dtype = inputs.dtype
     batch, length, channels = u.shape
     dt_BLD = delta.to(dtype) if delta_bias is None else delta.to(dtype) + delta_bias.to(dtype)
     if delta_softplus:

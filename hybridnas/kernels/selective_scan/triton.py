@@ -15,16 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hybridnas.errors import KernelInputError
 from hybridnas.kernels._inputs import boundaries
-from hybridnas.kernels._triton.choose import require_dtypes
+from hybridnas.kernels._register import register_differentiable_op
 from hybridnas.kernels._triton.launch import Tile, launch, near_rows
-from hybridnas.kernels._triton.shapes import CHUNK, GROUP, MAX_STATE, power_of_two, scan_parts
+from hybridnas.kernels._triton.shapes import CHUNK, GROUP, power_of_two, scan_parts
 from hybridnas.kernels.selective_scan import triton_kernels as kernels
+from hybridnas.kernels.selective_scan.reference import Inputs
 
 _UNROLL = 2  # steps of the forward whose loads are in flight together
 _BLOCK = 256  # (n, d) pairs of one program of the chain over chunks
-_NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 _Optional = Tensor | None
 
 # channels, warps
@@ -48,7 +47,7 @@ def tiles(size: int, *, backward: bool) -> list[Tile]:
     ]
 
 
-class Inputs(NamedTuple):
+class Launcher(NamedTuple):
     """The arguments of a scan as the kernels read them: last dimensions contiguous, ``reset`` (B, L) uint8 or None."""
 
     u: Tensor
@@ -66,18 +65,12 @@ class Inputs(NamedTuple):
     only: Tile | None  # this tile instead of the tuner's choice
 
     @classmethod
-    def of(cls, *tensors: _Optional, softplus: bool, chunk: int = CHUNK, only: Tile | None = None) -> Inputs:
-        """Copy only what must be; raises KernelInputError for a dtype or a state size that the kernels don't take."""
-        require_dtypes("selective_scan", **dict(zip(_NAMES, tensors, strict=False)))
+    def of(cls, *tensors: _Optional, softplus: bool, chunk: int = CHUNK, only: Tile | None = None) -> Launcher:
+        """Copy only what must be."""
         strided = (0, 1, 3, 4, 6)  # u, delta, B, C, z
         ready: list[Any] = [
             None if t is None else near_rows(t) if i in strided else t.contiguous() for i, t in enumerate(tensors)
         ]
-        if ready[2].shape[1] > MAX_STATE:
-            raise KernelInputError(
-                f"selective_scan impl='triton' takes a state size N of at most {MAX_STATE}, got {ready[2].shape[1]}; "
-                "use impl='cpu'"
-            )
         return cls._make([*ready, softplus, chunk, only])
 
     @property
@@ -125,7 +118,7 @@ class Inputs(NamedTuple):
         )  # fmt: skip
 
 
-def scan_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+def scan_forward(inputs: Launcher) -> tuple[Tensor, Tensor, Tensor]:
     """Return y (B, L, D) in u's dtype, the final state (B, D, N) float32 and the states (B, C, N, D) of the backward.
 
     ``inputs`` must have at least one number: an empty scan is the caller's.
@@ -147,7 +140,7 @@ def scan_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return y_BLD, final_BDN, states
 
 
-def scan_backward(inputs: Inputs, states: Tensor, dy_BLD: Tensor, dfinal_BDN: _Optional) -> tuple[Tensor, ...]:
+def scan_backward(inputs: Launcher, states: Tensor, dy_BLD: Tensor, dfinal_BDN: _Optional) -> tuple[Tensor, ...]:
     """Return the gradients of u, delta, A, B, C, D, z, delta_bias, initial_state; z's is empty without z.
 
     Each has its input's dtype, float32 where there is no such input. ``states`` are what ``scan_forward`` returned.
@@ -207,34 +200,25 @@ def _state_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
     return (u.shape[0], -(-u.shape[1] // CHUNK), A.shape[1], u.shape[2])
 
 
-@torch.library.custom_op(
-    "hybridnas::selective_scan_triton", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor, Tensor)"
-)
-def _forward_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, softplus = args
     u, A, initial = tensors[0], tensors[2], tensors[8]
     if u.numel() and A.numel():
-        return scan_forward(Inputs.of(*tensors, softplus=softplus))
+        return scan_forward(Launcher.of(*tensors, softplus=softplus))
     final = u.new_zeros(u.shape[0], *A.shape, dtype=torch.float32) if initial is None else initial.float().clone()
     return torch.zeros_like(u), final, u.new_zeros(_state_shape(u, A), dtype=torch.float32)
 
 
-@_forward_op.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     u, A = args[0], args[2]
     final = u.new_empty(u.shape[0], *A.shape, dtype=torch.float32)
     return u.new_empty(u.shape), final, u.new_empty(_state_shape(u, A), dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "hybridnas::selective_scan_triton_backward",
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor states, Tensor dy, Tensor? dfinal) -> ({', '.join(['Tensor'] * 9)})",
-)
-def _backward_op(*args: Any) -> tuple[Tensor, ...]:
+def _backward(*args: Any) -> tuple[Tensor, ...]:
     *tensors, softplus, states, dy, dfinal = args
     if dy.numel() and tensors[2].numel():
-        return scan_backward(Inputs.of(*tensors, softplus=softplus), states, dy, dfinal)
+        return scan_backward(Launcher.of(*tensors, softplus=softplus), states, dy, dfinal)
     gradients = tuple(torch.zeros_like(g) for g in _gradients_like(*tensors))
     if dfinal is not None:  # nothing was scanned: the state's gradient passes through
         gradients[-1].copy_(dfinal)
@@ -251,44 +235,22 @@ def _gradients_like(*tensors: Any) -> list[Tensor]:
     return [torch.empty_like(like, memory_format=torch.contiguous_format) for like in likes]
 
 
-@_backward_op.register_fake
-def _(*args: Any) -> tuple[Tensor, ...]:
-    return tuple(_gradients_like(*args[:9]))
+register_differentiable_op(
+    "selective_scan_triton",
+    _INPUTS,
+    3,
+    forward=_forward,
+    fake=_fake,
+    backward=_backward,
+    fake_gradients=lambda *args: tuple(_gradients_like(*args[:9])),
+    gradients=9,
+    differentiable=2,
+)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.softplus = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[2])
-
-
-def _backward(ctx: Any, dy: _Optional, dfinal: _Optional, _: _Optional) -> tuple[Any, ...]:
-    *tensors, states = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros_like(tensors[0])
-    op = torch.ops.hybridnas.selective_scan_triton_backward
-    gradients = op(*tensors, ctx.softplus, states, dy, dfinal)
-    return (*(None if t is None else g for t, g in zip(tensors[:9], gradients, strict=True)), None, None)
-
-
-torch.library.register_autograd("hybridnas::selective_scan_triton", _backward, setup_context=_setup)
-
-
-def scan_triton(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: _Optional = None,
-    z: _Optional = None,
-    delta_bias: _Optional = None,
-    delta_softplus: bool = False,
-    initial_state: _Optional = None,
-    seq_idx: _Optional = None,
-) -> tuple[Tensor, Tensor]:
+def scan_triton(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (B, L, D) in u's dtype and the final state (B, D, N) in float32, both differentiable."""
-    reset = None if seq_idx is None else boundaries(seq_idx).to(torch.uint8)
+    reset = None if inputs.seq_idx is None else boundaries(inputs.seq_idx).to(torch.uint8)
     op = torch.ops.hybridnas.selective_scan_triton
-    y_BLD, final_BDN, _ = op(u, delta, A, B, C, D, z, delta_bias, initial_state, reset, delta_softplus)
+    y_BLD, final_BDN, _ = op(*inputs.floating, reset, inputs.delta_softplus)
     return y_BLD, final_BDN

@@ -1,22 +1,23 @@
 """State-space duality, the scan of Mamba-2 (arXiv 2405.21060), in matrix products, forward and backward.
 
 Shapes: B batch, L length, H heads, P channels of a head, G groups, N state size. ``reference.py`` is the
-specification; ``chunked.py`` is the fast path in torch's own matrix products, ``triton.py`` the one on a GPU.
+specification, ``eager.py`` computes in torch's matrix products, ``triton.py`` on a GPU.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hybridnas.errors import KernelInputError
 from hybridnas.hardware import Impl
+from hybridnas.kernels._dispatch import Operation, dtypes_of
 from hybridnas.kernels._inputs import full_precision, require_finite, require_seq_idx, require_tensor
-from hybridnas.kernels._triton.choose import choose, takes_dtypes, words
-from hybridnas.kernels.ssd.chunked import ssd_chunked
-from hybridnas.kernels.ssd.reference import ssd_reference
+from hybridnas.kernels.ssd.eager import ssd_eager
+from hybridnas.kernels.ssd.reference import Inputs, ssd_reference
 
-_NAME = "ssd"
+OPERATION = Operation("ssd", "chunked matrix products", triton=True)
+describe = OPERATION.describe
+_NAME = OPERATION.name
 
 
 def ssd(
@@ -41,47 +42,28 @@ def ssd(
     (B, H, P, N), float32 whatever the inputs (float64 for float64). ``seq_idx`` (B, L) integers: the state restarts
     where it changes. All floating inputs are differentiable. With ``return_final_state``: (y, last state).
     ``chunk_size`` [steps] trades matrix products for memory and does not change the result; triton takes 128 or 256.
-    ``impl``: auto, reference, cpu (torch, on any device) or triton; auto on a CUDA device is triton, torch for float64.
+    ``impl``: see ``Impl``; there is no native form, triton takes float32, bfloat16 and float16.
 
     Raises KernelInputError for a wrong rank, shape, dtype or device, KernelUnavailableError for an implementation
     that cannot run here. Source: Dao and Gu 2024, section 6.
     """
-    _check(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, chunk_size)
-    takes = takes_dtypes(x, dt, A, B, C, D, z, dt_bias, initial_state)
-    chosen = choose(_NAME, impl, x.device, takes=takes)
+    inputs = Inputs(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, dt_softplus, chunk_size)
+    _check(inputs)
+    if x.shape[1] <= 1 and Impl.of(impl) is Impl.AUTO:
+        impl = Impl.TORCH  # one step is the recurrence itself, on every device
+    chosen = OPERATION.choose(impl, x.device, dtypes_of(*inputs.floating))
     with full_precision(x.device):
-        given = (x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx)
-        if chosen is Impl.REFERENCE or x.shape[1] <= 1:  # one step is the recurrence itself
-            y_BLHP, final_BHPN = ssd_reference(*given)
-        elif chosen is Impl.TRITON:
+        if chosen is Impl.TRITON:
             from hybridnas.kernels.ssd.triton import ssd_triton
 
-            y_BLHP, final_BHPN = ssd_triton(*given, chunk_size)
+            y_BLHP, final_BHPN = ssd_triton(inputs)
         else:
-            y_BLHP, final_BHPN = ssd_chunked(*given, chunk_size)
+            y_BLHP, final_BHPN = ssd_reference(inputs) if chosen is Impl.REFERENCE else ssd_eager(inputs)
     return (y_BLHP, final_BHPN) if return_final_state else y_BLHP
 
 
-def describe(device: torch.device | str) -> str:
-    """Return words on what computes the operation on ``device``."""
-    if torch.device(device).type == "cuda":
-        return words(device, "chunked matrix products")
-    return "torch, chunked matrix products"
-
-
-def _check(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    chunk_size: int,
-) -> None:
+def _check(inputs: Inputs) -> None:
+    x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, _, chunk_size = inputs
     device = x.device
     require_tensor(_NAME, "x", x, "(B, L, H, P)", tuple(x.shape) if x.dim() == 4 else (0,) * 4, device)
     batch, length, heads, width = x.shape

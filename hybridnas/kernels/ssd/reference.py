@@ -9,6 +9,8 @@ Shapes: B batch, L length, H heads, P channels of a head, G groups of heads that
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,21 +33,37 @@ def finish(y_BLHP: Tensor, x_BLHP: Tensor, D_H: Tensor | None, z_BLHP: Tensor | 
     return y_BLHP.to(x_BLHP.dtype)
 
 
-def ssd_reference(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+class Inputs(NamedTuple):
+    """The arguments of state-space duality, in the order of ``ssd``."""
+
+    x: Tensor  # (B, L, H, P)
+    dt: Tensor  # (B, L, H)
+    A: Tensor  # (H,)
+    B: Tensor  # (B, L, G, N)
+    C: Tensor  # (B, L, G, N)
+    D: Tensor | None = None  # (H,)
+    z: Tensor | None = None  # (B, L, H, P)
+    dt_bias: Tensor | None = None  # (H,)
+    initial_state: Tensor | None = None  # (B, H, P, N)
+    seq_idx: Tensor | None = None  # (B, L) integers
+    dt_softplus: bool = False
+    chunk_size: int = 64  # steps of a chunk, where the form has chunks
+
+    @property
+    def floating(self) -> tuple[Tensor | None, ...]:
+        """The nine inputs that have a gradient."""
+        return self[:9]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the state and of all sums."""
+        return state_dtype(self.x, self.dt, self.A, self.B, self.C)
+
+
+def ssd_reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (B, L, H, P) and the final state (B, H, P, N), one step at a time."""
-    dtype, (batch, length, heads, width) = state_dtype(x, dt, A, B, C), x.shape
+    x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, dt_softplus, _ = inputs
+    dtype, (batch, length, heads, width) = inputs.dtype, x.shape
     share = heads // B.shape[2]
     dt_BLH = steps_of(dt, dt_bias, dt_softplus, dtype)
     decay_BLH = torch.exp(dt_BLH * A.to(dtype))

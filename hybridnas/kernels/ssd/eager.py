@@ -10,28 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridnas.kernels._inputs import boundaries, state_dtype
-from hybridnas.kernels.ssd.reference import finish, steps_of
+from hybridnas.kernels._inputs import boundaries
+from hybridnas.kernels.ssd.reference import Inputs, finish, ssd_reference, steps_of
 
 
-def ssd_chunked(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    chunk_size: int = 64,
-) -> tuple[Tensor, Tensor]:
+def ssd_eager(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (B, L, H, P) in x's dtype and the final state (B, H, P, N) in float32, differentiable by autograd."""
-    dtype, (batch, length, heads, width) = state_dtype(x, dt, A, B, C), x.shape
+    if inputs.x.shape[1] <= 1:  # one step is the recurrence itself
+        return ssd_reference(inputs)
+    x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, dt_softplus, chunk_size = inputs
+    dtype, (batch, length, heads, width) = inputs.dtype, x.shape
     groups, size = B.shape[2:]
-    steps = max(1, min(chunk_size, length))
+    steps = min(chunk_size, length)
     missing = -length % steps
     chunks = (length + missing) // steps
     dt_BLH = steps_of(dt, dt_bias, dt_softplus, dtype)

@@ -1,24 +1,134 @@
-"""The head's matmul and the cross-entropy, chunk by chunk: a custom operator for autograd, compile and export.
+"""Cross-entropy of logits, and of the head's matmul with it chunk by chunk, as custom operators.
 
-Only one chunk of logits exists at a time. Where the gradient of the sum is wanted, a chunk's logits become its
-gradient on the spot (the idea of Liger's and FLA's fused losses): three matmuls as in the plain form, no second
-pass. Gradients of single tokens' losses are not known at that time, so these cost one matmul more. On a processor
-the rows that do not count are left out of every matmul.
+Of given logits only these are kept for the backward, where torch keeps their log-softmax too. With the head only one
+chunk of logits exists at a time. Where the gradient of the sum is wanted, a chunk's logits become its gradient on the
+spot (the idea of Liger's and FLA's fused losses): three matmuls as in the plain form, no second pass. Gradients of
+single tokens' losses are not known at that time, so these cost one matmul more. On a CPU the rows that do not count
+are left out of every matmul. The rows of a chunk are computed here in torch or, with ``triton``, by ``triton.py``.
 Shapes: N tokens, T tokens of a chunk, D features, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hybridnas.errors import KernelInputError
 from hybridnas.kernels._inputs import state_dtype
-from hybridnas.kernels.cross_entropy import rows
+from hybridnas.kernels._register import differentiable_once, register_differentiable_op, register_op
 
 _FUSED_BYTES = 8 << 20  # logits of one chunk in float32: near the caches, with rows enough for matmuls at full speed
 _FUSED_ROWS = 128  # at least: every chunk reads and writes the whole gradient of the weight
+_CHUNK_BYTES = 1 << 20  # of float32 logits without a head: rows that stay in the cache from one pass to the next
+
+
+def row_function(triton: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return what computes the rows: ``losses`` below, or the Triton kernel of the same signature."""
+    if not triton:
+        return losses
+    from hybridnas.kernels.cross_entropy.triton import losses as triton_losses
+
+    return triton_losses
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def require_in_vocabulary(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raise KernelInputError for a target that is no token; looked at on a CPU only, where it costs no waiting."""
+    if targets.device.type != "cpu" or targets.numel() == 0:
+        return
+    low, high = (int(value) for value in targets.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise KernelInputError(
+            f"cross_entropy targets must be in 0..{vocabulary - 1} or ignore_index={ignore_index}, "
+            f"got {low if low < 0 else high}"
+        )
+
+
+def losses(
+    logits_TV: Tensor, targets_T: Tensor, scale_T: Tensor | None, out_TV: Tensor, *, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Return losses and logarithms of the normalisers (T,); ``out`` is working memory, and holds, where ``gradient``,
+    the gradient of sum(scale * loss) by the logits.
+
+    softmax is torch's only fused pass over rows; the normaliser is read off the likeliest token, whose probability
+    is at least 1 / V and so never vanishes.
+    """
+    wide = state_dtype(logits_TV)
+    logits_TV = logits_TV.to(wide)
+    chosen_T = logits_TV.gather(1, targets_T[:, None])[:, 0]
+    peak_T = logits_TV.amax(1)
+    p_TV = out_TV if out_TV.dtype == wide else torch.empty_like(logits_TV)
+    torch.softmax(logits_TV, 1, out=p_TV)
+    logsumexp_T = peak_T - p_TV.amax(1).log_()
+    if gradient:
+        p_TV.scatter_add_(1, targets_T[:, None], p_TV.new_full((1, 1), -1.0).expand(p_TV.shape[0], 1))
+        if scale_T is not None:
+            p_TV.mul_(scale_T[:, None])
+        if p_TV is not out_TV:
+            out_TV.copy_(p_TV)
+    return logsumexp_T - chosen_T, logsumexp_T
+
+
+def _chunk_rows(logits: Tensor) -> int:
+    """Return how many rows are done at once; all of them on a GPU, where a row is one program."""
+    return max(1, _CHUNK_BYTES // (4 * logits.shape[1]) if logits.device.type == "cpu" else logits.shape[0])
+
+
+def _logits_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    logits, targets, ignore_index, triton = args
+    (count, vocabulary), size, wide = logits.shape, _chunk_rows(logits), state_dtype(logits)
+    counts, run = targets != ignore_index, row_function(triton)
+    require_in_vocabulary(targets[counts] if logits.device.type == "cpu" else targets, vocabulary, ignore_index)
+    index = targets.masked_fill(~counts, 0)
+    loss, logsumexp = logits.new_empty(count, dtype=wide), logits.new_empty(count, dtype=wide)
+    memory = logits.new_empty(min(size, count), vocabulary, dtype=wide)
+    for part in slices(count, size):
+        out_TV = memory[: part.stop - part.start]
+        loss[part], logsumexp[part] = run(logits[part], index[part], None, out_TV, gradient=False)
+    zero = torch.zeros_like(loss)
+    return torch.where(counts, loss, zero), torch.where(counts, logsumexp, zero)
+
+
+def _fake_logits(*args: Any) -> tuple[Tensor, Tensor]:
+    logits = args[0]
+    loss = logits.new_empty(logits.shape[0], dtype=state_dtype(logits))
+    return loss, torch.empty_like(loss)
+
+
+def _logits_backward(*args: Any) -> Tensor:
+    logits, targets, ignore_index, triton, _, upstream = args
+    counts, run = targets != ignore_index, row_function(triton)
+    index, scale = targets.masked_fill(~counts, 0), torch.where(counts, upstream, torch.zeros_like(upstream))
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    for part in slices(logits.shape[0], _chunk_rows(logits)):
+        run(logits[part], index[part], scale[part], dlogits[part], gradient=True)
+    return dlogits
+
+
+register_differentiable_op(
+    "cross_entropy",
+    "Tensor logits, Tensor targets, int ignore_index, bool triton",
+    2,
+    forward=_logits_forward,
+    fake=_fake_logits,
+    backward=_logits_backward,
+    fake_gradients=lambda *args: torch.empty_like(args[0], memory_format=torch.contiguous_format),
+    gradients=1,
+)
+
+
+def cross_entropy_eager(
+    logits_NV: Tensor, targets_N: Tensor, ignore_index: int, *, triton: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the losses (N,) and the logarithms of the normalisers (N,), 0 where ignored."""
+    loss_N, logsumexp_N = torch.ops.hybridnas.cross_entropy(logits_NV, targets_N, ignore_index, triton)
+    return loss_N, logsumexp_N
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -65,7 +175,7 @@ def _counted(targets: Tensor, vocabulary: int, ignore_index: int, dtype: torch.d
     if not bool(counts.all()):
         index = counts.nonzero()[:, 0]
         targets = targets[index]
-    rows.require_in_vocabulary(targets, vocabulary, ignore_index)
+    require_in_vocabulary(targets, vocabulary, ignore_index)
     return _Counted(index, targets, None)
 
 
@@ -83,7 +193,7 @@ def _fused(
     The gradient by x has the dtype of the matmuls, the one by the weight that of the sums; an unneeded one is empty.
     """
     vocabulary, wide, narrow, count = weight.shape[0], state_dtype(x), matmul_dtype(x), x.shape[0]
-    run, size = rows.row_function(triton), chunk_rows(vocabulary)
+    run, size = row_function(triton), chunk_rows(vocabulary)
     with torch.autocast(x.device.type, enabled=False):
         counted = _counted(targets, vocabulary, ignore_index, wide)
         scale = counted.ones
@@ -94,7 +204,7 @@ def _fused(
         dx = x.new_empty(x.shape if need[0] else 0)
         dweight = x.new_zeros(weight.shape if need[1] else 0, dtype=wide)
         buffers = x.new_empty(2, min(size, x.shape[0]), vocabulary)
-        for part in rows.slices(x.shape[0], size):
+        for part in slices(x.shape[0], size):
             logits_TV, gradient_TV = buffers[:, : part.stop - part.start].unbind()
             torch.mm(x[part], weight.t(), out=logits_TV)
             scale_T = None if scale is None else scale[part]
@@ -115,12 +225,7 @@ _INPUTS = "Tensor x, Tensor weight, Tensor targets"
 _OPTIONS = "int ignore_index, bool need_dx, bool need_dweight, bool triton"
 
 
-@torch.library.custom_op(
-    "hybridnas::linear_cross_entropy",
-    mutates_args=(),
-    schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward_op(*args: Any) -> tuple[Tensor, ...]:
+def _head_forward(*args: Any) -> tuple[Tensor, ...]:
     x, weight, targets, ignore_index, need_dx, need_dweight, triton = args
     loss_N, *rest = _fused(x, weight, targets, None, ignore_index, (need_dx, need_dweight), triton)
     return loss_N.sum(), loss_N, *rest
@@ -131,25 +236,18 @@ def _gradients_like(x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool
     return dx, x.new_empty(weight.shape if need_dweight else 0, dtype=state_dtype(x))
 
 
-@_forward_op.register_fake
-def _(*args: Any) -> tuple[Tensor, ...]:
+def _fake_head(*args: Any) -> tuple[Tensor, ...]:
     x, weight, _, _, need_dx, need_dweight, _ = args
     loss_N = x.new_empty(x.shape[0], dtype=state_dtype(x))
     return loss_N.new_empty(()), loss_N, torch.empty_like(loss_N), *_gradients_like(x, weight, need_dx, need_dweight)
 
 
-@torch.library.custom_op(
-    "hybridnas::linear_cross_entropy_backward",
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor upstream, {_OPTIONS}) -> (Tensor, Tensor)",
-)
-def _backward_op(*args: Any) -> tuple[Tensor, Tensor]:
+def _head_backward(*args: Any) -> tuple[Tensor, Tensor]:
     x, weight, targets, upstream, ignore_index, need_dx, need_dweight, triton = args
     return _fused(x, weight, targets, upstream, ignore_index, (need_dx, need_dweight), triton)[2:]
 
 
-@_backward_op.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor]:
+def _fake_head_backward(*args: Any) -> tuple[Tensor, Tensor]:
     x, weight, _, _, _, need_dx, need_dweight, _ = args
     return _gradients_like(x, weight, need_dx, need_dweight)
 
@@ -162,7 +260,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(x, weight, targets, dx, dweight)
 
 
-def _backward(ctx: Any, dtotal: Tensor | None, dloss_N: Tensor | None, *_: Any) -> tuple[Any, ...]:
+@differentiable_once("linear_cross_entropy")
+def _backpropagate(ctx: Any, dtotal: Tensor | None, dloss_N: Tensor | None, *_: Any) -> tuple[Any, ...]:
     x, weight, targets, dx, dweight = ctx.saved_tensors
     ignore_index, had_dx, had_dweight, triton = ctx.options
     need_dx, need_dweight = ctx.needs_input_grad[:2]
@@ -178,10 +277,19 @@ def _backward(ctx: Any, dtotal: Tensor | None, dloss_N: Tensor | None, *_: Any) 
     return *gradients, None, None, None, None, None
 
 
-torch.library.register_autograd("hybridnas::linear_cross_entropy", _backward, setup_context=_setup)
+# the backward depends on which of the losses is differentiated, which the general helper does not know
+register_op("linear_cross_entropy", f"{_INPUTS}, {_OPTIONS}", 5, run=_head_forward, fake=_fake_head)
+register_op(
+    "linear_cross_entropy_backward",
+    f"{_INPUTS}, Tensor upstream, {_OPTIONS}",
+    2,
+    run=_head_backward,
+    fake=_fake_head_backward,
+)
+torch.library.register_autograd("hybridnas::linear_cross_entropy", _backpropagate, setup_context=_setup)
 
 
-def linear_cross_entropy_chunked(
+def linear_cross_entropy_eager(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignore_index: int, *, per_token: bool, triton: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum of the losses, the losses (N,) and the logarithms of the normalisers (N,), 0 where ignored.
@@ -197,19 +305,19 @@ def linear_cross_entropy_chunked(
 
 
 @torch.no_grad()
-def scores_chunked(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignore_index: int
+def scores_eager(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignore_index: int, *, triton: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return losses and normalisers (N,), and whether the likeliest token (the first of equals) is the target."""
-    vocabulary, narrow = weight_VD.shape[0], matmul_dtype(x_ND)
+    vocabulary, narrow, run = weight_VD.shape[0], matmul_dtype(x_ND), row_function(triton)
     with torch.autocast(x_ND.device.type, enabled=False):
         counted = _counted(targets_N, vocabulary, ignore_index, state_dtype(x_ND))
         x, weight = counted.take(x_ND).to(narrow), weight_VD.to(narrow)
         parts = []
-        for part in rows.slices(max(x.shape[0], 1), chunk_rows(vocabulary)):
+        for part in slices(max(x.shape[0], 1), chunk_rows(vocabulary)):
             logits_TV, targets_T = x[part] @ weight.t(), counted.targets[part]
             right_T = logits_TV.argmax(1) == targets_T
-            loss_T, logsumexp_T = rows.losses(logits_TV, targets_T, None, torch.empty_like(logits_TV), gradient=False)
+            loss_T, logsumexp_T = run(logits_TV, targets_T, None, torch.empty_like(logits_TV), gradient=False)
             parts.append((loss_T, logsumexp_T, right_T))
         loss_N, logsumexp_N, right_N = (counted.put(torch.cat(p), x_ND.shape[0]) for p in zip(*parts, strict=True))
     return loss_N, logsumexp_N, right_N

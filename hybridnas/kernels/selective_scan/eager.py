@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hybridnas.kernels._inputs import boundaries, state_dtype
+from hybridnas.kernels._register import differentiable_once
+from hybridnas.kernels.selective_scan.reference import Inputs
 
 CHUNK = 32  # steps; 16 is a little faster and keeps twice the checkpoints
 
 
-class _Inputs(NamedTuple):
+class _Ready(NamedTuple):
     u: Tensor
     delta: Tensor
     A: Tensor
@@ -63,7 +64,7 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         u, delta, A, B, C, D, z, bias, initial, keep, softplus, save = args
-        ins = _Inputs(u, delta, A, B, C, D, z, bias, keep, softplus, state_dtype(u, delta, A, B, C))
+        ins = _Ready(u, delta, A, B, C, D, z, bias, keep, softplus, state_dtype(u, delta, A, B, C))
         y_BLD, final_BDN, checkpoints = _forward(ins, initial, save)
         ctx.softplus, ctx.has_initial = softplus, None if initial is None else initial.dtype
         ctx.set_materialize_grads(False)
@@ -71,10 +72,10 @@ class _ChunkedScan(torch.autograd.Function):
         return y_BLD, final_BDN
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("selective_scan")
     def backward(ctx: Any, dy_BLD: Tensor | None, dfinal_BDN: Tensor | None) -> tuple[Any, ...]:
         *saved, checkpoints = ctx.saved_tensors
-        ins = _Inputs._make([*saved, ctx.softplus, state_dtype(*saved[:5])])
+        ins = _Ready._make([*saved, ctx.softplus, state_dtype(*saved[:5])])
         if dy_BLD is None:
             dy_BLD = torch.zeros_like(ins.u)
         grads = _Backward(ins, dy_BLD).run(checkpoints, dfinal_BDN)
@@ -83,7 +84,7 @@ class _ChunkedScan(torch.autograd.Function):
         return du, ddelta, dA, dB, dC, dD, dz, dbias, initial, None, None, None
 
 
-def _forward(ins: _Inputs, initial: Tensor | None, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _forward(ins: _Ready, initial: Tensor | None, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     (batch, length, channels), size = ins.u.shape, ins.A.shape[1]
     if initial is None:
         h_BDN = ins.u.new_zeros(batch, channels, size, dtype=ins.dtype)
@@ -113,7 +114,7 @@ def _forward(ins: _Inputs, initial: Tensor | None, save: bool) -> tuple[Tensor, 
 class _Backward:
     """Gradients of one call, accumulated from the last chunk to the first."""
 
-    def __init__(self, ins: _Inputs, dy_BLD: Tensor) -> None:
+    def __init__(self, ins: _Ready, dy_BLD: Tensor) -> None:
         def empty(tensor: Tensor) -> Tensor:
             return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
@@ -189,22 +190,9 @@ class _Backward:
         return carry_BDN
 
 
-def scan_chunked(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def scan_eager(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (B, L, D) in u's dtype and the final state (B, D, N) in float32 (float64 for float64 inputs)."""
-    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    keep = None if seq_idx is None else (~boundaries(seq_idx)).to(state_dtype(u, delta, A, B, C))
-    y_BLD, final_BDN = _ChunkedScan.apply(*tensors, keep, delta_softplus, save)  # type: ignore[no-untyped-call]
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.floating)
+    keep = None if inputs.seq_idx is None else (~boundaries(inputs.seq_idx)).to(inputs.dtype)
+    y_BLD, final_BDN = _ChunkedScan.apply(*inputs.floating, keep, inputs.delta_softplus, save)  # type: ignore[no-untyped-call]
     return y_BLD, final_BDN

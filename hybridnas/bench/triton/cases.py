@@ -10,15 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hybridnas.kernels._triton.compiled import Compilation
+from hybridnas.bench.triton.compiled import Compilation
 from hybridnas.kernels._triton.launch import Launch, recording
-from hybridnas.kernels._triton.shapes import MAX_STATE, MAX_TAPS, SSD_CHUNKS
+from hybridnas.kernels._triton.shapes import MAX_FEATURES, MAX_STATE, MAX_TAPS, SSD_CHUNKS
 from hybridnas.kernels.causal_conv1d import triton as conv
 from hybridnas.kernels.cross_entropy import triton as loss
 from hybridnas.kernels.moe_dispatch import triton as moe
 from hybridnas.kernels.rmsnorm import triton as norm
 from hybridnas.kernels.selective_scan import triton as scan
-from hybridnas.kernels.ssd import triton_host as ssd
+from hybridnas.kernels.ssd import triton as ssd
 
 _B, _L, _D = 2, 160, 256
 _SIZES = [2**i for i in range(MAX_STATE.bit_length())]
@@ -34,9 +34,9 @@ def scan_launches(size: int, dtype: torch.dtype, full: bool) -> list[Launch]:
     given = (_empty(_D), wide, _empty(_D), _empty(_B, _D, size), _empty(_B, _L, dtype=torch.uint8))
     rest = given if full else (None,) * 5
     with recording() as launches:
-        inputs = scan.Inputs.of(wide, wide, _empty(_D, size), narrow, narrow, *rest, softplus=full)
-        y, final, states = scan.scan_forward(inputs)
-        scan.scan_backward(inputs, states, y, final if full else None)
+        launcher = scan.Launcher.of(wide, wide, _empty(_D, size), narrow, narrow, *rest, softplus=full)
+        y, final, states = scan.scan_forward(launcher)
+        scan.scan_backward(launcher, states, y, final if full else None)
     return launches
 
 
@@ -58,9 +58,11 @@ def ssd_launches(size: int, dtype: torch.dtype, full: bool) -> list[Launch]:
     dt, head, state = _empty(batch, length, heads, dtype=dtype), _empty(heads), _empty(batch, heads, size, size)
     given = (head, x, head, state, _empty(batch, length, dtype=torch.int32)) if full else (None,) * 5
     with recording() as launches:
-        inputs = ssd.Inputs.of(x, dt, head, narrow, narrow, *given, softplus=full, chunk=chunk if full else 2 * chunk)
-        y, final, kept = ssd.ssd_forward(inputs)
-        ssd.ssd_backward(inputs, kept, y, final if full else None)
+        launcher = ssd.Launcher.of(
+            x, dt, head, narrow, narrow, *given, softplus=full, chunk=chunk if full else 2 * chunk
+        )
+        y, final, kept = ssd.ssd_forward(launcher)
+        ssd.ssd_backward(launcher, kept, y, final if full else None)
     return launches
 
 
@@ -128,7 +130,7 @@ def _all(whole: bool) -> list[Compilation]:
         add("N", scan_launches, size, float32, True)
     for taps in range(1, MAX_TAPS + 1) if whole else [4]:
         add("K", conv_launches, taps, float32, True)
-    for features in (64, 1024, norm.MAX_FEATURES) if whole else [1024]:
+    for features in (64, 1024, MAX_FEATURES) if whole else [1024]:
         add("D", norm_launches, features, float32, True)
     for vocabulary in (256, 50257) if whole else [50257]:
         add("V", loss_launches, vocabulary, float32, True)

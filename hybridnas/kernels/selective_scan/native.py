@@ -15,6 +15,8 @@ from torch import Tensor
 from hybridnas.kernels._build import Library, library, threads
 from hybridnas.kernels._build.arguments import call, pointer, rows, struct
 from hybridnas.kernels._inputs import boundaries
+from hybridnas.kernels._register import register_differentiable_op
+from hybridnas.kernels.selective_scan.reference import Inputs
 
 SOURCE = Path(__file__).resolve().with_name("scan.c")
 _TILE = 16  # channels side by side, as in vectors.h
@@ -78,13 +80,7 @@ def _empty_checkpoints(u: Tensor, A: Tensor) -> Tensor:
     return u.new_empty(u.shape[0], -(-u.shape[1] // _chunk(size)), -(-u.shape[2] // _TILE), size, _TILE)
 
 
-@torch.library.custom_op(
-    "hybridnas::selective_scan",
-    mutates_args=(),
-    device_types="cpu",
-    schema=f"({_INPUTS}, bool softplus, bool save) -> (Tensor, Tensor, Tensor)",
-)
-def _forward_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, softplus, save = args
     ready = _ready(*tensors)
     u, A = ready[0], ready[2]
@@ -98,24 +94,14 @@ def _forward_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return y_BLD, final_BDN, checkpoints
 
 
-@_forward_op.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     u, A, save = args[0], args[2], args[-1]
     checkpoints = _empty_checkpoints(u, A) if save else u.new_empty(0)
     return u.new_empty(u.shape), u.new_empty(u.shape[0], *A.shape), checkpoints
 
 
-_GRADIENTS = ", ".join(["Tensor"] * 9)
-
-
-@torch.library.custom_op(
-    "hybridnas::selective_scan_backward",
-    mutates_args=(),
-    device_types="cpu",
-    schema=f"({_INPUTS}, bool softplus, Tensor checkpoints, Tensor dy, Tensor? dfinal) -> ({_GRADIENTS})",
-)
-def _backward_op(*args: Any) -> tuple[Tensor, ...]:
-    *tensors, softplus, checkpoints, dy, dfinal = args
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    *tensors, softplus, _, checkpoints, dy, dfinal = args
     ready = _ready(*tensors)
     dy = rows(dy)
     if checkpoints.numel() == 0 and dy.numel():  # saved by a caller who did not expect a backward
@@ -146,49 +132,29 @@ def _gradient_shapes(*tensors: Any) -> list[Tensor]:
     return [u, delta, A, B, C, vector, u.new_empty(0) if z is None else z, vector, state]
 
 
-@_backward_op.register_fake
-def _(*args: Any) -> tuple[Tensor, ...]:
+def _fake_gradients(*args: Any) -> tuple[Tensor, ...]:
     return tuple(args[0].new_empty(g.shape) for g in _gradient_shapes(*args[:10]))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, softplus, _ = inputs
-    ctx.softplus = softplus
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[2])
+register_differentiable_op(
+    "selective_scan",
+    f"{_INPUTS}, bool softplus, bool save",
+    3,
+    forward=_forward,
+    fake=_fake,
+    backward=_backward,
+    fake_gradients=_fake_gradients,
+    gradients=9,
+    differentiable=2,
+    device="cpu",
+)
 
 
-def _backward(ctx: Any, dy: _Optional, dfinal: _Optional, _: _Optional) -> tuple[Any, ...]:
-    *tensors, checkpoints = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros_like(tensors[0])
-    gradients = list(torch.ops.hybridnas.selective_scan_backward(*tensors, ctx.softplus, checkpoints, dy, dfinal))
-    for i, tensor in enumerate(tensors[:9]):
-        if tensor is None:
-            gradients[i] = None
-    return (*gradients, None, None, None)
-
-
-torch.library.register_autograd("hybridnas::selective_scan", _backward, setup_context=_setup)
-
-
-def scan_c(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: _Optional = None,
-    z: _Optional = None,
-    delta_bias: _Optional = None,
-    delta_softplus: bool = False,
-    initial_state: _Optional = None,
-    seq_idx: _Optional = None,
-) -> tuple[Tensor, Tensor]:
+def scan_native(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (B, L, D) in u's dtype and the final state (B, D, N) in float32; inputs narrower are widened."""
-    given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    given = inputs.floating
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     tensors = [None if t is None else t.float() for t in given]
-    reset = None if seq_idx is None else boundaries(seq_idx).to(torch.uint8)
-    y_BLD, final_BDN, _ = torch.ops.hybridnas.selective_scan(*tensors, reset, delta_softplus, save)
-    return y_BLD.to(u.dtype), final_BDN
+    reset = None if inputs.seq_idx is None else boundaries(inputs.seq_idx).to(torch.uint8)
+    y_BLD, final_BDN, _ = torch.ops.hybridnas.selective_scan(*tensors, reset, inputs.delta_softplus, save)
+    return y_BLD.to(inputs.u.dtype), final_BDN

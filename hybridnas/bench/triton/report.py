@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that need not be here, and print what each uses.
 
-``python -m hybridnas.kernels._triton.report [whole=true] [targets=sm_80,sm_90,gfx942] [kernel=NAME,NAME] [jobs=N]
+``python -m hybridnas.bench.triton.report [whole=true] [targets=sm_80,sm_90,gfx942] [kernel=NAME,NAME] [jobs=N]
 [timeout=SECONDS] [out=FILE]`` compiles every tile of every kernel, the first ones at common sizes and dtypes and the
 others where they are first used, or with ``whole`` every tile at every size class and dtype; ``kernel`` keeps those
 whose name contains one of these. The exit code is 1 where a kernel does not compile in time, spills registers or needs
@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from hybridnas.bench.triton.cases import compilations
+from hybridnas.bench.triton.compiled import TARGETS, Usage, usage
 from hybridnas.errors import ConfigError, suggest
 from hybridnas.files import write_json
-from hybridnas.kernels._triton.cases import compilations
-from hybridnas.kernels._triton.compiled import TARGETS, Usage, usage
 
 _DEFAULTS = {"whole": "false", "targets": ",".join(TARGETS), "kernel": "", "jobs": "2", "timeout": "120", "out": ""}
 

@@ -7,6 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
+import hybridnas.kernels.causal_conv1d as conv
+import hybridnas.kernels.cross_entropy as loss
+import hybridnas.kernels.mamba_step as step
+import hybridnas.kernels.moe_dispatch as moe
+import hybridnas.kernels.rmsnorm as norms
+import hybridnas.kernels.selective_scan as scan
+import hybridnas.kernels.ssd as duality
+from hybridnas.hardware import Impl
+from hybridnas.kernels._dispatch import Operation
 from hybridnas.kernels.causal_conv1d import causal_conv1d
 from hybridnas.kernels.cross_entropy import cross_entropy, linear_cross_entropy, token_scores
 from hybridnas.kernels.mamba_step import Norm, Weights, mamba_step
@@ -15,6 +24,7 @@ from hybridnas.kernels.rmsnorm import add_norm, layer_norm, rms_norm
 from hybridnas.kernels.selective_scan import selective_scan, selective_state_update
 from hybridnas.kernels.ssd import ssd
 
+needs_compiler = pytest.mark.skipif(not conv.native.available(), reason="no C compiler")
 D, N, TAPS, HEADS, GROUPS, WIDTH, EXPERTS, VOCABULARY = 6, 3, 4, 4, 2, 3, 3, 11
 INNER, RANK = 8, 2
 Tensors = dict[str, Tensor]
@@ -23,11 +33,16 @@ Tensors = dict[str, Tensor]
 class Op(NamedTuple):
     """An operation: its float32 inputs for a batch and a length, a call that returns its outputs, and their shapes."""
 
+    operation: Operation
     shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
     call: Callable[[Tensors, int, int, str], tuple[Tensor, ...]]
     outputs: Callable[[int, int], list[tuple[int, ...]]]
-    impls: tuple[str, ...] = ("auto", "reference", "cpu")
     differentiable: bool = True
+
+    def impls(self) -> list[str]:
+        """Return the implementations that this operation has on a CPU, Triton's in its interpreter."""
+        has = {"native": self.operation.native is not None, "triton": self.operation.triton}
+        return [impl.value for impl in Impl if has.get(impl.value, True)]
 
 
 def integers(high: int, *shape: int) -> Tensor:
@@ -45,7 +60,7 @@ def _ssd(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
 
 
 def _conv(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
-    ids = integers(3, batch, length).sort(1).values if impl != "cpu" else None
+    ids = integers(3, batch, length).sort(1).values
     return causal_conv1d(**v, activation="silu", seq_idx=ids, return_final_state=True, impl=impl)
 
 
@@ -105,47 +120,89 @@ def _step_shapes(batch: int, length: int) -> dict[str, tuple[int, ...]]:
 
 
 OPS = {
-    "selective_scan": Op(_scan_shapes, _scan, lambda b, n: [(b, n, D), (b, D, N)]),
+    "selective_scan": Op(scan.OPERATION, _scan_shapes, _scan, lambda b, n: [(b, n, D), (b, D, N)]),
     "selective_state_update": Op(
-        _update_shapes, lambda v, b, n, impl: selective_state_update(**v, delta_softplus=True),
-        lambda b, n: [(b, D), (b, D, N)], ("auto",),
+        scan.OPERATION,
+        _update_shapes,
+        lambda v, b, n, impl: selective_state_update(**v, delta_softplus=True, impl=impl),
+        lambda b, n: [(b, D), (b, D, N)],
     ),
     "causal_conv1d": Op(
+        conv.OPERATION,
         lambda b, n: {"x": (b, n, D), "weight": (D, TAPS), "bias": (D,), "initial_state": (b, TAPS - 1, D)},
-        _conv, lambda b, n: [(b, n, D), (b, TAPS - 1, D)],
+        _conv,
+        lambda b, n: [(b, n, D), (b, TAPS - 1, D)],
     ),
-    "mamba_step": Op(_step_shapes, _step, lambda b, n: [(b, D), (b, TAPS - 1, INNER), (b, INNER, N)],
-                     differentiable=False),
-    "ssd": Op(_ssd_shapes, _ssd, lambda b, n: [(b, n, HEADS, WIDTH), (b, HEADS, WIDTH, N)]),
-    "rms_norm": Op(lambda b, n: {"x": (b, n, D), "weight": (D,)}, lambda v, b, n, impl: (rms_norm(**v, impl=impl),),
-                   lambda b, n: [(b, n, D)]),
-    "layer_norm": Op(lambda b, n: {"x": (b, n, D), "weight": (D,), "bias": (D,)},
-                     lambda v, b, n, impl: (layer_norm(**v, impl=impl),), lambda b, n: [(b, n, D)]),
-    "add_norm": Op(lambda b, n: {"x": (b, n, D), "residual": (b, n, D), "weight": (D,)},
-                   lambda v, b, n, impl: add_norm(**v, impl=impl), lambda b, n: [(b, n, D)] * 2),
-    "cross_entropy": Op(lambda b, n: {"logits": (b, n, VOCABULARY)},
-                        lambda v, b, n, impl: (cross_entropy(v["logits"], integers(VOCABULARY, b, n), impl=impl),),
-                        lambda b, n: [()]),
+    "mamba_step": Op(
+        step.OPERATION,
+        _step_shapes,
+        _step,
+        lambda b, n: [(b, D), (b, TAPS - 1, INNER), (b, INNER, N)],
+        differentiable=False,
+    ),
+    "ssd": Op(duality.OPERATION, _ssd_shapes, _ssd, lambda b, n: [(b, n, HEADS, WIDTH), (b, HEADS, WIDTH, N)]),
+    "rms_norm": Op(
+        norms.OPERATION,
+        lambda b, n: {"x": (b, n, D), "weight": (D,)},
+        lambda v, b, n, impl: (rms_norm(**v, impl=impl),),
+        lambda b, n: [(b, n, D)],
+    ),
+    "layer_norm": Op(
+        norms.OPERATION,
+        lambda b, n: {"x": (b, n, D), "weight": (D,), "bias": (D,)},
+        lambda v, b, n, impl: (layer_norm(**v, impl=impl),),
+        lambda b, n: [(b, n, D)],
+    ),
+    "add_norm": Op(
+        norms.OPERATION,
+        lambda b, n: {"x": (b, n, D), "residual": (b, n, D), "weight": (D,)},
+        lambda v, b, n, impl: add_norm(**v, impl=impl),
+        lambda b, n: [(b, n, D)] * 2,
+    ),
+    "cross_entropy": Op(
+        loss.OPERATION,
+        lambda b, n: {"logits": (b, n, VOCABULARY)},
+        lambda v, b, n, impl: (cross_entropy(v["logits"], integers(VOCABULARY, b, n), impl=impl),),
+        lambda b, n: [()],
+    ),
     "linear_cross_entropy": Op(
+        loss.OPERATION,
         lambda b, n: {"x": (b, n, D), "weight": (VOCABULARY, D)},
         lambda v, b, n, impl: (linear_cross_entropy(**v, targets=integers(VOCABULARY, b, n), impl=impl),),
         lambda b, n: [()],
     ),
     "token_scores": Op(
+        loss.OPERATION,
         lambda b, n: {"x": (b, n, D), "weight": (VOCABULARY, D)},
-        lambda v, b, n, impl: tuple(token_scores(**v, targets=integers(VOCABULARY, b, n)))[:2],
-        lambda b, n: [(b, n)] * 2, ("auto",), False,
+        lambda v, b, n, impl: tuple(token_scores(**v, targets=integers(VOCABULARY, b, n), impl=impl))[:2],
+        lambda b, n: [(b, n)] * 2,
+        False,
     ),
-    "token_choice": Op(lambda b, n: {**_weights(b * n), "gate": (b * n, 2)},
-                       lambda v, b, n, impl: _token_choice(v, b, n, impl, None), lambda b, n: [(b * n, D), (EXPERTS,)]),
-    "token_choice with a capacity": Op(
-        lambda b, n: {**_weights(b * n), "gate": (b * n, 2)}, lambda v, b, n, impl: _token_choice(v, b, n, impl, 2),
+    "token_choice": Op(
+        moe.OPERATION,
+        lambda b, n: {**_weights(b * n), "gate": (b * n, 2)},
+        lambda v, b, n, impl: _token_choice(v, b, n, impl, None),
         lambda b, n: [(b * n, D), (EXPERTS,)],
     ),
-    "expert_choice": Op(lambda b, n: {**_weights(b * n), "gate": (EXPERTS, b * n)}, _expert_choice,
-                        lambda b, n: [(b * n, D)]),
-}  # fmt: skip
-CASES = [pytest.param(name, impl, id=f"{name} {impl}") for name, op in OPS.items() for impl in op.impls]
+    "token_choice with a capacity": Op(
+        moe.OPERATION,
+        lambda b, n: {**_weights(b * n), "gate": (b * n, 2)},
+        lambda v, b, n, impl: _token_choice(v, b, n, impl, 2),
+        lambda b, n: [(b * n, D), (EXPERTS,)],
+    ),
+    "expert_choice": Op(
+        moe.OPERATION,
+        lambda b, n: {**_weights(b * n), "gate": (EXPERTS, b * n)},
+        _expert_choice,
+        lambda b, n: [(b * n, D)],
+    ),
+}
+MARKS = {"native": [needs_compiler], "triton": [pytest.mark.interpreter]}
+CASES = [
+    pytest.param(name, impl, id=f"{name} {impl}", marks=MARKS.get(impl, ()))
+    for name, op in OPS.items()
+    for impl in op.impls()
+]
 
 
 def run(op: Op, batch: int, length: int, impl: str) -> tuple[list[Tensor], Tensors]:
@@ -195,8 +252,7 @@ def test_empty_inputs_give_empty_outputs_and_gradients_of_every_inputs_shape(nam
     assert all(g.isfinite().all() for g in gradients.values())
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference", "cpu"])
-@pytest.mark.parametrize("name", ["selective_scan", "ssd"])
+@pytest.mark.parametrize(("name", "impl"), [case for case in CASES if case.values[0] in ("selective_scan", "ssd")])
 def test_a_scan_of_no_steps_hands_its_state_and_its_gradient_through(name, impl):
     values = {n: torch.randn(s, dtype=torch.float32).requires_grad_() for n, s in OPS[name].shapes(2, 0).items()}
     _, final = OPS[name].call(values, 2, 0, impl)

@@ -100,7 +100,7 @@ class Step:
         return run
 
 
-def step_c(
+def step_native(
     x_BD: Tensor, conv_BKI: Tensor, ssm_BIN: Tensor, weights: Weights, norm: Norm | None, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the layer's output and its next states; inputs that lie otherwise are copied first."""

@@ -1,9 +1,9 @@
 """Routed experts as three steps without a loop over experts: gather rows by expert, two batched matmuls, add back.
 
-With a capacity the rows stand in a padded (E, C, D) block for ``bmm``: static shapes, empty slots weighted 0. Without
-one they stand ragged, expert after expert, for ``grouped_mm``. Both gathers are ``index_select``, whose backward is
-``index_add`` of the same speed. A single token being decoded skips all that and multiplies its experts' weights where
-they lie. Letters: see reference.py; S slots, ordered by expert.
+With a capacity the rows form a padded (E, C, D) block for ``bmm``: static shapes, empty slots weighted 0. Without one
+they are ragged, sorted by expert, for ``grouped_mm``. Both gathers are ``index_select``, whose backward is
+``index_add`` of the same speed. A single token being decoded multiplies its experts' weights without a copy.
+Letters: see reference.py; S slots, ordered by expert.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridnas.kernels.moe_dispatch.reference import Experts, activate, no_tokens
+from hybridnas.kernels.activations import activate
+from hybridnas.kernels.moe_dispatch.reference import Experts, no_tokens
 
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPED_STRIDE_BYTES = 16  # grouped_mm refuses matrices whose rows are not a multiple of this
@@ -27,7 +28,7 @@ class _Slots(NamedTuple):
     ends_E: Tensor | None  # where each expert's rows end; None: E equal blocks
 
 
-def token_choice_fast(
+def token_choice_eager(
     x_ND: Tensor, gate_NK: Tensor, expert_NK: Tensor, experts: Experts, capacity: int | None
 ) -> tuple[Tensor, Tensor]:
     """Sort the choices by expert, keeping token order inside each, and run the experts on contiguous rows."""
@@ -59,7 +60,7 @@ def token_choice_fast(
     return _run(x_ND, slots, experts), counts_E
 
 
-def expert_choice_fast(x_ND: Tensor, gate_EC: Tensor, token_EC: Tensor, experts: Experts) -> Tensor:
+def expert_choice_eager(x_ND: Tensor, gate_EC: Tensor, token_EC: Tensor, experts: Experts) -> Tensor:
     """Run every expert on the C tokens that it has picked."""
     if x_ND.shape[0] == 0:
         return no_tokens(x_ND, gate_EC, experts)

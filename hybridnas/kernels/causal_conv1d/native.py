@@ -15,7 +15,8 @@ from torch import Tensor
 from hybridnas.kernels._build import Library, library, threads
 from hybridnas.kernels._build.arguments import call, pointer, rows, struct
 from hybridnas.kernels._inputs import boundaries
-from hybridnas.kernels.causal_conv1d.reference import final_state_of
+from hybridnas.kernels._register import register_differentiable_op
+from hybridnas.kernels.causal_conv1d.reference import Inputs, final_state_of
 
 SOURCE = Path(__file__).resolve().with_name("conv.c")
 MAX_TAPS = 16  # as in conv.c
@@ -54,31 +55,21 @@ def _ready(x: Tensor, weight: Tensor, *rest: _Optional) -> list[Any]:
     return [rows(x), weight.t().contiguous(), *(None if t is None else t.contiguous() for t in rest)]
 
 
-@torch.library.custom_op(
-    "hybridnas::causal_conv1d", mutates_args=(), device_types="cpu", schema=f"({_INPUTS}) -> Tensor"
-)
-def _forward_op(*args: Any) -> Tensor:
+def _forward(*args: Any) -> Tensor:
     ready = _ready(*args[:5])
-    y_BLD = ready[0].new_empty(args[0].shape)  # float32 as C writes it, whatever torch's default dtype is
+    y_BLD: Tensor = ready[0].new_empty(args[0].shape)  # float32 as C writes it, whatever torch's default dtype is
     arguments = _arguments(ready, args[5])
     arguments.y = pointer(y_BLD)
     call(SOURCE, "hybridnas_conv_forward", arguments)
     return y_BLD
 
 
-@_forward_op.register_fake
-def _(*args: Any) -> Tensor:
+def _fake(*args: Any) -> Tensor:
     x: Tensor = args[0]
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op(
-    "hybridnas::causal_conv1d_backward",
-    mutates_args=(),
-    device_types="cpu",
-    schema=f"({_INPUTS}, Tensor dy) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ready, dy = _ready(*args[:5]), rows(args[6])
     x, weight_KD, _, initial, _ = ready
     dx, dweight_KD, dbias = x.new_empty(x.shape), x.new_empty(weight_KD.shape), x.new_empty(x.shape[2])
@@ -92,37 +83,28 @@ def _backward_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return dx, dweight_KD.t().contiguous(), dbias, dinitial
 
 
-@_backward_op.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_gradients(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, weight, _, initial = args[:4]
     dinitial = x.new_empty(0) if initial is None else x.new_empty(initial.shape)
     return x.new_empty(x.shape), x.new_empty(weight.shape), x.new_empty(x.shape[2]), dinitial
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
+register_differentiable_op(
+    "causal_conv1d",
+    _INPUTS,
+    1,
+    forward=_forward,
+    fake=_fake,
+    backward=_backward,
+    fake_gradients=_fake_gradients,
+    gradients=4,
+    device="cpu",
+)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, weight, bias, initial, reset = ctx.saved_tensors
-    grads = torch.ops.hybridnas.causal_conv1d_backward(x, weight, bias, initial, reset, ctx.silu, dy)
-    dx, dweight, dbias, dinitial = grads
-    return dx, dweight, None if bias is None else dbias, None if initial is None else dinitial, None, None
-
-
-torch.library.register_autograd("hybridnas::causal_conv1d", _backward, setup_context=_setup)
-
-
-def conv_c(
-    x: Tensor,
-    weight: Tensor,
-    bias: _Optional = None,
-    activation: str | None = None,
-    initial_state: _Optional = None,
-    seq_idx: _Optional = None,
-) -> tuple[Tensor, Tensor]:
+def conv_native(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (B, L, D) in x's dtype and the final state (B, K - 1, D); inputs narrower than float32 are widened."""
+    x, weight, bias, activation, initial_state, seq_idx = inputs
     tensors = [None if t is None else t.float() for t in (x, weight, bias, initial_state)]
     reset = None if seq_idx is None else boundaries(seq_idx).to(torch.uint8)
     y_BLD = torch.ops.hybridnas.causal_conv1d(*tensors, reset, activation == "silu")

@@ -1,0 +1,140 @@
+"""Choice of the implementation of an operation, by device, dtypes and sizes; imports no triton.
+
+Each operation's package has one :class:`Operation`, which says what implementations it has. ``choose`` is called at
+every call of the operation, ``describe`` prints what it would choose.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+
+from hybridnas.errors import KernelUnavailableError
+from hybridnas.hardware import Impl
+from hybridnas.kernels._build import Library
+
+_TRITON_INSTALLED = find_spec("triton") is not None  # it has no wheel for macOS and Windows
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Operation(NamedTuple):
+    """The implementations of an operation besides ``reference`` and ``torch``, which every one has on any device."""
+
+    name: str
+    eager: str  # what the torch form is made of, for ``describe``
+    native: Callable[[], Library] | None = None  # compiles the C form at first use
+    native_available: Callable[[], bool] | None = None  # the same as a constant, for torch.compile
+    native_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)  # it sums in float32
+    triton: bool = False
+    triton_dtypes: tuple[torch.dtype, ...] = _TRITON_DTYPES
+    auto_triton: bool = True  # whether auto takes Triton on a CUDA device
+
+    def choose(
+        self,
+        impl: str | Impl,
+        device: torch.device,
+        dtypes: tuple[torch.dtype, ...],
+        *,
+        native_limit: str = "",
+        triton_limit: str = "",
+    ) -> Impl:
+        """Return the implementation that runs on tensors of these dtypes on ``device``.
+
+        ``native_limit`` and ``triton_limit`` say which size the C and the Triton form do not take, or are empty. auto
+        is Triton on a CUDA device and C on a CPU where they take the inputs, else torch. Raises
+        KernelUnavailableError where a named implementation cannot run, ConfigError for an unknown name.
+        """
+        wanted = Impl.of(impl)
+        if wanted is Impl.AUTO:
+            best = self._best(device.type)
+            if best is Impl.TORCH or self._refusal(best, device, dtypes, native_limit, triton_limit):
+                return Impl.TORCH
+            return best
+        reason = self._refusal(wanted, device, dtypes, native_limit, triton_limit)
+        if reason:
+            limits = (device, dtypes, native_limit, triton_limit)
+            runs = [member.value for member in Impl if not self._refusal(member, *limits)]
+            raise KernelUnavailableError(
+                f"{self.name} impl={wanted.value!r} {reason}; use impl='auto'",
+                field="impl",
+                got=wanted.value,
+                allowed=runs,
+            )
+        return wanted
+
+    def nearest(self, impl: str | Impl) -> Impl:
+        """Return ``impl`` where this operation has that form on any device, else auto.
+
+        A model hands one implementation to all of its operations, of which some have no C and others no Triton form;
+        those choose by themselves, as ``describe`` says.
+        """
+        wanted = Impl.of(impl)
+        missing = {Impl.NATIVE: self.native is None, Impl.TRITON: not self.triton}
+        return Impl.AUTO if missing.get(wanted, False) else wanted
+
+    def describe(
+        self, device: torch.device | str, dtype: torch.dtype = torch.float32, impl: str | Impl = Impl.AUTO
+    ) -> str:
+        """Return which implementation ``choose`` takes for tensors of ``dtype`` on ``device``, and how it computes.
+
+        Raises as ``choose`` does.
+        """
+        device = torch.device(device)
+        chosen = self.choose(impl, device, (dtype,))
+        if chosen is Impl.REFERENCE:
+            return "reference: step by step"
+        if chosen is Impl.NATIVE and self.native is not None:
+            return f"native: {self.native().words}"
+        if chosen is Impl.TRITON:
+            return "triton: tuned at the first call, the choice is cached"
+        best = self._best(device.type)
+        reason = "" if Impl.of(impl) is Impl.TORCH else self._refusal(best, device, (dtype,), "", "")
+        return f"torch: {self.eager}" + (f" ({best.value} {reason})" if reason else "")
+
+    def _best(self, device: str) -> Impl:
+        if device == "cuda":
+            return Impl.TRITON if self.triton and self.auto_triton else Impl.TORCH
+        return Impl.NATIVE if device == "cpu" and self.native is not None else Impl.TORCH
+
+    def _refusal(
+        self,
+        impl: Impl,
+        device: torch.device,
+        dtypes: tuple[torch.dtype, ...],
+        native_limit: str,
+        triton_limit: str,
+    ) -> str:
+        """Return why an implementation cannot run, or an empty string."""
+        if impl is Impl.NATIVE:
+            if self.native is None or self.native_available is None:
+                return "does not exist: this operation has no C form"
+            if device.type != "cpu":
+                return f"needs tensors on a CPU, got {device.type!r}"
+            wrong = [d for d in dtypes if d not in self.native_dtypes]
+            if wrong:
+                return f"takes {_names(self.native_dtypes)}, got {_names(wrong)}"
+            return native_limit if self.native_available() else f"is not compiled: {self.native().words}"
+        if impl is Impl.TRITON:
+            if not self.triton:
+                return "does not exist: this operation has no Triton form"
+            if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+                here = f"this tensor is on {device.type!r}" if torch.cuda.is_available() else "this machine has none"
+                return f"needs a CUDA device, {here}"
+            if not _TRITON_INSTALLED:
+                return "needs the package triton, which is not installed"
+            wrong = [d for d in dtypes if d not in self.triton_dtypes]
+            return f"takes {_names(self.triton_dtypes)}, got {_names(wrong)}" if wrong else triton_limit
+        return ""
+
+
+def dtypes_of(*tensors: torch.Tensor | None) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of the tensors that are given."""
+    return tuple([t.dtype for t in tensors if t is not None])
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
