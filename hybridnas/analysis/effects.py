@@ -62,16 +62,12 @@ def letters_of(pattern: str) -> list[str]:
         layers = parse(pattern).layers
     except HybridNASError:
         return []
-    return [layer.letter if isinstance(layer, Slot) else "".join(_letters(str(layer))) for layer in layers]
-
-
-def _letters(text: str) -> list[str]:
-    depth, found = 0, []
-    for character in text:
-        depth += (character == "{") - (character == "}")
-        if depth == 0 and character.isupper():
-            found.append(character)
-    return found
+    return [
+        layer.letter
+        if isinstance(layer, Slot)
+        else "".join(slot.letter for branch in layer.branches for slot in branch)
+        for layer in layers
+    ]
 
 
 def position_effects(records: Sequence[TrialRecord], scores: Mapping[int, float]) -> list[Effect]:

@@ -98,13 +98,12 @@ class Arch:
         kept: dict[str, Any] = {letter: dict(own) for letter, own in self.blocks if letter in _letters(parsed)}
         for key, value in fields.items():
             if key in kept and isinstance(value, Mapping):
-                kept[key] = overlay(kept[key], value)
+                kept[key] = overlay(kept[key], _current(key, value))
             elif key in ModelConfig.field_names() or key in BLOCKS:
                 kept[key] = value
             else:
-                owners = _owners(parsed, key)
-                for letter in owners:
-                    kept[letter] = overlay(kept.get(letter, {}), {key: value})
+                for letter, name in _owners(parsed, key).items():
+                    kept[letter] = overlay(kept.get(letter, {}), {name: value})
         return Arch.from_pattern(parsed, **{**self.model.to_dict(), **kept})
 
     @cached_property
@@ -125,9 +124,14 @@ class Arch:
     def _node(self, layer: int, branch: int, position: int, slot: Slot, given: dict[str, dict[str, Any]]) -> Node:
         block = BLOCKS.get(slot.letter)
         where = f"layer {layer} ({slot.letter} {block.name})"
-        args = dict(slot.args)
+        args = _current(slot.letter, dict(slot.args))
         if "d_model" in args:
-            raise ConfigError(f"{where} cannot set d_model={args['d_model']}: the residual stream has one width")
+            raise ConfigError(
+                f"{where} cannot set d_model={args['d_model']}: the residual stream has one width",
+                field="d_model",
+                got=args["d_model"],
+                allowed=self.d_model,
+            )
         values = overlay({"d_model": self.d_model, **given.get(slot.letter, {})}, args)
         config = block.Config.from_dict(values, where=where, parse=True)
         module = f"shared.{slot.share}" if slot.share else f"layers.{layer}.{branch}.{position}"
@@ -199,15 +203,17 @@ class Arch:
         layers = []
         for layer in self.layers:
             # A sum has no order: branches stand by what they compute and where their modules are used, not by name.
-            said = [[(node.slot.letter, _told(node.config), node.module) for node in branch] for branch in layer]
-            said.sort(key=lambda branch: json.dumps([[*node[:2], uses[node[2]]] for node in branch], sort_keys=True))
+            branches = [[(node.slot.letter, _changed(node.config), node.module) for node in branch] for branch in layer]
+            branches.sort(
+                key=lambda branch: json.dumps([[*node[:2], uses[node[2]]] for node in branch], sort_keys=True)
+            )
             layers.append(
                 [
                     [
                         {"letter": letter, "config": config, "module": order.setdefault(module, len(order))}
                         for letter, config, module in branch
                     ]
-                    for branch in said
+                    for branch in branches
                 ]
             )
         return {"version": 1, "model": self.model.to_dict(), "layers": layers}
@@ -223,10 +229,15 @@ class Arch:
         fields = dict(values)
         blocks = fields.pop("blocks", {})
         if "pattern" not in fields:
-            raise ConfigError("an architecture needs a 'pattern', such as pattern='(ME)x8'")
+            raise ConfigError("an architecture needs a 'pattern', such as pattern='(ME)x8'", field="pattern")
         for letter in blocks:
             if letter not in BLOCKS:
-                raise ConfigError(f"architecture blocks has unknown letter {letter!r}{suggest(letter, BLOCKS)}")
+                raise ConfigError(
+                    f"architecture blocks has unknown letter {letter!r}{suggest(letter, BLOCKS)}",
+                    field="blocks",
+                    got=letter,
+                    allowed=tuple(BLOCKS),
+                )
         return cls.from_pattern(fields.pop("pattern"), **fields, **blocks)
 
 
@@ -238,22 +249,50 @@ def overlay(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     return {**{key: value for key, value in under.items() if key not in hidden}, **over}
 
 
-def _told(config: BlockConfig) -> dict[str, Any]:
-    """The fields that differ from their defaults: a later version's new field leaves old fingerprints as they are."""
+def block_field(letter: str, name: str) -> str | None:
+    """Return the name of a field of a letter's block, given that or a former name; None where it has no such field."""
+    config = BLOCKS.get(letter).Config
+    name = config.renamed.get(name, name)
+    return name if name in config.field_names() else None
+
+
+def _current(letter: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a letter by their present names."""
+    return {block_field(letter, key) or key: value for key, value in fields.items()}
+
+
+def _changed(config: BlockConfig) -> dict[str, Any]:
+    """Return the fields that differ from their defaults, by their first names, as a fingerprint has them.
+
+    So a later version's new or renamed field leaves old fingerprints as they are.
+    """
     defaults = {item.name: item.default for item in dataclasses.fields(config)}
-    return {key: value for key, value in config.canonical().items() if value != defaults.get(key, dataclasses.MISSING)}
+    first = {name: former for former, name in config.renamed.items()}
+    return {
+        first.get(key, key): value
+        for key, value in config.canonical().items()
+        if value != defaults.get(key, dataclasses.MISSING)
+    }
 
 
 def _letters(pattern: Pattern) -> list[str]:
     return sorted({slot.letter for slot in pattern.slots})
 
 
-def _owners(pattern: Pattern, field: str) -> list[str]:
-    """Return the letters of the pattern whose blocks have the field, or raise ConfigError naming what they have."""
-    owners = [x for x in _letters(pattern) if field in BLOCKS.get(x).Config.field_names()]
+def _owners(pattern: Pattern, field: str) -> dict[str, str]:
+    """Return the letters of the pattern whose blocks have the field, each with the field's present name.
+
+    Raises ConfigError naming what the blocks have.
+    """
+    owners = {letter: name for letter in _letters(pattern) if (name := block_field(letter, field))}
     if not owners:
         known = {name for x in _letters(pattern) for name in BLOCKS.get(x).Config.field_names()}
-        raise ConfigError(f"no block of pattern '{pattern}' has a field {field!r}{suggest(field, known)}")
+        raise ConfigError(
+            f"no block of pattern '{pattern}' has a field {field!r}{suggest(field, known)}",
+            field=field,
+            got=field,
+            allowed=tuple(sorted(known)),
+        )
     return owners
 
 
@@ -263,14 +302,25 @@ def _distribute(pattern: Pattern, fields: Mapping[str, Any]) -> BlockFields:
     for key, value in fields.items():
         if key in BLOCKS:
             continue
-        for letter in _owners(pattern, key):
-            given[letter][key] = value
+        for letter, name in _owners(pattern, key).items():
+            given[letter][name] = value
     for key, value in fields.items():
         if key not in BLOCKS:
             continue
+        name = BLOCKS.get(key).name
         if key not in given:
-            raise ConfigError(f"pattern '{pattern}' has no {key} ({BLOCKS.get(key).name}) to set {value!r} on")
+            raise ConfigError(
+                f"pattern '{pattern}' has no {key} ({name}) to set {value!r} on",
+                field=key,
+                got=value,
+                allowed=tuple(given),
+            )
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{key}={value!r} must be a mapping of {BLOCKS.get(key).name} fields, e.g. {key}={{...}}")
-        given[key] = overlay(given[key], value)
+            raise ConfigError(
+                f"{key}={value!r} must be a mapping of {name} fields, e.g. {key}={{...}}",
+                field=key,
+                got=value,
+                allowed="a mapping",
+            )
+        given[key] = overlay(given[key], _current(key, value))
     return tuple((letter, tuple(sorted(own.items()))) for letter, own in sorted(given.items()) if own)

@@ -5,9 +5,9 @@ Shapes: B batch, L length, D d_model, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class Moe(Block):
     class Config(BlockConfig):
         """Fields of the mixture-of-experts block."""
 
+        renamed: ClassVar[Mapping[str, str]] = {"renormalise": "renormalize"}
+
         n_experts: int = option(8, "routed experts [count]", ge=1)
         d_expert: int | None = option(None, "hidden width of one expert; none: 4 * d_model [channels]", ge=1)
         top_k: int = option(1, "experts that compute one token [count]", ge=1)
@@ -48,7 +50,7 @@ class Moe(Block):
             "who chooses: switch (token, top 1, gate kept), top_k (token), expert_choice (expert; not causal)",
             choices=("switch", "top_k", "expert_choice"),
         )
-        renormalise: bool = option(False, "top_k: scale a token's gates to sum to 1")
+        renormalize: bool = option(False, "top_k: scale a token's gates to sum to 1")
         capacity_factor: float | None = option(
             1.0, "slots of an expert in training, in units of tokens * top_k / n_experts; none: drop no token", gt=0
         )
@@ -72,8 +74,8 @@ class Moe(Block):
                     f"{self.label()} top_k={self.top_k} is more than n_experts={self.n_experts}; "
                     f"use top_k <= {self.n_experts} or more experts"
                 )
-            if self.router == "switch" and (self.top_k > 1 or self.renormalise):
-                got = f"top_k={self.top_k}" if self.top_k > 1 else "renormalise=True"
+            if self.router == "switch" and (self.top_k > 1 or self.renormalize):
+                got = f"top_k={self.top_k}" if self.top_k > 1 else "renormalize=True"
                 raise ConfigError(
                     f"{self.label()} router='switch' sends a token to one expert and keeps its gate, got {got}; "
                     f"use router='top_k'"
@@ -112,7 +114,7 @@ class Moe(Block):
             if self.router == "switch":
                 fields["router"] = "top_k"  # one rule, two names
             if self.router == "expert_choice":
-                del fields["renormalise"], fields["load_balance_weight"]
+                del fields["renormalize"], fields["load_balance_weight"]
             return fields
 
     def __init__(self, config: Config, *, impl: Impl = Impl.AUTO) -> None:
@@ -130,7 +132,7 @@ class Moe(Block):
         # Torch's counter sees the padded products that a capacity makes, so FLOPs are counted with one slot a choice.
         full = {"capacity_factor": 1.0}
         one = {"n_experts": 1, "d_expert": 12}  # its gate is 1 whatever its router says
-        two = {"n_experts": 4, "d_expert": 12, "router": "top_k", "top_k": 2, "renormalise": True}
+        two = {"n_experts": 4, "d_expert": 12, "router": "top_k", "top_k": 2, "renormalize": True}
         gated = {"n_experts": 4, "d_expert": 7, "gated": True, "activation": "silu", "bias": True}
         shared = {"n_experts": 6, "d_expert": 8, "d_shared": 20, "capacity_factor": 1.25, "bias": True}
         chosen = {"n_experts": 4, "d_expert": 12, "router": "expert_choice", "capacity_factor": 2.0}

@@ -214,7 +214,8 @@ class _Page:
             if self.arch.model.final_norm:
                 self._text(card, y + 0.11, f"{self.arch.model.norm}", 7.5, color=_SOFT)
                 self._dot(stream, y + 0.1, "")
-            self._slim(card, finish, "head", "tied" if self.arch.model.tie_embeddings else "")
+            tied = "tied, " if self.arch.model.tie_embeddings else ""
+            self._slim(card, finish, "head", f"{tied}{self.arch.vocab_size:,} tokens")
             self._arrow(stream, end, card, end)
         return stream, start, end
 
@@ -226,7 +227,7 @@ class _Page:
         self._line([card, stream], [outward, outward])
         self._dot(stream, outward, "+")
         first = row.leaf.layers[0]
-        label = f"{first}" if len(row.leaf.layers) == 1 else f"{first} .."
+        label = f"{first}" if len(row.leaf.layers) == 1 else f"{first}..{row.leaf.layers[-1]}"
         self._text(stream - 0.1, inward - 0.02, label, 6.5, color=_SOFT, align="right")
         if len(row.branches) == 1:
             self._card(row.branches[0][0], card, top, _CARD, row.height)

@@ -55,7 +55,15 @@ def describe_layers(arch: Arch, seq_len: int = 1024, dtype_bytes: int = 4) -> Ta
     norms = arch.model.norm_params * count
     rows.append(Row((), "", "norms", f"{count} {arch.model.norm}", Cost(params=norms, active_params=norms)))
     head = Cost(embedding_params=0 if arch.model.tie_embeddings else embedding, flops_per_token=2.0 * embedding)
-    rows.append(Row((), "", "head", "tied to the embedding" if arch.model.tie_embeddings else "", head))
+    rows.append(
+        Row(
+            (),
+            "",
+            "head",
+            "tied to the embedding" if arch.model.tie_embeddings else f"{arch.vocab_size:,} tokens",
+            head,
+        )
+    )
     return Table(tuple(rows), sum((row.cost for row in rows), start=Cost()), seq_len)
 
 
@@ -66,11 +74,15 @@ def main_sizes(node: Node) -> str:
     words = []
     if "n_experts" in config:
         chosen = f" top-{config['top_k']}" if config.get("top_k", 1) != 1 else ""
-        words.append(f"{config['n_experts']} experts of {config['d_expert']:,}{chosen}")
+        noun = "expert" if config["n_experts"] == 1 else "experts"
+        words.append(f"{config['n_experts']} {noun} of {config['d_expert']:,}{chosen}")
         shown |= {"n_experts", "d_expert", "top_k", "router"}
     if "n_heads" in config:
         heads, kv = config["n_heads"], config.get("n_kv_heads")
-        words.append(f"{heads} heads of {config['head_dim']}" + (f", {kv} kv" if kv != heads else ""))
+        words.append(
+            f"{heads} {'head' if heads == 1 else 'heads'} of {config['head_dim']}"
+            + (f", {kv} kv" if kv != heads else "")
+        )
         shown |= {"n_heads", "n_kv_heads", "head_dim"}
     for key in ("d_ff", "d_inner", "d_state"):
         if key in config:

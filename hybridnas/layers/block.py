@@ -58,6 +58,7 @@ class BlockConfig(FrozenConfig):
 
     block_name: ClassVar[str] = "block"  # set by register_block, for messages
     widths: ClassVar[tuple[str, ...]] = ("d_expert", "d_ff", "d_inner")  # fields that size the block, where it has them
+    renamed: ClassVar[Mapping[str, str]] = {}  # former name of a field -> its name, still read and part of fingerprints
 
     d_model: int = option(doc="width of the residual stream [channels]", ge=1)
 

@@ -29,7 +29,7 @@ class RoutedShape:
     d_expert: int
     top_k: int = 1
     router: str = "switch"
-    renormalise: bool = False
+    renormalize: bool = False
     capacity_factor: float | None = 1.0
     eval_capacity_factor: float | None = None
     load_balance_weight: float = 0.01
@@ -145,7 +145,7 @@ class RoutedExperts(nn.Module):
         """Return the output, the choices, how many of them each expert got, and how many it may take."""
         shape = self.shape
         gate_NK, expert_NK = probs_NE.topk(shape.top_k, dim=-1) if shape.top_k > 1 else probs_NE.max(-1, keepdim=True)
-        if shape.renormalise:
+        if shape.renormalize:
             gate_NK = gate_NK / gate_NK.sum(dim=-1, keepdim=True)
         factor = shape.capacity_factor if self.training else shape.eval_capacity_factor
         capacity = shape.capacity(x_ND.shape[0], factor)

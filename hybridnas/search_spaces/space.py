@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
-from hybridnas.arch.arch import Arch
+from hybridnas.arch.arch import Arch, block_field
 from hybridnas.arch.pattern import Pattern, parse
 from hybridnas.arch.presets import DEFAULT_BASELINES, DEFAULT_REFERENCE, list_presets, preset, preset_arguments
 from hybridnas.config import FrozenConfig, option
@@ -173,7 +173,7 @@ class _PatternSpace(Space):
     def _check_choice(self, key: str, choice: Choice) -> None:
         letter, dot, name = key.rpartition(".")
         letters = [letter] if dot else list(BLOCKS)
-        owners = [x for x in letters if x in BLOCKS and name in BLOCKS.get(x).Config.field_names()]
+        owners = {x: field for x in letters if x in BLOCKS and (field := block_field(x, name))}
         if not owners or name == "d_model":
             known = {n for x in BLOCKS if not dot or x == letter for n in BLOCKS.get(x).Config.field_names()} - {
                 "d_model"
@@ -181,10 +181,10 @@ class _PatternSpace(Space):
             allowed = tuple(sorted({*known, *_keys(type(self))}))
             wanted = name if dot else key
             self._refuse(key, key, allowed, f"has no choice {key!r}{suggest(wanted, allowed)}")
-        for owner in owners:
+        for owner, field in owners.items():
             for value in choice.ends:
                 try:
-                    BLOCKS.get(owner).Config.check_value(name, value)
+                    BLOCKS.get(owner).Config.check_value(field, value)
                 except ConfigError as error:
                     self._refuse(key, value, error.allowed, f"{key}: {error}")
 
@@ -215,7 +215,7 @@ class _PatternSpace(Space):
         fields: dict[str, dict[str, Any]] = {}
         for key, choice in self.fields.items():
             letter, dot, name = key.rpartition(".")
-            owners = [x for x in letters if name in BLOCKS.get(x).Config.field_names() and (not dot or x == letter)]
+            owners = [x for x in letters if block_field(x, name) and (not dot or x == letter)]
             if owners:
                 choices[key] = choice.draw(chooser, key)
                 for owner in owners:

@@ -231,3 +231,40 @@ def test_the_motif_puts_every_layer_where_the_pattern_has_it(text):
     pattern = parse(text)
     for leaf in pattern.motif.leaves():
         assert len({pattern.layers[layer] for layer in leaf.layers}) == 1
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        lambda name: small("EM", router="top_k", E={"top_k": 2, name: True}),
+        lambda name: small("EM", router="top_k", top_k=2, **{name: True}),
+        lambda name: small(f"E{{{name}=true}}M", router="top_k", top_k=2),
+        lambda name: small("EM", router="top_k", top_k=2, renormalize=False).replace(E={name: True}),
+        lambda name: small("EM", router="top_k", top_k=2, renormalize=False).replace(**{name: True}),
+    ],
+)
+def test_a_renamed_field_is_read_by_its_former_name_and_keeps_its_fingerprint(arch):
+    for name in ("renormalize", "renormalise"):
+        assert next(arch(name).nodes).config.renormalize
+        # as version 0.1 computed it for renormalise=True
+        assert arch(name).fingerprint() == "bc6dbf3739627e128ce0b16082bb6bd4a92b3276c1490ccc0468ed10ea864e3d"
+        assert Arch.from_dict(arch(name).to_dict()).fingerprint() == arch(name).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fields", "fingerprint"),
+    [
+        (
+            "MNAFE[M,E]A@sA@s",
+            {"N": {"d_state": 16}},
+            "308e3cf281d4b854e7f1fe12b556c7d68d325026ffcc3c9d1892820117758ac7",
+        ),
+        (
+            "M{d_state=8}[MF,E{n_experts=2}]",
+            {"final_norm": True, "norm": "rmsnorm"},
+            "deefcf3ca3d0daea29a9478d7fb01ce3c9ab9cce53047e863f195fec293889c2",
+        ),
+    ],
+)
+def test_fingerprints_are_those_of_version_0_1(pattern, fields, fingerprint):
+    assert small(pattern, **fields).fingerprint() == fingerprint

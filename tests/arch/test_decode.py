@@ -171,7 +171,7 @@ def test_greedy_tokens_are_those_of_reading_everything_again(pattern, norm, batc
 @pytest.mark.parametrize(
     "experts",
     [
-        {"router": "top_k", "top_k": 2, "renormalise": True},
+        {"router": "top_k", "top_k": 2, "renormalize": True},
         {"gated": True, "bias": True, "d_shared": 8},
         {"eval_capacity_factor": 1.0},
     ],

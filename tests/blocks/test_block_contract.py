@@ -427,7 +427,7 @@ def test_a_block_says_what_computes_it_and_the_reference_agrees(case):
             r"moe top_k=4 is more than n_experts=2; use top_k <= 2",
         ),
         ("E", {"d_model": 16, "top_k": 2}, r"router='switch' .*got top_k=2; use router='top_k'"),
-        ("E", {"d_model": 16, "renormalise": True}, r"router='switch' .*got renormalise=True"),
+        ("E", {"d_model": 16, "renormalize": True}, r"router='switch' .*got renormalize=True"),
         ("E", {"d_model": 16, "router": "sinkhorn"}, r"router='sinkhorn' must be one of switch, top_k, expert_choice"),
         ("E", {"d_model": 16, "capacity_factor": 0.0}, r"moe capacity_factor=0.0 must be > 0"),
         ("E", {"d_model": 16, "d_expert": 0}, r"moe d_expert=0 must be >= 1"),

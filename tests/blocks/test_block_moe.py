@@ -220,7 +220,7 @@ def test_switch_is_top_k_of_one():
     assert switch.config.canonical() == top_1.config.canonical()
 
 
-def test_top_k_renormalised_equals_mixtral_of_transformers():
+def test_top_k_renormalized_equals_mixtral_of_transformers():
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     settings = mixtral.MixtralConfig(
         hidden_size=16, intermediate_size=20, num_local_experts=6, num_experts_per_tok=2, hidden_act="silu"
@@ -228,7 +228,7 @@ def test_top_k_renormalised_equals_mixtral_of_transformers():
     settings._experts_implementation = "eager"
     theirs = mixtral.MixtralSparseMoeBlock(settings).eval()
     ours = routed(
-        {"d_model": 16, "d_expert": 20, "n_experts": 6, "top_k": 2, "router": "top_k", "renormalise": True},
+        {"d_model": 16, "d_expert": 20, "n_experts": 6, "top_k": 2, "router": "top_k", "renormalize": True},
         gated=True,
         activation="silu",
     ).eval()

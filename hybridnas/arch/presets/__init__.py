@@ -114,7 +114,12 @@ def preset(name: str, **overrides: Any) -> Arch:
     own = preset_arguments(name)
     for key, value in overrides.items():
         if key in own and value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError(f"preset {name!r} {key}={value!r} must be a whole number of at least 1")
+            raise ConfigError(
+                f"preset {name!r} {key}={value!r} must be a whole number of at least 1",
+                field=f"preset.{key}",
+                got=value,
+                allowed=">= 1",
+            )
     arch = entry.build(**{key: value for key, value in overrides.items() if key in own})
     rest = {key: value for key, value in overrides.items() if key not in own}
     if not rest:
@@ -125,7 +130,10 @@ def preset(name: str, **overrides: Any) -> Arch:
             hint = suggest(key, [*own, *allowed]).partition("; allowed")[0]
             raise ConfigError(
                 f"preset {name!r} has no argument {key!r}{hint}; allowed: {', '.join(own)}, "
-                f"and fields of its architecture: {', '.join(sorted(allowed - set(own)))}"
+                f"and fields of its architecture: {', '.join(sorted(allowed - set(own)))}",
+                field=f"preset.{key}",
+                got=key,
+                allowed=(*own, *sorted(allowed - set(own))),
             )
     return arch.replace(**rest)
 
@@ -151,5 +159,6 @@ def _fields_of(arch: Arch) -> set[str]:
     from hybridnas.registry import BLOCKS
 
     letters = {slot.letter for slot in arch.pattern.slots}
-    blocks = {field for letter in letters for field in BLOCKS.get(letter).Config.field_names()}
+    configs = [BLOCKS.get(letter).Config for letter in letters]
+    blocks = {field for config in configs for field in (*config.field_names(), *config.renamed)}
     return {"pattern", *letters, *ModelConfig.field_names(), *blocks}
