@@ -36,7 +36,7 @@ class ModelConfig(FrozenConfig):
     vocab_size: int = option(doc="rows of the embedding and columns of the head [tokens]", ge=1)
     norm: str = option("layernorm", "norm before each sub-layer", choices=("layernorm", "rmsnorm"))
     norm_eps: float = option(1e-5, "added to the variance inside the norm [1]", gt=0)
-    final_norm: bool = option(False, "whether a norm stands before the head [yes/no]")
+    final_norm: bool = option(False, "whether there is a norm before the head [yes/no]")
     tie_embeddings: bool = option(False, "whether head and embedding share one matrix [yes/no]")
     init_scale: float = option(0.1, "s of the truncated normal with std sqrt(s / fan_in) [1]", gt=0)
 
@@ -202,7 +202,7 @@ class Arch:
         order: dict[str, int] = {}
         layers = []
         for layer in self.layers:
-            # A sum has no order: branches stand by what they compute and where their modules are used, not by name.
+            # A sum has no order: branches are sorted by what they compute and where else their modules are used.
             branches = [[(node.slot.letter, _changed(node.config), node.module) for node in branch] for branch in layer]
             branches.sort(
                 key=lambda branch: json.dumps([[*node[:2], uses[node[2]]] for node in branch], sort_keys=True)

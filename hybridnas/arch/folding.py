@@ -16,7 +16,7 @@ _DEEPEST = 256  # longer patterns fold only where one motif fills them: the work
 class Motif:
     """A piece of a folded pattern: one layer (``token``) or a group (``parts``), repeated ``times``."""
 
-    layers: tuple[int, ...]  # indices of all layers that the piece stands for, those of every repeat included
+    layers: tuple[int, ...]  # indices of all layers of the piece, those of every repeat included
     times: int = 1
     token: str = ""  # how the layer is spelled; "" for a group
     parts: tuple[Motif, ...] = ()  # what the group repeats
@@ -38,7 +38,7 @@ class Motif:
 def fold(tokens: Sequence[str]) -> Motif:
     """Return the folding of ``tokens`` whose spelling is shortest; ties go to the first repeat found.
 
-    The root is a group that stands once. Found by dynamic programming over spans, so that two spellings of one pattern
+    The root is a group with ``times`` 1. Found by dynamic programming over spans, so that two spellings of one pattern
     always fold into the same tree.
     """
     return Motif(tuple(range(len(tokens))), parts=_motifs(tuple(tokens), (0,)))

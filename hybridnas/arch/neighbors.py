@@ -11,7 +11,7 @@ from hybridnas.errors import ConfigError, PatternError
 def neighbors(
     pattern: Pattern | str, letters: Iterable[str], *, min_depth: int = 1, max_depth: int | None = None
 ) -> list[tuple[str, Pattern]]:
-    """Return every pattern one insert, delete, substitute or swap of adjacent layers away, with the move in words.
+    """Return every pattern one insert, delete, substitute or swap of adjacent layers away, with a text of the move.
 
     ``letters`` spells the layers that may come in, each a pattern of one layer: ``"ME"``, ``["M", "A@s", "[M,E]"]``.
     The order is fixed, the pattern itself and repeats are left out. Depths [layers] bound the result.
@@ -19,7 +19,12 @@ def neighbors(
     """
     start = parse(pattern) if isinstance(pattern, str) else pattern
     if min_depth < 1 or (max_depth is not None and max_depth < min_depth):
-        raise ConfigError(f"neighbors needs 1 <= min_depth <= max_depth, got {min_depth=} and {max_depth=}")
+        raise ConfigError(
+            f"neighbors needs 1 <= min_depth <= max_depth, got {min_depth=} and {max_depth=}",
+            field="min_depth",
+            got=(min_depth, max_depth),
+            allowed="1 <= min_depth <= max_depth",
+        )
     seen = {start.layers}
     found: list[tuple[str, Pattern]] = []
     for move, layers in _moves(start.layers, [_one_layer(letter) for letter in letters]):
@@ -49,5 +54,10 @@ def _moves(layers: tuple[Layer, ...], letters: list[Layer]) -> Iterator[tuple[st
 def _one_layer(letter: str) -> Layer:
     layers = parse(letter).layers
     if len(layers) != 1:
-        raise PatternError(f"letter {letter!r} spells {len(layers)} layers; a move puts in one, e.g. 'M' or '[M,E]'")
+        raise PatternError(
+            f"letter {letter!r} spells {len(layers)} layers; a move puts in one, e.g. 'M' or '[M,E]'",
+            field="letters",
+            got=letter,
+            allowed="one layer",
+        )
     return layers[0]

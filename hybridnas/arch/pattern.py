@@ -123,28 +123,43 @@ class Pattern:
                 raise _error(f"Megatron symbol {symbol!r} is our {letter!r}, which has no block yet", text, place - 1)
             layers.append(Slot(letter))
         if not layers:
-            raise PatternError("a Megatron pattern needs at least one symbol, got an empty text")
+            raise PatternError(
+                "a Megatron pattern needs at least one symbol, got an empty text", field="pattern", got=text
+            )
         return cls(tuple(layers))
 
     def to_megatron(self) -> str:
-        """Write as Megatron / Nemotron-H symbols; raises PatternError for what that notation cannot say."""
+        """Write as Megatron / Nemotron-H symbols; raises PatternError for what that notation cannot express."""
         symbols = []
         for index, layer in enumerate(self.layers):
             where = f"layer {index} ({layer}) of pattern '{self}'"
             if isinstance(layer, Parallel):
-                raise PatternError(f"{where} is parallel, which Megatron's notation cannot say")
+                raise PatternError(
+                    f"{where} is parallel, which Megatron's notation cannot express", field="pattern", got=str(layer)
+                )
             if layer.letter not in _TO_MEGATRON:
-                raise PatternError(f"{where} has no Megatron symbol; letters that have one: {' '.join(_TO_MEGATRON)}")
+                raise PatternError(
+                    f"{where} has no Megatron symbol; letters that have one: {' '.join(_TO_MEGATRON)}",
+                    field="pattern",
+                    got=layer.letter,
+                    allowed=tuple(_TO_MEGATRON),
+                )
             if layer.args or layer.share:
-                raise PatternError(f"{where} has arguments or a share name, which Megatron's notation cannot say")
+                raise PatternError(
+                    f"{where} has arguments or a share name, which Megatron's notation cannot express",
+                    field="pattern",
+                    got=str(layer),
+                )
             symbols.append(_TO_MEGATRON[layer.letter])
         return "".join(symbols)
 
 
 def parse(text: str) -> Pattern:
-    """Parse and expand a pattern string; raises PatternError that points at the character and says what is allowed."""
+    """Parse and expand a pattern string; raises PatternError that points at the character and names what is allowed."""
     if not isinstance(text, str):
-        raise PatternError(f"a pattern is a string such as '(ME)x8', got {type(text).__name__}")
+        raise PatternError(
+            f"a pattern is a string such as '(ME)x8', got {type(text).__name__}", field="pattern", got=text
+        )
     return Pattern(_unify_shared(_Parser(text).parse(), text))
 
 
@@ -287,9 +302,9 @@ class _Parser:
             self.at += 1
         return self.text[self.at] if self.at < len(self.text) else ""
 
-    def _fail(self, words: str, place: int | None = None) -> PatternError:
+    def _fail(self, problem: str, place: int | None = None) -> PatternError:
         place = self.at if place is None else place
-        return _error(f"pattern {self.text!r} {words} at character {place + 1}", self.text, place)
+        return _error(f"pattern {self.text!r} {problem} at character {place + 1}", self.text, place)
 
 
 def _blocks(layers: Sequence[Layer]) -> int:
@@ -311,7 +326,7 @@ def _error(
 
 
 def _unify_shared(layers: Sequence[Layer], text: str) -> tuple[Layer, ...]:
-    """Give every slot of one share name the same arguments, so that each occurrence says what the module is."""
+    """Give every slot of one share name the same arguments, so that each occurrence describes the module."""
     owners: dict[str, Slot] = {}
     for slot in Pattern(tuple(layers)).slots:
         if slot.share is None:
@@ -322,12 +337,16 @@ def _unify_shared(layers: Sequence[Layer], text: str) -> tuple[Layer, ...]:
         elif owner.letter != slot.letter:
             raise PatternError(
                 f"pattern {text!r} shares '@{slot.share}' between {owner.letter} and {slot.letter}; "
-                f"one name is one module, give them different names"
+                f"one name is one module, give them different names",
+                field="pattern",
+                got=f"@{slot.share}",
             )
         elif slot.args and slot.args != owner.args:
             raise PatternError(
                 f"pattern {text!r} gives '@{slot.share}' two sets of arguments, {owner} and {slot}; "
-                f"one name is one module, write the arguments once"
+                f"one name is one module, write the arguments once",
+                field="pattern",
+                got=f"@{slot.share}",
             )
 
     def unify(slot: Slot) -> Slot:

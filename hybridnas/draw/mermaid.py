@@ -57,8 +57,8 @@ class _Mermaid:
             for node in branch:
                 name = f"n{node.layer}_{node.branch}_{node.position}"
                 share = f" @{node.slot.share}" if node.slot.share else ""
-                words = f"<b>{node.slot.letter}</b> {BLOCKS.get(node.slot.letter).name}{share}<br/>{main_sizes(node)}"
-                self.lines.append(f'{indent}{name}["{words}"]:::{node.slot.letter}')
+                label = f"<b>{node.slot.letter}</b> {BLOCKS.get(node.slot.letter).name}{share}<br/>{main_sizes(node)}"
+                self.lines.append(f'{indent}{name}["{label}"]:::{node.slot.letter}')
                 self.edges.append(f"  {previous} --> {name}")
                 if node.slot.share and self.shared.setdefault(node.slot.share, name) != name:
                     self.edges.append(f"  {self.shared[node.slot.share]} -.- {name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 INK = "#1F2933"  # of text
-_COLORS = {  # told apart by people who see fewer colors, and in print by their letters
+_COLORS = {  # distinguishable with color blindness, and in print by their letters
     "M": "#2F6DA8",
     "A": "#C8553D",
     "F": "#5B8C3A",

@@ -1,4 +1,4 @@
-"""Pictures of an architecture: the residual stream as a line, its layers beside it, repeats folded under a bracket.
+"""Pictures of an architecture: the residual stream as a line, its layers next to it, repeats folded under a bracket.
 
 Lengths are inches, y grows downwards from 0 at the top of a page.
 """
@@ -176,11 +176,11 @@ class _Page:
             self._text(0.3, y, line, 12.5, weight="bold", family="monospace")
             y += 0.26
         active = f", {human(cost.active_params)} active" if cost.active_params != cost.params else ""
-        words = [
+        summary = [
             f"{len(self.arch.pattern)} layers, d_model {self.arch.d_model:,}",
             f"{human(cost.params)} parameters{active}, embeddings {human(cost.embedding_params)}",
         ]
-        lines = words if self.width < 8 else ["  |  ".join(words)]
+        lines = summary if self.width < 8 else ["  |  ".join(summary)]
         for line in lines:
             self._text(0.3, y - 0.02, line, 8.5, color=_SOFT)
             y += 0.2
@@ -254,27 +254,27 @@ class _Page:
         counts = [human(cost.params)] + (
             [f"{human(cost.active_params)} active"] if cost.active_params != cost.params else []
         )
-        start, room = x + badge + 0.09, width - badge - 0.17
-        if width < 2.6:  # a branch of a parallel layer: no room for two columns of words
-            self._text(start, y + height * 0.3, name, 8.5, weight="bold", room=room)
+        start, available = x + badge + 0.09, width - badge - 0.17
+        if width < 2.6:  # a branch of a parallel layer: too narrow for two columns of text
+            self._text(start, y + height * 0.3, name, 8.5, weight="bold", available=available)
             both = ", ".join(counts)
-            words = both if _measure(both, 7) < room / 0.8 else counts[0]
-            self._text(start, y + height * 0.7, words, 7, color=_SOFT, room=room)
+            text = both if _measure(both, 7) < available / 0.8 else counts[0]
+            self._text(start, y + height * 0.7, text, 7, color=_SOFT, available=available)
             return
-        aside = max(_measure(words, 8) for words in counts) + 0.1
+        aside = max(_measure(text, 8) for text in counts) + 0.1
         upper, lower = y + height * 0.32, y + height * 0.7
-        self._text(start, upper, name, 9.5, weight="bold", room=room - aside)
-        detail_room = room - (aside if len(counts) > 1 else 0)
-        self._text(start, lower, main_sizes(node), 7.5, color=_SOFT, room=detail_room)
+        self._text(start, upper, name, 9.5, weight="bold", available=available - aside)
+        below = available - (aside if len(counts) > 1 else 0)
+        self._text(start, lower, main_sizes(node), 7.5, color=_SOFT, available=below)
         right = x + width - 0.09
         self._text(right, upper, counts[0], 8.5, align="right")
         if len(counts) > 1:
             self._text(right, lower, counts[1], 7.5, color=_SOFT, align="right")
 
-    def _slim(self, x: float, y: float, name: str, words: str) -> None:
+    def _slim(self, x: float, y: float, name: str, text: str) -> None:
         self._box(x, y, _CARD, _SLIM, _PAPER, _LINE)
         self._text(x + 0.14, y + _SLIM / 2, name, 8.5, weight="bold")
-        self._text(x + _CARD - 0.1, y + _SLIM / 2, words, 7.5, color=_SOFT, align="right")
+        self._text(x + _CARD - 0.1, y + _SLIM / 2, text, 7.5, color=_SOFT, align="right")
 
     def _brackets(self, column: list[_Row]) -> None:
         """Draw one bracket for every repeated group that has rows in this column."""
@@ -305,20 +305,20 @@ class _Page:
         self,
         x: float,
         y: float,
-        words: str,
+        text: str,
         size: float,
         *,
         color: str = INK,
         weight: str = "normal",
         align: str = "left",
         family: str | None = None,
-        room: float | None = None,
+        available: float | None = None,
     ) -> None:
-        if room is not None:
-            words, size = _fitted(words, size, room)
+        if available is not None:
+            text, size = _fitted(text, size, available)
         more: dict[str, Any] = {"family": family} if family else {}
         self.axes.text(
-            x, y, words, fontsize=size, color=color, fontweight=weight, ha=align, va="center_baseline", **more
+            x, y, text, fontsize=size, color=color, fontweight=weight, ha=align, va="center_baseline", **more
         )
 
     def _box(self, x: float, y: float, w: float, h: float, fill: str, edge: str, *, dashed: bool = False) -> None:
@@ -367,13 +367,13 @@ def _walk(part: Motif, groups: tuple[Motif, ...]) -> Iterator[tuple[Motif, tuple
 
 
 def _lane(group: Motif) -> int:
-    """Return how many repeated groups lie inside at most: the inner bracket stands nearest to the cards."""
+    """Return how many repeated groups lie inside at most: the inner bracket is nearest to the cards."""
     return max((_lane(part) + (part.times > 1) for part in group.parts), default=0)
 
 
-def _measure(words: str, size: float) -> float:
+def _measure(text: str, size: float) -> float:
     """Return the width of a text, kerning left out [inches]."""
-    return sum(map(_advance, words)) * size / 72
+    return sum(map(_advance, text)) * size / 72
 
 
 @lru_cache(maxsize=1024)
@@ -386,11 +386,11 @@ def _advance(character: str) -> float:
     return float(text_to_path.get_text_width_height_descent(character, prop, ismath=False)[0]) / prop.get_size()
 
 
-def _fitted(words: str, size: float, room: float) -> tuple[str, float]:
-    """Shrink a text to its room, by a fifth at most, then cut it."""
-    wide = _measure(words, size)
-    if wide > room:
-        size *= max(0.8, room / wide)
-    while len(words) > 1 and _measure(words, size) > room:
-        words = words[:-2].rstrip(", ") + "…"
-    return words, size
+def _fitted(text: str, size: float, available: float) -> tuple[str, float]:
+    """Shrink a text to the available width, by a fifth at most, then cut it."""
+    wide = _measure(text, size)
+    if wide > available:
+        size *= max(0.8, available / wide)
+    while len(text) > 1 and _measure(text, size) > available:
+        text = text[:-2].rstrip(", ") + "…"
+    return text, size

@@ -18,7 +18,7 @@ class Row:
     layers: tuple[int, ...]  # indices; empty for embedding, norms and head
     letter: str  # "" for embedding, norms and head
     name: str
-    sizes: str  # main sizes in words, e.g. "32 experts of 1,536"
+    sizes: str  # main sizes, e.g. "32 experts of 1,536"
     cost: Cost  # of all these layers together, so that the rows add up to the total
 
     @property
@@ -68,40 +68,40 @@ def describe_layers(arch: Arch, seq_len: int = 1024, dtype_bytes: int = 4) -> Ta
 
 
 def main_sizes(node: Node) -> str:
-    """Return the sizes by which a block is known, in words; other fields only where they are not the default."""
+    """Return the sizes by which a block is known; other fields only where they are not the default."""
     config = node.config.canonical()
     shown = {"d_model"}
-    words = []
+    parts = []
     if "n_experts" in config:
         chosen = f" top-{config['top_k']}" if config.get("top_k", 1) != 1 else ""
         noun = "expert" if config["n_experts"] == 1 else "experts"
-        words.append(f"{config['n_experts']} {noun} of {config['d_expert']:,}{chosen}")
+        parts.append(f"{config['n_experts']} {noun} of {config['d_expert']:,}{chosen}")
         shown |= {"n_experts", "d_expert", "top_k", "router"}
     if "n_heads" in config:
         heads, kv = config["n_heads"], config.get("n_kv_heads")
-        words.append(
+        parts.append(
             f"{heads} {'head' if heads == 1 else 'heads'} of {config['head_dim']}"
             + (f", {kv} kv" if kv != heads else "")
         )
         shown |= {"n_heads", "n_kv_heads", "head_dim"}
     for key in ("d_ff", "d_inner", "d_state"):
         if key in config:
-            words.append(f"{key} {config[key]:,}")
+            parts.append(f"{key} {config[key]:,}")
             shown.add(key)
-    return ", ".join(words + _changed(node, shown))
+    return ", ".join(parts + _changed(node, shown))
 
 
 def _changed(node: Node, shown: set[str]) -> list[str]:
     """Return ``key value`` for fields that differ from the block's default and are not shown yet."""
-    words = []
+    parts = []
     for field in fields(node.config):
         value: Any = getattr(node.config, field.name)
         if field.name in shown or field.name == "expand" or value == field.default:
             continue
-        words.append(field.name if value is True else f"{field.name} {value}")
+        parts.append(field.name if value is True else f"{field.name} {value}")
     if getattr(node.config, "router", "switch") == "expert_choice":
-        words.append("expert choice")
-    return words
+        parts.append("expert choice")
+    return parts
 
 
 def _name(arch: Arch, node: Node) -> str:

@@ -1,7 +1,7 @@
 """Search spaces: settings name the choices, this file turns drawn choices into an architecture of matched size.
 
 Any sampler whose trial has ``suggest_categorical`` and ``suggest_float`` (an ``optuna.Trial`` fits) can draw from a
-space. There are three shapes, told apart by their keys::
+space. There are three shapes, distinguished by their keys::
 
     letters + motif_length     LetterSpace: a motif of letters (or '[M,E]', 'M{d_state=32}'), cycled to the depth
     base + replace + insert    PlacementSpace: a motif in which some slots of one letter become another: how many, where
@@ -152,8 +152,8 @@ class Space(FrozenConfig, ABC):
             self._refuse(key, text, "one layer", f"{key} {text!r} must be one layer, e.g. M or '[M,E]'")
         return pattern
 
-    def _refuse(self, key: str, got: Any, allowed: Any, words: str) -> NoReturn:
-        raise ConfigError(f"space {self.name!r} {words}", field=f"space.{key}", got=got, allowed=allowed)
+    def _refuse(self, key: str, got: Any, allowed: Any, problem: str) -> NoReturn:
+        raise ConfigError(f"space {self.name!r} {problem}", field=f"space.{key}", got=got, allowed=allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,8 +240,8 @@ class LetterSpace(_PatternSpace):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.motif_length:
-            words = "has letters, so it needs motif_length, e.g. motif_length: [2, 4]"
-            self._refuse("motif_length", self.motif_length, "whole numbers of 1 or more", words)
+            problem = "has letters, so it needs motif_length, e.g. motif_length: [2, 4]"
+            self._refuse("motif_length", self.motif_length, "whole numbers of 1 or more", problem)
         for piece in self.letters:
             self._parsed("letters", piece, layers=1)
 
@@ -273,8 +273,8 @@ class PlacementSpace(_PatternSpace):
         self._parsed("insert", self.insert or "", layers=1)
         layers = self._parsed("base", self.base).layers
         if not any(str(layer)[0] == self.replace_letter for layer in layers):
-            words = f"base={self.base!r} has no {self.replace_letter!r} to replace"
-            self._refuse("replace", self.replace_letter, tuple(sorted({str(layer)[0] for layer in layers})), words)
+            problem = f"base={self.base!r} has no {self.replace_letter!r} to replace"
+            self._refuse("replace", self.replace_letter, tuple(sorted({str(layer)[0] for layer in layers})), problem)
 
     def _pattern(self, chooser: Chooser, scale: Scale, choices: dict[str, Any]) -> Pattern:
         base = _cycle([str(layer) for layer in parse(self.base).layers], scale.depth)
@@ -297,8 +297,8 @@ class CandidateSpace(Space):
         names = [entry.name for entry in self.candidates]
         for entry in self.candidates:
             if names.count(entry.name) > 1:
-                words = f"has two candidates called {entry.name!r}; give each its own name"
-                self._refuse("candidates", entry.name, None, words)
+                problem = f"has two candidates called {entry.name!r}; give each its own name"
+                self._refuse("candidates", entry.name, None, problem)
             if entry.kind == "preset":
                 self._check_names("candidates", (entry.text,), list_presets())
             else:

@@ -201,7 +201,7 @@ def test_megatron_mistakes_are_named(mamba2):
         Pattern.from_megatron(" | ")
     for text, words in [
         ("ME", r"layer 0 \(M\) of pattern 'ME' has no Megatron symbol"),
-        ("[A,F]", "is parallel, which Megatron's notation cannot say"),
+        ("[A,F]", "is parallel, which Megatron's notation cannot express"),
         ("A{n_heads=2}", "has arguments or a share name"),
         ("A@s", "has arguments or a share name"),
     ]:

@@ -3,7 +3,9 @@
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import optuna
 import pytest
@@ -13,7 +15,11 @@ from hypothesis import strategies as st
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.presets import DEFAULT_BASELINES
+from hybridnas.config import option
+from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError, MatchError, PatternError
+from hybridnas.layers.block import Block, BlockConfig, BlockOutput
+from hybridnas.registry import BLOCKS, register_block
 from hybridnas.search_spaces.choice import Options
 from hybridnas.search_spaces.enumerate import every_choice
 from hybridnas.search_spaces.fit import TOLERANCE, fit, share_free
@@ -215,6 +221,48 @@ def test_a_pattern_without_widths_cannot_be_fitted():
     with pytest.raises(MatchError, match="no width to size"):
         fit(arch, 10_000)
     assert not share_free(arch.pattern)
+
+
+@pytest.fixture
+def recurrent():
+    """A user's block without any of the usual widths: its own is called d_hidden and unset."""
+
+    @register_block("Q", name="recurrent")
+    class Recurrent(Block):
+        @dataclass(frozen=True, kw_only=True)
+        class Config(BlockConfig):
+            widths: ClassVar[tuple[str, ...]] = ("d_hidden",)
+            d_hidden: int | None = option(None, "inner width [channels]", ge=1)
+
+            def cost(self, seq_len, dtype_bytes=4):
+                params = 3 * self.d_model * (self.d_hidden or self.d_model)
+                return Cost(params=params, active_params=params)
+
+        def forward(self, x_BLD, state=None):
+            return BlockOutput(x_BLD, state)
+
+        def init_state(self, batch_size, *, device, dtype):
+            return ()
+
+        def reset_parameters(self, init_scale=0.1):
+            pass
+
+    yield
+    BLOCKS.remove("Q")
+
+
+def test_a_space_is_sized_by_the_width_that_a_users_block_declares(recurrent):
+    one = space(letters=["Q", "A"], motif_length=[2], baselines=[])
+    target, found = one.target(SCALE), {}
+    for seed in range(20):
+        try:
+            proposal = one.propose(Dice(seed), SCALE)
+            found[str(proposal.arch.pattern)] = proposal.arch.cost().active_params
+        except MatchError as error:
+            found[error.got] = None
+    assert found.pop("Ax4") is None  # attention has no width to size
+    assert set(found) == {"Qx4", "QAQA", "AQAQ"}
+    assert all(abs(params - target) <= TOLERANCE * target for params in found.values())
 
 
 def test_an_unreachable_target_is_refused():

@@ -29,7 +29,7 @@ DEFAULT_BASELINES = (DEFAULT_REFERENCE, "mamba", "mamba_mlp", "transformer", "tr
 class Recipe(FrozenConfig):
     """How the paper trained a model: one run, in the units of the paper."""
 
-    source: str = option(doc="where the figures stand")
+    source: str = option(doc="table of the paper with these figures")
     steps: int = option(doc="optimizer steps [count]", ge=1)
     batch_size: int = option(doc="sequences in a batch [count]", ge=1)
     seq_len: int = option(doc="context length [tokens]", ge=1)
@@ -62,7 +62,7 @@ class PaperModel:
 
 @dataclass(frozen=True)
 class Preset:
-    """A registered preset: the function, and the rows of the paper that it stands for, its own first."""
+    """A registered preset: the function, and the published rows of this model, its own first."""
 
     name: str
     build: Callable[..., Arch]

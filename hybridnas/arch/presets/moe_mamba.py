@@ -1,6 +1,6 @@
 """MoE-Mamba (arXiv 2401.04081): Mamba and Switch experts in turn, and how the paper trained its models.
 
-``V1``, ``V2`` and ``V2_100M`` are the training settings that the paper's baselines share (files beside this one).
+``V1``, ``V2`` and ``V2_100M`` are the training settings that the paper's baselines share (other files of this package).
 """
 
 from __future__ import annotations
