@@ -22,8 +22,10 @@ from hybridnas.errors import (
     KernelUnavailableError,
     LayoutError,
     MatchError,
+    NonFiniteInputError,
     PatternError,
     StudyError,
+    TrainingDiverged,
     TrainingError,
 )
 from hybridnas.registry import register_block
@@ -77,10 +79,12 @@ __all__ = [
     "KernelUnavailableError",
     "LayoutError",
     "MatchError",
+    "NonFiniteInputError",
     "Pattern",
     "PatternError",
     "StudyError",
     "TrainConfig",
+    "TrainingDiverged",
     "TrainingError",
     "__version__",
     "build",
