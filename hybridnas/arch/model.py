@@ -64,7 +64,8 @@ class HybridLM(nn.Module):
 
     The embedding is drawn with std ``sqrt(init_scale)``, as in the MoE-Mamba code, and the head with
     ``sqrt(init_scale / d_model)``. A tied matrix is drawn as a head is, so that the first logits are small at every
-    width; the first layer's norm scales what it reads.
+    width; the first layer's norm scales what it reads. (Where the blocks add next to nothing to the residual, as
+    routed experts alone do at first, a tied model with a final norm predicts the token that it has just read.)
     """
 
     def __init__(
@@ -219,12 +220,17 @@ class HybridLM(nn.Module):
         )
         return {**found, "norm": {self.arch.model.norm: norm}, "loss": {"cross_entropy": loss}}
 
-    def save_pretrained(self, folder: str | Path, **settings: Any) -> Path:
+    def save_pretrained(
+        self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **settings: Any
+    ) -> Path:
         """Write the model as a folder that ``from_pretrained`` reads, and return its absolute path.
 
-        ``settings`` are those of :func:`hybridnas.export.folder.export`: ``tokenizer``, ``card`` and others.
+        ``settings`` are those of :func:`hybridnas.export.folder.export`: ``tokenizer``, ``card`` and others. With
+        ``push_to_hub`` it is uploaded too, to ``repo_id`` or a repository of the folder's name.
         """
         found: Path = _folders("folder").export(self, folder, **settings)
+        if push_to_hub:
+            self.push_to_hub(repo_id or found.name, **settings)
         return found
 
     @classmethod

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hybridnas.config import option
 from hybridnas.cost import Cost
 from hybridnas.hardware import Impl
-from hybridnas.layers.activations import ACTIVATIONS
+from hybridnas.kernels.activations import ACTIVATIONS
 from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, Variant
 from hybridnas.layers.feed_forward import FeedForward, feed_forward_params
 from hybridnas.layers.norms import one_row

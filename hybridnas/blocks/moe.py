@@ -17,7 +17,7 @@ from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError
 from hybridnas.hardware import Impl
 from hybridnas.kernels import moe_dispatch as moe_kernel
-from hybridnas.layers.activations import ACTIVATIONS
+from hybridnas.kernels.activations import ACTIVATIONS
 from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, Variant
 from hybridnas.layers.experts import RoutedExperts, RoutedShape
 from hybridnas.layers.feed_forward import FeedForward, feed_forward_params

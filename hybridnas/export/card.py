@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from hybridnas.arch.arch import Arch
@@ -34,7 +33,7 @@ _LABELS = {
 _TAGS = {"M": "mamba", "N": "mamba2", "A": "attention", "E": "mixture-of-experts", "S": "sliding-window-attention"}
 
 
-def model_card(arch: Arch, config: Mapping[str, Any], folder: str | Path, *, has_tokenizer: bool) -> str:
+def model_card(arch: Arch, config: Mapping[str, Any], name: str, *, has_tokenizer: bool) -> str:
     """Return README.md: front matter, the pattern and its drawing, counts, how it was trained, how to use it."""
     facts: Mapping[str, Any] = config["training"]
     parts = [
@@ -48,7 +47,7 @@ def model_card(arch: Arch, config: Mapping[str, Any], folder: str | Path, *, has
         "## Training",
         _training(facts),
         "## Use",
-        _usage(arch, Path(folder), has_tokenizer=has_tokenizer),
+        _usage(arch, name or ".", has_tokenizer=has_tokenizer),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -125,8 +124,7 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def _usage(arch: Arch, folder: Path, *, has_tokenizer: bool) -> str:
-    name = folder.name or "."
+def _usage(arch: Arch, name: str, *, has_tokenizer: bool) -> str:
     load = [f'model = hybridnas.load("{name}")  # needs nothing but this folder']
     code = ["import hybridnas", "", *load]
     if has_tokenizer and arch.causal:

@@ -34,6 +34,7 @@ from hybridnas.export.layout import (
 )
 from hybridnas.export.load import load, read_ours
 from hybridnas.layers.mode import evaluating
+from hybridnas.study.locks import FileLock
 
 if TYPE_CHECKING:
     from hybridnas.data.source import Source
@@ -48,10 +49,12 @@ def export(
     tokenizer: Tokenizer | None = None,
     card: Mapping[str, Any] | None = None,
     check: bool = True,
+    name: str | None = None,
 ) -> Path:
     """Write the model as a folder that :func:`hybridnas.load` reads, and return the folder's absolute path.
 
-    ``source`` (or ``tokenizer``) gives the tokenizer, ``card`` the facts of the training for config.json and README.md.
+    ``source`` (or ``tokenizer``) gives the tokenizer, ``card`` the facts of the training for config.json and README.md,
+    ``name`` what README.md loads the model by (by default the folder's name).
     The folder appears whole or not at all; an earlier export there is replaced, files that are not ours are kept.
     Raises ExportError for a folder that is not an export, a full disk, or reloaded logits that differ.
     """
@@ -65,7 +68,9 @@ def export(
         _write_text(partial / GENERATION, json.dumps(_generation(), indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save(partial)
-        _write_text(partial / CARD, model_card(model.arch, config, folder, has_tokenizer=tokenizer is not None))
+        _write_text(
+            partial / CARD, model_card(model.arch, config, name or target.name, has_tokenizer=tokenizer is not None)
+        )
         if check:
             check_logits(model, load(partial, device="cpu"))
     return target
@@ -106,8 +111,10 @@ def _whole_folder(target: Path) -> Iterator[Path]:
     """Yield a folder beside ``target`` to write into; on success it takes the target's place, else it vanishes."""
     host = socket.gethostname()
     partial = target.parent / f".{target.name}.{host}.{os.getpid()}.partial"
+    lock = FileLock(target.parent / f".{target.name}.lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()  # another process or thread that exports to this folder is waited for
         _sweep(target, host)
         partial.mkdir()
         yield partial
@@ -119,7 +126,9 @@ def _whole_folder(target: Path) -> Iterator[Path]:
         kept = "; the earlier export there is untouched" if target.is_dir() else ""
         raise ExportError(f"could not write {target} ({why}){kept}; make room there or choose another folder") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if lock.held:
+            shutil.rmtree(partial, ignore_errors=True)
+            lock.release()
 
 
 def _swap(partial: Path, target: Path) -> None:
@@ -138,14 +147,16 @@ def _swap(partial: Path, target: Path) -> None:
 
 
 def _sweep(target: Path, host: str) -> None:
-    """Clear what an export that was killed left behind; one killed between the two renames gets its folder back."""
+    """Clear what an export that was killed left behind; one killed between the two renames gets its folder back.
+
+    Called with the lock held, so that no other process of this host is at work on a partial folder.
+    """
     old = _old(target)
     if old.exists() and not target.exists():
         old.rename(target)
     _discard(old, target)
     for stale in target.parent.iterdir():
-        ours = stale.name.startswith(f".{target.name}.{host}.") and stale.name.endswith(".partial")
-        if ours and not _alive(stale.name.split(".")[-2]):
+        if stale.name.startswith(f".{target.name}.{host}.") and stale.name.endswith(".partial"):
             shutil.rmtree(stale, ignore_errors=True)
 
 
@@ -160,18 +171,6 @@ def _discard(old: Path, target: Path) -> None:
         if path.name not in OWN_FILES and not (target / path.name).exists():
             path.rename(target / path.name)
     shutil.rmtree(old)
-
-
-def _alive(pid: str) -> bool:
-    if not pid.isdigit() or int(pid) == os.getpid():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _write_weights(path: Path, model: HybridLM) -> None:

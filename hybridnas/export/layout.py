@@ -22,7 +22,7 @@ MODEL_TYPE = "hybridnas"
 FORMAT_VERSION = 1  # raised when an older hybridnas could no longer read the folder
 COST_SEQ_LEN = 1024  # at which config.json and the model card state FLOPs and state bytes [tokens]
 
-# The words of Hugging Face configs (layer_types); a letter without one is called by its block's own name.
+# The words of Hugging Face configs; a letter without one is called by its block's own name.
 _LAYER_TYPES = {
     "M": "linear_attention",
     "N": "linear_attention",
@@ -80,7 +80,7 @@ def make_config(model: HybridLM, facts: Mapping[str, Any], version: str) -> dict
         "fingerprint": arch.fingerprint(),
         "arch": arch.to_dict(),
         "hybrid_layer_pattern": arch.pattern.letters,
-        "layer_types": layer_types(arch),
+        "hybrid_layer_types": layer_types(arch),  # not layer_types, whose words transformers restricts
         "vocab_size": arch.vocab_size,
         "hidden_size": arch.d_model,
         "num_hidden_layers": len(arch.pattern),

@@ -1,8 +1,9 @@
-"""load(folder): an exported folder becomes a model again, after everything that can be wrong with it was checked."""
+"""load(folder): read an exported folder, here or on the Hugging Face Hub, and check all that can be wrong with it."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,31 +16,90 @@ from torch import Tensor
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
 from hybridnas.errors import ExportError, HybridNASError, suggest
-from hybridnas.export.layout import CONFIG, FORMAT_VERSION, MODEL_TYPE, TOKENIZER_FILES, WEIGHTS, home, stored_tensors
+from hybridnas.export.layout import (
+    CONFIG,
+    FORMAT_VERSION,
+    MODEL_TYPE,
+    OWN_FILES,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    home,
+    stored_tensors,
+)
 from hybridnas.hardware import Impl, pick_device
 
 if TYPE_CHECKING:
     from hybridnas.data.tokenizers import Tokenizer
 
 
-def load(folder: str | Path, device: str = "auto", *, impl: str | Impl = Impl.AUTO) -> HybridLM:
-    """Return the exported model in evaluation mode on ``device``; needs nothing but the folder.
+def load(
+    folder: str | Path,
+    device: str | torch.device | None = None,
+    *,
+    impl: str | Impl = Impl.AUTO,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> HybridLM:
+    """Return the exported model in evaluation mode; needs nothing but the folder.
+
+    ``folder``: a folder here, or where there is none of that name a repository ``user/name`` on the Hugging Face Hub;
+    ``revision`` and what follows it are those of ``huggingface_hub.snapshot_download``. ``device``: None is torch's
+    default device, as in ``build``; ``"auto"`` takes a GPU where there is one.
 
     Raises ExportError for a folder that is missing, not ours, newer than this hybridnas, damaged or incomplete.
     """
-    where = home(folder)
-    target = pick_device(device)
+    if device is None:
+        target = torch.get_default_device()
+    else:
+        target = pick_device(device) if isinstance(device, str) else device
+    download = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "force_download": force_download,
+    }
+    where = local_folder(folder, **download)
     arch = read_arch(where)
-    model = HybridLM(arch, impl=impl)
+    model = HybridLM(arch, impl=impl, device="cpu")
     assign(model, read_tensors(where), where)
     return model.to(target).eval()
 
 
+def local_folder(folder: str | Path, **download: Any) -> Path:
+    """Return the folder itself, or where a repository of the Hugging Face Hub was downloaded to.
+
+    Raises ExportError for a repository that cannot be had.
+    """
+    where = home(folder)
+    if where.exists() or not isinstance(folder, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", folder):
+        return where
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(huggingface_hub.snapshot_download(folder, allow_patterns=list(OWN_FILES), **download))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ExportError(
+            f"{folder!r} is no folder here, and no repository that the Hugging Face Hub gives "
+            f"({' '.join(str(error).split())[:200]}); give a folder that 'python -m hybridnas.export' wrote",
+            field="folder",
+            got=folder,
+            allowed="a folder, or a repository user/name",
+        ) from None
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Return the tokenizer that was exported with the model; raises ExportError when there is none."""
+    """Return the tokenizer that was exported with the model; raises ExportError when there is none.
+
+    ``folder`` as in :func:`load`.
+    """
     from hybridnas.data import tokenizers
 
-    where = home(folder)
+    where = local_folder(folder)
     read_config(where)
     if not (where / TOKENIZER_FILES[0]).is_file():
         raise ExportError(f"{where} has no {TOKENIZER_FILES[0]}: the model was exported without its data source")
@@ -126,6 +186,8 @@ def assign(model: HybridLM, tensors: Mapping[str, Tensor], folder: Path) -> None
     for name, tensor in tensors.items():
         # A copy and not the file's mapped pages: those may be unaligned, which changes the last bits of a matmul.
         expected[name].data = tensor.clone()
+    for block in model.blocks():
+        block.widen()  # an older version could store what stays in float32 in a narrower dtype
 
 
 def _shape(tensor: Tensor) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hybridnas.layers.activations import activate
+from hybridnas.kernels.activations import activate
 from hybridnas.layers.block import truncated_normal_
 
 

@@ -1,13 +1,20 @@
 """HybridLM: declared cost against real modules, one call for training, prefill and generation, seeds."""
 
+import hashlib
+import importlib
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridnas.arch.arch import Arch
+from hybridnas.arch.decode import Decoder
 from hybridnas.arch.model import HybridLM, sample
-from hybridnas.errors import ConfigError
+from hybridnas.errors import ConfigError, TrainingError
+from hybridnas.hardware import Impl
+from hybridnas.registry import BLOCKS
 
 V = 37
 MIXED = "M[M,E]A@sFA@s"
@@ -128,6 +135,137 @@ def test_tied_embeddings_are_one_tensor():
     assert model.head.weight is model.embedding.weight
 
 
+@pytest.mark.parametrize("letter", BLOCKS)
+@pytest.mark.parametrize("final", [True, False])
+def test_a_tied_model_starts_at_a_blind_guess_at_any_width(letter, final):
+    read = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(0))
+    for d_model in (64, 256, 512):
+        arch = Arch.from_pattern(f"M{letter}", d_model=d_model, vocab_size=256, tie_embeddings=True, final_norm=final)
+        with torch.no_grad():
+            loss = HybridLM(arch, seed=0).eval()(read, labels=read).loss
+        assert loss.item() == pytest.approx(math.log(256), abs=0.2)
+
+
+WEIGHTS = {  # sha256 over names and bytes, of the version before the embedding of tied models changed
+    ("MEAF", 0): "104def613b3ac8c5",
+    ("MEAF", 7): "b3b6e7188bcba8c7",
+    ("Nx2", 0): "4ebf3d10ec029e7b",
+    ("[M,A]F@s F@s", 0): "c94bf2aaa00cf268",
+    ("M{inner_moe=gate,inner_experts=3}M{selective=none}", 7): "a7da9a0e477eeaaa",
+    ("E{router=top_k,top_k=2,d_shared=8,bias=true}A{n_heads=4,n_kv_heads=2,bias=true}", 0): "982eac86bcafc320",
+}
+
+
+@pytest.mark.parametrize(("pattern", "seed"), WEIGHTS)
+def test_a_seed_draws_the_weights_that_it_always_drew(pattern, seed):
+    fields = {"n_experts": 4} if "E" in pattern else {}
+    if "@" in pattern:
+        fields = {"norm": "rmsnorm", "final_norm": True}
+    model = HybridLM(Arch.from_pattern(pattern, d_model=16, vocab_size=32, **fields), seed=seed)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    assert digest.hexdigest()[:16] == WEIGHTS[pattern, seed]
+
+
+def test_the_loss_is_the_shifted_cross_entropy_and_nothing_else():
+    model = HybridLM(small("ME"), seed=0)
+    labels = ids(seed=4)
+    labels[0, 3:9] = -100
+    out = model(ids(), labels)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+    assert out.aux.losses["load_balance"] > 0
+    out.loss.backward()
+    assert model(ids()).loss is None
+    assert model(ids(), labels=torch.full_like(labels, -100)).loss == 0
+    assert model(ids(2, 1), labels=ids(2, 1)).loss == 0
+
+
+def test_the_loss_is_that_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    loss = importlib.import_module("transformers.loss.loss_utils").ForCausalLMLoss
+    assert transformers
+    model, labels = HybridLM(small("MA"), seed=0), ids(seed=4)
+    labels[1, :5] = -100
+    out = model(ids(), labels=labels)
+    torch.testing.assert_close(out.loss, loss(out.logits, labels, vocab_size=V))
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "got"),
+    [
+        ([[1, 2]], "ids", "list"),
+        (torch.zeros(3, dtype=torch.long), "ids", "(3,) torch.int64"),
+        (torch.zeros(1, 3), "ids", "(1, 3) torch.float32"),
+        (torch.zeros(1, 3, dtype=torch.bool), "ids", "(1, 3) torch.bool"),
+        (torch.tensor([[3, V + 4]]), "ids", (3, V + 4)),
+        (torch.tensor([[3, -1]]), "ids", (-1, 3)),
+    ],
+)
+def test_ids_that_are_none_are_refused_in_words(given, field, got):
+    with pytest.raises(ConfigError) as caught:
+        HybridLM(small("M"), seed=0)(given)
+    assert (caught.value.field, caught.value.got) == (field, got)
+    assert "0 to 36" in str(caught.value)
+
+
+def test_labels_of_another_shape_are_refused_in_words():
+    with pytest.raises(ConfigError) as caught:
+        HybridLM(small("M"), seed=0)(ids(2, 5), labels=ids(2, 4))
+    assert (caught.value.field, caught.value.got, caught.value.allowed) == ("labels", (2, 4), (2, 5))
+
+
+@pytest.mark.parametrize("pattern", [*BLOCKS, "[M,E]", MIXED])
+def test_a_model_exports_with_its_state_and_auxiliaries(pattern):
+    model = HybridLM(Arch.from_pattern(pattern, d_model=16, vocab_size=V), seed=0).eval()
+    program = torch.export.export(model, (ids(1, 16),))
+    with torch.no_grad():
+        got, expected = program.module()(ids(1, 16)), model(ids(1, 16))
+        torch.testing.assert_close(got.logits, expected.logits)
+        assert got.aux.stats.keys() == expected.aux.stats.keys()
+        state = model(ids(1, 4), state=model.init_state(1)).state
+        following = torch.export.export(model, (ids(1, 5),), {"state": state}).module()(ids(1, 5), state=state)
+        torch.testing.assert_close(following.logits, model(ids(1, 5), state=state).logits)
+
+
+@pytest.mark.parametrize("pattern", [*BLOCKS, "[M,E]"])
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
+def test_a_batch_without_tokens_gives_logits_without_tokens(pattern, batch, length):
+    model = HybridLM(Arch.from_pattern(pattern, d_model=32, vocab_size=V), seed=0)
+    out = model(ids(batch, length), labels=ids(batch, length))
+    assert out.logits.shape == (batch, length, V)
+    assert out.loss == 0
+    (out.loss + sum(out.aux.losses.values())).backward()
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_a_named_implementation_reaches_every_block_and_norm(norm):
+    model = HybridLM(small(MIXED, norm=norm, final_norm=True), impl="reference", seed=3)
+    assert {module.impl for module in model.modules() if hasattr(module, "impl")} == {Impl.REFERENCE}
+    assert set(model.implementations()["norm"].values()) == {"reference: step by step"}
+    fast = HybridLM(model.arch, seed=3)
+    for each in (model, fast):
+        each.eval()
+    torch.testing.assert_close(model(ids(), labels=ids()).loss, fast(ids(), labels=ids()).loss, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.generate(ids(), 5, temperature=0), fast.generate(ids(), 5, temperature=0))
+    assert all(words for ops in fast.implementations().values() for words in ops.values())
+
+
+def test_a_narrow_model_keeps_float32_parameters_and_decodes_as_it_reads():
+    model = HybridLM(Arch.from_pattern("MNAF", d_model=32, vocab_size=V), seed=0).bfloat16().eval()
+    kept = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert {"A_log", "D", "dt_bias"} <= kept
+    with torch.no_grad():
+        whole = model(ids()).logits
+        state, decode = model.init_state(2), None
+        decode = Decoder(model, state)
+        stepped = torch.stack([decode(ids()[:, t]) for t in range(13)], dim=1)
+    assert whole.dtype == torch.bfloat16
+    torch.testing.assert_close(stepped, whole, rtol=0.05, atol=0.02)
+
+
 def test_the_seed_alone_decides_the_weights():
     arch = small(MIXED)
     torch.manual_seed(1)
@@ -186,6 +324,89 @@ def test_top_k_draws_from_the_likeliest_alone():
     drawn = sample(logits, 1.0, 2, torch.Generator().manual_seed(0))
     assert set(drawn.tolist()) == {1, 2}
     assert set(sample(logits, 0.0, None, torch.Generator()).tolist()) == {1}
+
+
+def nucleus(probs, top_p):
+    """Return the distribution of top-p sampling, by the definition: the shortest prefix of the sorted tokens."""
+    order = sorted(range(len(probs)), key=lambda i: -probs[i])
+    kept, total = [], 0.0
+    for i in order:
+        kept.append(i)
+        total += probs[i]
+        if total >= top_p:
+            break
+    return [probs[i] / total if i in kept else 0.0 for i in range(len(probs))]
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.45, 0.55, 0.85, 0.999, 1.0])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_top_p_draws_from_the_nucleus_as_often_as_it_should(top_p, temperature):
+    logits = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.9, -3.0])
+    expected = torch.tensor(nucleus((logits.double() / temperature).softmax(-1).tolist(), top_p))
+    n = 40_000
+    drawn = sample(logits.repeat(n, 1), temperature, None, torch.Generator().manual_seed(0), top_p=top_p)
+    share = drawn.bincount(minlength=6) / n
+    assert set(drawn.tolist()) == set(expected.nonzero().flatten().tolist())
+    assert ((share - expected).abs() <= 4.5 * (expected * (1 - expected) / n).sqrt()).all()
+
+
+def test_top_p_counts_what_top_k_left():
+    logits = torch.tensor([[0.0, 0.1, 0.2, 0.3]]).repeat(300, 1)
+    generator = torch.Generator().manual_seed(0)
+    # of the two likeliest, the likelier has 0.525: enough for 0.5, not for 0.55
+    assert set(sample(logits, 1.0, 2, generator, top_p=0.5).tolist()) == {3}
+    assert set(sample(logits, 1.0, 2, generator, top_p=0.55).tolist()) == {2, 3}
+
+
+def test_a_row_that_ended_is_filled_up_and_decoding_stops_when_all_have():
+    model = HybridLM(small("MA"), seed=4)
+    free = model.generate(ids(3, 4), 30, seed=5)
+    ends = [int(free[0, 6]), int(free[1, 9])]
+    firsts = [next((t for t in range(4, 34) if int(row[t]) in ends), 33) for row in free]
+    for pad in (None, 7):
+        seen = []
+        made = model.generate(ids(3, 4), 30, seed=5, eos_token_id=ends, pad_token_id=pad, on_token=seen.append)
+        assert made.shape[1] == max(firsts) + 1
+        for row, expected, first in zip(made, free, firsts, strict=True):
+            assert torch.equal(row[: first + 1], expected[: first + 1])
+            assert set(row[first + 1 :].tolist()) <= {ends[0] if pad is None else pad}
+        assert torch.equal(torch.stack(seen, dim=1), made[:, 4:])
+    one = model.generate(ids(3, 4)[:1], 30, seed=5, temperature=0, eos_token_id=int(free[0, 6]))
+    assert one.shape[1] <= 34
+
+
+def test_ids_of_another_integer_type_generate_the_same():
+    model = HybridLM(small("MA"), seed=4)
+    made = model.generate(ids(2, 4).int(), 5, seed=1, eos_token_id=0)
+    assert made.dtype == torch.int32
+    assert torch.equal(made.long(), model.generate(ids(2, 4), 5, seed=1, eos_token_id=0))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_not_numbers_are_one_clear_error(temperature):
+    model = HybridLM(small("MF"), seed=4)
+    with torch.no_grad():
+        model.layers[0].norm.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError) as caught:
+        model.generate(ids(1, 3), 4, temperature=temperature)
+    assert caught.value.field == "logits"
+    assert model.training
+
+
+def test_generation_leaves_every_module_in_its_own_mode():
+    model = HybridLM(small("MF"), seed=4).train()
+    model.layers[1].eval()
+    model.generate(ids(1, 3), 2)
+    assert model.training
+    assert model.layers[0].training
+    assert not any(module.training for module in model.layers[1].modules())
+
+
+def test_a_seed_that_torch_does_not_take_is_refused():
+    for seed in (-1, 2**63):
+        with pytest.raises(ConfigError) as caught:
+            HybridLM(small("M"), seed=seed)
+        assert (caught.value.field, caught.value.got) == ("seed", seed)
 
 
 def test_a_model_that_is_not_causal_refuses_to_generate():

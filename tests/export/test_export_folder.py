@@ -1,16 +1,17 @@
 """Exported folders: they reload to equal logits, hold nothing twice, and appear whole or not at all."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from hybridnas.api import list_blocks
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
 from hybridnas.data.tokenizers import ByteTokenizer, train_bpe
@@ -19,6 +20,7 @@ from hybridnas.export import folder as folder_module
 from hybridnas.export.folder import export
 from hybridnas.export.layout import plain, probe_ids
 from hybridnas.export.load import load, load_tokenizer
+from hybridnas.study.locks import FileLock
 
 PATTERNS = {
     "all letters": ("MAFE", {}),
@@ -88,7 +90,7 @@ def test_config_says_what_the_model_is(tmp_path: Path) -> None:
     assert Arch.from_dict(config["arch"]) == model.arch
     assert config["hybrid_layer_pattern"] == "MEME[E,M]AF"  # the canonical order of branches
     linear, full = "linear_attention", "full_attention"
-    assert config["layer_types"] == [linear, "moe", linear, "moe", "hybrid", full, "mlp"]
+    assert config["hybrid_layer_types"] == [linear, "moe", linear, "moe", "hybrid", full, "mlp"]
     assert (config["vocab_size"], config["hidden_size"], config["num_hidden_layers"]) == (256, 32, 7)
     assert (config["num_experts"], config["num_experts_per_tok"], config["moe_intermediate_size"]) == (4, 1, 24)
     assert (config["num_attention_heads"], config["intermediate_size"]) == (4, 128)
@@ -177,10 +179,33 @@ def test_a_moved_folder_loads_in_a_fresh_process_with_nothing_else(tmp_path: Pat
 
 
 def test_bfloat16_weights_keep_their_dtype(tmp_path: Path) -> None:
-    model = small("AF").bfloat16()
+    model = small("MAFNE").bfloat16()
     target = export(model, tmp_path / "best")
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
-    assert {p.dtype for p in load(target, device="cpu").parameters()} == {torch.bfloat16}
+    again = load(target, device="cpu")
+    assert {name: p.dtype for name, p in again.named_parameters()} == {
+        name: p.dtype for name, p in model.named_parameters()
+    }
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16, torch.float32}
+
+
+def test_a_folder_whose_float32_parameters_were_stored_narrower_loads_wide(tmp_path: Path) -> None:
+    model = small("MN")
+    for block in model.blocks():
+        for name in block.float32:
+            if name in dict(block.named_parameters()):
+                block.get_parameter(name).data = block.get_parameter(name).data.bfloat16()
+    target = export(model, tmp_path / "best", check=False)
+    assert {p.dtype for p in load(target, device="cpu").parameters()} == {torch.float32}
+
+
+def test_transformers_reads_the_tokenizer_of_a_folder_with_any_letter(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    text = "def f(x):\n    return x\n"
+    bpe = train_bpe([text * 20], 280)
+    letters = "".join(list_blocks())
+    target = export(small(letters, vocab_size=bpe.vocab_size), tmp_path / "best", tokenizer=bpe)
+    assert transformers.AutoTokenizer.from_pretrained(target).encode(text) == bpe.encode(text)
 
 
 def test_exporting_leaves_the_model_as_it_was(tmp_path: Path) -> None:
@@ -272,17 +297,33 @@ def test_an_interrupted_export_leaves_the_earlier_one_intact(tmp_path: Path, mon
 def test_what_a_killed_export_left_is_cleared_by_the_next(tmp_path: Path) -> None:
     target = export(small("MF"), tmp_path / "best")
     target.rename(tmp_path / ".best.old")  # killed between the two renames
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
     host = folder_module.socket.gethostname()
-    (tmp_path / f".best.{host}.{dead.pid}.partial").mkdir()
-    running = tmp_path / f".best.{host}.{os.getppid()}.partial"
-    running.mkdir()
+    (tmp_path / f".best.{host}.12345.partial").mkdir()
+    (tmp_path / ".best.lock").touch()
+    of_another_host = tmp_path / ".best.elsewhere.12345.partial"
+    of_another_host.mkdir()
     (tmp_path / ".best.old" / "notes.txt").write_text("mine")
     export(small("AE"), target)
     assert load(target, device="cpu").arch.pattern.letters == "AE"
     assert (target / "notes.txt").read_text() == "mine"
-    assert {path.name for path in tmp_path.iterdir()} == {"best", running.name}
+    assert {path.name for path in tmp_path.iterdir()} == {"best", of_another_host.name}
+
+
+def test_two_exports_to_one_folder_wait_for_each_other(tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / ".best.lock")
+    assert lock.acquire()
+    working = tmp_path / f".best.{folder_module.socket.gethostname()}.12345.partial"
+    working.mkdir()
+    other = threading.Thread(target=export, args=(small("MF"), tmp_path / "best"))
+    other.start()
+    other.join(timeout=0.5)
+    assert other.is_alive()
+    assert working.is_dir()
+    working.rename(tmp_path / "best")
+    lock.release()
+    other.join()
+    assert load(tmp_path / "best", device="cpu").arch.pattern.letters == "MF"
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
 def test_logits_that_do_not_come_back_are_not_exported(tmp_path: Path) -> None:
