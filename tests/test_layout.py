@@ -28,20 +28,20 @@ def name_of(path):
 
 
 @pytest.mark.parametrize("name", LINKED)
-def test_the_linked_rooms_are_no_packages_of_their_own(name):
+def test_the_linked_folders_are_no_packages_of_their_own(name):
     assert not (PACKAGE / name / "__init__.py").exists()
 
 
 @needs_repository
 @pytest.mark.parametrize("name", LINKED)
-def test_a_door_is_a_relative_link(name):
-    door = ROOT / name
-    assert door.is_symlink()
-    assert door.readlink() == Path("hybridnas") / name
+def test_a_linked_folder_is_a_relative_link(name):
+    link = ROOT / name
+    assert link.is_symlink()
+    assert link.readlink() == Path("hybridnas") / name
 
 
 @needs_repository
-def test_a_block_imported_through_a_door_says_why_it_is_refused():
+def test_a_block_imported_through_a_link_is_refused_with_the_reason():
     module = "blocks.attention"
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {module}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -118,6 +118,27 @@ def test_no_file_names_a_place_of_one_machine():
         files += [path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix in kept]
     found = [str(path) for path in files if path.is_file() and machine.search(path.read_text(errors="replace"))]
     assert found == []
+
+
+@needs_repository
+def test_imports_keep_the_contracts_of_pyproject():
+    pytest.importorskip("importlinter", reason="import-linter is in the extra [dev]")
+    code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        ("hybridnas", "hybridnas.registry", "hybridnas.arch.presets", "hybridnas.search_spaces.listing"),
+        ("hybridnas.study.records", "hybridnas.study.objectives"),
+    ],
+)
+def test_names_and_records_are_read_without_heavy_libraries(modules):
+    heavy = {"torch", "optuna", "mlflow", "hydra", "omegaconf", "numpy", "matplotlib", "transformers", "networkx"}
+    code = f"import sys, {', '.join(modules)}; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_the_package_says_that_it_is_typed():
