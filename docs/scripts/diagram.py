@@ -1,0 +1,85 @@
+"""The import diagram of the architecture page: which package imports which, as an SVG matrix, from the source files."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[2] / "hybridnas"
+# Lowest layer first, as in the contracts of pyproject.toml; modules of one row are equals.
+LAYERS = (
+    ("errors", "registry", "config", "cost", "hardware", "files", "units"),
+    ("kernels",),
+    ("layers",),
+    ("blocks",),
+    ("arch",),
+    ("draw",),
+    ("search_spaces",),
+    ("data",),
+    ("study",),
+    ("analysis",),
+    ("tracking",),
+    ("train",),
+    ("export",),
+    ("search",),
+    ("tabular",),
+    ("suites",),
+    ("report",),
+    ("bench",),
+    ("cli", "conf"),
+)
+_CELL, _LEFT, _TOP = 26, 150, 110
+
+
+def imports() -> dict[str, set[str]]:
+    """Return package -> packages whose modules its modules import, imports for type checking alone left out."""
+    found: dict[str, set[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        owner = parts[0]
+        for node in _run_time_nodes(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            for name in names:
+                pieces = (name or "").split(".")
+                if pieces[0] == "hybridnas" and len(pieces) > 1 and pieces[1] != owner:
+                    found.setdefault(owner, set()).add(pieces[1])
+    return found
+
+
+def _run_time_nodes(tree: ast.AST) -> list[ast.Import | ast.ImportFrom]:
+    nodes: list[ast.Import | ast.ImportFrom] = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            nodes.append(node)
+        nodes.extend(_run_time_nodes(node))
+    return nodes
+
+
+def import_matrix() -> str:
+    """Return the matrix as SVG: a filled cell says that the row's package imports the column's."""
+    rows = [layer[0] if len(layer) == 1 else ("foundation" if layer[0] == "errors" else "cli") for layer in LAYERS]
+    layer_of = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    edges = {
+        (layer_of[owner], layer_of[target])
+        for owner, targets in imports().items()
+        for target in targets
+        if owner in layer_of and target in layer_of and layer_of[owner] != layer_of[target]
+    }
+    size = len(rows) * _CELL
+    width, height = _LEFT + size + 10, _TOP + size + 10
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img">']
+    parts.append("<title>Which package imports which</title>")
+    for number, name in enumerate(rows):
+        middle = number * _CELL + _CELL / 2
+        parts.append(f'<text x="{_LEFT - 8}" y="{_TOP + middle + 4}" text-anchor="end" font-size="13">{name}</text>')
+        turn = f"translate({_LEFT + middle + 4} {_TOP - 8}) rotate(-60)"
+        parts.append(f'<text transform="{turn}" font-size="13">{name}</text>')
+    for row in range(len(rows)):
+        for column in range(len(rows)):
+            x, y = _LEFT + column * _CELL, _TOP + row * _CELL
+            kind = "own" if row == column else "import" if (row, column) in edges else ""
+            parts.append(f'<rect class="{kind}" x="{x + 1}" y="{y + 1}" width="{_CELL - 2}" height="{_CELL - 2}" rx="3"/>')
+    parts.append("</svg>")
+    return "".join(parts)

@@ -1,0 +1,45 @@
+"""Hooks of the documentation build: pages written from the code, and Markdown files that lie outside ``docs/``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import diagram
+import pages
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[2]
+OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md")  # shown as they are
+SHOWN = (".md", ".png", ".svg", ".csv", ".json", ".tsv")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the generated pages, the project files and the experiments' notes and results."""
+    for path, text in pages.all_pages().items():
+        files.append(File.generated(config, path, content=text))
+    for name in OUTSIDE:
+        files.append(File.generated(config, name, content=_links((ROOT / name).read_text(encoding="utf-8"), "")))
+    for path in sorted((ROOT / "experiments").rglob("*")):
+        if path.suffix not in SHOWN:
+            continue
+        name = path.relative_to(ROOT).as_posix()
+        if path.suffix == ".md":
+            depth = "../" * name.count("/")
+            content = re.sub(r"\]\((?:\.\./)+docs/", f"]({depth}", path.read_text(encoding="utf-8"))
+            content = re.sub(r"\[`?results/`?\]\(\.\./results\)", "`results/`", content)
+            files.append(File.generated(config, name, content=content))
+        else:
+            files.append(File.generated(config, name, abs_src_path=str(path)))
+    return files
+
+
+def _links(text: str, depth: str) -> str:
+    """Return Markdown of the repository's root with its links into ``docs/`` made relative to the site."""
+    return text.replace("](docs/", f"]({depth}")
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Put the import diagram into the architecture page."""
+    return markdown.replace("{{ import_matrix }}", diagram.import_matrix())
