@@ -1,10 +1,10 @@
-# make search | test | lint | bench | install: each does all of its own set-up in .venv; a second call installs nothing.
+# make search | test | lint | docs | bench | install: each does all of its own set-up in .venv; a second call installs nothing.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: search test lint bench install clean
+.PHONY: search test lint docs site bench install clean
 .DEFAULT_GOAL := search
 
 search: install
@@ -20,6 +20,13 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+# docs serves the site and follows changes; site builds it with warnings as errors
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+site: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: install
 	$(BIN)/python -m hybridnas.bench $(ARGS)
 
@@ -31,6 +38,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
 clean:

@@ -80,6 +80,8 @@ def import_matrix() -> str:
         for column in range(len(rows)):
             x, y = _LEFT + column * _CELL, _TOP + row * _CELL
             kind = "own" if row == column else "import" if (row, column) in edges else ""
-            parts.append(f'<rect class="{kind}" x="{x + 1}" y="{y + 1}" width="{_CELL - 2}" height="{_CELL - 2}" rx="3"/>')
+            parts.append(
+                f'<rect class="{kind}" x="{x + 1}" y="{y + 1}" width="{_CELL - 2}" height="{_CELL - 2}" rx="3"/>'
+            )
     parts.append("</svg>")
     return "".join(parts)

@@ -1,9 +1,10 @@
-"""Reference pages written from the code: commands, settings, blocks, presets, spaces, tasks, errors, the import diagram."""
+"""Reference pages written from the code: commands, settings, blocks, presets, spaces, tasks, errors."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,7 +53,7 @@ def type_name(hint: object) -> str:
     arguments = [argument for argument in typing.get_args(hint) if argument is not Ellipsis]
     if typing.get_origin(hint) in (tuple, list):
         return "list of " + " or ".join(type_name(argument) for argument in arguments)
-    if typing.get_origin(hint) in (typing.Union, getattr(__import__("types"), "UnionType")):
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(type_name(argument) for argument in arguments)
     return "mapping" if "Mapping" in str(hint) or "dict" in str(hint) else "any"
 
@@ -130,9 +131,14 @@ def settings() -> str:
         "Written from the code at build time. A field's type, default and allowed values have one source, its "
         "dataclass field. Numbers may be typed `1e6`, `500k`, `1M`; lists `[a,b]`; `null` is none.\n",
         "## budget\n\n" + docstring(Budget) + "\n\n" + fields_table(Budget, "budget."),
-        "## search\n\n" + docstring(SearchConfig) + "\n\n" + fields_table(SearchConfig, "", ("space", "data", "budget")),
+        "## search\n\n"
+        + docstring(SearchConfig)
+        + "\n\n"
+        + fields_table(SearchConfig, "", ("space", "data", "budget")),
         "## train\n\n" + docstring(TrainConfig) + "\n\n" + fields_table(TrainConfig, "train."),
-        "## data\n\n" + docstring(DataConfig) + " Tasks have settings of their own, below.\n\n"
+        "## data\n\n"
+        + docstring(DataConfig)
+        + " Tasks have settings of their own, below.\n\n"
         + fields_table(DataConfig, "data.", ("kind",)),
         "## data: tasks and mixtures\n",
     ]
@@ -179,7 +185,9 @@ def blocks() -> str:
     parts.append(table(("letter", "block", "parameters", "active", "FLOP per token", "state [bytes]"), rows))
     for letter in BLOCKS:
         block = BLOCKS.get(letter)
-        parts.append(f"## {letter} {block.name}\n\n{docstring(block)}\n\n" + fields_table(block.Config, "", ("d_model",)))
+        parts.append(
+            f"## {letter} {block.name}\n\n{docstring(block)}\n\n" + fields_table(block.Config, "", ("d_model",))
+        )
     return "\n".join(parts)
 
 
@@ -190,7 +198,8 @@ def presets() -> str:
 
     parts = [
         "# Presets\n",
-        "Published architectures, exact to the integer; parameters without embedding and head. Each scales by its "
+        "Published architectures, exact to the integer; parameters without embedding and head, "
+        "FLOPs and state at a context of 1,024. Each scales by its "
         "paper's rules: `preset=moe_mamba preset.d_model=128 preset.n_blocks=4`.\n",
     ]
     rows = []
@@ -208,17 +217,27 @@ def presets() -> str:
                 f"{cost.state_bytes:,}",
             )
         )
-    head = ("preset", "pattern", "parameters", "active", "embedding and head", "FLOP per token", "state at 1,024 [bytes]")
+    head = (
+        "preset",
+        "pattern",
+        "parameters",
+        "active",
+        "embedding and head",
+        "FLOP per token",
+        "state at 1,024 [bytes]",
+    )
     parts.append(table(head, rows))
     for name in list_presets():
         entry = PRESETS.get(name)
-        sizes = ", ".join(f"`{key}={'null' if value is None else value}`" for key, value in preset_arguments(name).items())
+        sizes = ", ".join(
+            f"`{key}={'null' if value is None else value}`" for key, value in preset_arguments(name).items()
+        )
         parts.append(f"## {name}\n\n{entry.summary}\n\nSizes: {sizes}.\n")
         for row in getattr(entry, "paper", ()):
             parts.append(
                 f"- Printed (version {row.version} of the paper): {row.params} parameters, {row.active_params} active, "
-                f"loss {row.loss}; recipe: {row.recipe.source}, {row.recipe.steps:,} steps of {row.recipe.batch_size} x "
-                f"{row.recipe.seq_len} tokens, learning rate {row.recipe.lr:g}.\n"
+                f"loss {row.loss}; recipe: {row.recipe.source}, {row.recipe.steps:,} steps of "
+                f"{row.recipe.batch_size} x {row.recipe.seq_len} tokens, learning rate {row.recipe.lr:g}.\n"
             )
         parts.append(f'\n<div class="diagram drawing" markdown="0">{svg_text(preset(name))}</div>\n')
     return "\n".join(parts)
@@ -251,8 +270,8 @@ def tasks() -> str:
         settings_link = "#data" if kind.config is DataConfig else f"#data{name}"
         rows.append((f"[`data={name}`](settings.md{settings_link})", about.replace("``", "`")))
     return (
-        "# Data and tasks\n\nKinds of data that `data=` takes. Synthetic tasks are made on the fly; an example belongs to "
-        "the test set if its inputs hash into one sixteenth of all hashes, so no example is ever on both sides.\n\n"
+        "# Data and tasks\n\nKinds of data that `data=` takes. Synthetic tasks are made on the fly; an example belongs "
+        "to the test set if its inputs hash into one sixteenth of all hashes, so no example is ever on both sides.\n\n"
         + table(("data", "what it is"), rows)
     )
 
@@ -266,13 +285,13 @@ def errors() -> str:
     found = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, HybridNASError)]
     parts = [
         "# Errors\n",
-        "Every error that a user's mistake or a machine's refusal can cause is a `HybridNASError`. A command prints one "
-        "sentence and exits with code 2; from Python, the exception carries `field`, `got` and `allowed`.\n",
+        "Every error that a user's mistake or a machine's refusal can cause is a `HybridNASError`. A command prints "
+        "one sentence and exits with code 2; from Python, the exception carries `field`, `got` and `allowed`.\n",
         table(("error", "when"), [(code(error.__name__), docstring(error)) for error in found]),
         "## Examples\n",
     ]
     mistakes = {
-        "a letter that no block has": lambda: hybridnas.parse("(MMQA)x6"),
+        "a letter that no block has": lambda: hybridnas.Arch.from_pattern("(MMQA)x6", d_model=64, vocab_size=256),
         "a misspelled option": lambda: hybridnas.Arch.from_pattern("M{d_stat=8}", d_model=64, vocab_size=256),
         "heads that do not divide the width": lambda: hybridnas.Arch.from_pattern(
             "A{n_heads=5}", d_model=64, vocab_size=256
@@ -284,7 +303,9 @@ def errors() -> str:
             mistake()
         except HybridNASError as error:
             parts.append(f"**{what[:1].upper()}{what[1:]}**\n\n```text\n{type(error).__name__}: {error}\n```\n")
-            parts.append(table(("field", "got", "allowed"), [(code(error.field), code(error.got), code(error.allowed))]))
+            parts.append(
+                table(("field", "got", "allowed"), [(code(error.field), code(error.got), code(error.allowed))])
+            )
         else:
             raise AssertionError(f"{what} raised nothing")
     return "\n".join(parts)

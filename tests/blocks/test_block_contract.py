@@ -27,7 +27,8 @@ CAUSAL = [case for case in CASES if BLOCKS.get(case[0]).Config(d_model=WIDTH, **
 
 def words(case):
     fields = case[1].fields.items()
-    return f"{case[0]}({', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k, v in fields)})"
+    name = BLOCKS.get(case[0]).name
+    return f"{case[0]} {name}({', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k, v in fields)})"
 
 
 every_block = pytest.mark.parametrize("case", CASES, ids=words)

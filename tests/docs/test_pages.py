@@ -1,0 +1,73 @@
+"""Code on the documentation's pages runs, and the commands on them have the settings that they name."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from doc_pages import ROOT, commands, fences, pages, run, run_commands, run_python, write_files
+
+OWN_MIXER = ROOT / "docs" / "own-mixer.md"
+WITH_PYTHON = [page for page in pages() if any(not f.title for f in fences(page, "python"))]
+TUTORIAL = ROOT / "docs" / "tutorial.md"  # its Python reads what its commands made
+COMMANDS = [(fence, line) for page in pages() for fence in fences(page, "bash") for line in commands(fence)]
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in WITH_PYTHON if p not in (TUTORIAL, ROOT / "README.md")], ids=name)
+def test_the_python_of_a_page_runs_in_an_empty_folder(page: Path, tmp_path: Path) -> None:
+    run_python(page, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_tutorial_ends_with_an_exported_winner(tmp_path: Path) -> None:
+    run_commands(TUTORIAL, tmp_path)
+    run_python(TUTORIAL, tmp_path)
+    assert (tmp_path / "runs" / "mamba_moe-smoke" / "report.html").is_file()
+    for model in ("my_model", "my_second_model"):
+        assert (tmp_path / model / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("fence", "line"), COMMANDS, ids=[f"{f.where} {line[:60]}" for f, line in COMMANDS])
+def test_a_command_on_a_page_has_the_settings_that_it_names(
+    fence, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hybridnas.cli.compose import compose
+
+    write_files(fence.page, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYBRIDNAS_STORAGE", "postgresql+psycopg://user:secret@host/base")
+    python, dash, module, *settings = shlex.split(line)
+    assert (python, dash, module.split(".")[0]) == ("python", "-m", "hybridnas"), fence.where
+    compose(module.split(".")[1], settings)
+
+
+@pytest.mark.parametrize("page", pages(), ids=name)
+def test_a_page_names_no_machine_and_loads_nothing_from_outside(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"(?<![\w.~])/(root|home|work|tmp)/", text)
+    assert not re.search(r"!\[[^\]]*\]\(https?:", text)
+
+
+@pytest.mark.slow
+def test_the_block_of_the_own_mixer_page_passes_the_contract_tests_and_is_searched(tmp_path: Path) -> None:
+    write_files(OWN_MIXER, tmp_path)
+    listed = run(
+        f"{shlex.quote(sys.executable)} -m pytest -p my_mixer -p no:cacheprovider --rootdir {shlex.quote(str(ROOT))} "
+        f"-c {shlex.quote(str(ROOT / 'pyproject.toml'))} "
+        f"{shlex.quote(str(ROOT / 'tests/blocks/test_block_contract.py'))} -k average -q -rA",
+        tmp_path,
+    )
+    assert listed.count("PASSED") >= 40
+    described = tmp_path / "my_mixer-0.1.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: my-mixer\nVersion: 0.1\n")
+    (described / "entry_points.txt").write_text("[hybridnas.blocks]\nV = my_mixer\n")
+    assert "average" in run("python -m hybridnas.describe pattern=VMVF arch.d_model=64", tmp_path)
