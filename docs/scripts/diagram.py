@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 PACKAGE = Path(__file__).resolve().parents[2] / "hybridnas"
-# Lowest layer first, as in the contracts of pyproject.toml; modules of one row are equals.
-LAYERS = (
-    ("errors", "registry", "config", "cost", "hardware", "files", "units"),
-    ("kernels",),
-    ("layers",),
-    ("blocks",),
-    ("arch",),
-    ("draw",),
-    ("search_spaces",),
-    ("data",),
-    ("study",),
-    ("analysis",),
-    ("tracking",),
-    ("train",),
-    ("export",),
-    ("search",),
-    ("tabular",),
-    ("suites",),
-    ("report",),
-    ("bench",),
-    ("cli", "conf"),
-)
+LABELS = {"registry": "foundation"}  # of layers that hold several modules, by the first one; else the first one's name
 _CELL, _LEFT, _TOP = 26, 150, 110
+
+
+def layers() -> list[tuple[str, ...]]:
+    """Return the layers of the import contract in ``pyproject.toml``, lowest first; modules of one layer are equals."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    (contract,) = [c for c in project["tool"]["importlinter"]["contracts"] if c["type"] == "layers"]
+    return [tuple(name.strip() for name in layer.split(":")) for layer in reversed(contract["layers"])]
 
 
 def imports() -> dict[str, set[str]]:
@@ -59,8 +51,9 @@ def _run_time_nodes(tree: ast.AST) -> list[ast.Import | ast.ImportFrom]:
 
 def import_matrix() -> str:
     """Return the matrix as SVG: a filled cell says that the row's package imports the column's."""
-    rows = [layer[0] if len(layer) == 1 else ("foundation" if layer[0] == "errors" else "cli") for layer in LAYERS]
-    layer_of = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    found = layers()
+    rows = [LABELS.get(layer[0], layer[0]) for layer in found]
+    layer_of = {name: number for number, layer in enumerate(found) for name in layer}
     edges = {
         (layer_of[owner], layer_of[target])
         for owner, targets in imports().items()

@@ -59,8 +59,8 @@ def test_every_command_block_preset_and_error_has_its_place(pages: dict[str, str
 
 def test_the_import_diagram_knows_every_package() -> None:
     diagram = script("diagram")
-    listed = {name for layer in diagram.LAYERS for name in layer}
+    listed = {name for layer in diagram.layers() for name in layer}
     package = ROOT / "hybridnas"
     folders = {path.name for path in package.iterdir() if path.is_dir() and any(path.rglob("*.py"))}
     assert folders - {"__pycache__"} <= listed
-    assert diagram.import_matrix().count("<rect") == len(diagram.LAYERS) ** 2
+    assert diagram.import_matrix().count("<rect") == len(diagram.layers()) ** 2
