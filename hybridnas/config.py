@@ -309,6 +309,17 @@ def plain(value: Any) -> Any:
     return value.value if isinstance(value, enum.Enum) else value
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one of dotted names, ``{"a.b": value}``; an empty mapping stays a value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def _read(config: type[FrozenConfig], field: dataclasses.Field[Any], given: Any) -> Any:
     """Return a field's value as its type has it; raises ConfigError."""
     hint = _hints(config)[field.name]

@@ -14,7 +14,6 @@ from hybridnas.units import human
 if TYPE_CHECKING:
     from hybridnas.arch.arch import Arch
     from hybridnas.data import Source
-    from hybridnas.tracking.mlflow import Tracker
     from hybridnas.train.config import TrainConfig
     from hybridnas.train.records import Eval, TrainResult
 
@@ -39,13 +38,14 @@ def run(config: dict[str, Any]) -> int:
     assert arch is not None
 
     from hybridnas.cli.progress import progress
-    from hybridnas.train.callbacks import OnEval
     from hybridnas.train.loop import identity
     from hybridnas.train.loop import run as train
+    from hybridnas.train.tracking import Tracking
 
     folder = Path(config["out"] or _folder(config, identity(arch, source, settings)))
     _announce(arch, source.describe(), settings, folder)
-    with _tracked(config, arch, settings, folder) as tracker:
+    preset = config["preset"]["name"] if config.get("preset") else None
+    with Tracking(config["tracking"], tags={"preset": preset}) as tracking:
         result = train(
             arch,
             source,
@@ -54,7 +54,7 @@ def run(config: dict[str, Any]) -> int:
             device=config["device"],
             impl=config["impl"],
             max_seconds=config["max_seconds"],
-            callbacks=[progress(), OnEval(lambda value: tracker.log_eval(None, value, step=value.tokens))],
+            callbacks=[progress(), tracking],
         )
         _table(result.evals)
         if result.status == "failed":
@@ -63,20 +63,6 @@ def run(config: dict[str, Any]) -> int:
         if result.status == "completed" and result.model is not None:
             _export(result, source, settings, config, folder)
     return 0
-
-
-def _tracked(config: dict[str, Any], arch: Arch, settings: TrainConfig, folder: Path) -> Tracker:
-    """Open the run's mirror in MLflow: beside the run's files, or where ``tracking=`` says."""
-    from dataclasses import asdict
-
-    from hybridnas.tracking.mlflow import Tracker
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tracker = Tracker.open(config["tracking"], folder, folder.name, settings.to_dict(), kind="train")
-    preset = config["preset"]["name"] if config.get("preset") else None
-    words = {"pattern": str(arch.pattern), "fingerprint": arch.fingerprint(), "preset": preset}
-    tracker.annotate({**words, "d_model": arch.d_model, **asdict(arch.cost(settings.seq_len))}, words)
-    return tracker
 
 
 def _export(result: TrainResult, source: Source, settings: TrainConfig, config: dict[str, Any], folder: Path) -> None:

@@ -18,6 +18,7 @@ from hybridnas.report.plots import COLORS, Axis, Series, curves_svg, scatter_svg
 from hybridnas.study.records import clean_points, save
 from hybridnas.tracking import mlflow as tracking
 from hybridnas.tracking.secrets import masked
+from hybridnas.tracking.tracker import first_line
 from hybridnas.units import human, human_bytes
 
 COLUMNS = (
@@ -163,7 +164,7 @@ def read_runs(uri: str) -> list[Run]:
         found = tracking.search_runs(client, experiment.experiment_id, "")
         return [_run(client, item) for item in found if _wanted(item.data.tags)]
     except Exception as error:  # whatever the server or its client raises is the same news for the user
-        words = masked(tracking.first_line(error))
+        words = masked(first_line(error))
         raise StudyError(f"MLflow at {masked(uri)} cannot be read: {words}") from None
 
 

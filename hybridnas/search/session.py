@@ -16,8 +16,9 @@ from hybridnas.search.storage.postgres import DatabaseCrew, agree, database_url,
 from hybridnas.search.trial import TrialContext
 from hybridnas.study.folder import first_difference
 from hybridnas.study.records import StudyMeta, load_records
-from hybridnas.tracking.mlflow import Tracker
+from hybridnas.tracking.mlflow import open_tracker
 from hybridnas.tracking.secrets import masked
+from hybridnas.tracking.tracker import BackgroundTracker
 
 if TYPE_CHECKING:
     import optuna
@@ -31,12 +32,12 @@ if TYPE_CHECKING:
 def opened(search: Search) -> Iterator[tuple[optuna.Study, TrialContext, StudyMeta]]:
     """Open a search's study, and leave folder, database and MLflow closed whatever happens."""
     stored = _enter(search)
-    tracker: Tracker | None = None
+    tracker: BackgroundTracker | None = None
     config, folder = search.config, search.folder
     try:
         source = search.table or open_source(search.source_config)
         # MLflow's start takes seconds; it runs beside the first trial, after everything else is imported.
-        tracker = Tracker.open(_tracking(search), folder.path, folder.name, config.identity())
+        tracker = open_tracker(_tracking(search), folder.path, folder.name, config.identity())
         if search.orders is None:
             stored = folder.add_facts(stored, {"data_fingerprint": source.fingerprint})
         scale = config.budget.scale(source.vocab_size)

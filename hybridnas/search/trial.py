@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     import optuna
 
     from hybridnas.data import Source
-    from hybridnas.tracking.mlflow import Tracker
+    from hybridnas.tracking.tracker import BackgroundTracker
 
 
 @dataclass
@@ -58,7 +58,7 @@ class TrialContext:
     space: Space
     scale: Scale
     source: Source
-    tracker: Tracker
+    tracker: BackgroundTracker
     target: int  # active parameters that candidates are matched to
     news: Callable[[str], None]
     records: Callable[[], Collection[TrialRecord]] = tuple  # what is finished by now, by all workers
@@ -232,7 +232,7 @@ class TrialRun:
         values = self._values({"valid_loss": value.valid_loss, "accuracy": value.accuracy})
         self._report(value.tokens, values)
         if value.tokens > self.before:
-            self.context.tracker.log_eval(self.number, dataclasses.asdict(value), step=value.tokens)
+            self.context.tracker.log_eval(self.number, dataclasses.asdict(value))
         if value.tokens <= self.passed or value.tokens not in self.rungs[:-1]:
             return Action.CONTINUE
         if self.ladder is not None:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridnas.files import write_json
-from hybridnas.study.records import COMPLETE, FAIL
 from hybridnas.suites import results
 from hybridnas.suites.results import CurveRow, LengthRow, Row
 from hybridnas.suites.suite import Entry, Suite, Task
-from hybridnas.tracking.mlflow import Tracker
+from hybridnas.tracking.mlflow import open_tracker
+from hybridnas.tracking.tracker import BackgroundTracker
 from hybridnas.units import human
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Runner:
         """Train what is missing, writing the CSV after every run; returns what is there when it ends or time is up."""
         self.folder.mkdir(parents=True, exist_ok=True)
         about = {"suite": self.suite.name, "quick": self.quick, "score": self.suite.score}
-        with Tracker.open(self.tracking, self.folder, self.folder.name, about) as tracker:
+        with open_tracker(self.tracking, self.folder, self.folder.name, about) as tracker:
             done = all(self._group(entry, task, tracker) for task, entry in self._groups())
         chosen = {row.folder for row in results.choose(self.rows, self.suite) if row.chosen}
         return Outcome(self.rows, [row for row in self.lengths if row.folder in chosen], self.curves, done)
@@ -122,7 +122,7 @@ class Runner:
             if best is not None:
                 yield from (self._cell(entry, task, *best, seed) for seed in others)
 
-    def _group(self, entry: Entry, task: Task, tracker: Tracker) -> bool:
+    def _group(self, entry: Entry, task: Task, tracker: BackgroundTracker) -> bool:
         """Run one architecture on one task; returns False when the time is up."""
         for cell in self.cells(entry, task):
             self._visited += 1
@@ -159,21 +159,21 @@ class Runner:
             self._sources[task.digest] = open_source(source_config(task.data))
         return self._sources[task.digest]
 
-    def _train(self, cell: Cell, tracker: Tracker) -> bool:
-        from hybridnas.train.callbacks import OnEval, StopAtAccuracy
+    def _train(self, cell: Cell, tracker: BackgroundTracker) -> bool:
+        from hybridnas.train.callbacks import StopAtAccuracy
         from hybridnas.train.loop import run as train
+        from hybridnas.train.tracking import Tracking
 
         left = None if self.until is None else self.until - time.monotonic()
         if left is not None and left <= 0:
             return False
         number = self._number(cell.folder)
-        marks = {"pattern": str(cell.arch.pattern), "fingerprint": cell.arch.fingerprint(), "preset": cell.entry.preset}
-        about = {"model": cell.entry.name, "task": cell.task.name, **marks, **cell.config.to_dict()}
-        tracker.start_trial(number, {**about, **asdict(cell.arch.cost(cell.config.seq_len))}, marks)
-
-        def record(value: Eval) -> None:
-            tracker.log_eval(number, value)
-
+        tracking = Tracking(
+            tracker=tracker,
+            number=number,
+            params={"model": cell.entry.name, "task": cell.task.name},
+            tags={"preset": cell.entry.preset},
+        )
         stop = [] if self.suite.stop_at is None else [StopAtAccuracy(self.suite.stop_at)]
         result = train(
             cell.arch,
@@ -181,14 +181,13 @@ class Runner:
             cell.config,
             folder=cell.folder,
             device=self.device,
-            callbacks=[OnEval(record), *stop],
+            callbacks=[tracking, *stop],
             keep_checkpoint=bool(cell.task.lengths),
             max_seconds=left,
         )
         if not result.final:
             return False
         row = self._row(cell, result)
-        tracker.end_trial(number, FAIL if row.status == "failed" else COMPLETE)
         # Read again: another process may have trained other architectures of this suite in the meantime.
         own, others = results.split_rows(self.rows_path, self.suite)
         self.rows = results.choose(results.merged(own, *self.rows, row), self.suite)

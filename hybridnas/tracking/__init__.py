@@ -1,1 +1,1 @@
-"""Mirrors of a study in experiment trackers (MLflow), and masking of secrets in what they are given."""
+"""Experiment tracking: studies, trials and trainings are recorded in MLflow, or in any other :class:`Tracker`."""

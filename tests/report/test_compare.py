@@ -9,7 +9,7 @@ from hybridnas.cli.compare import run as command
 from hybridnas.errors import StudyError
 from hybridnas.report.compare import CompareConfig, compare, write_comparison
 from hybridnas.study.records import TrialRecord
-from hybridnas.tracking.mlflow import Tracker
+from hybridnas.tracking.mlflow import open_tracker
 
 
 def record(number, factor, *, state="COMPLETE", preset=None, pattern="Mx4", end=16):
@@ -31,9 +31,9 @@ def runs(tmp_path_factory):
         record(3, 1, pattern="[M,E]x4", state="PRUNED", end=4),
         record(4, 2, pattern="Mx4", state="DUPLICATE"),
     ]
-    with Tracker.open(None, folder / "first", "first", {}) as tracker:
+    with open_tracker(None, folder / "first", "first", {}) as tracker:
         tracker.sync(records)
-    with Tracker.open(None, folder / "second", "second", {}) as tracker:
+    with open_tracker(None, folder / "second", "second", {}) as tracker:
         tracker.sync([record(0, 1.5, pattern="(MF)x2")])
     return folder
 

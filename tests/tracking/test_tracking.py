@@ -1,15 +1,24 @@
-"""The mirror in MLflow: what it writes, that continuing repeats nothing, and that no server can cost a trial."""
+"""Tracking: what MLflow gets, that continuing repeats nothing, and that no tracker can cost a trial."""
 
+import csv
 import logging
+import multiprocessing
+import os
+import shutil
 import socket
+import warnings
 from pathlib import Path
 
 import pytest
 
-from hybridnas.study.records import TrialRecord, write_record
+from hybridnas.config import flatten
+from hybridnas.study.callbacks import StudyEnded, StudyStarted, TrialEnded, TrialMeasured, TrialStarted
+from hybridnas.study.records import StudyMeta, TrialRecord, write_record
 from hybridnas.tracking import mlflow as tracking
-from hybridnas.tracking.mlflow import Tracker, default_uri, flatten, numbers
+from hybridnas.tracking.callbacks import StudyTracking
+from hybridnas.tracking.mlflow import default_uri, open_tracker
 from hybridnas.tracking.secrets import masked
+from hybridnas.tracking.tracker import numbers, record_params
 
 TAGS = {"pattern": "(ME)x4", "fingerprint": "ab" * 32, "preset": "moe_mamba"}
 
@@ -38,17 +47,17 @@ def mirrored(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "demo"
     folder.mkdir()
     working = Path.cwd()
-    tracker = Tracker.open(None, folder, "demo", {"seed": 3, "storage": "postgresql://me:hunter2@db/optuna"})
+    tracker = open_tracker(None, folder, "demo", {"seed": 3, "storage": "postgresql://me:hunter2@db/optuna"})
     tracker.start_trial(0, {"params": 10, "choices": {"split": 0.5, "none": None}}, TAGS)
     tracker.log_eval(0, {"tokens": 1000, "valid_loss": 2.5, "aux": {"layer03.E.dropped": 0.25, "load": [0.1, 0.9]}})
-    tracker.log_eval(0, {"tokens": 2000, "valid_loss": 2.0}, step=2000)
+    tracker.log_eval(0, {"tokens": 2000, "valid_loss": 2.0})
     arch = folder / "arch.json"
     arch.write_text("{}")
     tracker.end_trial(0, "COMPLETE", record(0, "COMPLETE", 2.0), [arch, folder / "absent"])
     tracker.start_trial(1, {}, {"pattern": "Mx4", "fingerprint": "1"})
     tracker.end_trial(1, "PRUNED", record(1, "PRUNED", 3.0, reason="pruned at 1,000 tokens"))
     tracker.start_trial(2, {"params": 7}, {"pattern": "Mx4", "fingerprint": "2"})
-    tracker.log_eval(2, {"valid_loss": 2.9}, step=1000)
+    tracker.log_eval(2, {"tokens": 1000, "valid_loss": 2.9})
     tracker.close("KILLED")
     assert not tracker.off
     assert not (working / "mlruns").exists()
@@ -89,7 +98,7 @@ def test_artifacts_and_database_lie_inside_the_study_folder(mirrored):
 
 def test_continuing_finds_parent_and_trials_again_and_makes_up_for_what_was_lost(mirrored):
     before = {number: run.info.run_id for number, run in by_trial(mirrored)[1].items()}
-    with Tracker.open(None, mirrored, "demo", {}) as tracker:
+    with open_tracker(None, mirrored, "demo", {}) as tracker:
         assert tracker.ready()
         tracker.sync([
             record(0, "COMPLETE", 2.0, fingerprint=TAGS["fingerprint"]),
@@ -118,8 +127,8 @@ def test_continuing_finds_parent_and_trials_again_and_makes_up_for_what_was_lost
 
 def test_a_single_training_logs_to_its_own_run(mirrored):
     folder = mirrored.parent / "train"
-    with Tracker.open(default_uri(mirrored), folder, "one", {}, kind="train") as tracker:
-        tracker.log_eval(None, {"valid_loss": 2.25}, step=10)
+    with open_tracker(default_uri(mirrored), folder, "one", {}, kind="train") as tracker:
+        tracker.log_eval(None, {"tokens": 10, "valid_loss": 2.25})
     _, runs = runs_of(mirrored, "tags.`hybridnas.kind` = 'train'")
     assert [(run.info.run_name, run.data.metrics["valid_loss"]) for run in runs] == [("one", 2.25)]
 
@@ -130,16 +139,16 @@ def test_an_unreachable_server_costs_one_warning_without_the_password(tmp_path, 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
         with caplog.at_level(logging.WARNING, "hybridnas"):
-            tracker = Tracker.open(f"http://me:hunter2@127.0.0.1:{taken.getsockname()[1]}", tmp_path, "s", {})
+            tracker = open_tracker(f"http://me:hunter2@127.0.0.1:{taken.getsockname()[1]}", tmp_path, "s", {})
             assert not tracker.ready()
             for number in range(3):
                 tracker.start_trial(number, {}, TAGS)
-                tracker.log_eval(number, {"valid_loss": 1.0}, step=1)
+                tracker.log_eval(number, {"tokens": 1, "valid_loss": 1.0})
                 tracker.end_trial(number, "COMPLETE")
             tracker.close()
     assert tracker.off
     assert len(caplog.records) == 1
-    assert "the server gave no answer (NewConnectionError); the search goes on" in caplog.text
+    assert "NewConnectionError" in caplog.text
     assert "http://***@127.0.0.1" in caplog.text
     assert "hunter2" not in caplog.text
 
@@ -147,7 +156,7 @@ def test_an_unreachable_server_costs_one_warning_without_the_password(tmp_path, 
 def test_a_database_that_is_no_database_costs_one_warning(tmp_path, caplog):
     (tmp_path / "mlflow.db").write_text("this is not sqlite, and long enough to be looked at" * 30)
     with caplog.at_level(logging.WARNING, "hybridnas"):
-        tracker = Tracker.open(None, tmp_path, "s", {})
+        tracker = open_tracker(None, tmp_path, "s", {})
         tracker.start_trial(0, {}, TAGS)
         tracker.close()
     assert tracker.off
@@ -156,7 +165,7 @@ def test_a_database_that_is_no_database_costs_one_warning(tmp_path, caplog):
 
 
 def test_off_starts_nothing(tmp_path):
-    with Tracker.open("off", tmp_path, "s", {}) as tracker:
+    with open_tracker("off", tmp_path, "s", {}) as tracker:
         tracker.start_trial(0, {}, TAGS)
         tracker.sync([])
     assert not tracker.ready()
@@ -178,8 +187,8 @@ def test_passwords_in_urls_are_masked(text, shown):
     assert masked({"a": [text]}) == {"a": [shown]}
 
 
-def test_values_are_flattened_for_params_and_metrics():
-    assert flatten({"a": {"b": 1, "c": None}, "d:e": "x"}) == {"a.b": "1", "d_e": "x"}
+def test_nested_values_are_flattened_and_of_vectors_the_extremes_are_kept():
+    assert flatten({"a": {"b": 1, "c": {}}, "d:e": "x"}) == {"a.b": 1, "a.c": {}, "d:e": "x"}
     assert numbers({"a": {"b": 1}, "c": [1, 3], "d": "x", "e": True, "f": []}) == {
         "a.b": 1.0,
         "c.min": 1.0,
@@ -189,7 +198,7 @@ def test_values_are_flattened_for_params_and_metrics():
 
 def test_a_record_that_was_written_can_be_mirrored_whole(tmp_path):
     write_record(tmp_path, record(0, "COMPLETE", 2.0))
-    assert tracking.record_params(record(0, "COMPLETE", 2.0, seed=5)) == {
+    assert record_params(record(0, "COMPLETE", 2.0, seed=5)) == {
         "pattern": "Mx4", "fingerprint": "0" * 64, "seed": "5", "params": "10", "active_params": "5",
         "choices.split": "0.5",
     }  # fmt: skip
@@ -201,3 +210,176 @@ def test_a_database_that_a_killed_process_began_is_begun_again(tmp_path):
     assert not (tmp_path / ".mlflow.new.db").exists()
     runs = tracking.connect(tracking.default_uri(tmp_path)).search_experiments()
     assert [experiment.name for experiment in runs] == ["Default"]
+
+
+class CSVTracker:
+    """A tracker in one class: a line for each metric, and for each end of a run."""
+
+    def __init__(self, path):
+        self.path = path
+        self.place = str(path)
+        self.states = {}
+
+    def open(self):
+        self.path.write_text("")
+
+    def write(self, *values):
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerow(values)
+
+    def known(self, number):
+        return self.states.get(number)
+
+    def start(self, number, title, params, tags):
+        if number is not None:
+            self.states[number] = (tags["fingerprint"], "RUNNING")
+        self.write(number, "start", title)
+
+    def log(self, number, metrics, tokens):
+        for name, value in metrics.items():
+            self.write(number, name, value)
+
+    def end(self, number, state, tags):
+        if number is not None:
+            self.states[number] = (self.states[number][0], state)
+        self.write(number, "end", state)
+
+    def attach(self, number, path):
+        self.write(number, "file", path.name)
+
+
+def events(folder, records, callback, ended="completed"):
+    """Send a tracker the events of a search that trains these records."""
+    meta = StudyMeta(name="demo")
+    callback.on_study_start(StudyStarted(folder=folder, meta=meta, identity={"seed": 1}, records=records[:1]))
+    known = {}
+    for one in records[1:]:
+        if one.state != "DUPLICATE":
+            callback.on_trial_start(TrialStarted(record=record(one.number, "RUNNING", 0.0)))
+            for entry in one.curve:
+                callback.on_trial_eval(TrialMeasured(number=one.number, values=entry))
+        known[one.number] = one
+        callback.on_trial_end(TrialEnded(record=one, records=known, folder=folder))
+    callback.on_study_end(StudyEnded(folder=folder, meta=meta, records=records, ended=ended))
+
+
+def test_another_tracker_is_one_class_that_gets_every_event_in_order(tmp_path):
+    (tmp_path / "report.html").write_text("")
+    first, second = record(0, "COMPLETE", 2.0), record(1, "PRUNED", 3.0)
+    same = record(2, "DUPLICATE", 2.0, curve=[], fingerprint=first.fingerprint)
+    events(tmp_path, [first, second, same], StudyTracking(lambda event: CSVTracker(event.folder / "log.csv")))
+    lines = csv.reader((tmp_path / "log.csv").read_text().splitlines())
+    kept = [(n, name, value) for n, name, value in lines if name in ("start", "end", "valid_loss", "file")]
+    assert kept == [
+        ("", "start", "demo"),
+        ("0", "start", "0000 Mx4"), ("0", "valid_loss", "3.0"), ("0", "valid_loss", "2.0"), ("0", "end", "COMPLETE"),
+        ("1", "start", "0001 Mx4"), ("1", "valid_loss", "4.0"), ("1", "valid_loss", "3.0"), ("1", "end", "PRUNED"),
+        ("2", "start", "0002 Mx4"), ("2", "end", "DUPLICATE"),
+        ("", "file", "report.html"),
+        ("", "end", "FINISHED"),
+    ]  # fmt: skip
+
+
+class Broken:
+    """A tracker whose every call fails."""
+
+    place = "nowhere"
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"no {name} today")
+
+
+def test_a_tracker_that_raises_costs_one_warning_and_no_trial(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "hybridnas"):
+        events(tmp_path, [record(0, "COMPLETE", 2.0), record(1, "FAIL", 2.0)], StudyTracking(lambda event: Broken()))
+    assert [one.args[2] for one in caplog.records] == ["no open today"]
+
+
+@pytest.mark.parametrize(
+    ("ended", "status"), [("completed", "FINISHED"), ("interrupted", "KILLED"), ("failed", "FAILED")]
+)
+def test_the_study_s_own_run_ends_as_the_search_ended(tmp_path, ended, status):
+    events(tmp_path, [record(0, "COMPLETE", 2.0)], StudyTracking(), ended)
+    _, parents = runs_of(tmp_path, "tags.`hybridnas.kind` = 'study'")
+    assert [run.info.status for run in parents] == [status]
+
+
+def snapshot(folder):
+    _, runs = runs_of(folder)
+    return {run.info.run_id: (run.info.status, run.info.end_time, run.data.tags) for run in runs}
+
+
+def test_a_tracker_that_is_opened_and_not_used_leaves_a_finished_run_as_it_is(tmp_path):
+    for kind in ("study", "train"):
+        with open_tracker(None, tmp_path, "demo", {}, kind=kind) as tracker:
+            tracker.annotate({"params": 3}, {"pattern": "M"})
+    before = snapshot(tmp_path)
+    assert {status for status, _, _ in before.values()} == {"FINISHED"}
+    for kind in ("study", "train"):
+        tracker = open_tracker(None, tmp_path, "demo", {"other": 1}, kind=kind)
+        assert tracker.ready()
+        tracker.sync([])
+        tracker.close("FAILED")  # the command was refused
+    assert snapshot(tmp_path) == before
+
+
+def test_a_measurement_that_comes_twice_is_recorded_once(tmp_path):
+    for _ in range(2):
+        with open_tracker(None, tmp_path, "demo", {}) as tracker:
+            tracker.start_trial(0, {"params": 10}, TAGS)
+            for tokens in (1000, 1000, 2000):
+                tracker.log_eval(0, {"tokens": tokens, "valid_loss": 3.0 - tokens / 1000})
+            tracker.end_trial(0, "COMPLETE")
+    client, runs = by_trial(tmp_path)
+    points = client.get_metric_history(runs["0"].info.run_id, "valid_loss")
+    assert [(point.step, point.value) for point in points] == [(1000, 2.0), (2000, 1.0)]
+
+
+def record_one(runs, number, shared):
+    """Record one more trial of the study ``s1`` with one artifact; returns where."""
+    folder = runs / "s1"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "arch.json").write_text("{}")
+    uri = f"sqlite:///{runs}/mlflow.db" if shared else default_uri(folder)
+    with open_tracker(uri, folder, "s1", {}) as tracker:
+        tracker.start_trial(number, {}, {"pattern": "M", "fingerprint": str(number)})
+        tracker.end_trial(number, "COMPLETE", artifacts=[folder / "arch.json"])
+    assert not tracker.off
+    return uri
+
+
+@pytest.mark.parametrize(("how", "shared"), [("moved", False), ("copied", False), ("moved", True)])
+def test_a_study_that_was_moved_keeps_its_artifacts_beside_itself(tmp_path, how, shared):
+    old, new = tmp_path / "old", tmp_path / "new"
+    first = multiprocessing.get_context("spawn").Process(target=record_one, args=(old, 0, shared))
+    first.start()  # a process of its own: mlflow remembers where a run's artifacts lie
+    first.join()
+    assert first.exitcode == 0
+    if how == "moved":
+        old.rename(new)
+    else:
+        shutil.copytree(old, new)
+    before = {path: path.stat().st_mtime_ns for path in old.rglob("*")}
+    uri = record_one(new, 1, shared)
+    assert {path: path.stat().st_mtime_ns for path in old.rglob("*")} == before
+    client = tracking.connect(uri)
+    runs = tracking.search_runs(client, client.get_experiment_by_name("hybridnas").experiment_id, "")
+    files = {run.data.tags["hybridnas.trial"]: [f.path for f in client.list_artifacts(run.info.run_id)]
+             for run in runs if "hybridnas.trial" in run.data.tags}  # fmt: skip
+    assert files == {"0": ["arch.json"], "1": ["arch.json"]}
+
+
+def test_tracking_leaves_the_process_as_it_was(tmp_path):
+    loggers = [logging.getLogger(name) for name in ("mlflow", "mlflow.store.db.utils", "alembic", "sqlalchemy")]
+
+    def state():
+        levels = [(logger.level, logger.disabled, list(logger.filters)) for logger in loggers]
+        return dict(os.environ), list(warnings.filters), levels
+
+    before = state()
+    with open_tracker(None, tmp_path, "demo", {}) as tracker:
+        tracker.start_trial(0, {}, TAGS)
+    with open_tracker("http://127.0.0.1:9", tmp_path, "demo", {}) as away:
+        away.start_trial(0, {}, TAGS)
+    assert (tracker.off, away.off) == (False, True)
+    assert state() == before
