@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import hybridnas
 from hybridnas.config import flatten
+from hybridnas.errors import CheckpointError
 from hybridnas.study.callbacks import StudyEnded, StudyStarted, TrialEnded, TrialMeasured, TrialStarted
 from hybridnas.study.records import StudyMeta, TrialRecord, write_record
 from hybridnas.tracking import mlflow as tracking
@@ -19,6 +21,8 @@ from hybridnas.tracking.callbacks import StudyTracking
 from hybridnas.tracking.mlflow import default_uri, open_tracker
 from hybridnas.tracking.secrets import masked
 from hybridnas.tracking.tracker import numbers, record_params
+from hybridnas.train.callbacks import Callback
+from hybridnas.train.tracking import Tracking
 
 TAGS = {"pattern": "(ME)x4", "fingerprint": "ab" * 32, "preset": "moe_mamba"}
 
@@ -383,3 +387,31 @@ def test_tracking_leaves_the_process_as_it_was(tmp_path):
         away.start_trial(0, {}, TAGS)
     assert (tracker.off, away.off) == (False, True)
     assert state() == before
+
+
+TINY = {"batch_size": 2, "seq_len": 32, "valid_tokens": 64}
+
+
+def test_a_refused_training_leaves_the_finished_one_as_it_is(tmp_path, corpus):
+    data, folder = {"kind": "text", "path": str(corpus)}, tmp_path / "g"
+    arch = hybridnas.Arch.from_pattern("MF", d_model=16, vocab_size=256)
+    hybridnas.fit(arch, data=data, tokens=256, folder=folder, callbacks=[Tracking(tags={"preset": "mine"})], **TINY)
+    before = snapshot(folder)
+    [(status, end_time, tags)] = before.values()
+    assert (status, tags["hybridnas.preset"], tags["hybridnas.pattern"]) == ("FINISHED", "mine", "MF")
+    assert end_time is not None
+    with pytest.raises(CheckpointError), Tracking() as tracking:
+        hybridnas.fit(arch, data=data, tokens=512, folder=folder, callbacks=[tracking], **TINY)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "KILLED"), (RuntimeError, "FAILED")])
+def test_a_training_that_failed_or_was_stopped_says_so(tmp_path, corpus, error, status):
+    class Raises(Callback):
+        def on_step(self, run, step):
+            raise error
+
+    data, arch = {"kind": "text", "path": str(corpus)}, hybridnas.Arch.from_pattern("MF", d_model=16, vocab_size=256)
+    with pytest.raises(error), Tracking() as tracking:
+        hybridnas.fit(arch, data=data, tokens=256, folder=tmp_path, callbacks=[tracking, Raises()], **TINY)
+    assert [kept[0] for kept in snapshot(tmp_path).values()] == [status]
