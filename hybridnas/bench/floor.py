@@ -26,7 +26,7 @@ _Args = struct("_Args", "count threads", "sink")
 def unavailable() -> str:
     """Return why there is no floor here (no compiler), or ''."""
     found = library(SOURCE)
-    return "" if found.handle is not None else found.words
+    return "" if found.handle is not None else found.description
 
 
 def lanes() -> int:

@@ -48,7 +48,7 @@ class Operation(NamedTuple):
         is Triton on a CUDA device and C on a CPU where they take the inputs, else torch. Raises
         KernelUnavailableError where a named implementation cannot run, ConfigError for an unknown name.
         """
-        wanted = Impl.of(impl)
+        wanted = impl if type(impl) is Impl else Impl.of(impl)
         if wanted is Impl.AUTO:
             best = self._best(device.type)
             if best is Impl.TORCH or self._refusal(best, device, dtypes, native_limit, triton_limit):
@@ -88,7 +88,7 @@ class Operation(NamedTuple):
         if chosen is Impl.REFERENCE:
             return "reference: step by step"
         if chosen is Impl.NATIVE and self.native is not None:
-            return f"native: {self.native().words}"
+            return f"native: {self.native().description}"
         if chosen is Impl.TRITON:
             return "triton: tuned at the first call, the choice is cached"
         best = self._best(device.type)
@@ -117,7 +117,7 @@ class Operation(NamedTuple):
             wrong = [d for d in dtypes if d not in self.native_dtypes]
             if wrong:
                 return f"takes {_names(self.native_dtypes)}, got {_names(wrong)}"
-            return native_limit if self.native_available() else f"is not compiled: {self.native().words}"
+            return native_limit if self.native_available() else f"is not compiled: {self.native().description}"
         if impl is Impl.TRITON:
             if not self.triton:
                 return "does not exist: this operation has no Triton form"

@@ -1,4 +1,4 @@
-"""Checks that every kernel makes before it touches memory: one clear sentence each, argument, expected, got."""
+"""Checks of arguments that every operation makes before it touches memory, and parts that several share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridnas.errors import KernelInputError, NonFiniteInputError
+from hybridnas.errors import KernelInputError
 
 
 def require_tensor(
@@ -17,40 +17,48 @@ def require_tensor(
 ) -> None:
     """Raise KernelInputError unless ``tensor`` is floating point, of this shape, on this device."""
     if not isinstance(tensor, Tensor):
-        raise KernelInputError(f"{operation} {name} must be a tensor of shape {letters}, got {type(tensor).__name__}")
-    if tensor.dim() != len(shape):
-        raise KernelInputError(
-            f"{operation} {name} must have {len(shape)} dimensions {letters}, got shape {tuple(tensor.shape)}"
-        )
-    if tuple(tensor.shape) != shape:
-        raise KernelInputError(f"{operation} {name} must have shape {letters} = {shape}, got {tuple(tensor.shape)}")
+        got: object = type(tensor).__name__
+        raise refused(operation, name, f"must be a tensor of shape {letters}, got {got}", got, "tensor")
+    if tensor.shape != shape:
+        got = tuple(tensor.shape)
+        if tensor.dim() != len(shape):
+            must = f"must have {len(shape)} dimensions {letters}, got shape {got}"
+            raise refused(operation, name, must, got, letters)
+        raise refused(operation, name, f"must have shape {letters} = {shape}, got {got}", got, shape)
     if not tensor.is_floating_point():
-        raise KernelInputError(f"{operation} {name} must be floating point, got {tensor.dtype}")
+        must = f"must be floating point, got {tensor.dtype}"
+        raise refused(operation, name, must, tensor.dtype, "floating point")
     if tensor.device != device:
-        raise KernelInputError(f"{operation} {name} must be on {device} like the first argument, got {tensor.device}")
+        must = f"must be on {device} like the first argument, got {tensor.device}"
+        raise refused(operation, name, must, tensor.device, device)
 
 
 def require_seq_idx(operation: str, seq_idx: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """Raise KernelInputError unless ``seq_idx`` is an integer tensor (B, L) on this device."""
+    name = "seq_idx"
     if not isinstance(seq_idx, Tensor) or seq_idx.is_floating_point() or seq_idx.is_complex():
-        got = seq_idx.dtype if isinstance(seq_idx, Tensor) else type(seq_idx).__name__
-        raise KernelInputError(f"{operation} seq_idx must be an integer tensor (B, L), got {got}")
-    if tuple(seq_idx.shape) != shape:
-        raise KernelInputError(f"{operation} seq_idx must have shape (B, L) = {shape}, got {tuple(seq_idx.shape)}")
+        got: object = seq_idx.dtype if isinstance(seq_idx, Tensor) else type(seq_idx).__name__
+        raise refused(operation, name, f"must be an integer tensor (B, L), got {got}", got, "integers")
+    if seq_idx.shape != shape:
+        got = tuple(seq_idx.shape)
+        raise refused(operation, name, f"must have shape (B, L) = {shape}, got {got}", got, shape)
     if seq_idx.device != device:
-        raise KernelInputError(f"{operation} seq_idx must be on {device} like the first argument, got {seq_idx.device}")
+        must = f"must be on {device} like the first argument, got {seq_idx.device}"
+        raise refused(operation, name, must, seq_idx.device, device)
 
 
 def require_finite(operation: str, name: str, tensor: Tensor) -> None:
-    """Raise KernelInputError for NaN or infinity; only looked at on a CPU, where looking costs no synchronisation."""
+    """Raise KernelInputError for NaN or infinity; checked on a CPU alone, where it needs no synchronization."""
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
         return
     if not math.isfinite(float(tensor.detach().sum())) and not bool(torch.isfinite(tensor.detach()).all()):
-        raise NonFiniteInputError(
-            f"{operation} {name} must be finite, got NaN or infinity; has the training diverged?",
-            field=name,
-            allowed="finite numbers",
-        )
+        must = "must be finite, got NaN or infinity; has the training diverged?"
+        raise refused(operation, name, must, "NaN or infinity", "finite")
+
+
+def refused(operation: str, name: str, must: str, got: object, allowed: object) -> KernelInputError:
+    """Return the error of an argument ``name`` that is not what it ``must`` be."""
+    return KernelInputError(f"{operation} {name} {must}", field=name, got=got, allowed=allowed)
 
 
 def boundaries(seq_idx_BL: Tensor) -> Tensor:

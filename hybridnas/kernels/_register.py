@@ -114,8 +114,8 @@ def differentiable_once(name: str) -> Callable[[Callable[..., tuple[Any, ...]]],
             with torch.no_grad():
                 gradients = backward(ctx, *upstream)
             floating = [g for g in gradients if isinstance(g, Tensor)]
-            depends = next((t for t in upstream if t is not None), floating[0]).new_zeros(()).requires_grad_()
-            guarded = iter(_Refuse.apply(name, depends, *floating))  # type: ignore[no-untyped-call]
+            behind = [t for t in (*ctx.saved_tensors, *upstream) if t is not None and t.requires_grad]
+            guarded = iter(_Refuse.apply(name, len(floating), *floating, *behind))  # type: ignore[no-untyped-call]
             return tuple(next(guarded) if isinstance(g, Tensor) else g for g in gradients)
 
         return run
@@ -124,12 +124,12 @@ def differentiable_once(name: str) -> Callable[[Callable[..., tuple[Any, ...]]],
 
 
 class _Refuse(torch.autograd.Function):
-    """The identity, whose backward raises."""
+    """The identity of the first ``count`` tensors, whose backward by any of them raises."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, depends: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.name = name
-        return tuple(g.view_as(g) for g in gradients)
+        return tuple(g.view_as(g) for g in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:

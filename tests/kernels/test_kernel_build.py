@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hybridnas.kernels import _build
 from hybridnas.kernels._build import build
 from hybridnas.kernels.causal_conv1d.native import SOURCE
 
@@ -33,12 +34,12 @@ def script(path, text):
 def test_the_second_time_is_cached(cache):
     first = build(SOURCE)
     assert first.handle is not None
-    assert first.words.startswith("C, compiled by")
-    assert "cached" not in first.words
+    assert first.description.startswith("C, compiled by")
+    assert "cached" not in first.description
     files = [p.name for p in cache.iterdir()]
     assert len(files) == 1
     assert files[0].startswith("conv-")
-    assert build(SOURCE).words.endswith("(cached)")
+    assert build(SOURCE).description.endswith("(cached)")
 
 
 @needs_compiler
@@ -61,7 +62,7 @@ def test_a_damaged_cached_file_is_compiled_again(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("HYBRIDNAS_CACHE", str(tmp_path / "damaged"))
     again = build(SOURCE)
     assert again.handle is not None
-    assert "cached" not in again.words
+    assert "cached" not in again.description
 
 
 def test_no_compiler_is_said_with_what_to_install(cache, monkeypatch, caplog):
@@ -70,21 +71,21 @@ def test_no_compiler_is_said_with_what_to_install(cache, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "hybridnas"):
         none = build(SOURCE)
     assert none.handle is None
-    assert none.words == "no C compiler found (tried cc, gcc, clang); install gcc or clang to run faster"
-    assert [r.message for r in caplog.records] == [f"causal_conv1d runs in plain torch, slower: {none.words}"]
+    assert none.description == "no C compiler found (tried cc, gcc, clang); install gcc or clang to run faster"
+    assert [r.message for r in caplog.records] == [f"causal_conv1d runs in plain torch, slower: {none.description}"]
 
 
 def test_a_failing_compiler_is_said_with_its_last_words(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("CC", script(tmp_path / "badcc", 'echo "internal compiler error: sulking" >&2; exit 4'))
     none = build(SOURCE)
     assert none.handle is None
-    assert "failed with exit code 4 (internal compiler error: sulking)" in none.words
+    assert "failed with exit code 4 (internal compiler error: sulking)" in none.description
     assert not list(cache.iterdir())
 
 
 def test_a_compiler_that_writes_nonsense_is_said(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("CC", script(tmp_path / "liar", "exit 0"))
-    assert "could not be loaded" in build(SOURCE).words
+    assert "could not be loaded" in build(SOURCE).description
 
 
 @needs_compiler
@@ -93,9 +94,23 @@ def test_a_cache_that_cannot_be_written_still_runs_in_c(monkeypatch, tmp_path):
     monkeypatch.setenv("HYBRIDNAS_CACHE", str(tmp_path / "file" / "cache"))  # root writes anywhere but into a file
     built = build(SOURCE)
     assert built.handle is not None
-    assert built.words.endswith("(not cached: no cache folder can be written)")
+    assert built.description.endswith("(not cached: no cache folder can be written)")
 
 
+@needs_compiler
+def test_a_cache_that_can_only_be_read_is_read(cache, monkeypatch):
+    build(SOURCE)
+    monkeypatch.setattr(_build, "_writable", lambda folder: False)  # root can write into any folder
+    assert build(SOURCE).description.endswith("(cached)")
+    for file in cache.iterdir():
+        file.unlink()
+    built = build(SOURCE)
+    assert built.handle is not None
+    assert built.description.endswith("(not cached: no cache folder can be written)")
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.slow
 @needs_compiler
 def test_several_processes_may_compile_at_once(cache):
     code = (
@@ -107,6 +122,7 @@ def test_several_processes_may_compile_at_once(cache):
     assert len(list(cache.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_operations_run_in_torch_and_say_so(tmp_path):
     code = (
         "import torch\n"
@@ -128,6 +144,7 @@ def test_without_a_compiler_the_operations_run_in_torch_and_say_so(tmp_path):
     assert done.stderr.count("runs in plain torch, slower") == 2
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here")
 def test_the_library_is_loaded_once_and_shares_the_openmp_of_torch():

@@ -141,20 +141,21 @@ def test_the_operator_is_registered_as_torch_demands():
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "got", "allowed"),
     [
-        ({"x": torch.zeros(3, 2)}, r"x must have 3 dimensions \(B, L, D\), got shape \(3, 2\)"),
-        ({"weight": torch.zeros(3, 4)}, r"weight must have shape \(D, K\) = \(2, 4\), got \(3, 4\)"),
-        ({"weight": torch.zeros(2, 0)}, r"weight must have at least one tap"),
-        ({"bias": torch.zeros(4)}, r"bias must have shape \(D,\) = \(2,\), got \(4,\)"),
-        ({"activation": "gelu"}, r"activation must be None or 'silu', got 'gelu'"),
-        ({"initial_state": torch.zeros(1, 4, 2)}, r"initial_state must have shape \(B, K - 1, D\) = \(1, 3, 2\)"),
-        ({"seq_idx": torch.zeros(1, 2, dtype=torch.long)}, r"seq_idx must have shape \(B, L\) = \(1, 3\)"),
+        ({"x": torch.zeros(3, 2)}, (3, 2), "(B, L, D)"),
+        ({"weight": torch.zeros(3, 4)}, (3, 4), (2, 4)),
+        ({"weight": torch.zeros(2, 0)}, (2, 0), "K >= 1"),
+        ({"bias": torch.zeros(4)}, (4,), (2,)),
+        ({"activation": "gelu"}, "gelu", [None, "silu"]),
+        ({"initial_state": torch.zeros(1, 4, 2)}, (1, 4, 2), (1, 3, 2)),
+        ({"seq_idx": torch.zeros(1, 2, dtype=torch.long)}, (1, 2), (1, 3)),
     ],
 )
-def test_a_wrong_argument_is_named_with_what_was_expected_and_got(changes, words):
-    with pytest.raises(KernelInputError, match=words):
+def test_a_wrong_argument_is_named_with_what_was_expected_and_got(changes, got, allowed):
+    with pytest.raises(KernelInputError) as refused:
         causal_conv1d(**({"x": torch.zeros(1, 3, 2), "weight": torch.zeros(2, 4)} | changes))
+    assert (refused.value.field, refused.value.got, refused.value.allowed) == (next(iter(changes)), got, allowed)
 
 
 @needs_c

@@ -150,6 +150,7 @@ def test_other_dtypes_take_the_torch_form():
     assert torch.equal(got[0], step_reference(x, conv, ssm, weights, norm, True)[0])
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_torch_form_gives_the_same(tmp_path):
     code = (
         "import torch\n"
@@ -175,28 +176,25 @@ def test_describe_says_what_runs():
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "words"),
+    ("change", "error", "field", "got"),
     [
-        ({"x": EMPTY(3)}, KernelInputError, r"x must have 2 dimensions \(B, D\), got shape \(3,\)"),
-        (
-            {"conv_state": EMPTY(2, 2, 20)},
-            KernelInputError,
-            r"conv_state must have shape \(B, K - 1, I\) = \(2, 3, 20\)",
-        ),
-        ({"ssm_state": EMPTY(1, 20, 4)}, KernelInputError, r"ssm_state must have shape .* got \(1, 20, 4\)"),
-        ({"in_proj": EMPTY(39, 12)}, KernelInputError, r"in_proj must have shape \(2I, D\) = \(40, 12\)"),
-        ({"A_log": EMPTY(20)}, KernelInputError, "A_log must have two dimensions"),
-        ({"x_proj": None}, KernelInputError, "x_proj must be given exactly where"),
-        ({"norm": Norm("batchnorm", None, None, 0.0)}, ConfigError, "norm='batchnorm' must be one of rmsnorm, lay"),
-        ({"norm": Norm("rmsnorm", EMPTY(3), None, 0.0)}, KernelInputError, "norm weight must have shape"),
-        ({"impl": "triton"}, KernelUnavailableError, "triton"),
-        ({"impl": "native", "A_log": EMPTY(20, 4).double()}, KernelUnavailableError, "takes float32, got float64"),
-        ({"x": EMPTY(2, 12, dtype=torch.int64)}, KernelInputError, "x must be floating point"),
+        ({"x": EMPTY(3)}, KernelInputError, "x", (3,)),
+        ({"conv_state": EMPTY(2, 2, 20)}, KernelInputError, "conv_state", (2, 2, 20)),
+        ({"ssm_state": EMPTY(1, 20, 4)}, KernelInputError, "ssm_state", (1, 20, 4)),
+        ({"in_proj": EMPTY(39, 12)}, KernelInputError, "in_proj", (39, 12)),
+        ({"A_log": EMPTY(20)}, KernelInputError, "A_log", (20,)),
+        ({"x_proj": None}, KernelInputError, "x_proj", None),
+        ({"norm": Norm("batchnorm", None, None, 0.0)}, ConfigError, "norm", "batchnorm"),
+        ({"norm": Norm("rmsnorm", EMPTY(3), None, 0.0)}, KernelInputError, "norm weight", (3,)),
+        ({"x": EMPTY(2, 12, dtype=torch.int64)}, KernelInputError, "x", torch.int64),
+        ({"impl": "triton"}, KernelUnavailableError, "impl", "triton"),
+        ({"impl": "native", "A_log": EMPTY(20, 4).double()}, KernelUnavailableError, "impl", "native"),
     ],
 )
-def test_wrong_inputs_are_refused_in_words(change, error, words):
+def test_wrong_inputs_are_refused_by_name(change, error, field, got):
     x, conv, ssm, weights, _ = case(2, 12, 20, 4, 4, 2)
     given = {"x": x, "conv_state": conv, "ssm_state": ssm, **change}
     inner = {name: given.pop(name) for name in Weights._fields if name in given}
-    with pytest.raises(error, match=words):
+    with pytest.raises(error) as refused:
         mamba_step(**given, weights=weights._replace(**inner))
+    assert (refused.value.field, refused.value.got) == (field, got)

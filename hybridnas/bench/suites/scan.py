@@ -153,7 +153,7 @@ def _scans(result: Result, words: str) -> dict[str, Scan]:
     if native.available():
         scans[CHUNKED] = partial(ours, impl="torch")
     else:
-        result.notes.append(f"ours is the chunked torch form: {native.compiled().words}")
+        result.notes.append(f"ours is the chunked torch form: {native.compiled().description}")
     if floor.unavailable():
         for kind in ("fwd", "fwd+bwd"):
             result.missing(f"{words} {kind}", FLOOR, floor.unavailable())

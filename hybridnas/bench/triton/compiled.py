@@ -1,6 +1,6 @@
-"""Ahead-of-time compiling for a GPU that is not here, and what the compiler says of registers, spills and memory.
+"""Ahead-of-time compilation for a GPU that need not be here, and its use of registers, spills and shared memory.
 
-Spills show as a stack on NVIDIA, never as local memory, so both ptxas -v and cuobjdump are asked.
+Spills show as a stack on NVIDIA, never as local memory, so both ptxas -v and cuobjdump are read.
 """
 
 from __future__ import annotations
@@ -151,18 +151,18 @@ def _nvidia(compiled: Any, target: Target) -> dict[str, int]:
         cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
         cubin.write_bytes(compiled.asm["cubin"])
         ptx.write_text(compiled.asm["ptx"])
-        used = _said(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
+        used = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
         name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-        spoken = _said(get_ptxas(arch).path, "-v", f"--gpu-name={name}", str(ptx), "-o", str(Path(folder) / "out"))
+        assembled = _output(get_ptxas(arch).path, "-v", f"--gpu-name={name}", str(ptx), "-o", str(Path(folder) / "out"))
     return {
         "registers": _number(r"REG:(\d+)", used),
         "stack": _number(r"STACK:(\d+)", used),
-        "spills": _number(r"(\d+) bytes spill stores", spoken),
+        "spills": _number(r"(\d+) bytes spill stores", assembled),
         "shared": max(_number(r"SHARED:(\d+)", used), compiled.metadata.shared),
     }
 
 
-def _said(*command: str) -> str:
+def _output(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     if done.returncode:
         raise ValueError(f"{Path(command[0]).name} failed: {(done.stdout + done.stderr)[:300]}")
@@ -196,7 +196,7 @@ def usage(compilation: Compilation, target: Target, timeout: float = 120.0) -> U
     child = context.Process(target=_measure, args=(compilation, target, send))
     child.start()
     send.close()
-    name = Usage(compilation.launch.kernel.__name__, compilation.label, compilation.tile.words, target.name)
+    name = Usage(compilation.launch.kernel.__name__, compilation.label, compilation.tile.label, target.name)
     try:
         if not receive.poll(timeout):
             return name._replace(seconds=timeout, failed=f"did not compile in {timeout:.0f} s")

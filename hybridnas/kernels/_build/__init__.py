@@ -1,9 +1,8 @@
-"""Compiles the package's C files with the machine's own compiler at first use, and keeps the result.
+"""Compile the package's C files with the machine's own compiler at first use, and cache the result.
 
-A library lies in a per-user cache under a name made of everything that decides its code: source, the headers beside
-it and here, flags, compiler, processor. It is written beside that name and renamed, so any number of processes may
-compile at once. Where nothing can be compiled the reason is logged once and said by ``describe``; nobody is stopped by
-a missing compiler.
+A library is cached per user under a hash of everything that decides its code: source, the headers beside it and here,
+flags, compiler, processor. It is written to a temporary name and renamed, so that any number of processes may compile
+at once; a cache that cannot be written is still read. Where nothing can be compiled the reason is logged once and printed by ``describe``; a missing compiler is no error.
 
 Environment: CC names the compiler, HYBRIDNAS_CACHE the cache folder (default: XDG_CACHE_HOME or ~/.cache, /hybridnas).
 """
@@ -36,20 +35,21 @@ _SHARED = ("-shared", "-fPIC")
 _VARIANTS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
 _TIMEOUT = 120  # seconds for one run of the compiler; it takes about two
 
-_lock = threading.Lock()
+# State of the process: a library is loaded once and never unloaded, and a forked child must know that it is one.
+_lock = threading.Lock()  # one thread compiles, the others wait
 _loaded: dict[Path, Library] = {}
 _after_fork = False
 
 
 class Library(NamedTuple):
-    """A loaded library, or None and the reason; ``words`` are for ``describe``."""
+    """A loaded library, or None where there is none."""
 
     handle: ctypes.CDLL | None
-    words: str
+    description: str  # how it was compiled, or why it could not be
 
 
 def library(source: Path) -> Library:
-    """Return the compiled ``source``, compiling it the first time; never raises, the reason is in ``words``."""
+    """Return the compiled ``source``, compiling it the first time; never raises, the reason is in ``description``."""
     found = _loaded.get(source)
     if found is None:
         with _lock:
@@ -74,7 +74,7 @@ def threads() -> int:
 
 
 class _BuildError(Exception):
-    """Why there is no library, in words."""
+    """Why there is no library."""
 
 
 def _build(source: Path) -> Library:
@@ -88,25 +88,25 @@ def _build(source: Path) -> Library:
         key.update(part)
         key.update(b"\0")
     name = f"{source.stem}-{key.hexdigest()[:24]}.so"
-    said = f"C, compiled by {compiler[0]}"
+    how = f"C, compiled by {compiler[0]}"
     folder = _cache_folder()
-    if folder is None:  # the loaded file may be deleted at once
-        with tempfile.TemporaryDirectory(prefix="hybridnas-") as temporary:
+    target = None if folder is None else folder / name
+    if target is not None and target.exists():  # also in a cache that only others may write
+        with contextlib.suppress(_BuildError):  # a damaged file is compiled again
+            return Library(_load(target), f"{how} (cached)")
+    if target is None or not _writable(target.parent):
+        with tempfile.TemporaryDirectory(prefix="hybridnas-") as temporary:  # a loaded file may be deleted at once
             target = Path(temporary) / name
             _compile(compiler, source, target)
-            return Library(_load(target), f"{said} (not cached: no cache folder can be written)")
-    target = folder / name
-    if target.exists():
-        with contextlib.suppress(_BuildError):  # a damaged file is compiled again
-            return Library(_load(target), f"{said} (cached)")
+            return Library(_load(target), f"{how} (not cached: no cache folder can be written)")
     _compile(compiler, source, target)
-    return Library(_load(target), said)
+    return Library(_load(target), how)
 
 
 def _compiler() -> tuple[list[str], str]:
     """Return the compiler's command and its version text."""
-    asked = shlex.split(os.environ.get("CC", ""))
-    candidates = [asked] if asked else [["cc"], ["gcc"], ["clang"]]
+    named = shlex.split(os.environ.get("CC", ""))
+    candidates = [named] if named else [["cc"], ["gcc"], ["clang"]]
     for command in candidates:
         if shutil.which(command[0]):
             done = _run([*command, "--version"])
@@ -133,14 +133,21 @@ def _processor() -> str:
 
 
 def _cache_folder() -> Path | None:
-    """Return a folder that can be written, or None."""
+    """Return the cache folder, which may be read-only, or None where there is none and none can be made."""
     try:
         folder = cache_home()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
         return None
+    return folder
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _compile(compiler: list[str], source: Path, target: Path) -> None:

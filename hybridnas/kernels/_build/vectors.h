@@ -1,7 +1,7 @@
 /* Vectors of floats and the few functions on them that the kernels share; GCC or Clang, any processor.
  *
  * A tile is 16 neighbouring channels, one cache line: W vectors of V lanes. V follows the widest registers that the
- * compiler was told of; sums across lanes follow it, so that results on two kinds of processor differ in the last bits.
+ * compiler may use; sums across lanes follow it, so that results on two kinds of processor differ in the last bits.
  */
 #ifndef HYBRIDNAS_VECTORS_H
 #define HYBRIDNAS_VECTORS_H

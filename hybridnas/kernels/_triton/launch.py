@@ -39,12 +39,13 @@ class Tile(NamedTuple):
         return {"num_warps": self.warps} | ({"maxnreg": self.registers} if nvidia and self.registers else {})
 
     @property
-    def words(self) -> str:
+    def label(self) -> str:
+        """The constants and warps, as the report prints them."""
         return " ".join([*(f"{name}={value}" for name, value in self.constants), f"warps={self.warps}"])
 
 
 class Launch(NamedTuple):
-    """A launch that was asked for: which kernel, the tiles to choose from, the other arguments, and the tuner's key."""
+    """A requested launch: which kernel, the tiles to choose from, the other arguments, and the tuner's key."""
 
     kernel: Any
     tiles: tuple[Tile, ...]
@@ -119,7 +120,7 @@ def _grid(programs: int | tuple[int, ...]) -> tuple[int, ...]:
 def precision(nvidia: bool) -> str:
     """Return how float32 matrices are multiplied: on NVIDIA as three TF32 products, within a few float32 roundings.
 
-    Where torch was told to use TF32 (torch.backends.cuda.matmul.fp32_precision), as one. AMD multiplies float32 itself.
+    With torch.backends.cuda.matmul.fp32_precision set to TF32, as one. AMD multiplies float32 itself.
     """
     if not nvidia:
         return "ieee"

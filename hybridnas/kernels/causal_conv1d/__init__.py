@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hybridnas.errors import KernelInputError
 from hybridnas.hardware import Impl
 from hybridnas.kernels._dispatch import Operation, dtypes_of
-from hybridnas.kernels._inputs import require_seq_idx, require_tensor
+from hybridnas.kernels._inputs import refused, require_seq_idx, require_tensor
 from hybridnas.kernels._triton.shapes import MAX_TAPS
 from hybridnas.kernels.causal_conv1d import native
 from hybridnas.kernels.causal_conv1d.eager import conv_eager
@@ -74,11 +73,17 @@ def _check(inputs: Inputs) -> None:
     taps = weight.shape[1] if weight.dim() == 2 else 0
     require_tensor(_NAME, "weight", weight, "(D, K)", (channels, taps), device)
     if taps < 1:
-        raise KernelInputError(f"{_NAME} weight must have at least one tap (D, K), got shape {tuple(weight.shape)}")
+        raise refused(
+            _NAME,
+            "weight",
+            f"must have at least one tap (D, K), got shape {tuple(weight.shape)}",
+            tuple(weight.shape),
+            "K >= 1",
+        )
     if bias is not None:
         require_tensor(_NAME, "bias", bias, "(D,)", (channels,), device)
     if activation not in (None, "silu"):
-        raise KernelInputError(f"{_NAME} activation must be None or 'silu', got {activation!r}")
+        raise refused(_NAME, "activation", f"must be None or 'silu', got {activation!r}", activation, [None, "silu"])
     if initial_state is not None:
         require_tensor(_NAME, "initial_state", initial_state, "(B, K - 1, D)", (batch, taps - 1, channels), device)
     if seq_idx is not None:

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridnas.errors import ConfigError, KernelInputError
+from hybridnas.errors import ConfigError
 from hybridnas.hardware import Impl
 from hybridnas.kernels._dispatch import Operation, dtypes_of
-from hybridnas.kernels._inputs import require_tensor, state_dtype
+from hybridnas.kernels._inputs import refused, require_tensor, state_dtype
 from hybridnas.kernels.cross_entropy.eager import (
     chunk_rows,
     cross_entropy_eager,
@@ -164,11 +164,12 @@ def _checked(
     rows = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else 0
     require_tensor(name, "weight", weight, "(V, D)", (rows, x.shape[-1]), x.device)
     if rows == 0:
-        raise KernelInputError(f"{name} weight must have at least one token (V, D), got {tuple(weight.shape)}")
+        got = tuple(weight.shape)
+        raise refused(name, "weight", f"must have at least one token (V, D), got {got}", got, "V >= 1")
     if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
         x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
     if x.dtype != weight.dtype:
-        raise KernelInputError(f"{name} weight must be {x.dtype} like x, got {weight.dtype}")
+        raise refused(name, "weight", f"must be {x.dtype} like x, got {weight.dtype}", weight.dtype, x.dtype)
     return x.flatten(0, -2), weight, _effective(targets, mask, ignore_index)
 
 
@@ -176,10 +177,12 @@ def _check(
     operation: str, name: str, letters: str, x: Tensor, targets: Tensor, mask: Tensor | None, reduction: str
 ) -> None:
     if reduction not in _REDUCTIONS:
-        raise ConfigError(f"{operation} reduction={reduction!r} must be one of {', '.join(_REDUCTIONS)}")
+        message = f"{operation} reduction={reduction!r} must be one of {', '.join(_REDUCTIONS)}"
+        raise ConfigError(message, field="reduction", got=reduction, allowed=_REDUCTIONS)
     if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[-1] == 0 or not x.is_floating_point():
         got = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise KernelInputError(f"{operation} {name} must be a floating-point tensor {letters}, not empty, got {got}")
+        must = f"must be a floating-point tensor {letters}, not empty, got {got}"
+        raise refused(operation, name, must, got, f"floating-point tensor {letters}")
     _check_integers(operation, name, x, "targets", targets)
     if mask is not None:
         _check_integers(operation, name, x, "mask", mask)
@@ -190,13 +193,15 @@ def _check_integers(operation: str, name: str, x: Tensor, label: str, value: Ten
     got = value.dtype if isinstance(value, Tensor) else None
     right = got == torch.bool if kind == "bool" else got in (torch.int64, torch.int32, torch.int16, torch.uint8)
     if not right:
-        raise KernelInputError(f"{operation} {label} must be a tensor of {kind}s, got {got or type(value).__name__}")
-    if value.shape != x.shape[:-1]:
-        raise KernelInputError(
-            f"{operation} {label} must have shape {tuple(x.shape[:-1])} like {name}, got {tuple(value.shape)}"
-        )
+        given = got or type(value).__name__
+        raise refused(operation, label, f"must be a tensor of {kind}s, got {given}", given, f"{kind}s")
+    shape = tuple(x.shape[:-1])
+    if value.shape != shape:
+        must = f"must have shape {shape} like {name}, got {tuple(value.shape)}"
+        raise refused(operation, label, must, tuple(value.shape), shape)
     if value.device != x.device:
-        raise KernelInputError(f"{operation} {label} must be on {x.device} like {name}, got {value.device}")
+        must = f"must be on {x.device} like {name}, got {value.device}"
+        raise refused(operation, label, must, value.device, x.device)
 
 
 def _effective(targets: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:

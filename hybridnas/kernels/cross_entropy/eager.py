@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hybridnas.errors import KernelInputError
-from hybridnas.kernels._inputs import state_dtype
+from hybridnas.kernels._inputs import refused, state_dtype
 from hybridnas.kernels._register import differentiable_once, register_differentiable_op, register_op
 
 _FUSED_BYTES = 8 << 20  # logits of one chunk in float32: near the caches, with rows enough for matmuls at full speed
@@ -44,10 +43,8 @@ def require_in_vocabulary(targets: Tensor, vocabulary: int, ignore_index: int) -
         return
     low, high = (int(value) for value in targets.aminmax())
     if low < 0 or high >= vocabulary:
-        raise KernelInputError(
-            f"cross_entropy targets must be in 0..{vocabulary - 1} or ignore_index={ignore_index}, "
-            f"got {low if low < 0 else high}"
-        )
+        got, allowed = low if low < 0 else high, f"0..{vocabulary - 1} or ignore_index={ignore_index}"
+        raise refused("cross_entropy", "targets", f"must be in {allowed}, got {got}", got, allowed)
 
 
 def losses(
@@ -148,7 +145,7 @@ def matmul_dtype(tensor: Tensor) -> torch.dtype:
 
 
 class _Counted(NamedTuple):
-    """The rows that count; ``chosen`` says which they are, None where all rows are kept and ``ones`` tells."""
+    """The rows that count; ``chosen`` says which they are, None where all rows are kept and ``ones`` marks those."""
 
     chosen: Tensor | None
     targets: Tensor

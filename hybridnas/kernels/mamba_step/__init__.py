@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hybridnas.errors import ConfigError, KernelInputError
+from hybridnas.errors import ConfigError
 from hybridnas.hardware import Impl
 from hybridnas.kernels._dispatch import Operation, dtypes_of
-from hybridnas.kernels._inputs import full_precision, require_tensor
+from hybridnas.kernels._inputs import full_precision, refused, require_tensor
 from hybridnas.kernels.mamba_step import native
 from hybridnas.kernels.mamba_step.reference import Norm, Weights, step_reference
 
@@ -63,8 +63,12 @@ def check_weights(w: Weights, norm: Norm | None) -> None:
     rank = 0 if w.dt_proj is None else _pair("dt_proj", w.dt_proj)[1]
     parts = rank + states * ((w.B is None) + (w.C is None))
     if (w.x_proj is None) != (parts == 0):
-        raise KernelInputError(
-            f"{_NAME} x_proj must be given exactly where dt_proj is or B or C is not, to yield {parts} numbers a token"
+        raise refused(
+            _NAME,
+            "x_proj",
+            f"must be given exactly where dt_proj is or B or C is not, to yield {parts} numbers a token",
+            None if w.x_proj is None else tuple(w.x_proj.shape),
+            (parts, inner) if parts else None,
         )
     expected = (
         ("in_proj", w.in_proj, "(2I, D)", (2 * inner, width)),
@@ -87,7 +91,12 @@ def check_weights(w: Weights, norm: Norm | None) -> None:
         if tensor is not None:
             require_tensor(_NAME, name, tensor, letters, shape, device)
     if norm is not None and norm.kind not in _KINDS:
-        raise ConfigError(f"{_NAME} norm={norm.kind!r} must be one of {', '.join(_KINDS)}")
+        raise ConfigError(
+            f"{_NAME} norm={norm.kind!r} must be one of {', '.join(_KINDS)}",
+            field="norm",
+            got=norm.kind,
+            allowed=_KINDS,
+        )
 
 
 def _check(x: Tensor, conv_state: Tensor, ssm_state: Tensor, w: Weights, norm: Norm | None) -> None:
@@ -101,5 +110,11 @@ def _check(x: Tensor, conv_state: Tensor, ssm_state: Tensor, w: Weights, norm: N
 
 def _pair(name: str, tensor: Tensor) -> tuple[int, int]:
     if tensor.dim() != 2 or tensor.shape[1] < 1:
-        raise KernelInputError(f"{_NAME} {name} must have two dimensions, got shape {tuple(tensor.shape)}")
+        raise refused(
+            _NAME,
+            name,
+            f"must have two dimensions, got shape {tuple(tensor.shape)}",
+            tuple(tensor.shape),
+            "two dimensions",
+        )
     return tensor.shape[0], tensor.shape[1]

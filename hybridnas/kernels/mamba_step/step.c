@@ -56,7 +56,7 @@ INLINE quad sum_four(vf a, vf b, vf c, vf d) {
     return PICK(left, right, 0, 1, 4, 5) + PICK(left, right, 2, 3, 6, 7);
 }
 
-/* Sums of `rows` rows times x; a row is summed alike whatever stands beside it. */
+/* Sums of `rows` rows times x; a row's sum does not depend on its neighbours. */
 INLINE quad dot_rows(const float *w, const float *x, int64_t n, int rows) {
     vf even[ROWS] = {{0}}, odd[ROWS] = {{0}};
     int64_t i = 0;
@@ -263,7 +263,7 @@ INLINE void share(int64_t total, int64_t block, int t, int n, int64_t *first, in
     if (*first > total) *first = total;
 }
 
-/* What one thread does of a layer; the barriers stand where one needs all of what the others made. */
+/* What one thread does of a layer; the barriers are where one needs all of what the others made. */
 static void layer(const args *a, const shared *s, float *x, int t, int threads) {
     const int64_t B = a->B, D = a->D, I = a->I;
     int64_t first, last;

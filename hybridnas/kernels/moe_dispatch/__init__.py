@@ -43,12 +43,20 @@ def token_choice(
     """
     _check(x_ND, experts)
     if gate_NK.shape != expert_NK.shape or gate_NK.dim() != 2 or gate_NK.shape[0] != x_ND.shape[0]:
+        got = tuple(gate_NK.shape), tuple(expert_NK.shape)
         raise KernelInputError(
-            f"token_choice needs gate and expert of shape (N, K) with N={x_ND.shape[0]}, "
-            f"got {tuple(gate_NK.shape)} and {tuple(expert_NK.shape)}"
+            f"token_choice needs gate and expert of shape (N, K) with N={x_ND.shape[0]}, got {got[0]} and {got[1]}",
+            field="gate",
+            got=got,
+            allowed=f"(N, K) with N={x_ND.shape[0]}",
         )
     if capacity is not None and capacity < 1:
-        raise KernelInputError(f"token_choice capacity={capacity} must be >= 1, or None to drop nothing")
+        raise KernelInputError(
+            f"token_choice capacity={capacity} must be >= 1, or None to drop nothing",
+            field="capacity",
+            got=capacity,
+            allowed=">= 1 or None",
+        )
     if capacity is not None and capacity >= x_ND.shape[0]:
         capacity = None  # an expert meets a token once at most, so nothing can drop
     chosen = _choose(impl, x_ND, gate_NK, experts)
@@ -70,9 +78,12 @@ def expert_choice(
     """
     _check(x_ND, experts)
     if gate_EC.shape != token_EC.shape or gate_EC.dim() != 2 or gate_EC.shape[0] != experts.up_EDF.shape[0]:
+        got, n_experts = (tuple(gate_EC.shape), tuple(token_EC.shape)), experts.up_EDF.shape[0]
         raise KernelInputError(
-            f"expert_choice needs gate and token of shape (E, C) with E={experts.up_EDF.shape[0]}, "
-            f"got {tuple(gate_EC.shape)} and {tuple(token_EC.shape)}"
+            f"expert_choice needs gate and token of shape (E, C) with E={n_experts}, got {got[0]} and {got[1]}",
+            field="gate",
+            got=got,
+            allowed=f"(E, C) with E={n_experts}",
         )
     chosen = _choose(impl, x_ND, gate_EC, experts)
     if chosen is Impl.REFERENCE:
@@ -94,10 +105,18 @@ def _choose(impl: str | Impl, x_ND: Tensor, gate: Tensor, experts: Experts) -> I
 def _check(x_ND: Tensor, experts: Experts) -> None:
     up, down = experts.up_EDF, experts.down_EFO
     if experts.activation not in ACTIVATIONS:
-        raise KernelInputError(f"experts activation={experts.activation!r} must be one of {', '.join(ACTIVATIONS)}")
+        raise KernelInputError(
+            f"experts activation={experts.activation!r} must be one of {', '.join(ACTIVATIONS)}",
+            field="activation",
+            got=experts.activation,
+            allowed=list(ACTIVATIONS),
+        )
     hidden = down.shape[1] * (2 if experts.gated else 1) if down.dim() == 3 else -1
     if x_ND.dim() != 2 or up.dim() != 3 or tuple(up.shape) != (down.shape[0], x_ND.shape[1], hidden):
         raise KernelInputError(
             f"moe_dispatch needs x (N, D), up (E, D, {'2F' if experts.gated else 'F'}) and down (E, F, O), "
-            f"got {tuple(x_ND.shape)}, {tuple(up.shape)} and {tuple(down.shape)}"
+            f"got {tuple(x_ND.shape)}, {tuple(up.shape)} and {tuple(down.shape)}",
+            field="experts",
+            got=(tuple(x_ND.shape), tuple(up.shape), tuple(down.shape)),
+            allowed="x (N, D), up (E, D, F), down (E, F, O)",
         )

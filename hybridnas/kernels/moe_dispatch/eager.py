@@ -23,7 +23,7 @@ _FEW = 4  # choices up to which a processor takes them singly: grouped_mm there 
 
 
 class _Slots(NamedTuple):
-    token_S: Tensor  # which token stands in a slot; an empty slot repeats some token
+    token_S: Tensor  # the token of a slot; an empty slot repeats some token
     gate_S: Tensor  # its weight in the output; 0 in an empty slot
     ends_E: Tensor | None  # where each expert's rows end; None: E equal blocks
 

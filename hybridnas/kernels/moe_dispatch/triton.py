@@ -1,6 +1,6 @@
 """Routed experts on a GPU: the host's side of ``triton_kernels.py``, as three operators with torch's own activation.
 
-Imports triton at its top: imported only where it runs. Rows of one expert stand after those of the one before; with a
+Imports triton at its top: imported only where it runs. Rows are sorted by expert; with a
 capacity, those that it drops have none. No sizes are read back from the GPU, and nothing is added atomically: the same
 inputs give the same bits. Letters: see reference.py; S rows, I and O the sides of an expert's matrix.
 """

@@ -70,7 +70,7 @@ def grouped_rows(
     BE: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store a[source] weight[expert] + bias[expert], out (S, OUT), for the rows that stand before the last end."""
+    """Store a[source] weight[expert] + bias[expert], out (S, OUT), for the rows before the last end."""
     expert, first, stop = rows_of(ends, tl.program_id(0), E, BM, BE)
     if expert < E:
         s, o = first + tl.arange(0, BM), tl.program_id(1) * BO + tl.arange(0, BO)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hybridnas.errors import ConfigError, KernelInputError
+from hybridnas.errors import ConfigError
 from hybridnas.hardware import Impl
 from hybridnas.kernels._dispatch import Operation, dtypes_of
-from hybridnas.kernels._inputs import require_tensor
+from hybridnas.kernels._inputs import refused, require_tensor
 from hybridnas.kernels._triton.shapes import MAX_FEATURES
 from hybridnas.kernels.rmsnorm.eager import norm_eager
 from hybridnas.kernels.rmsnorm.reference import norm_reference
@@ -73,9 +73,11 @@ def add_norm(
     saves the pass over memory.
     """
     if kind not in _KINDS:
-        raise ConfigError(f"add_norm kind={kind!r} must be one of {', '.join(_KINDS)}")
+        message = f"add_norm kind={kind!r} must be one of {', '.join(_KINDS)}"
+        raise ConfigError(message, field="kind", got=kind, allowed=_KINDS)
     if kind == "rmsnorm" and bias is not None:
-        raise ConfigError("add_norm bias must be None for kind='rmsnorm', which has none; use kind='layernorm'")
+        message = "add_norm bias must be None for kind='rmsnorm', which has none; use kind='layernorm'"
+        raise ConfigError(message, field="bias", got=tuple(bias.shape))
     return _norm("add_norm", x, residual, weight, bias, eps, kind, impl)
 
 
@@ -110,13 +112,15 @@ def _check(
 ) -> None:
     if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[-1] == 0 or not x.is_floating_point():
         got = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise KernelInputError(f"{operation} x must be a floating-point tensor (..., D) with D >= 1, got {got}")
+        must = f"must be a floating-point tensor (..., D) with D >= 1, got {got}"
+        raise refused(operation, "x", must, got, "floating-point tensor (..., D)")
     if residual is not None:
         require_tensor(operation, "residual", residual, "(..., D)", tuple(x.shape), x.device)
         if residual.dtype != x.dtype:
-            raise KernelInputError(f"{operation} residual must be {x.dtype} like x, got {residual.dtype}")
+            must = f"must be {x.dtype} like x, got {residual.dtype}"
+            raise refused(operation, "residual", must, residual.dtype, x.dtype)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             require_tensor(operation, name, tensor, "(D,)", (x.shape[-1],), x.device)
     if not eps >= 0:
-        raise KernelInputError(f"{operation} eps must be at least 0, got {eps}")
+        raise refused(operation, "eps", f"must be at least 0, got {eps}", eps, ">= 0")

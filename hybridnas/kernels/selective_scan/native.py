@@ -104,7 +104,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     *tensors, softplus, _, checkpoints, dy, dfinal = args
     ready = _ready(*tensors)
     dy = rows(dy)
-    if checkpoints.numel() == 0 and dy.numel():  # saved by a caller who did not expect a backward
+    if checkpoints.numel() == 0 and dy.numel():  # the operator was called directly, without save
         checkpoints = torch.ops.hybridnas.selective_scan(*tensors, softplus, True)[2]
     gradients = tuple(dy.new_empty(g.shape) for g in _gradient_shapes(*tensors))
     if dy.numel() == 0:  # nothing was scanned: the state's gradient passes through

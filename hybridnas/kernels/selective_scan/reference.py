@@ -1,4 +1,4 @@
-"""The selective scan as the Mamba paper states it (arXiv 2312.00752, algorithm 2): the specification, slow on purpose.
+"""The selective scan as in the Mamba paper (arXiv 2312.00752, algorithm 2), step by step: the specification.
 
 Shapes: B batch, L length, D channels, N state size.
 

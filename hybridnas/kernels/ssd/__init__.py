@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hybridnas.errors import KernelInputError
 from hybridnas.hardware import Impl
 from hybridnas.kernels._dispatch import Operation, dtypes_of
-from hybridnas.kernels._inputs import full_precision, require_finite, require_seq_idx, require_tensor
+from hybridnas.kernels._inputs import full_precision, refused, require_finite, require_seq_idx, require_tensor
 from hybridnas.kernels.ssd.eager import ssd_eager
 from hybridnas.kernels.ssd.reference import Inputs, ssd_reference
 
@@ -72,7 +71,13 @@ def _check(inputs: Inputs) -> None:
     for name, tensor in (("B", B), ("C", C)):
         require_tensor(_NAME, name, tensor, "(B, L, G, N)", (batch, length, groups, size), device)
     if groups < 1 or heads % groups:
-        raise KernelInputError(f"{_NAME} B must have a number of groups G that divides H = {heads}, got G = {groups}")
+        raise refused(
+            _NAME,
+            "B",
+            f"must have a number of groups G that divides H = {heads}, got G = {groups}",
+            groups,
+            [g for g in range(1, heads + 1) if heads % g == 0],
+        )
     for name, vector in (("A", A), ("D", D), ("dt_bias", dt_bias)):
         if vector is not None:
             require_tensor(_NAME, name, vector, "(H,)", (heads,), device)
@@ -83,5 +88,5 @@ def _check(inputs: Inputs) -> None:
     if seq_idx is not None:
         require_seq_idx(_NAME, seq_idx, (batch, length), device)
     if chunk_size < 1:
-        raise KernelInputError(f"{_NAME} chunk_size must be at least 1 step, got {chunk_size}")
+        raise refused(_NAME, "chunk_size", f"must be at least 1 step, got {chunk_size}", chunk_size, ">= 1")
     require_finite(_NAME, "A", A)
