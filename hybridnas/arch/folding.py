@@ -44,6 +44,11 @@ def fold(tokens: Sequence[str]) -> Motif:
     return Motif(tuple(range(len(tokens))), parts=_motifs(tuple(tokens), (0,)))
 
 
+def spell(tokens: Sequence[str]) -> str:
+    """Return ``str(fold(tokens))`` without building the tree."""
+    return _shortest(tuple(tokens))[0]
+
+
 def _motifs(tokens: tuple[str, ...], starts: tuple[int, ...]) -> tuple[Motif, ...]:
     """Return the pieces of ``tokens``, which begin at each of the layers ``starts`` in turn."""
     found = []
@@ -62,7 +67,7 @@ def _shortest(tokens: tuple[str, ...]) -> tuple[str, tuple[tuple[int, int, int],
     """Return the shortest text of ``tokens`` and its spans: first token, length of the motif, number of repeats."""
     if len(tokens) > _DEEPEST:
         period = _period(tokens)
-        if period and (spelled := _spell(tokens, 0, period, len(tokens) // period)):
+        if period and (spelled := _repeated(tokens, 0, period, len(tokens) // period)):
             return spelled, ((0, period, len(tokens) // period),)
         return "".join(tokens), tuple((index, 1, 1) for index in range(len(tokens)))
     repeats = _repeats(tokens)
@@ -71,7 +76,7 @@ def _shortest(tokens: tuple[str, ...]) -> tuple[str, tuple[tuple[int, int, int],
     for end, token in enumerate(tokens, 1):
         text, span = texts[-1] + token, (end - 1, 1, 1)
         for start, period in sorted(repeats.get(end, {}).items()):
-            spelled = _spell(tokens, start, period, (end - start) // period)
+            spelled = _repeated(tokens, start, period, (end - start) // period)
             if spelled and len(texts[start]) + len(spelled) < len(text):
                 text, span = texts[start] + spelled, (start, period, (end - start) // period)
         texts.append(text)
@@ -105,7 +110,7 @@ def _period(tokens: tuple[str, ...]) -> int:
     return 0
 
 
-def _spell(tokens: tuple[str, ...], start: int, period: int, count: int) -> str:
+def _repeated(tokens: tuple[str, ...], start: int, period: int, count: int) -> str:
     """Spell a motif with its repeat count, or return '' where that is no shorter than writing it out."""
     motif = tokens[start : start + period]
     text = _shortest(motif)[0]

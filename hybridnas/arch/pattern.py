@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias, Union
 
-from hybridnas.arch.folding import Motif, fold
+from hybridnas.arch.folding import Motif, fold, spell
 from hybridnas.errors import PatternError
 from hybridnas.registry import ALIASES, BLOCKS
 
@@ -52,7 +52,7 @@ class Parallel:
     branches: tuple[tuple[Slot, ...], ...]
 
     def __str__(self) -> str:
-        return "[" + ",".join(str(fold([str(slot) for slot in branch])) for branch in self.branches) + "]"
+        return "[" + ",".join(spell([str(slot) for slot in branch]) for branch in self.branches) + "]"
 
 
 Layer: TypeAlias = Union[Slot, Parallel]  # noqa: UP007 - evaluated at run time, also by Python 3.10
@@ -77,7 +77,7 @@ class Pattern:
 
     @cached_property
     def _text(self) -> str:
-        return str(self.motif)
+        return spell([str(layer) for layer in self.layers])
 
     @property
     def slots(self) -> tuple[Slot, ...]:

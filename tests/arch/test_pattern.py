@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridnas.arch.folding import fold
+from hybridnas.arch.folding import fold, spell
 from hybridnas.arch.neighbors import neighbors
 from hybridnas.arch.pattern import MAX_LAYERS, Parallel, Pattern, Slot, parse
 from hybridnas.errors import ConfigError, PatternError
@@ -95,6 +95,18 @@ def test_the_canonical_spelling_is_the_shortest(text, canonical, depth):
     pattern = parse(text)
     assert (str(pattern), len(pattern)) == (canonical, depth)
     assert parse(canonical) == pattern
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(["M", "E", "[M,E]", "A@s"]), min_size=1, max_size=20), st.integers(1, 3))
+def test_the_tree_of_motifs_spells_the_canonical_text_and_expands_to_the_layers(letters, times):
+    tokens = letters * times
+    tree = fold(tokens)
+    assert str(tree) == spell(tokens)
+    expanded = {}
+    for leaf in tree.leaves():
+        expanded |= dict.fromkeys(leaf.layers, leaf.token)
+    assert [expanded[index] for index in range(len(tokens))] == tokens
 
 
 def test_folding_118_random_layers_ends_at_once_and_expands_back():
