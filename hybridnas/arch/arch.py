@@ -109,19 +109,25 @@ class Arch:
     @cached_property
     def layers(self) -> tuple[tuple[tuple[Node, ...], ...], ...]:
         """Layers, each a tuple of branches, each a tuple of nodes; a plain layer is one branch of one node."""
-        given = {letter: dict(own) for letter, own in self.blocks}
+        configs: dict[Slot, BlockConfig] = {}  # equal slots have equal configs: each is made once
         layers = []
         for index, layer in enumerate(self.pattern.layers):
             branches = layer.branches if isinstance(layer, Parallel) else ((layer,),)
             layers.append(
                 tuple(
-                    tuple(self._node(index, b, position, slot, given) for position, slot in enumerate(branch))
+                    tuple(self._node(index, b, position, slot, configs) for position, slot in enumerate(branch))
                     for b, branch in enumerate(branches)
                 )
             )
         return tuple(layers)
 
-    def _node(self, layer: int, branch: int, position: int, slot: Slot, given: dict[str, dict[str, Any]]) -> Node:
+    def _node(self, layer: int, branch: int, position: int, slot: Slot, configs: dict[Slot, BlockConfig]) -> Node:
+        if slot not in configs:
+            configs[slot] = self._config(layer, slot)
+        module = f"shared.{slot.share}" if slot.share else f"layers.{layer}.{branch}.{position}"
+        return Node(layer, branch, position, slot, configs[slot], module)
+
+    def _config(self, layer: int, slot: Slot) -> BlockConfig:
         block = BLOCKS.get(slot.letter)
         where = f"layer {layer} ({slot.letter} {block.name})"
         args = _current(slot.letter, dict(slot.args))
@@ -132,10 +138,11 @@ class Arch:
                 got=args["d_model"],
                 allowed=self.d_model,
             )
-        values = overlay({"d_model": self.d_model, **given.get(slot.letter, {})}, args)
-        config = block.Config.from_dict(values, where=where, parse=True)
-        module = f"shared.{slot.share}" if slot.share else f"layers.{layer}.{branch}.{position}"
-        return Node(layer, branch, position, slot, config, module)
+        given = dict(dict(self.blocks).get(slot.letter, ()))
+        config: BlockConfig = block.Config.from_dict(
+            overlay({"d_model": self.d_model, **given}, args), where=where, parse=True
+        )
+        return config
 
     @property
     def nodes(self) -> Iterator[Node]:
