@@ -50,10 +50,20 @@ def last_logits(
     that are negative or not in the text.
     """
     if chunk_tokens < 1:
-        raise ConfigError(f"last_logits chunk_tokens must be at least 1, got {chunk_tokens}")
+        raise ConfigError(
+            f"last_logits chunk_tokens must be at least 1, got {chunk_tokens}",
+            field="chunk_tokens",
+            got=chunk_tokens,
+            allowed=">= 1",
+        )
     wanted = None if positions is None else torch.as_tensor(positions, dtype=torch.int64).flatten()
     if wanted is not None and (wanted.numel() == 0 or bool((wanted < 0).any())):
-        raise ConfigError(f"last_logits positions must be at least one index from 0 up, got {wanted.tolist()}")
+        raise ConfigError(
+            f"last_logits positions must be at least one index from 0 up, got {wanted.tolist()}",
+            field="positions",
+            got=wanted.tolist(),
+            allowed=">= 0",
+        )
     pieces = [ids_or_chunks] if isinstance(ids_or_chunks, Tensor) else ids_or_chunks
     chunks = (chunk for piece in pieces for chunk in _split(piece, chunk_tokens))
     read, state, last_BD, found_BPD = 0, None, None, None
@@ -71,10 +81,13 @@ def last_logits(
                 break
         del x_BlD, following
     if last_BD is None:
-        raise ConfigError("last_logits needs at least one token to read, got none")
+        raise ConfigError("last_logits needs at least one token to read, got none", field="ids_or_chunks", got=0)
     if wanted is not None and read <= int(wanted.max()):
         raise ConfigError(
-            f"last_logits position {int(wanted.max())} is beyond the text of {read} tokens; use 0 to {read - 1}"
+            f"last_logits position {int(wanted.max())} is beyond the text of {read} tokens; use 0 to {read - 1}",
+            field="positions",
+            got=int(wanted.max()),
+            allowed=f"0 to {read - 1}",
         )
     return _head(model, last_BD if found_BPD is None else found_BPD)
 
@@ -105,7 +118,12 @@ def _split(ids_BL: Tensor, size: int) -> Sequence[Tensor]:
 def _read(model: HybridLM, chunk_Bl: Tensor, state: LMState | None) -> tuple[Tensor, LMState]:
     """Return what the head reads, and the state after a chunk."""
     if chunk_Bl.ndim != 2 or chunk_Bl.shape[1] == 0:
-        raise ConfigError(f"a chunk of ids must be (batch, at least one token), got shape {tuple(chunk_Bl.shape)}")
+        raise ConfigError(
+            f"a chunk of ids must be (batch, at least one token), got shape {tuple(chunk_Bl.shape)}",
+            field="ids",
+            got=tuple(chunk_Bl.shape),
+            allowed="(B, L) with L >= 1",
+        )
     with evaluating(model), torch.no_grad():
         x_BlD, following, _ = model.hidden(chunk_Bl, model.init_state(chunk_Bl.shape[0]) if state is None else state)
     assert following is not None

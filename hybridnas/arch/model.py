@@ -298,7 +298,10 @@ class HybridLM(nn.Module):
             if not node.config.causal:
                 raise ConfigError(
                     f"{node.where} is not causal, so this model has no state to continue from and cannot generate; "
-                    f"use a causal setting (for moe: router='switch')"
+                    f"use a causal setting (for moe: router='switch')",
+                    field=f"layer {node.layer}",
+                    got=f"{node.slot.letter} {BLOCKS.get(node.slot.letter).name}",
+                    allowed="causal blocks",
                 )
 
 

@@ -52,17 +52,26 @@ class Attention(Block):
                 near = sorted(sorted(divisors, key=lambda h: abs(h - self.heads))[:2])
                 raise ConfigError(
                     f"{self.label()} n_heads={self.heads} does not divide d_model={self.d_model}; "
-                    f"use n_heads={' or '.join(map(str, near))}, or give head_dim"
+                    f"use n_heads={' or '.join(map(str, near))}, or give head_dim",
+                    field="n_heads",
+                    got=self.heads,
+                    allowed=divisors,
                 )
             if self.heads % self.kv_heads:
                 raise ConfigError(
                     f"{self.label()} n_kv_heads={self.kv_heads} does not divide n_heads={self.heads}; "
-                    f"use a divisor of n_heads"
+                    f"use a divisor of n_heads",
+                    field="n_kv_heads",
+                    got=self.kv_heads,
+                    allowed=[kv for kv in range(1, self.heads + 1) if self.heads % kv == 0],
                 )
             if self.positions == "rope" and self.head_width % 2:
                 raise ConfigError(
                     f"{self.label()} positions='rope' turns pairs of channels and needs an even head_dim, "
-                    f"got {self.head_width}; give an even head_dim or use positions='none'"
+                    f"got {self.head_width}; give an even head_dim or use positions='none'",
+                    field="head_dim",
+                    got=self.head_width,
+                    allowed="an even number",
                 )
 
         @property

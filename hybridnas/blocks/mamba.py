@@ -94,12 +94,15 @@ class Mamba(Block):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            _parts(self.selective, _SELECTIVE, f"{self.label()} selective")
-            _parts(self.inner_moe, _INNER, f"{self.label()} inner_moe")
+            _parts(self.selective, _SELECTIVE, self.label(), "selective")
+            _parts(self.inner_moe, _INNER, self.label(), "inner_moe")
             if self.width < 1:
                 raise ConfigError(
                     f"{self.label()} expand={self.expand} of d_model={self.d_model} leaves no inner channel; "
-                    f"use a larger expand, or give d_inner"
+                    f"use a larger expand, or give d_inner",
+                    field="expand",
+                    got=self.expand,
+                    allowed=f">= {1 / self.d_model:.4g}",
                 )
 
         @property
@@ -115,12 +118,12 @@ class Mamba(Block):
         @property
         def selected(self) -> tuple[str, ...]:
             """Return which of dt, B, C depend on the input."""
-            return _parts(self.selective, _SELECTIVE, "selective")
+            return _parts(self.selective, _SELECTIVE, self.label(), "selective")
 
         @property
         def inner(self) -> tuple[str, ...]:
             """Return which of the conv, gate and out projections are routed experts."""
-            return _parts(self.inner_moe, _INNER, "inner_moe")
+            return _parts(self.inner_moe, _INNER, self.label(), "inner_moe")
 
         @property
         def x_proj_sizes(self) -> list[int]:
@@ -390,7 +393,7 @@ class _StepProjection(nn.Module):
             self.bias.copy_(dt_I + torch.log(-torch.expm1(-dt_I)))  # the inverse of softplus
 
 
-def _parts(text: str | bool, allowed: tuple[str, ...], where: str) -> tuple[str, ...]:
+def _parts(text: str | bool, allowed: tuple[str, ...], label: str, field: str) -> tuple[str, ...]:
     """Split 'a+b' into names in their canonical order; raises ConfigError for unknown and repeated ones."""
     if text in (True, "true"):
         return allowed
@@ -400,12 +403,17 @@ def _parts(text: str | bool, allowed: tuple[str, ...], where: str) -> tuple[str,
     names = text.split("+")
     for name in names:
         if name not in allowed:
-            raise ConfigError(
-                f"{where}={text!r} has unknown part {name!r}{suggest(name, allowed)} "
-                f"(join {', '.join(allowed)} by '+', or write 'none')"
-            )
-        if names.count(name) > 1:
-            raise ConfigError(f"{where}={text!r} names {name!r} twice; name each part once")
+            problem = f"has unknown part {name!r}{suggest(name, allowed)}"
+        elif names.count(name) > 1:
+            problem = f"names {name!r} twice"
+        else:
+            continue
+        raise ConfigError(
+            f"{label} {field}={text!r} {problem} (join {', '.join(allowed)} by '+', each once, or write 'none')",
+            field=field,
+            got=text,
+            allowed=allowed,
+        )
     return tuple(name for name in allowed if name in names)
 
 

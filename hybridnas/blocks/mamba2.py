@@ -76,17 +76,28 @@ class Mamba2(Block):
             if self.width < 1:
                 raise ConfigError(
                     f"{self.label()} expand={self.expand} of d_model={self.d_model} leaves no inner channel; "
-                    f"use a larger expand, or give d_inner"
+                    f"use a larger expand, or give d_inner",
+                    field="expand",
+                    got=self.expand,
+                    allowed=f">= {1 / self.d_model:.4g}",
                 )
             if self.width % self.head_width:
+                near = _largest_divisor(self.width, self.head_width)
                 raise ConfigError(
                     f"{self.label()} head_dim={self.head_dim} does not divide d_inner={self.width}; "
-                    f"use head_dim={_largest_divisor(self.width, self.head_width)}"
+                    f"use head_dim={near}",
+                    field="head_dim",
+                    got=self.head_dim,
+                    allowed=f"a divisor of {self.width}, such as {near}",
                 )
             if self.heads % self.n_groups:
+                near = _largest_divisor(self.heads, self.n_groups)
                 raise ConfigError(
                     f"{self.label()} n_groups={self.n_groups} does not divide the {self.heads} heads of "
-                    f"d_inner={self.width}; use n_groups={_largest_divisor(self.heads, self.n_groups)}"
+                    f"d_inner={self.width}; use n_groups={near}",
+                    field="n_groups",
+                    got=self.n_groups,
+                    allowed=f"a divisor of {self.heads}, such as {near}",
                 )
 
         @property

@@ -72,18 +72,27 @@ class Moe(Block):
             if self.top_k > self.n_experts:
                 raise ConfigError(
                     f"{self.label()} top_k={self.top_k} is more than n_experts={self.n_experts}; "
-                    f"use top_k <= {self.n_experts} or more experts"
+                    f"use top_k <= {self.n_experts} or more experts",
+                    field="top_k",
+                    got=self.top_k,
+                    allowed=f"1 to {self.n_experts}",
                 )
             if self.router == "switch" and (self.top_k > 1 or self.renormalize):
-                got = f"top_k={self.top_k}" if self.top_k > 1 else "renormalize=True"
+                name, got, allowed = ("top_k", self.top_k, 1) if self.top_k > 1 else ("renormalize", True, False)
                 raise ConfigError(
-                    f"{self.label()} router='switch' sends a token to one expert and keeps its gate, got {got}; "
-                    f"use router='top_k'"
+                    f"{self.label()} router='switch' sends a token to one expert and keeps its gate, got {name}={got}; "
+                    f"use router='top_k'",
+                    field=name,
+                    got=got,
+                    allowed=allowed,
                 )
             if self.router == "expert_choice" and self.capacity_factor is None:
                 raise ConfigError(
                     f"{self.label()} router='expert_choice' needs a capacity_factor, the experts per token on average, "
-                    f"got none; use capacity_factor=2.0"
+                    f"got none; use capacity_factor=2.0",
+                    field="capacity_factor",
+                    got=None,
+                    allowed="> 0",
                 )
 
         @property
@@ -183,5 +192,8 @@ class Moe(Block):
         if not self.config.causal:
             raise ConfigError(
                 f"{self.name} router='expert_choice' is not causal (experts choose among later tokens too) and cannot "
-                f"generate; use router='switch'"
+                f"generate; use router='switch'",
+                field="router",
+                got="expert_choice",
+                allowed=("switch", "top_k"),
             )

@@ -1,4 +1,4 @@
-"""export(model, folder): write an exported folder whole or not at all, and prove that it reloads to equal logits."""
+"""export(model, folder): write a model as a folder, atomically, and check that it reloads to equal logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies in an exported folder: file names, config.json, and the one name under which each tensor is stored."""
+"""The format of an exported folder: file names, config.json, and the one name under which each tensor is stored."""
 
 from __future__ import annotations
 

@@ -102,24 +102,36 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     where = local_folder(folder)
     read_config(where)
     if not (where / TOKENIZER_FILES[0]).is_file():
-        raise ExportError(f"{where} has no {TOKENIZER_FILES[0]}: the model was exported without its data source")
+        raise ExportError(
+            f"{where} has no {TOKENIZER_FILES[0]}: the model was exported without its data source",
+            field=TOKENIZER_FILES[0],
+        )
     return tokenizers.load_tokenizer(where)
 
 
 def read_ours(folder: Path) -> dict[str, Any]:
     """Return config.json of one of our folders, of whatever version; raises ExportError for anything else."""
     if not folder.is_dir():
-        raise ExportError(f"{folder} is not a folder; give the folder that 'python -m hybridnas.export' wrote")
+        raise ExportError(
+            f"{folder} is not a folder; give the folder that 'python -m hybridnas.export' wrote",
+            field="folder",
+            got=str(folder),
+        )
     path = folder / CONFIG
     if not path.is_file():
-        raise ExportError(f"{folder} has no {CONFIG}, so it is not an exported model")
+        raise ExportError(f"{folder} has no {CONFIG}, so it is not an exported model", field=CONFIG)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ExportError(f"{path} cannot be read as JSON ({error}); export the model again") from None
+        raise ExportError(f"{path} cannot be read as JSON ({error}); export the model again", field=CONFIG) from None
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != MODEL_TYPE:
-        raise ExportError(f"{path} is not ours: its model_type is {kind!r}, hybridnas reads {MODEL_TYPE!r}")
+        raise ExportError(
+            f"{path} is not ours: its model_type is {kind!r}, hybridnas reads {MODEL_TYPE!r}",
+            field="model_type",
+            got=kind,
+            allowed=MODEL_TYPE,
+        )
     return dict(config)
 
 
@@ -129,11 +141,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     version = config.get("format_version")
     if not isinstance(version, int) or version < 1:
-        raise ExportError(f"{path} has format_version {version!r}, expected 1 to {FORMAT_VERSION}; the file is damaged")
+        raise ExportError(
+            f"{path} has format_version {version!r}, expected 1 to {FORMAT_VERSION}; the file is damaged",
+            field="format_version",
+            got=version,
+            allowed=f"1 to {FORMAT_VERSION}",
+        )
     if version > FORMAT_VERSION:
         raise ExportError(
             f"{path} has format_version {version}, written by a newer hybridnas "
-            f"({config.get('hybridnas_version', 'unknown')}); this one reads up to {FORMAT_VERSION}: upgrade hybridnas"
+            f"({config.get('hybridnas_version', 'unknown')}); this one reads up to {FORMAT_VERSION}: upgrade hybridnas",
+            field="format_version",
+            got=version,
+            allowed=f"1 to {FORMAT_VERSION}",
         )
     return config
 
@@ -145,12 +165,16 @@ def read_arch(folder: Path) -> Arch:
     try:
         arch = Arch.from_dict(config["arch"])
     except (HybridNASError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{path} does not describe an architecture: {_words(error)}") from None
+        missing = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        raise ExportError(f"{path} does not describe an architecture: {missing}", field="arch") from None
     if arch.fingerprint() != config.get("fingerprint"):
         raise ExportError(
             f"{path} describes architecture {arch.short}, but its fingerprint is "
             f"{str(config.get('fingerprint'))[:12]}: the file was edited or damaged, or written by another version "
-            f"of hybridnas ({config.get('hybridnas_version', 'unknown')}); export the model again"
+            f"of hybridnas ({config.get('hybridnas_version', 'unknown')}); export the model again",
+            field="fingerprint",
+            got=config.get("fingerprint"),
+            allowed=arch.fingerprint(),
         )
     return arch
 
@@ -159,11 +183,13 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Return all tensors of model.safetensors on the CPU; raises ExportError for a missing or truncated file."""
     path = folder / WEIGHTS
     if not path.is_file():
-        raise ExportError(f"{folder} has no {WEIGHTS}; copy the whole exported folder, or export the model again")
+        raise ExportError(
+            f"{folder} has no {WEIGHTS}; copy the whole exported folder, or export the model again", field=WEIGHTS
+        )
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ExportError(f"{path} is truncated or damaged ({error}); export the model again") from None
+        raise ExportError(f"{path} is truncated or damaged ({error}); export the model again", field=WEIGHTS) from None
 
 
 @torch.no_grad()
@@ -173,16 +199,30 @@ def assign(model: HybridLM, tensors: Mapping[str, Tensor], folder: Path) -> None
     expected = stored_tensors(model)
     for name in expected:
         if name not in tensors:
-            raise ExportError(f"{path} lacks tensor {name!r} of shape {_shape(expected[name])}; export the model again")
+            raise ExportError(
+                f"{path} lacks tensor {name!r} of shape {_shape(expected[name])}; export the model again", field=name
+            )
     for name, tensor in tensors.items():
         if name not in expected:
-            raise ExportError(f"{path} has tensor {name!r} that the architecture does not{suggest(name, expected)}")
+            raise ExportError(
+                f"{path} has tensor {name!r} that the architecture does not{suggest(name, expected)}",
+                field=name,
+                allowed=list(expected),
+            )
         if tensor.shape != expected[name].shape:
             raise ExportError(
-                f"{path} has tensor {name!r} of shape {_shape(tensor)}, config.json asks for {_shape(expected[name])}"
+                f"{path} has tensor {name!r} of shape {_shape(tensor)}, config.json asks for {_shape(expected[name])}",
+                field=name,
+                got=tuple(tensor.shape),
+                allowed=tuple(expected[name].shape),
             )
         if tensor.is_floating_point() != expected[name].is_floating_point():
-            raise ExportError(f"{path} has tensor {name!r} of dtype {tensor.dtype}, expected {expected[name].dtype}")
+            raise ExportError(
+                f"{path} has tensor {name!r} of dtype {tensor.dtype}, expected {expected[name].dtype}",
+                field=name,
+                got=tensor.dtype,
+                allowed=expected[name].dtype,
+            )
     for name, tensor in tensors.items():
         # A copy and not the file's mapped pages: those may be unaligned, which changes the last bits of a matmul.
         expected[name].data = tensor.clone()
@@ -192,7 +232,3 @@ def assign(model: HybridLM, tensors: Mapping[str, Tensor], folder: Path) -> None
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
-
-
-def _words(error: Exception) -> str:
-    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)

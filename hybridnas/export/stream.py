@@ -1,4 +1,4 @@
-"""Text from a model as it is produced: whole characters, in memory that does not grow with the length."""
+"""Generate text piece by piece: whole characters as soon as they are certain, in memory constant in the length."""
 
 from __future__ import annotations
 
@@ -59,5 +59,8 @@ def check_tokenizer(model: HybridLM, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab_size > model.arch.vocab_size:
         raise ExportError(
             f"the tokenizer has {tokenizer.vocab_size:,} tokens but the model only vocab_size="
-            f"{model.arch.vocab_size:,}; load the tokenizer that was exported with the model"
+            f"{model.arch.vocab_size:,}; load the tokenizer that was exported with the model",
+            field="tokenizer",
+            got=tokenizer.vocab_size,
+            allowed=f"<= {model.arch.vocab_size}",
         )

@@ -348,7 +348,7 @@ def test_facts_become_plain_json() -> None:
     assert plain(facts) == {"a": [1, 2.5, None], "3": {"b": 1.5}, "c": None, "d": True, "e": "x"}
 
 
-def test_importing_the_room_loads_nothing_heavy() -> None:
+def test_importing_the_package_loads_nothing_heavy() -> None:
     code = "import sys, hybridnas.export; print({'torch', 'safetensors', 'tokenizers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
