@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridnas.errors import KernelInputError
+from hybridnas.errors import KernelInputError, NonFiniteInputError
 
 
 def require_tensor(
@@ -48,12 +48,16 @@ def require_seq_idx(operation: str, seq_idx: Tensor, shape: tuple[int, ...], dev
 
 
 def require_finite(operation: str, name: str, tensor: Tensor) -> None:
-    """Raise KernelInputError for NaN or infinity; checked on a CPU alone, where it needs no synchronization."""
+    """Raise NonFiniteInputError for NaN or infinity; checked on a CPU alone, where it needs no synchronization."""
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
         return
     if not math.isfinite(float(tensor.detach().sum())) and not bool(torch.isfinite(tensor.detach()).all()):
-        must = "must be finite, got NaN or infinity; has the training diverged?"
-        raise refused(operation, name, must, "NaN or infinity", "finite")
+        raise NonFiniteInputError(
+            f"{operation} {name} must be finite, got NaN or infinity; has the training diverged?",
+            field=name,
+            got="NaN or infinity",
+            allowed="finite",
+        )
 
 
 def refused(operation: str, name: str, must: str, got: object, allowed: object) -> KernelInputError:

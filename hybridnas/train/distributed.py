@@ -179,7 +179,7 @@ def join(config: TrainConfig, device: torch.device) -> Iterator[Group]:
 def start(config: TrainConfig, device: torch.device, job: dict[str, Any], folder: Path | None) -> Iterator[Group]:
     """Become rank 0 and start the other ranks on this host; they are gone when the context is left.
 
-    ``job``: what :func:`main` reads. Raises RankLostError when a rank has ended before its time.
+    ``job``: what :func:`hybridnas.train.rank.main` reads. Raises RankLostError when a rank has ended before its time.
     """
     import torch.distributed as dist
 
@@ -189,7 +189,7 @@ def start(config: TrainConfig, device: torch.device, job: dict[str, Any], folder
     log = (folder / LOG).open("w") if folder is not None else None
     workers = [
         subprocess.Popen(
-            [sys.executable, "-m", "hybridnas.train.distributed"],
+            [sys.executable, "-m", "hybridnas.train.rank"],
             stdin=subprocess.PIPE,
             stdout=log or subprocess.DEVNULL,
             stderr=log or subprocess.DEVNULL,
@@ -208,7 +208,7 @@ def start(config: TrainConfig, device: torch.device, job: dict[str, Any], folder
                 worker.stdin.close()
         torch.set_num_threads(share)
         _await(meeting, workers)
-        _meet(meeting, device, 0, config.devices)
+        meet(meeting, device, 0, config.devices)
         try:
             yield Ranks(device)
             sound = True
@@ -228,7 +228,7 @@ def start(config: TrainConfig, device: torch.device, job: dict[str, Any], folder
             log.close()
 
 
-def _meet(meeting: Path, device: torch.device, rank: int, size: int) -> None:
+def meet(meeting: Path, device: torch.device, rank: int, size: int) -> None:
     """Make the process group of the ranks that know this folder."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     method = (meeting / "store").as_uri()
@@ -262,35 +262,3 @@ def _end(workers: list[subprocess.Popen[str]], seconds: float) -> None:
         except subprocess.TimeoutExpired:
             worker.kill()
             worker.wait()
-
-
-def main() -> int:
-    """Be one of the ranks that :func:`start` starts: read the job from standard input, train along, leave."""
-    import torch.distributed as dist
-
-    from hybridnas.arch.arch import Arch
-    from hybridnas.data import open_source, source_config
-    from hybridnas.train.config import TrainConfig
-    from hybridnas.train.loop import follow
-
-    job = json.load(sys.stdin)
-    config = TrainConfig.from_dict(job["train"])
-    device = own_device(torch.device(job["device"]), job["rank"])
-    meeting = Path(job["meeting"])
-    (meeting / str(job["rank"])).touch()
-    _meet(meeting, device, job["rank"], config.devices)
-    follow(
-        Arch.from_dict(job["arch"]),
-        open_source(source_config(job["data"])),
-        config,
-        folder=None if job["folder"] is None else Path(job["folder"]),
-        device=device,
-        impl=job["impl"],
-        group=Ranks(device),
-    )
-    dist.destroy_process_group()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
