@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -99,6 +99,7 @@ class HybridLM(nn.Module):
             truncated_normal_(self.head.weight, config.d_model, config.init_scale)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+            self.register_load_state_dict_pre_hook(_refuse_untied)
 
     def forward(self, ids: Tensor, labels: Tensor | None = None, state: LMState | None = None) -> LMOutput:
         """Return logits for every position of ids (B, L); with a state, continue from it and return the next one.
@@ -220,6 +221,11 @@ class HybridLM(nn.Module):
         )
         return {**found, "norm": {self.arch.model.norm: norm}, "loss": {"cross_entropy": loss}}
 
+    @property
+    def loss_impl(self) -> Impl:
+        """The implementation that computes this model's loss: ``impl``, or auto where a loss has no such form."""
+        return loss_kernel.OPERATION.nearest(self.impl)
+
     def save_pretrained(
         self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **settings: Any
     ) -> Path:
@@ -259,9 +265,7 @@ class HybridLM(nn.Module):
                 got=tuple(labels.shape),
                 allowed=tuple(logits_BLV.shape[:2]),
             )
-        return loss_kernel.cross_entropy(
-            logits_BLV[:, :-1], labels[:, 1:], impl=loss_kernel.OPERATION.nearest(self.impl)
-        )
+        return loss_kernel.cross_entropy(logits_BLV[:, :-1], labels[:, 1:], impl=self.loss_impl)
 
     def _embedded(self, ids_BL: Tensor) -> Tensor:
         self._check_ids(ids_BL)
@@ -435,6 +439,25 @@ def check_seed(where: str, seed: int) -> None:
     if not 0 <= seed <= _LARGEST_SEED:
         allowed = "0 to 2**63 - 1"
         raise ConfigError(f"{where} seed={seed} must be {allowed}", field="seed", got=seed, allowed=allowed)
+
+
+def _refuse_untied(
+    model: HybridLM,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    metadata: object,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Report a state dict whose embedding and head differ, of which a tied model would silently keep the head."""
+    embedding, head = (state_dict.get(f"{prefix}{name}.weight") for name in ("embedding", "head"))
+    if embedding is not None and head is not None and not torch.equal(embedding, head):
+        errors.append(
+            f"{prefix}embedding.weight and {prefix}head.weight differ, but this model ties them; "
+            f"load weights of a tied model, or build the model with tie_embeddings=False"
+        )
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hybridnas.arch.model import HybridLM
 from hybridnas.data.source import Batch, Source
 from hybridnas.errors import DataError
+from hybridnas.layers.mode import evaluating
 from hybridnas.train.objective import Objective, check_causal
 
 Autocast = Callable[[], AbstractContextManager[object]]
@@ -98,16 +99,12 @@ def evaluate(
     if isinstance(model, HybridLM):
         check_causal(model.arch, allow_noncausal)
     objective = Objective(model, heads)
-    was_training = model.training
-    objective.eval()
     around = autocast(precision, device)
-    try:
+    with evaluating(objective):
         parts = {
             name: _measure(objective, batches, device, around)
             for name, batches in source.valid_parts(n_tokens, batch_size, seq_len).items()
         }
-    finally:
-        objective.train(was_training)
     if not parts or any(part.tokens == 0 for part in parts.values()):
         raise DataError(f"{source.describe()}: no validation tokens to measure; raise valid_fraction or add text")
     loss = sum(part.loss for part in parts.values()) / len(parts)

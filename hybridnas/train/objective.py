@@ -18,6 +18,7 @@ from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
 from hybridnas.data.source import Batch, Source
 from hybridnas.errors import ConfigError, DataError
+from hybridnas.hardware import Impl
 from hybridnas.kernels.cross_entropy import TokenScores, cross_entropy, linear_cross_entropy, token_scores
 
 
@@ -52,7 +53,7 @@ class Objective(nn.Module):
             return Loss(total, {}, {})
         hidden = self._read(batch.inputs_BL)
         x_BLD = self._through_head(hidden.x_BLD, batch)
-        total = cross_entropy_sum(x_BLD, self.model.head.weight, batch)
+        total = cross_entropy_sum(x_BLD, self.model.head.weight, batch, self.model.loss_impl)
         return Loss(total, hidden.aux.losses, hidden.aux.stats)
 
     @torch.no_grad()
@@ -60,7 +61,8 @@ class Objective(nn.Module):
         """Return each place's loss and whether its likeliest token is right; 0 and False where it does not count."""
         if isinstance(self.model, HybridLM):
             x_BLD = self._through_head(self.model.hidden(batch.inputs_BL).x_BLD, batch)
-            return token_scores(x_BLD, self.model.head.weight, batch.targets_BL, mask=batch.mask_BL)
+            head_VD, impl = self.model.head.weight, self.model.loss_impl
+            return token_scores(x_BLD, head_VD, batch.targets_BL, mask=batch.mask_BL, impl=impl)
         logits_BLV = self._logits(batch)
         mask_BL = torch.ones_like(batch.targets_BL, dtype=torch.bool) if batch.mask_BL is None else batch.mask_BL
         loss_BL = cross_entropy(logits_BLV, batch.targets_BL, mask=batch.mask_BL, reduction="none")
@@ -102,12 +104,12 @@ class Objective(nn.Module):
         return logits_BLV
 
 
-def cross_entropy_sum(x_BLD: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:
+def cross_entropy_sum(x_BLD: Tensor, head_VD: Tensor, batch: Batch, impl: Impl = Impl.AUTO) -> Tensor:
     """Return the sum of ``-log p(target)`` over the places that count [nats], computed in float32.
 
     x (B, L, D) is what the output matrix reads: all logits exist at once only where that is faster.
     """
-    return linear_cross_entropy(x_BLD, head_VD, batch.targets_BL, mask=batch.mask_BL, reduction="sum")
+    return linear_cross_entropy(x_BLD, head_VD, batch.targets_BL, mask=batch.mask_BL, reduction="sum", impl=impl)
 
 
 def logits_of(output: Any, model: nn.Module) -> Tensor:

@@ -1,8 +1,11 @@
 """HybridLM: declared cost against real modules, one call for training, prefill and generation, seeds."""
 
+import copy
 import hashlib
 import importlib
 import math
+import os
+import pickle
 
 import pytest
 import torch
@@ -12,8 +15,9 @@ from hypothesis import strategies as st
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.decode import Decoder
 from hybridnas.arch.model import HybridLM, sample
-from hybridnas.errors import ConfigError, TrainingError
+from hybridnas.errors import ConfigError, KernelUnavailableError, TrainingError
 from hybridnas.hardware import Impl
+from hybridnas.kernels.mamba_step import native
 from hybridnas.registry import BLOCKS
 
 V = 37
@@ -373,6 +377,48 @@ def test_a_row_that_ended_is_filled_up_and_decoding_stops_when_all_have():
         assert torch.equal(torch.stack(seen, dim=1), made[:, 4:])
     one = model.generate(ids(3, 4)[:1], 30, seed=5, temperature=0, eos_token_id=int(free[0, 6]))
     assert one.shape[1] <= 34
+
+
+def test_a_tied_model_takes_no_weights_that_are_not_tied():
+    tied, untied = (HybridLM(small("M", tie_embeddings=tie), seed=0) for tie in (True, False))
+    with pytest.raises(RuntimeError, match=r"embedding\.weight and head\.weight differ"):
+        tied.load_state_dict(untied.state_dict())
+    for copied in (copy.deepcopy(tied), pickle.loads(pickle.dumps(tied))):
+        copied.load_state_dict(HybridLM(tied.arch, seed=1).state_dict())
+        with pytest.raises(RuntimeError, match="differ"):
+            copied.load_state_dict(untied.state_dict())
+
+
+def test_every_implementation_computes_the_same_model_or_is_refused():
+    arch = small(MIXED + "N", norm="rmsnorm")
+    with torch.no_grad():
+        expected = HybridLM(arch, seed=3).eval()(ids(), labels=ids())
+        for impl in ("reference", "torch", *(["native"] if native.available() else [])):
+            model = HybridLM(arch, impl=impl, seed=3).eval()
+            out = model(ids(), labels=ids())
+            torch.testing.assert_close(out.logits, expected.logits, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(out.loss, expected.loss)
+            assert torch.equal(
+                model.generate(ids(), 6, temperature=0), HybridLM(arch, seed=3).generate(ids(), 6, temperature=0)
+            )
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            with pytest.raises(KernelUnavailableError) as caught:
+                HybridLM(arch, impl="triton", seed=3)(ids())
+            assert caught.value.field == "impl"
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16])
+def test_a_model_built_under_a_narrow_default_dtype_keeps_its_float32_parameters(default):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        model = HybridLM(Arch.from_pattern("MENA", d_model=32, vocab_size=V), seed=0).eval()
+    finally:
+        torch.set_default_dtype(before)
+    for block in model.blocks():
+        for name, parameter in block.named_parameters():
+            assert parameter.dtype == (torch.float32 if name in block.float32 else default), name
+    assert torch.isfinite(model(ids()).logits).all()
 
 
 def test_ids_of_another_integer_type_generate_the_same():
