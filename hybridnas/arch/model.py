@@ -99,7 +99,7 @@ class HybridLM(nn.Module):
             truncated_normal_(self.head.weight, config.d_model, config.init_scale)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-            self.register_load_state_dict_pre_hook(_refuse_untied)
+            self.register_load_state_dict_pre_hook(_refuse_untied)  # type: ignore[no-untyped-call]
 
     def forward(self, ids: Tensor, labels: Tensor | None = None, state: LMState | None = None) -> LMOutput:
         """Return logits for every position of ids (B, L); with a state, continue from it and return the next one.
