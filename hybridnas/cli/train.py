@@ -45,7 +45,8 @@ def run(config: dict[str, Any]) -> int:
     folder = Path(config["out"] or _folder(config, identity(arch, source, settings)))
     _announce(arch, source.describe(), settings, folder)
     preset = config["preset"]["name"] if config.get("preset") else None
-    with Tracking(config["tracking"], tags={"preset": preset}) as tracking:
+    labels = {} if preset is None else {"preset": preset}
+    with Tracking(config["tracking"], tags=labels) as tracking:
         result = train(
             arch,
             source,
@@ -54,6 +55,7 @@ def run(config: dict[str, Any]) -> int:
             device=config["device"],
             impl=config["impl"],
             max_seconds=config["max_seconds"],
+            labels=labels,
             callbacks=[progress(), tracking],
         )
         _table(result.evals)

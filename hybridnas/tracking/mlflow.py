@@ -16,14 +16,16 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import unquote, urlparse
 
-from hybridnas.study.records import COMPLETE, DUPLICATE, PRUNED, RUNNING, save
+from hybridnas.errors import StudyError
+from hybridnas.study.records import COMPLETE, DUPLICATE, FAIL, INFEASIBLE, PRUNED, RUNNING, save
 from hybridnas.tracking.secrets import masked
-from hybridnas.tracking.tracker import FINISHED, KILLED, BackgroundTracker
+from hybridnas.tracking.tracker import FINISHED, KILLED, BackgroundTracker, first_line
 
 EXPERIMENT = "hybridnas"
 # What MLflow calls the state of a trial, and of the study's own run; all others are FAILED.
@@ -320,6 +322,80 @@ def search_runs(client: Any, experiment: str, query: str) -> list[Any]:
         token = page.token
         if not token:
             return runs
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A trial or training as MLflow has it."""
+
+    run_id: str
+    study: str
+    trial: int | None
+    state: str  # as in TrialRecord; of a training that stands alone COMPLETE, FAIL or RUNNING
+    reference: str | None  # the preset that its study compares with
+    tags: Mapping[str, str]  # ours, without their prefix
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    points: Sequence[tuple[float, float]]  # training tokens, validation loss
+
+
+def read_runs(uri: str) -> tuple[list[RecordedRun], str]:
+    """Return the trials and trainings that a server or database knows, and its name without a password.
+
+    Raises StudyError where it cannot be read.
+    """
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    place = f"at {masked(uri)}"
+    if uri.startswith(_SQLITE) and not database_path(uri).is_file():
+        raise StudyError(f"there is no MLflow database {place}; check uri=", field="uri", got=masked(uri))
+    try:
+        client = connect(uri)
+        with quiet(uri):
+            experiment = client.get_experiment_by_name(EXPERIMENT)
+            found = [] if experiment is None else search_runs(client, experiment.experiment_id, "")
+            curves = {
+                run.info.run_id: client.get_metric_history(run.info.run_id, "valid_loss")
+                for run in found
+                if run.data.tags.get("hybridnas.kind") in ("trial", "train")
+            }
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        raise StudyError(
+            f"MLflow {place} cannot be read: {masked(first_line(error))}", field="uri", got=masked(uri)
+        ) from None
+    references = {
+        run.data.tags["hybridnas.study_id"]: run.data.tags["hybridnas.reference"]
+        for run in found
+        if {"hybridnas.study_id", "hybridnas.reference"} <= set(run.data.tags)
+    }
+    runs = [_recorded(run, curves.get(run.info.run_id, ()), references) for run in found]
+    return [run for run in runs if run is not None], place
+
+
+def _recorded(run: Any, curve: Sequence[Any], references: Mapping[str, str]) -> RecordedRun | None:
+    tags = {
+        name.removeprefix("hybridnas."): str(value)
+        for name, value in run.data.tags.items()
+        if name.startswith("hybridnas.")
+    }
+    ended = {"FINISHED": COMPLETE, "FAILED": FAIL}
+    state = tags.get("state", ended.get(run.info.status, RUNNING))
+    if tags.get("kind") not in ("trial", "train") or "superseded" in tags or state in (DUPLICATE, INFEASIBLE):
+        return None
+    trial = tags.get("trial", "")
+    points = sorted(curve, key=lambda metric: metric.timestamp)
+    return RecordedRun(
+        run_id=run.info.run_id,
+        study=tags.get("study", ""),
+        trial=int(trial) if trial.isdigit() else None,
+        state=RUNNING if run.info.status == "RUNNING" else state,
+        reference=references.get(tags.get("study_id", "")) or None,
+        tags=tags,
+        params=dict(run.data.params),
+        metrics=dict(run.data.metrics),
+        points=[(float(metric.step), float(metric.value)) for metric in points],
+    )
 
 
 def _experiment(client: Any, artifact_location: str | None) -> str:

@@ -42,6 +42,7 @@ class StudyTracking(StudyCallback):
             self._tracker = BackgroundTracker(self._make(event), name)
         else:
             self._tracker = open_tracker(event.tracking, event.folder, name, event.identity)
+        self._tracker.annotate({}, {"reference": event.meta.reference or ""})
         self._tracker.sync(event.records)
 
     def on_trial_start(self, event: TrialStarted) -> None:

@@ -41,6 +41,7 @@ class Cell:
     impl: str = "auto"
     keep_checkpoint: bool = True  # keep the weights when the cell has ended
     callbacks: tuple[Callback, ...] = ()  # of this cell alone, before those of the experiment
+    labels: Mapping[str, str] = field(default_factory=dict)  # kept in run.json to name the run by, such as its preset
     facts: Mapping[str, Any] = field(default_factory=dict)  # whatever the caller wants to find beside the result
 
 
@@ -70,6 +71,7 @@ def run_cell(cell: Cell, *, callbacks: Iterable[Callback] = (), max_seconds: flo
             callbacks=[*cell.callbacks, *callbacks],
             keep_checkpoint=cell.keep_checkpoint,
             max_seconds=max_seconds,
+            labels=cell.labels,
         )
     except (CheckpointError, DataError, KernelUnavailableError, TrainingError, OSError):
         raise

@@ -9,9 +9,9 @@ import json
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def run(
     keep_checkpoint: bool = True,
     max_seconds: float | None = None,
     impl: str = "auto",
+    labels: Mapping[str, str] | None = None,
 ) -> TrainResult:
     """Train a model on ``source``, or go on from where ``folder`` stands; the same call again is how one resumes.
 
@@ -67,7 +68,8 @@ def run(
     with status "paused" and its whole checkpoint instead: the next call goes on, as after ``max_seconds``, Ctrl-C, a
     crash or lack of memory. On a processor with the same number of threads, a run that was interrupted equals one that
     was not, to the bit. ``keep_checkpoint=False`` deletes the weights when the run has ended. Ctrl-C finishes the step,
-    saves, and raises KeyboardInterrupt.
+    saves, and raises KeyboardInterrupt. ``labels`` are kept in ``run.json`` to find and name the run by, such as its
+    preset; they decide nothing.
 
     Raises ConfigError for a model that sees later tokens (``config.allow_noncausal``), CheckpointError for a folder of
     another run or with damaged files, DataError for a vocabulary larger than the model's, TrainingError when the disk
@@ -76,7 +78,8 @@ def run(
     target = pick_device(device)
     if config.devices > 1:
         distributed.check_devices(config, target)
-    job = _Job(_Subject.of(model, config, impl), source, config, None if folder is None else Path(folder), target)
+    place = None if folder is None else Path(folder)
+    job = _Job(_Subject.of(model, config, impl), source, config, place, target, dict(labels or {}))
     watchers = CallbackList(callbacks)
     if config.devices == 1:
         return _lead(job, lambda: contextlib.nullcontext(Group()), watchers, max_seconds, keep_checkpoint)
@@ -140,13 +143,14 @@ class _Job:
     config: TrainConfig
     folder: Path | None
     device: torch.device
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.subject.arch is not None:
             check_vocab(self.source.vocab_size, self.subject.arch.vocab_size)
 
     def on(self, device: torch.device) -> _Job:
-        return _Job(self.subject, self.source, self.config, self.folder, device)
+        return _Job(self.subject, self.source, self.config, self.folder, device, self.labels)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -203,7 +207,7 @@ def _lead(
         if job.subject.arch is not None and not job.subject.arch.causal:
             log.warning("%s sees later tokens: its loss is no language model's", job.subject.arch.pattern)
         machine = {"device": str(job.device), "machine": describe_machine(), "data_words": job.source.describe()}
-        about = {"format": FORMAT_VERSION, **job.identity, **machine}
+        about = {"format": FORMAT_VERSION, **job.identity, **machine, "labels": dict(job.labels)}
         if folder is not None:
             write_run(folder, {**about, "status": "running", "reason": "", "final": False})
         try:

@@ -1,14 +1,17 @@
-"""Compare: the speed-up by hand-computed curves, what it reads from a real MLflow database, and its files."""
+"""Compare: the speed-up by hand-computed curves, what it reads from records and from MLflow, and its files."""
 
 import csv
+import json
 import re
 
 import pytest
 
+import hybridnas
 from hybridnas.cli.compare import run as command
 from hybridnas.errors import StudyError
 from hybridnas.report.compare import CompareConfig, compare, write_comparison
-from hybridnas.study.records import TrialRecord
+from hybridnas.study.folder import FORMAT
+from hybridnas.study.records import TrialRecord, trial_folder, write_record
 from hybridnas.tracking.mlflow import open_tracker
 
 
@@ -21,36 +24,65 @@ def record(number, factor, *, state="COMPLETE", preset=None, pattern="Mx4", end=
                        cost=cost, curve=curve, tokens=1000 * end, valid_loss=factor / end)  # fmt: skip
 
 
+RECORDS = [
+    record(0, 2, preset="mamba", pattern="Mx4"),  # 2/16 = 0.125 at 16,000 tokens
+    record(1, 1, preset="moe_mamba", pattern="(ME)x2"),  # 1/8 = 0.125 at 8,000 tokens: twice as fast
+    record(2, 4, pattern="(AF)x2"),  # ends at 0.25: never there
+    record(3, 1, pattern="[M,E]x4", state="PRUNED", end=4),
+    record(4, 2, pattern="Mx4", state="DUPLICATE"),
+    record(5, 2, pattern="(MA)x2", state="INFEASIBLE", end=1),
+]
+OTHERS = [record(0, 1.5, pattern="(MF)x2")]
+
+
+def write_study(folder, records, reference="mamba"):
+    folder.mkdir(parents=True)
+    study = {"format": FORMAT, "study": folder.name, "identity": {"space": {"reference": reference}}}
+    (folder / "study.json").write_text(json.dumps(study))
+    for one in records:
+        write_record(trial_folder(folder, one.number), one)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    records = [
-        record(0, 2, preset="mamba", pattern="Mx4"),  # 2/16 = 0.125 at 16,000 tokens
-        record(1, 1, preset="moe_mamba", pattern="(ME)x2"),  # 1/8 = 0.125 at 8,000 tokens: twice as fast
-        record(2, 4, pattern="(AF)x2"),  # ends at 0.25: never there
-        record(3, 1, pattern="[M,E]x4", state="PRUNED", end=4),
-        record(4, 2, pattern="Mx4", state="DUPLICATE"),
-    ]
-    with open_tracker(None, folder / "first", "first", {}) as tracker:
-        tracker.sync(records)
-    with open_tracker(None, folder / "second", "second", {}) as tracker:
-        tracker.sync([record(0, 1.5, pattern="(MF)x2")])
+    write_study(folder / "first", RECORDS)
+    write_study(folder / "second", OTHERS)
     return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The same two studies in one MLflow database."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    for name, records in (("first", RECORDS), ("second", OTHERS)):
+        with open_tracker(uri, folder / name, name, {}) as tracker:
+            tracker.annotate({}, {"reference": "mamba"})
+            tracker.sync(records)
+        assert not tracker.off
+    return uri
+
+
+def test_records_and_mlflow_give_the_same_table(runs, server):
+    by_records, by_mlflow = compare(CompareConfig(runs=str(runs))), compare(CompareConfig(uri=server))
+    assert by_records.table() == by_mlflow.table()
+    assert by_records.baseline == "mamba"
 
 
 def test_the_speed_up_of_one_over_t_is_two(runs):
     found = compare(CompareConfig(runs=str(runs), study="first"))
     assert [run.name for run in found.runs] == ["moe_mamba", "mamba", "(AF)x2", "[M,E]x4"]
-    words = {run.name: found.reaches[run.run_id].words() for run in found.runs}
-    assert words == {"moe_mamba": "2.00x", "mamba": "1.00x", "(AF)x2": "not reached", "[M,E]x4": "not reached"}
+    texts = {run.name: found.reaches[run.run_id].text() for run in found.runs}
+    assert texts == {"moe_mamba": "2.00x", "mamba": "1.00x", "(AF)x2": "not reached", "[M,E]x4": "not reached"}
     first = found.reaches[found.runs[0].run_id]
     assert (first.tokens, first.baseline.points[-1]) == (8000, (16000, 0.125))
 
 
 def test_any_run_may_be_the_baseline(runs):
     found = compare(CompareConfig(runs=str(runs), study="first", baseline="2"))  # (AF)x2 ends at 0.25
-    words = {run.name: found.reaches[run.run_id].words() for run in found.runs}
-    assert words == {"moe_mamba": "4.00x", "mamba": "2.00x", "(AF)x2": "1.00x", "[M,E]x4": "4.00x"}
+    texts = {run.name: found.reaches[run.run_id].text() for run in found.runs}
+    assert texts == {"moe_mamba": "4.00x", "mamba": "2.00x", "(AF)x2": "1.00x", "[M,E]x4": "4.00x"}
 
 
 def test_a_study_without_the_baseline_borrows_it(runs):
@@ -91,27 +123,82 @@ def test_the_command_prints_lines_that_a_pipe_can_read(runs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "field", "allowed"),
     [
-        ({"study": "frist"}, "no study 'frist' among the runs; did you mean 'first'"),
-        ({"baseline": "momba"}, "no run is baseline 'momba'; did you mean 'mamba'"),
-        ({"baseline": "[M,E]x4"}, r"baseline '\[M,E\]x4' did not train to its end"),
-        ({"run": "77"}, r"no run '77'; allowed: .*moe_mamba"),
+        ({"study": "frist"}, "study", ["first", "second"]),
+        ({"baseline": "momba"}, "baseline", ["(AF)x2", "(MF)x2", "[M,E]x4", "mamba", "moe_mamba"]),
+        ({"baseline": "[M,E]x4"}, "baseline", ["(AF)x2", "(MF)x2", "mamba", "moe_mamba"]),
+        ({"run": "77"}, "run", ["(AF)x2", "(MF)x2", "[M,E]x4", "mamba", "moe_mamba"]),
     ],
 )
-def test_unknown_names_are_answered_with_the_known_ones(runs, settings, words):
-    with pytest.raises(StudyError, match=words):
+def test_an_unknown_name_is_answered_with_the_known_ones(runs, settings, field, allowed):
+    with pytest.raises(StudyError) as caught:
         compare(CompareConfig(runs=str(runs), **settings))
+    [given] = settings.values()
+    assert (caught.value.field, caught.value.got, sorted(caught.value.allowed)) == (field, given, allowed)
 
 
-def test_without_runs_it_says_where_it_looked_and_what_to_run_first(tmp_path):
-    with pytest.raises(StudyError, match=r"no runs in .*/mlflow\.db; run 'python -m hybridnas\.search"):
-        compare(CompareConfig(runs=str(tmp_path)))
+def test_the_default_baseline_is_the_reference_that_was_trained_else_the_best(tmp_path):
+    write_study(tmp_path / "a", RECORDS[:3], reference="moe_mamba")
+    assert compare(CompareConfig(runs=str(tmp_path))).baseline == "moe_mamba"
+    write_study(tmp_path / "b" / "s", RECORDS[1:3], reference=None)
+    assert compare(CompareConfig(runs=str(tmp_path / "b"))).baseline == "moe_mamba"  # the best run
+    write_study(tmp_path / "c" / "s", RECORDS[2:4], reference=None)
+    found = compare(CompareConfig(runs=str(tmp_path / "c")))
+    assert (found.baseline, found.runs[0].title) == ("s/2", "(AF)x2 (s/2)")
+    write_study(tmp_path / "d" / "s", RECORDS[3:4])
+    with pytest.raises(StudyError, match="none of 1 runs trained to its end"):
+        compare(CompareConfig(runs=str(tmp_path / "d")))
+
+
+def test_trainings_that_stand_alone_are_compared_by_their_own_files(tmp_path, corpus):
+    arch = hybridnas.Arch.from_pattern("MF", d_model=16, vocab_size=256)
+    data = {"kind": "text", "path": str(corpus)}
+    losses = {}
+    for name, seed in (("g", 0), ("suite/m/t", 1)):
+        result = hybridnas.fit(arch, data=data, tokens=256, folder=tmp_path / name, seed=seed, batch_size=2, seq_len=32,
+                               valid_tokens=64)  # fmt: skip
+        losses[name.partition("/")[0]] = result.valid_loss
+    (tmp_path / "suite" / "numbers.json").write_text('{"m/t": 3}')
+    damaged = tmp_path / "torn" / "run.json"
+    damaged.parent.mkdir()
+    damaged.write_text("{")
+    found = compare(CompareConfig(runs=str(tmp_path)))
+    assert {run.study: run.points[-1][1] for run in found.runs} == losses
+    assert {(run.study, run.trial, run.pattern, run.status) for run in found.runs} == {
+        ("g", None, "MF", "complete"),
+        ("suite", 3, "MF", "complete"),
+    }
+    assert {run.costs["params"] for run in found.runs} == {arch.cost(32).params}
+
+
+def test_without_runs_the_error_names_the_folder(tmp_path):
+    with pytest.raises(StudyError) as caught:
+        compare(CompareConfig(runs=str(tmp_path / "absent")))
+    assert (caught.value.field, caught.value.got) == ("runs", str(tmp_path / "absent"))
 
 
 def test_a_server_that_cannot_be_read_is_named_without_its_password(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with pytest.raises(StudyError, match=r"MLflow at http://\*\*\*@127\.0\.0\.1:9 cannot be read") as caught:
+    with pytest.raises(StudyError) as caught:
         compare(CompareConfig(uri="http://me:hunter2@127.0.0.1:9"))
+    assert (caught.value.field, caught.value.got) == ("uri", "http://***@127.0.0.1:9")
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, "this is not sqlite" * 99])
+def test_a_database_that_is_none_is_refused_and_not_made(tmp_path, content):
+    path = tmp_path / "mlflow.db"
+    if content:
+        path.write_text(content)
+    with pytest.raises(StudyError) as caught:
+        compare(CompareConfig(uri=f"sqlite:///{path}"))
+    assert caught.value.field == "uri"
+    assert path.exists() == bool(content)
+
+
+def test_a_fault_of_our_own_is_not_blamed_on_mlflow(server, monkeypatch):
+    monkeypatch.setattr("hybridnas.tracking.mlflow._recorded", lambda *given: given[99])
+    with pytest.raises(IndexError):
+        compare(CompareConfig(uri=server))

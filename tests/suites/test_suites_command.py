@@ -76,9 +76,9 @@ def test_a_suite_by_its_command_resumes_draws_and_is_compared(tmp_path, monkeypa
     assert {r["chosen"] for r in rows} == {"1"}
     from hybridnas.report.compare import CompareConfig, find_runs
 
-    mirrored = find_runs(CompareConfig())
-    assert len(mirrored) == 4
-    assert {r.status for r in mirrored} == {"finished"}
+    trained = find_runs(CompareConfig())
+    assert len(trained) == 4
+    assert {r.status for r in trained} == {"complete"}
     assert _guarded("evaluate", small) == 0
     assert " | " not in capsys.readouterr().out  # no run was trained again
     assert _guarded("evaluate", [*small, f"suite.against={folder}/mad-quick.csv"]) == 2

@@ -17,9 +17,9 @@ from hybridnas.errors import CheckpointError
 from hybridnas.study.callbacks import StudyEnded, StudyStarted, TrialEnded, TrialMeasured, TrialStarted
 from hybridnas.study.records import StudyMeta, TrialRecord, write_record
 from hybridnas.tracking import mlflow as tracking
-from hybridnas.tracking.study import StudyTracking
 from hybridnas.tracking.mlflow import default_uri, open_tracker
 from hybridnas.tracking.secrets import masked
+from hybridnas.tracking.study import StudyTracking
 from hybridnas.tracking.tracker import numbers, record_params
 from hybridnas.train.callbacks import Callback
 from hybridnas.train.tracking import Tracking
