@@ -43,3 +43,8 @@ def _links(text: str, depth: str) -> str:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Put the import diagram into the architecture page."""
     return markdown.replace("{{ import_matrix }}", diagram.import_matrix())
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Leave the roles of reStructuredText (``:class:`` and others) out of docstrings."""
+    return re.sub(r":(?:meth|class|func|mod|attr|exc|data):(?=<code>)", "", html)

@@ -78,7 +78,7 @@ def default_of(field: dataclasses.Field[object]) -> str:
 
 
 def fields_table(config: type[FrozenConfig], prefix: str = "", skip: Iterable[str] = ()) -> str:
-    """Return the settings of a config: name, type, default, allowed values and meaning."""
+    """Return the settings of a config: name, meaning, default, allowed values and type."""
     rows = []
     for field in dataclasses.fields(config):
         if field.name in skip:
@@ -86,13 +86,13 @@ def fields_table(config: type[FrozenConfig], prefix: str = "", skip: Iterable[st
         rows.append(
             (
                 code(f"{prefix}{field.name}"),
-                type_name(config.type_of(field.name)),
+                field.metadata.get("doc", ""),
                 default_of(field),
                 code(allowed_words(field)),
-                field.metadata.get("doc", ""),
+                type_name(config.type_of(field.name)),
             )
         )
-    return table(("setting", "type", "default", "allowed", "meaning"), rows)
+    return table(("setting", "meaning", "default", "allowed", "type"), rows)
 
 
 def docstring(thing: object) -> str:
