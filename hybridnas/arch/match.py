@@ -20,7 +20,6 @@ from hybridnas.registry import BLOCKS
 MAX_WIDTH = 2**20  # the widest size that is tried [channels]
 _GAP = 4096  # how many multiples in a row may be impossible (heads that do not divide) before the search gives up
 _WOBBLE = 512  # grouped-query attention makes the cost of d_model waver; this many multiples around are looked at
-_NOUNS = {"d_expert": "expert", "d_ff": "MLP", "d_inner": "Mamba layer"}
 Ratio = Mapping[str, float] | Sequence[float] | None
 
 
@@ -138,23 +137,27 @@ class _Line:
                 if _has(node.slot.letter, field) and not _pinned(node.slot.args, field):
                     sizes.setdefault(f"{node.slot.letter}.{field}", node.config.canonical().get(field))
         if not sizes:
-            raise MatchError(self._nothing_moves(), field="free", got=self.free)
+            raise self._nothing_moves()
         return sizes
 
-    def _nothing_moves(self) -> str:
+    def _nothing_moves(self) -> MatchError:
         where = f"pattern '{self.arch.pattern}'"
         letters = sorted({letter for letter, _ in self.kinds})
         others = [name for letter in letters for name in widths_of(letter) if name not in self.free]
         instead = f"free {others[0] if others else 'd_model'} instead"
-        owners = [letter for letter in BLOCKS if any(_has(letter, field) for field in self.free)]
-        nouns = " or ".join(_NOUNS.get(field, f"block with {field}") for field in self.free)
+        fields = " or ".join(self.free)
         if self.owners:
             pinned = ", ".join(sorted(self.owners))
-            return (
-                f"{where} pins the size of every {nouns} in its arguments ({pinned}): "
-                f"free={self.free} has nothing to move; remove an argument or {instead}"
+            problem = (
+                f"{where} sets {fields} of every {pinned} in its arguments, so that free={self.free} has nothing "
+                f"to move; remove an argument or {instead}"
             )
-        return f"{where} has no {nouns} to size: free={self.free} needs at least one {' or '.join(owners)}; {instead}"
+        else:
+            owners = [f"{x} {BLOCKS.get(x).name}" for x in BLOCKS if any(_has(x, field) for field in self.free)]
+            problem = (
+                f"{where} has no block with {fields} to size (that is {' or '.join(owners)}); add one or {instead}"
+            )
+        return MatchError(problem, field="free", got=self.free)
 
     def _ratios(self, ratio: Ratio) -> dict[str, Fraction]:
         """Return each mover's size as a fraction of the widest one."""

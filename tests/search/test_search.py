@@ -189,7 +189,7 @@ def test_infeasible_draws_are_recorded_with_their_reason(tmp_path, tiny):
     summary = run(tmp_path, [*tiny, *LISTED[:-1], candidates, "sampler=bruteforce", "space.baselines=[]", "n_trials=5"])
     bad, good = summary.records
     assert (bad.state, good.state) == ("INFEASIBLE", "COMPLETE")
-    assert bad.reason == "pattern 'AA' has no width to size (no E, F or M); add one of them"
+    assert bad.reason.startswith("pattern 'AA' has no width to size")
     assert dict(bad.choices) == {"candidate": "wide"}
     assert not (summary.folder / "trials/0000/arch.json").exists()
 
