@@ -53,6 +53,20 @@ def commands(fence: Fence) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+def hybridnas_commands(page: Path) -> list[tuple[int, str]]:
+    """Return (line, command) of every ``python -m hybridnas...`` on a page, in fences and in running text.
+
+    Commands with a placeholder (``...`` or ``=NAME``) are left out.
+    """
+    text = page.read_text(encoding="utf-8")
+    found = [(fence.line, line) for fence in fences(page) for line in commands(fence)]
+    outside = FENCE.sub(lambda match: "\n" * match[0].count("\n"), text)
+    found += [(outside.count("\n", 0, m.start()) + 1, m[1]) for m in re.finditer(r"`([^`\n]+)`", outside)]
+    stripped = [(line, re.sub(r"^(?:[A-Z_]+=\S+ )+", "", command)) for line, command in found]
+    wanted = [(line, command) for line, command in stripped if command.startswith("python -m hybridnas")]
+    return [(line, command) for line, command in wanted if not re.search(r"\.\.\.|=NAME\b|hybridnas\.[A-Z]", command)]
+
+
 def write_files(page: Path, folder: Path) -> None:
     """Write the page's files into a folder: YAML that names its path in the first line, Python with a title."""
     for fence in fences(page):
