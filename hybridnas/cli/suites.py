@@ -23,7 +23,7 @@ def run_suite(config: dict[str, Any]) -> int:
     _refuse_unread(config)
     settings = SuiteConfig.from_dict(config["suite"])
     suite = settings.suite()
-    folder = Path(settings.runs) / (f"{suite.name}-quick" if settings.quick else suite.name)
+    folder = Path(settings.runs) / settings.folder_name
     out = Path(settings.out) if settings.out else folder / f"{folder.name}.csv"
     if settings.against:
         return _compare(suite, settings, out)
@@ -38,7 +38,7 @@ def run_suite(config: dict[str, Any]) -> int:
         device=config["device"],
         tracking=config["tracking"],
         minutes=settings.minutes,
-        news=show.line,
+        report=show.line,
     )
     show.line(
         f"suite {suite.name}: {suite.title}; tasks {len(suite.tasks)}, architectures {len(entries)}, "

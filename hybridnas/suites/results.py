@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, get_type_hints
 
+from hybridnas.analysis.rung_correlation import rank_correlation
 from hybridnas.errors import StudyError
 from hybridnas.files import write_text
 from hybridnas.suites.suite import Suite
@@ -218,17 +219,6 @@ def power_of_two(length: int) -> str:
     return f"2^{length.bit_length() - 1}" if length & (length - 1) == 0 else f"{length:,}"
 
 
-def spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Return the rank correlation, equal values sharing their mean rank; None with fewer than two different ranks."""
-    a, b = _ranks(one), _ranks(other)
-    if len(a) < 2:
-        return None
-    mean_a, mean_b = fmean(a), fmean(b)
-    covariance = sum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True))
-    spread = (sum((x - mean_a) ** 2 for x in a) * sum((y - mean_b) ** 2 for y in b)) ** 0.5
-    return covariance / spread if spread else None
-
-
 def agreement(one: Mapping[str, Mapping[str, float]], other: Mapping[str, Mapping[str, float]]) -> list[list[Any]]:
     """Return [column, models in both, rank correlation] of two score tables, and of their averages."""
     columns = dict.fromkeys(column for model in one.values() for column in model)
@@ -236,10 +226,10 @@ def agreement(one: Mapping[str, Mapping[str, float]], other: Mapping[str, Mappin
     for column in columns:
         shared = [name for name in one if column in one[name] and column in other.get(name, {})]
         pairs = [one[name][column] for name in shared], [other[name][column] for name in shared]
-        lines.append([column, len(shared), spearman(*pairs)])
+        lines.append([column, len(shared), rank_correlation(*pairs)[0]])
     whole = [n for n in one if n in other and set(one[n]) == set(columns) == set(other[n])]
     means = [fmean(one[name].values()) for name in whole], [fmean(other[name].values()) for name in whole]
-    return [*lines, ["average", len(whole), spearman(*means)]] if len(columns) > 1 else lines
+    return [*lines, ["average", len(whole), rank_correlation(*means)[0]]] if len(columns) > 1 else lines
 
 
 def grouped(rows: Iterable[Row], by: Any) -> dict[Any, list[Row]]:
@@ -248,11 +238,6 @@ def grouped(rows: Iterable[Row], by: Any) -> dict[Any, list[Row]]:
     for row in rows:
         found.setdefault(by(row), []).append(row)
     return found
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    order = sorted(values)
-    return [fmean(i for i, other in enumerate(order) if other == value) for value in values]
 
 
 def _shown(value: float | None, suite: Suite) -> str:

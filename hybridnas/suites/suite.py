@@ -13,7 +13,11 @@ from hybridnas.errors import ConfigError, suggest
 from hybridnas.registry import Registry
 
 if TYPE_CHECKING:  # names of suites are listed without torch
+    from torch import nn
+
     from hybridnas.arch.arch import Arch
+
+    Model = str | Arch | Callable[[int], nn.Module | Arch]  # what a user may give to a suite
 
 S = Callable[[bool], "Suite"]
 Fields = Mapping[str, Any]
@@ -41,11 +45,12 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One architecture of a suite: a pattern or a preset with fields, by the name that tables give it."""
+    """One model of a suite, by its name in tables: a pattern or a preset with fields, or one of the user's own."""
 
     name: str
     pattern: str | None = None
     preset: str | None = None
+    model: Callable[[int], nn.Module | Arch] | None = None  # built for a vocabulary size
     fields: Fields = field(default_factory=dict)
     active_params: int | None = None  # size the free widths to this many active parameters
     free: tuple[str, ...] = ("d_expert", "d_ff")
@@ -62,20 +67,41 @@ class Entry:
         from hybridnas.registry import BLOCKS
 
         free = replace(self, active_params=None, fields={"d_model": 16, **self.fields})
-        slots = free.arch(vocab_size=16).pattern.slots
+        arch = free.arch(vocab_size=16)
+        slots = arch.pattern.slots if arch is not None else ()
         return {"d_model", *(name for slot in slots for name in BLOCKS.get(slot.letter).Config.field_names())}
 
-    def arch(self, vocab_size: int) -> Arch:
-        """Return the architecture for a vocabulary; raises PatternError, ConfigError or MatchError."""
+    def arch(self, vocab_size: int) -> Arch | None:
+        """Return the architecture for a vocabulary, or None for a module of the user's own.
+
+        Raises PatternError, ConfigError or MatchError.
+        """
         from hybridnas.arch.arch import Arch
         from hybridnas.arch.match import match
         from hybridnas.arch.presets import preset
 
+        if self.model is not None:
+            made = self.model(vocab_size)
+            return made if isinstance(made, Arch) else None
         fields = {**self.fields, "vocab_size": vocab_size}
         arch = preset(self.preset, **fields) if self.preset else Arch.from_pattern(self.pattern or "", **fields)
         if self.active_params is None:
             return arch
         return match(arch, active_params=self.active_params, free=self.free, multiple=1)
+
+    def module(self, vocab_size: int) -> nn.Module:
+        """Return a fresh module of the user's own; raises ConfigError for anything else."""
+        from torch import nn
+
+        made = self.model(vocab_size) if self.model is not None else None
+        if not isinstance(made, nn.Module):
+            raise ConfigError(
+                f"model {self.name!r} must build a torch module or an Arch, got {type(made).__name__}",
+                field="model",
+                got=type(made).__name__,
+                allowed=["torch.nn.Module", "Arch"],
+            )
+        return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +176,25 @@ class Suite:
         free = tuple(sorted(entry.sizes() & {"d_expert", "d_ff"})) or ("d_inner",)
         return replace(entry, active_params=self.active_params, free=free)
 
+    def entries_of(self, name: str, model: Model) -> tuple[Entry, ...]:
+        """Return what to train of one model: text is a pattern or preset, in every variant of the suite."""
+        from hybridnas.arch.arch import Arch
+
+        if isinstance(model, str):
+            entries = self.expanded([model], {})
+            return tuple(replace(entry, name=entry.name.replace(model, name, 1)) for entry in entries)
+        if isinstance(model, Arch):
+            arch = model
+            return (Entry(name=name, model=lambda vocab_size: arch.replace(vocab_size=vocab_size)),)
+        if not callable(model):
+            raise ConfigError(
+                f"model {name!r} must be a pattern, a preset, an Arch or a function of the vocabulary size, "
+                f"got {type(model).__name__}",
+                field="model",
+                got=type(model).__name__,
+            )
+        return (Entry(name=name, model=model),)
+
     def only(self, tasks: Sequence[str]) -> Suite:
         """Keep the tasks or columns of these names; raises ConfigError for others."""
         known = dict.fromkeys(name for task in self.tasks for name in (task.column, task.name))
@@ -205,9 +250,18 @@ class SuiteConfig(FrozenConfig):
     def label(cls) -> str:
         return "suite"
 
+    @property
+    def folder_name(self) -> str:
+        """The folder of the suite's runs within ``runs``."""
+        return f"{self.name}-quick" if self.quick else self.name
+
     def suite(self) -> Suite:
         """Return the suite as the user wants it; raises ConfigError for unknown names."""
-        suite = SUITES.get(self.name)(self.quick).only(self.tasks)
+        return self.applied(SUITES.get(self.name)(self.quick))
+
+    def applied(self, suite: Suite) -> Suite:
+        """Return a suite with these tasks, grid and tokens; raises ConfigError for unknown tasks."""
+        suite = suite.only(self.tasks)
         grid: dict[str, Any] = {name: getattr(self, name) for name in _LISTS[1:] if getattr(self, name)}
         own: dict[str, Any] = {name: None for name in ("rates", "seeds") if getattr(self, name)}
         grid["entries"] = tuple(replace(entry, **own) for entry in suite.entries)

@@ -123,12 +123,10 @@ class _Subject:
             check_causal(model, config.allow_noncausal)
             return cls(model, lambda: HybridLM(model, impl=impl, seed=config.seed), _arch_identity(model), impl)
         given = isinstance(model, nn.Module)
-        built = model if isinstance(model, nn.Module) else _seeded(model, config.seed)
+        built = model if isinstance(model, nn.Module) else build_seeded(model, config.seed)
         if isinstance(built, HybridLM):
             check_causal(built.arch, config.allow_noncausal)
-            about: dict[str, Any] = _arch_identity(built.arch)
-        else:
-            about = _module_identity(built)
+        about = _module_identity(built)
         if given:
             about["start"] = {"weights": "given"}
         return cls(built.arch if isinstance(built, HybridLM) else None, lambda: built, about)
@@ -354,9 +352,10 @@ def _stored_result(stored: dict[str, Any], job: _Job, run_: Run, callbacks: Call
     return result
 
 
-def identity(arch: Arch, source: Source, config: TrainConfig) -> dict[str, Any]:
+def identity(model: Arch | nn.Module, source: Source, config: TrainConfig) -> dict[str, Any]:
     """Return what makes two runs the same: architecture, data and every setting that touches a number."""
-    return {**_arch_identity(arch), "data": {"fingerprint": source.fingerprint}, "train": config.identity()}
+    about = _arch_identity(model) if isinstance(model, Arch) else _module_identity(model)
+    return {**about, "data": {"fingerprint": source.fingerprint}, "train": config.identity()}
 
 
 def _arch_identity(arch: Arch) -> dict[str, Any]:
@@ -364,7 +363,9 @@ def _arch_identity(arch: Arch) -> dict[str, Any]:
 
 
 def _module_identity(module: nn.Module) -> dict[str, Any]:
-    """Identify a module by its class and the names, shapes and dtypes of what it stores."""
+    """Identify a module by its class and the names, shapes and dtypes of what it stores, a HybridLM by its arch."""
+    if isinstance(module, HybridLM):
+        return _arch_identity(module.arch)
     stored = [[name, list(value.shape), str(value.dtype)] for name, value in module.state_dict().items()]
     digest = hashlib.sha256(json.dumps(stored).encode()).hexdigest()
     name = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -372,7 +373,8 @@ def _module_identity(module: nn.Module) -> dict[str, Any]:
     return {"fingerprint": digest, "architecture": {checkpoint.MODULE: name, "params": count, "tensors": digest[:12]}}
 
 
-def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+def build_seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Return what ``build`` makes with torch's generator seeded; the caller's own stream stays where it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()

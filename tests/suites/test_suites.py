@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from hybridnas.analysis.rung_correlation import rank_correlation
 from hybridnas.cli import _guarded
 from hybridnas.cli.compose import compose
 from hybridnas.cli.suites import preset_sizes
@@ -38,7 +39,7 @@ def toy(**fields):
 def run(suite, folder, **fields):
     news = []
     given = {"folder": folder / "runs", "out": folder / "toy.csv", "tracking": "off", "device": "cpu"}
-    runner = Runner(suite, suite.expanded([], {}), news=news.append, **{**given, **fields})
+    runner = Runner(suite, suite.expanded([], {}), report=news.append, **{**given, **fields})
     return runner.run(), news
 
 
@@ -160,7 +161,7 @@ def test_rows_survive_the_csv(tmp_path):
     ],
 )
 def test_rank_correlation(one, other, rho):
-    found = results.spearman(one, other)
+    found, _ = rank_correlation(one, other)
     assert found is None if rho is None else found == pytest.approx(rho)
 
 

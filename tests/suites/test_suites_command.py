@@ -29,7 +29,7 @@ MISTAKES = [
     (["suite=mda"], "evaluate suite=mda is unknown; did you mean 'mad'?"),
     (["suite.quick=true"], "evaluate suite.quick needs a suite, e.g. suite=mad"),
     (["suite=mad", "suite.tasks=[compres]"], "suite 'mad' has no task 'compres'; did you mean 'compress'?"),
-    (["suite=mad", "suite.rates=3"], "suite rates=3 must be a list, such as suite.rates=[3]"),
+    (["suite=mad", "suite.rates=fast"], "suite rates='fast' must be a list of number"),
     (["suite=mad", "suite.quik=true"], "did you mean 'quick'?"),
     (["suite=mad", "suite.minutes=0"], "suite minutes=0 must be > 0"),
     (["suite=mad", "pattern=M", "preset=mamba"], "not several of them"),
