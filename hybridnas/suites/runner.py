@@ -221,21 +221,22 @@ class Runner:
         return next((row for row in self.rows if row.key == key), None)
 
     def _training(self, entry: Entry, task: Task, rate: float, decay: float, seed: int) -> _Training:
+        from hybridnas.arch.arch import Arch
         from hybridnas.train.config import TrainConfig
-        from hybridnas.train.loop import build_seeded, identity
+        from hybridnas.train.loop import build_seeded, count_params, identity
 
         source = self.source(task)
         arch = entry.arch(source.vocab_size)
         build = partial(entry.module, source.vocab_size)
-        module = build_seeded(build, seed) if arch is None else None
-        active = arch.cost().active_params if arch is not None else sum(p.numel() for p in module.parameters())
+        model: Arch | nn.Module = arch or build_seeded(build, seed)
+        active = model.cost().active_params if isinstance(model, Arch) else count_params(model)
         fields = {**task.train, "lr": rate, "weight_decay": decay, "seed": seed}
         if task.tokens_per_active is not None:
             fields["tokens"] = round(task.tokens_per_active * active)
         if task.measurements:
             fields["eval_at"] = even_points(fields["tokens"], task.measurements)
         config = TrainConfig.from_dict(fields)
-        identified = identity(arch or module, source, config)
+        identified = identity(model, source, config)
         text = json.dumps(identified, sort_keys=True)
         name = f"lr{rate:g}-wd{decay:g}-seed{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         folder = self.folder / _slug(entry.name) / _slug(task.name) / name

@@ -369,8 +369,13 @@ def _module_identity(module: nn.Module) -> dict[str, Any]:
     stored = [[name, list(value.shape), str(value.dtype)] for name, value in module.state_dict().items()]
     digest = hashlib.sha256(json.dumps(stored).encode()).hexdigest()
     name = f"{type(module).__module__}.{type(module).__qualname__}"
-    count = sum(parameter.numel() for parameter in module.parameters())
-    return {"fingerprint": digest, "architecture": {checkpoint.MODULE: name, "params": count, "tensors": digest[:12]}}
+    about = {checkpoint.MODULE: name, "params": count_params(module), "tensors": digest[:12]}
+    return {"fingerprint": digest, "architecture": about}
+
+
+def count_params(module: nn.Module) -> int:
+    """Return how many numbers a module learns [count]."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def build_seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:

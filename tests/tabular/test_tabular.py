@@ -6,15 +6,16 @@ import math
 
 import pytest
 
+from hybridnas.bench.suites.table import _part
 from hybridnas.cli.compose import compose
 from hybridnas.cli.search import search_config
 from hybridnas.errors import ConfigError, StudyError, TrainingError
 from hybridnas.search import trial
 from hybridnas.search.runner import Search
 from hybridnas.search_spaces.space import Space
-from hybridnas.tabular import build as building
 from hybridnas.tabular.build import build
 from hybridnas.tabular.table import Table, TableSpec, load_table
+from hybridnas.train import experiment
 
 BUDGET = {
     **{"d_model": 16, "depth": 2, "n_experts": 2, "multiple": 1, "seq_len": 16, "batch_size": 2},
@@ -33,7 +34,7 @@ def built(tmp_path_factory, corpus):
     """A table of the four patterns MM, FF, MF and FM, built once."""
     folder = tmp_path_factory.mktemp("table")
     space, said = space_of(folder, corpus), []
-    return space, build(space, news=said.append, work=folder / "work"), said, folder
+    return space, build(space, report=said.append, work=folder / "work"), said, folder
 
 
 def test_every_architecture_is_trained_once_and_the_best_quarter_twice(built):
@@ -70,7 +71,7 @@ def test_a_table_reads_back_as_it_was_written(built):
 def test_a_table_that_was_cut_short_goes_on_and_equals_the_whole_one(built, corpus, tmp_path, monkeypatch):
     _, whole, _, _ = built
     space = space_of(tmp_path, corpus)
-    real, calls = building.train_run, []
+    real, calls = experiment.train_run, []
 
     def dies(*args, **rest):
         calls.append(args)
@@ -78,7 +79,7 @@ def test_a_table_that_was_cut_short_goes_on_and_equals_the_whole_one(built, corp
             raise TrainingError("the power went")
         return real(*args, **rest)
 
-    monkeypatch.setattr(building, "train_run", dies)
+    monkeypatch.setattr(experiment, "train_run", dies)
     with pytest.raises(TrainingError, match="the power went"):
         build(space, work=tmp_path / "work")
     assert len(Table.read(tmp_path / "t.csv").rows) == 2
@@ -92,7 +93,7 @@ def test_a_table_that_was_cut_short_goes_on_and_equals_the_whole_one(built, corp
 def test_parts_share_the_work_and_the_second_seeds_wait_for_all(built, corpus, tmp_path):
     _, whole, _, _ = built
     space, said = space_of(tmp_path, corpus), []
-    first = build(space, part=(0, 2), news=said.append, work=tmp_path / "work")
+    first = build(space, part=(0, 2), report=said.append, work=tmp_path / "work")
     assert len(first.rows) == 2
     assert said[-1] == "2 architectures of other parts are not there yet; further seeds follow when they are"
     build(space, part=(1, 2), work=tmp_path / "work")
@@ -102,7 +103,7 @@ def test_parts_share_the_work_and_the_second_seeds_wait_for_all(built, corpus, t
 
 def test_the_minutes_end_a_build_between_two_trainings(corpus, tmp_path, monkeypatch):
     space, said = space_of(tmp_path, corpus), []
-    table = build(space, minutes=1e-9, news=said.append, work=tmp_path / "work")
+    table = build(space, minutes=1e-9, report=said.append, work=tmp_path / "work")
     assert table.rows == []
     assert said[-1] == "the minutes are used; the same command goes on"
 
@@ -110,7 +111,7 @@ def test_the_minutes_end_a_build_between_two_trainings(corpus, tmp_path, monkeyp
 @pytest.mark.parametrize("part", ["2/2", "x", "1", "0/0", "-1/2"])
 def test_a_part_that_is_none_is_refused(part):
     with pytest.raises(ConfigError, match="must be INDEX/COUNT with INDEX below COUNT"):
-        building._part(part)
+        _part(part)
 
 
 def search(folder, space, *settings, study="s"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.result import Result
+from hybridnas.bench.suites.table import fidelity, summary
 from hybridnas.errors import StudyError
 from hybridnas.search_spaces.space import load_space
-from hybridnas.tabular.build import fidelity, summary, tiny_table
+from hybridnas.tabular.build import tiny_table
 from hybridnas.tabular.table import load_table
 
 

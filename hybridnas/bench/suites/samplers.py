@@ -22,12 +22,13 @@ from hybridnas.analysis.rung_correlation import agreements
 from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.method import Spread
 from hybridnas.bench.result import Result, Table
+from hybridnas.bench.suites.table import fidelity
 from hybridnas.errors import StudyError
 from hybridnas.hardware import usable_cores
 from hybridnas.search.config import PRUNERS, SAMPLERS, USUAL_SAMPLER, SearchConfig
 from hybridnas.search.sampling.distinct import Naming
 from hybridnas.search_spaces.space import Scale, Space, load_space
-from hybridnas.tabular.build import architectures, fidelity
+from hybridnas.tabular.build import architectures
 from hybridnas.tabular.simulate import Course, Ladder, Limits, Scores, simulate
 from hybridnas.tabular.table import load_table
 
