@@ -12,7 +12,7 @@ search: install
 
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m interpreter tests/kernels
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m interpreter tests/kernels)
 
 lint: install
 	$(BIN)/ruff check .

@@ -43,16 +43,22 @@ def pick_device(wanted: str = "auto") -> torch.device:
 
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def refused(why: str, *allowed: str) -> ConfigError:
+        return ConfigError(f"device={wanted!r} {why}", field="device", got=wanted, allowed=list(allowed))
+
+    kinds = ("auto", "cpu", "cuda", "cuda:N")
     try:
         device = torch.device(wanted)
     except RuntimeError:
-        raise ConfigError(f"device={wanted!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+        raise refused("is not a device; use auto, cpu, cuda or cuda:N", *kinds) from None
     if device.type not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"device={wanted!r} does not train models; use auto, cpu, cuda or cuda:N")
+        raise refused("does not train models; use auto, cpu, cuda or cuda:N", *kinds)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={wanted!r} needs CUDA, this machine has none; use device=cpu")
+        raise refused("needs CUDA, this machine has none; use device=cpu", "auto", "cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device={wanted!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+        count = torch.cuda.device_count()
+        raise refused(f"is not there: this machine has {count} CUDA devices", *(f"cuda:{i}" for i in range(count)))
     return device
 
 

@@ -36,11 +36,13 @@ def _options(arguments: list[str]) -> dict[str, str]:
     for argument in arguments:
         name, sign, value = argument.partition("=")
         if name not in options or not sign:
-            raise ConfigError(f"option {argument!r} is not name=value of a known one{suggest(name, options)}")
+            message = f"option {argument!r} is not name=value of a known one{suggest(name, options)}"
+            raise ConfigError(message, field=name, got=argument, allowed=list(options))
         options[name] = value
     for name in options["targets"].split(","):
         if name not in TARGETS:
-            raise ConfigError(f"targets={name!r} is not known{suggest(name, TARGETS)}")
+            message = f"targets={name!r} is not known{suggest(name, TARGETS)}"
+            raise ConfigError(message, field="targets", got=name, allowed=list(TARGETS))
     return options
 
 
