@@ -22,7 +22,7 @@ from hybridnas.errors import ConfigError, TrainingError
 from hybridnas.hardware import Impl
 from hybridnas.kernels import cross_entropy as loss_kernel
 from hybridnas.kernels import rmsnorm as norm_kernel
-from hybridnas.layers.block import Aux, Block, BlockOutput, State, truncated_normal_
+from hybridnas.layers.block import Aux, Block, BlockOutput, State, exportable, truncated_normal_
 from hybridnas.layers.mode import evaluating
 from hybridnas.layers.norms import NORMS
 from hybridnas.registry import BLOCKS
@@ -34,6 +34,7 @@ _FOLDERS = "hybridnas.export"
 _LARGEST_SEED = 2**63 - 1
 
 
+@exportable
 class LMOutput(NamedTuple):
     """What a model returns.
 
@@ -47,6 +48,7 @@ class LMOutput(NamedTuple):
     aux: Aux
 
 
+@exportable
 class LMHidden(NamedTuple):
     """What the head reads, the next state (None when none was given), auxiliary losses and statistics."""
 

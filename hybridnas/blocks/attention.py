@@ -17,12 +17,13 @@ from hybridnas.config import option
 from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError
 from hybridnas.hardware import Impl
-from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, Variant, truncated_normal_
+from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, Variant, exportable, truncated_normal_
 from hybridnas.layers.mode import is_plain_eager
 from hybridnas.layers.norms import one_row
 from hybridnas.registry import register_block
 
 
+@exportable
 class AttentionState(NamedTuple):
     """Keys (rotated already) and values of all positions read so far."""
 
@@ -151,7 +152,7 @@ class Attention(Block):
             k_BKLP,
             v_BKLP,
             attn_mask=_mask(x_BLD.shape[1], past, x_BLD.device),
-            is_causal=past == 0 and x_BLD.shape[1] > 1,
+            is_causal=bool(past == 0 and x_BLD.shape[1] > 1),  # a symbolic length compares to a symbol
             enable_gqa=config.heads != config.kv_heads,
         )
         return BlockOutput(self.out_proj(y_BHLP.transpose(1, 2).flatten(2)), state)

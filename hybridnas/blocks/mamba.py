@@ -24,7 +24,7 @@ from hybridnas.kernels import moe_dispatch as moe_kernel
 from hybridnas.kernels import selective_scan as scan_kernel
 from hybridnas.kernels.mamba_step import native as native_step
 from hybridnas.kernels.mamba_step.reference import Norm, Weights
-from hybridnas.layers.block import NO_AUX, Aux, Block, BlockConfig, BlockOutput, State, Variant
+from hybridnas.layers.block import NO_AUX, Aux, Block, BlockConfig, BlockOutput, State, Variant, exportable
 from hybridnas.layers.experts import RoutedExperts, RoutedShape
 from hybridnas.layers.mode import has_hooks, is_plain_eager
 from hybridnas.layers.norms import LayerNorm, RMSNorm
@@ -51,6 +51,7 @@ def conv_flops(d_inner: int, d_conv: int) -> int:
     return 2 * d_conv * d_inner
 
 
+@exportable
 class MambaState(NamedTuple):
     """The last K - 1 inputs of the convolution, and the state of the scan, always float32."""
 

@@ -19,7 +19,7 @@ from hybridnas.errors import ConfigError
 from hybridnas.hardware import Impl
 from hybridnas.kernels import causal_conv1d as conv_kernel
 from hybridnas.kernels import ssd as ssd_kernel
-from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, Variant
+from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, Variant, exportable
 from hybridnas.layers.norms import GatedRMSNorm
 from hybridnas.layers.short_conv import ShortConvolution
 from hybridnas.registry import register_block
@@ -38,6 +38,7 @@ def ssd_flops(heads: int, head_dim: int, d_state: int) -> int:
     return heads * head_dim * (5 * d_state + 9) + 4 * heads
 
 
+@exportable
 class Mamba2State(NamedTuple):
     """The last K - 1 inputs of the convolution, and the state of the recurrence, always float32."""
 

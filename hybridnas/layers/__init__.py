@@ -8,6 +8,7 @@ from hybridnas.layers.block import (
     BlockOutput,
     State,
     Variant,
+    exportable,
     map_state,
     truncated_normal_,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "BlockOutput",
     "State",
     "Variant",
+    "exportable",
     "map_state",
     "truncated_normal_",
 ]

@@ -14,17 +14,30 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from hybridnas.config import FrozenConfig, option
 from hybridnas.cost import Cost
 from hybridnas.hardware import Impl
 
 S = TypeVar("S", bound="tuple[Tensor, ...]")
+T = TypeVar("T")
 # What a block carries from token to token: any tuple of tensors, plain or a NamedTuple, each with the batch first.
 # A block without a state has the empty tuple.
 State = tuple[Tensor, ...]
 
 
+def exportable(kind: type[T]) -> type[T]:
+    """Class decorator for a NamedTuple of outputs or states: lets ``torch.export.save`` write programs that use it.
+
+    Torch exports a NamedTuple as it is, and saves it under a name that has to be registered. This is the one call for
+    it, which has no public name (its error message asks for it by this one).
+    """
+    pytree._register_namedtuple(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
+    return kind
+
+
+@exportable
 class Aux(NamedTuple):
     """Named extras of a forward pass: losses to add (already weighted), statistics to log (detached)."""
 
@@ -35,6 +48,7 @@ class Aux(NamedTuple):
 NO_AUX = Aux({}, {})
 
 
+@exportable
 class BlockOutput(NamedTuple):
     """What a block returns: output, next state (None when none was given), extras."""
 

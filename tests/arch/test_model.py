@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import importlib
+import io
 import math
 import os
 import pickle
@@ -232,6 +233,28 @@ def test_a_model_exports_with_its_state_and_auxiliaries(pattern):
         state = model(ids(1, 4), state=model.init_state(1)).state
         following = torch.export.export(model, (ids(1, 5),), {"state": state}).module()(ids(1, 5), state=state)
         torch.testing.assert_close(following.logits, model(ids(1, 5), state=state).logits)
+
+
+def test_an_exported_program_is_saved_and_loaded():
+    model = HybridLM(Arch.from_pattern("".join(BLOCKS), d_model=16, vocab_size=V), seed=0).eval()
+    state = model.init_state(1)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(model, (ids(1, 6),), {"state": state}), file)
+    file.seek(0)
+    with torch.serialization.safe_globals(list({type(own) for own in state})):  # torch stores the example's state too
+        again = torch.export.load(file).module()
+    got, expected = again(ids(1, 6), state=state), model(ids(1, 6), state=state)
+    torch.testing.assert_close(got.logits, expected.logits)
+    assert [type(new) for new in got.state] == [type(old) for old in expected.state]
+
+
+@pytest.mark.parametrize("letters", ["A", "F", "E"])
+def test_an_exported_program_without_a_scan_takes_other_lengths(letters):
+    model = HybridLM(Arch.from_pattern(letters, d_model=16, vocab_size=V), seed=0).eval()
+    lengths = {"ids": {1: torch.export.Dim("L", min=8, max=256)}}
+    program = torch.export.export(model, (ids(1, 16),), dynamic_shapes=lengths).module()
+    for length in (8, 77):
+        torch.testing.assert_close(program(ids(1, length)).logits, model(ids(1, length)).logits)
 
 
 @pytest.mark.parametrize("pattern", [*BLOCKS, "[M,E]"])

@@ -121,3 +121,11 @@ def test_the_loaded_weights_do_not_hang_on_the_file(best: Path) -> None:
     before = model.head.weight.clone()
     (best / "model.safetensors").write_bytes(b"\0" * (best / "model.safetensors").stat().st_size)
     assert torch.equal(model.head.weight, before)
+
+
+def test_a_folder_of_version_0_1_loads(best: Path) -> None:
+    path = best / "config.json"
+    config = json.loads(path.read_text())
+    config["layer_types"] = config.pop("hybrid_layer_types")
+    path.write_text(json.dumps(config))
+    assert load(best).arch.pattern.letters == "AFE"
