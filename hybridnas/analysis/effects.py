@@ -142,7 +142,19 @@ def importances(records: Sequence[TrialRecord], scores: Mapping[int, float]) -> 
         return {}
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a study in memory is none of the user's
+    try:
+        return _ped_anova(rows, varied)
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def _ped_anova(
+    rows: Sequence[tuple[Mapping[str, object], float]], varied: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
+    import optuna
+
     study = optuna.create_study()
     for choices, score in rows:
         params = {name: repr(value) for name, value in choices.items() if name in varied}

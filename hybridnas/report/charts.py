@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybridnas.analysis.effects import Effect
-from hybridnas.report.plots import COLORS, Series, _drawing, _svg, _token_ticks
+from hybridnas.report.plots import COLORS, Series, drawing, svg_text, token_ticks
 
 _WHEEL = [name for name in COLORS if name[0] == "c" and name[1:].isdigit()]
 
@@ -17,7 +17,7 @@ def effects_svg(positions: Sequence[Effect], letters: Sequence[Effect], unit: st
         return ""
     known = sorted({effect.letter for effect in (*positions, *letters)})
     colors = {letter: COLORS[_WHEEL[index % len(_WHEEL)]] for index, letter in enumerate(known)}
-    with _drawing() as (figure, axes):
+    with drawing() as (figure, axes):
         figure.set_size_inches(10, 3.8)
         panels = axes(2 if positions and letters else 1, share=False)
         if len(panels) == 2:
@@ -55,7 +55,7 @@ def effects_svg(positions: Sequence[Effect], letters: Sequence[Effect], unit: st
             ax.grid(visible=True, axis="y")
             ax.set_axisbelow(True)
             ax.tick_params(which="both", length=0)
-        return _svg(figure, name, ())
+        return svg_text(figure, name, ())
 
 
 def _frame_effects(ax: Any, effects: Sequence[Effect]) -> None:
@@ -71,7 +71,7 @@ def bars_svg(shares: Mapping[str, float], name: str = "importance") -> str:
     if not shares:
         return ""
     shown = sorted(shares.items(), key=lambda item: item[1])[-14:]
-    with _drawing() as (figure, axes):
+    with drawing() as (figure, axes):
         figure.set_size_inches(10, 0.5 + 0.3 * len(shown))
         (ax,) = axes(1)
         ax.set_position((0.2, 0.3 / (0.5 + 0.3 * len(shown)), 0.7, 1 - 0.4 / (0.5 + 0.3 * len(shown))))
@@ -82,7 +82,7 @@ def bars_svg(shares: Mapping[str, float], name: str = "importance") -> str:
         ax.tick_params(which="both", length=0)
         ax.set_xticks([])
         ax.spines["bottom"].set_visible(False)
-        return _svg(figure, name, ())
+        return svg_text(figure, name, ())
 
 
 def steps_svg(series: Sequence[Series], unit: str, name: str = "progress") -> str:
@@ -91,7 +91,7 @@ def steps_svg(series: Sequence[Series], unit: str, name: str = "progress") -> st
     if not drawn:
         return ""
     end = max(line.points[-1][0] for line in drawn)
-    with _drawing() as (figure, axes):
+    with drawing() as (figure, axes):
         figure.set_size_inches(10, 3.6)
         figure.subplots_adjust(left=0.085, right=0.8, top=0.96, bottom=0.15)
         (ax,) = axes(1)
@@ -112,8 +112,8 @@ def steps_svg(series: Sequence[Series], unit: str, name: str = "progress") -> st
         ax.set_xlabel("tokens trained by the whole search")
         ax.set_ylabel(unit)
         ax.set_xlim(left=0)
-        _token_ticks(ax)
-        return _svg(figure, name, drawn)
+        token_ticks(ax)
+        return svg_text(figure, name, drawn)
 
 
 def _interval(ax: object, at: float, effect: Effect, color: str) -> None:

@@ -1,4 +1,4 @@
-"""Plots as inline SVG whose colors are CSS variables, so that one file serves light, dark and paper.
+"""Loss curves and scatter plots as inline SVG whose colors are CSS variables, for light, dark and printed pages.
 
 matplotlib draws with stand-in colors, which are then replaced by ``var(--name)``; nothing depends on time or on
 random ids, so equal data gives equal text.
@@ -6,12 +6,13 @@ random ids, so equal data gives equal text.
 
 from __future__ import annotations
 
-import html
+import contextlib
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 from hybridnas.analysis.pareto import staircase
 from hybridnas.units import human, human_bytes
@@ -36,6 +37,8 @@ COLORS = {
     "c7": "#111111",
     "c8": "#121212",
 }
+_VARIABLES = {color: variable for variable, color in COLORS.items()}
+_STAND_INS = re.compile("|".join(_VARIABLES))
 _SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "hybridnas",
     "svg.fonttype": "none",  # text stays text: selectable, searchable, in the page's font
@@ -87,7 +90,7 @@ def curves_svg(series: Sequence[Series], name: str = "curves", marks: Sequence[f
         return ""
     end = max(line.points[-1][0] for line in drawn)
     close = [line for line in drawn if len(line.points) > 3 and line.points[-1][0] > 0.9 * end]
-    with _drawing() as (figure, axes):
+    with drawing() as (figure, axes):
         figure.set_size_inches(10, 4.4)
         figure.subplots_adjust(left=0.06, right=0.77, top=0.97, bottom=0.12, wspace=0.14)
         panels = axes(2 if close else 1, share=False)
@@ -100,7 +103,7 @@ def curves_svg(series: Sequence[Series], name: str = "curves", marks: Sequence[f
         if close:
             _zoom(panels[1], close, end)
         _end_labels(panels[-1], [line for line in close or drawn if line.label])
-        return _svg(figure, name, drawn)
+        return svg_text(figure, name, drawn)
 
 
 def scatter_svg(
@@ -118,7 +121,7 @@ def scatter_svg(
     """
     if not any(line.points for _, lines in panels for line in lines):
         return ""
-    with _drawing() as (figure, axes):
+    with drawing() as (figure, axes):
         figure.set_size_inches(10, 4.2)
         figure.subplots_adjust(left=0.065, right=0.98, top=0.96, bottom=0.14, wspace=0.1)
         for index, (ax, (axis, lines)) in enumerate(zip(axes(len(panels)), panels, strict=True)):
@@ -133,29 +136,24 @@ def scatter_svg(
             ax.set_ylabel(ylabel if index == 0 else "")
             ax.tick_params(labelleft=index == 0)
         every = [line for _, lines in panels for line in lines]
-        return _svg(figure, name, every)
+        return svg_text(figure, name, every)
 
 
-class _drawing:  # noqa: N801  (a context, used like a function)
-    """A figure on the SVG backend under our settings, without pyplot and its global state."""
+@contextlib.contextmanager
+def drawing() -> Iterator[tuple[Figure, Callable[..., list[Axes]]]]:
+    """Yield a figure under our settings and a function that makes its panels, without pyplot's global state."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
 
-    def __enter__(self) -> tuple[Figure, Any]:
-        import matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-
-        self._context: Any = matplotlib.rc_context(_SETTINGS)
-        self._context.__enter__()
+    with matplotlib.rc_context(_SETTINGS):
         figure = Figure()
         FigureCanvasSVG(figure)
 
         def axes(count: int, *, share: bool = True) -> list[Axes]:
             return list(figure.subplots(1, count, sharey=share, squeeze=False)[0])
 
-        return figure, axes
-
-    def __exit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)
+        yield figure, axes
 
 
 def _curve(ax: Axes, line: Series, name: str) -> None:
@@ -174,7 +172,7 @@ def _zoom(ax: Axes, close: Sequence[Series], end: float) -> None:
     margin = 0.08 * (high - low or 1)
     if ax.get_xscale() == "log":
         ax.set_xscale("linear")
-        _token_ticks(ax)
+        token_ticks(ax)
     ax.set_xlim(0.7 * end, 1.01 * end)
     ax.set_ylim(low - margin, high + margin)
     ax.set_ylabel("")
@@ -195,11 +193,11 @@ def _frame_curves(ax: Axes, drawn: Sequence[Series]) -> None:
     ax.set_axisbelow(True)
     ax.set_xlabel("training tokens")
     ax.set_ylabel("validation loss [nats/token]")
-    _token_ticks(ax)
+    token_ticks(ax)
     ax.tick_params(which="both", length=0)
 
 
-def _token_ticks(ax: Axes) -> None:
+def token_ticks(ax: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
@@ -299,24 +297,43 @@ def _gid(name: str, line: Series) -> str:
     return f"{name}--{line.number}"
 
 
-def _svg(figure: Figure, name: str, series: Iterable[Series]) -> str:
-    """Return the figure as an SVG element: unique ids, CSS colors, titles on hover, no size of its own."""
-    text = io.StringIO()
+def svg_text(figure: Figure, name: str, series: Iterable[Series]) -> str:
+    """Return the figure as an SVG element for a page: unique ids, CSS colors, titles on hover, no size of its own."""
+    written = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-    svg = text.getvalue()
-    box = re.search(r'viewBox="([^"]+)"', svg)
-    inside = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<defs>") :], flags=re.DOTALL)
+    figure.savefig(written, format="svg", transparent=True, metadata=nothing)
+    root = ElementTree.fromstring(written.getvalue())
     titles = {str(line.number): line.title for line in series}
-    inside = re.sub(r'<g id="[\w-]+?--([^"]+)">', lambda m: _trial_group(m[1], titles), inside)
-    inside = re.sub(r'\bid="', f'id="{name}-', inside)
-    inside = re.sub(r'(url\(#|href="#)', rf"\1{name}-", inside).replace("xlink:href", "href")
-    inside = re.sub(r"font-family: [^;\"]*", "font-family: inherit", inside)
-    for variable, color in COLORS.items():
-        inside = inside.replace(color, f"var(--{variable})")
-    return f'<svg class="plot" role="img" viewBox="{box[1] if box else "0 0 1 1"}">{inside}'.strip()
+    for element in list(root.iter()):
+        element.tag = _local(element.tag)
+        for child in [child for child in element if _local(child.tag) in ("metadata", "style")]:
+            element.remove(child)
+        for key, value in list(element.attrib.items()):
+            del element.attrib[key]
+            element.set(_local(key), _attribute(_local(key), value, name))
+        _, marked, number = element.get("id", "").partition("--")
+        if marked:
+            element.attrib = {"class": "trial", "data-trial": number}
+            title = ElementTree.Element("title")
+            title.text = titles.get(number, number)
+            element.insert(0, title)
+    root.attrib = {"class": "plot", "role": "img", "viewBox": root.attrib["viewBox"]}
+    return ElementTree.tostring(root, encoding="unicode")
 
 
-def _trial_group(number: str, titles: dict[str, str]) -> str:
-    title = html.escape(titles.get(number, number))
-    return f'<g class="trial" data-trial="{html.escape(number)}"><title>{title}</title>'
+def _local(name: str) -> str:
+    """Return an XML name without its namespace: inline SVG has none."""
+    return name.rpartition("}")[2]
+
+
+def _attribute(key: str, value: str, name: str) -> str:
+    """Return an attribute's value with ids of this figure alone, CSS variables as colors, and the page's font."""
+    if key == "id":
+        return f"{name}-{value}"
+    if key == "href":
+        return value.replace("#", f"#{name}-", 1)
+    if key == "style":
+        kept = [part for part in value.split(";") if not part.strip().startswith("font-family")]
+        value = ";".join(kept)
+    value = value.replace("url(#", f"url(#{name}-")
+    return _STAND_INS.sub(lambda found: f"var(--{_VARIABLES[found[0]]})", value)

@@ -6,6 +6,7 @@ Its sections are those of sections.py.
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -259,7 +260,8 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def _commands(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str, str]]:
-    study, best = f"study={meta.name}", winner(records)
+    study, best = shlex.quote(f"study={meta.name}"), winner(records)
+    model, database = shlex.quote(f"model={meta.path}/best"), shlex.quote(f"sqlite:///{meta.path}/mlflow.db")
     found = [("search on, or start over in an empty folder", meta.command)] if meta.command else []
     if best is not None:
         found += [
@@ -267,12 +269,12 @@ def _commands(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str
              f"python -m hybridnas.replay {study} trial={best.number}"),
             *_more_certain(records, meta),
             ("write any trial's model as a folder", f"python -m hybridnas.export {study} trial={best.number} out=DIR"),
-            ("generate text with the winner", f"python -m hybridnas.generate model={meta.path}/best prompt='def '"),
+            ("generate text with the winner", f"python -m hybridnas.generate {model} prompt='def '"),
         ]  # fmt: skip
         if preset_record(records, meta.reference) is not None:
-            command = f"python -m hybridnas.compare {study} baseline={meta.reference}"
+            command = f"python -m hybridnas.compare {study} {shlex.quote(f'baseline={meta.reference}')}"
             found.append((f"tokens to reach {meta.reference}'s final loss", command))
-    found.append(("browse the runs in MLflow", f"mlflow ui --backend-store-uri sqlite:///{meta.path}/mlflow.db"))
+    found.append(("browse the runs in MLflow", f"mlflow ui --backend-store-uri {database}"))
     return found
 
 

@@ -1,21 +1,14 @@
-"""What the report adds to an order: effects, importance, rungs, fronts, the fall of the best; a page that is live."""
+"""Effects of letters, positions and choices on the score: planted ones are found, intervals are those of scipy."""
 
 import dataclasses
+import itertools
 import random
-import re
 
 import pytest
 from scipy import stats
 
 from hybridnas.analysis import effects as insight
-from hybridnas.report import sections
-from hybridnas.report.live import LiveReport
-from hybridnas.report.plots import Axis, Series, scatter_svg
-from hybridnas.report.report import headline, render_report
-from hybridnas.report.sections import ReportInput
-from hybridnas.report.sections import sections as sections_of
-from hybridnas.study.records import StudyMeta, TrialRecord
-from hybridnas.study.reference import ReferenceStudy
+from hybridnas.study.records import TrialRecord
 
 TOKENS = (10, 30, 90)
 
@@ -39,16 +32,17 @@ def study():
     return [record(n, p, 2.0 - 0.5 * (p[0] == "M") + 0.05 * chance.random()) for n, p in enumerate(patterns)]
 
 
-def test_the_effect_that_was_put_in_is_found_and_no_other(study):
+def test_a_planted_effect_is_found_and_no_other():
+    chance = random.Random(1)
+    patterns = ["".join(letters) for letters in itertools.product("MAF", repeat=4)]  # every one once: nothing confounds
+    study = [record(n, p, 2.0 - 0.5 * (p[0] == "M") + 0.05 * chance.random()) for n, p in enumerate(patterns)]
     first, scores = insight.first_scores(study)
-    assert first == 10
-    assert len(scores) == 40
-    effects = insight.position_effects(study, scores)
-    assert {(one.position, one.letter) for one in effects} == {(p, c) for p in (1, 2, 3, 4) for c in "AFM"}
-    planted = next(one for one in effects if (one.position, one.letter) == (1, "M"))
-    assert planted.mean == pytest.approx(-0.5, abs=0.03)
-    assert planted.half < 0.05
-    assert all(abs(one.mean) <= one.half + 0.35 for one in effects if one.position != 1)
+    assert (first, len(scores)) == (10, 81)
+    effects = {(one.position, one.letter): one for one in insight.position_effects(study, scores)}
+    assert set(effects) == {(place, letter) for place in (1, 2, 3, 4) for letter in "AFM"}
+    assert effects.pop((1, "M")).mean == pytest.approx(-0.5, abs=0.02)
+    assert [effects.pop((1, letter)).mean for letter in "AF"] == pytest.approx([0.25, 0.25], abs=0.02)
+    assert {key: one.mean for key, one in effects.items()} == pytest.approx(dict.fromkeys(effects, 0.0), abs=0.02)
 
 
 def test_an_interval_is_welchs(study):
@@ -83,100 +77,3 @@ def test_scores_are_taken_where_all_have_been(study):
     assert insight.first_scores([]) == (0, {})
     accurate = dataclasses.replace(study[0], objectives={"accuracy": 0.3})
     assert insight.first_scores([accurate])[1] == {0: -0.3}
-
-
-def titles(records, **more):
-    return {section.title: section for section in sections_of(ReportInput(records, StudyMeta(name="demo"), **more))}
-
-
-def test_a_section_that_has_nothing_to_say_is_absent(study):
-    assert titles([]) == {}
-    few = titles(study[:3])
-    assert "What letters and positions contributed" not in few
-    assert "Pareto front" not in few
-    assert "Confirmation" not in few
-
-
-def test_rungs_are_told_with_their_correlation_and_what_resuming_saved(study):
-    resumed = dataclasses.replace(study[0], legs=[[0.5, 30], [50.0, 60]])
-    stopped = dataclasses.replace(study[1], state="PRUNED", rungs=study[1].rungs[:1], tokens=10, legs=[[1.0, 10]])
-    section = titles([resumed, stopped, *study[2:]])["Rungs"]
-    counts = [row["cells"][1]["sort"] for row in section.table["rows"]]
-    assert counts == [40, 39, 39]
-    assert section.table["rows"][0]["cells"][3]["sort"] == pytest.approx(1.0)
-    text = " ".join(section.notes)
-    assert "1 candidate was paused at a rung" in text
-    assert "would have cost 30 tokens more" in text
-
-
-def test_the_front_is_listed_drawn_and_presets_beside_it_are_named():
-    found = [
-        record(0, "MEME", 1.0, preset="moe_mamba", objectives={"val_loss": 1.0, "state_bytes": 4096.0}),
-        record(1, "MFMF", 1.2, objectives={"val_loss": 1.2, "state_bytes": 1024.0}),
-        record(2, "AFAF", 1.3, preset="transformer", objectives={"val_loss": 1.3, "state_bytes": 9000.0}),
-    ]
-    section = titles(found)["Pareto front"]
-    assert [row["trial"] for row in section.table["rows"]] == [0, 1]
-    assert section.notes == ["Presets that are not on the front: transformer."]
-    assert section.svg.count('class="trial"') == 3
-    assert "2 of 3 completed trials are beaten by no other in all of val_loss, state_bytes" in section.intro
-
-
-def confirmed(number, values, **fields):
-    given = {str(seed): value for seed, value in enumerate(values, 1)}
-    return record(number, "MEME" if number else "MMMM", 1.0 + number, confirmed=given, **fields)
-
-
-def test_confirmation_says_what_is_noise_and_what_is_not():
-    paper = confirmed(0, [1.30, 1.31, 1.32], preset="moe_mamba")
-    clear = confirmed(1, [1.10, 1.12, 1.11])
-    near = confirmed(2, [1.20, 1.40, 1.31])
-    other = ReferenceStudy(
-        "demo-random", record(7, "AAAA", 1.0), 500, [[100.0, 2.0], [400.0, 1.5]], {"1": 1.0, "2": 1.3, "3": 1.1}
-    )
-    section = titles([paper, clear, near], reference_study=other)["Confirmation"]
-    assert [row["trial"] for row in section.table["rows"]] == [1, 2, 0]
-    assert section.table["rows"][0]["style"] == "first"
-    assert section.notes[0].startswith("MEME is better than moe_mamba: -0.2000 ± ")
-    assert "inside the noise" in section.notes[1]
-    assert headline([paper, clear, near], "moe_mamba").endswith("nats per token over 3 fresh seeds")
-    assert (
-        headline([paper, near], "moe_mamba")
-        == "MEME is best on average, but its lead over moe_mamba is inside the noise"
-    )
-    assert "confirmed: 3 fresh seeds" in render_report("nowhere", [paper, clear], StudyMeta(name="demo"))
-    fall = titles([paper, clear], reference_study=other)["Best loss over training tokens"]
-    assert "demo-random" in fall.svg
-
-
-def test_the_report_is_live_at_a_bounded_part_of_the_time(tmp_path, study, monkeypatch):
-    now = [0.0]
-    live = LiveReport(tmp_path, StudyMeta(name="demo"), clock=lambda: now[0])
-    written = []
-
-    def slow(folder, records, meta):
-        written.append((len(records), meta.status))
-        now[0] += 1.5
-
-    monkeypatch.setattr("hybridnas.report.report.write_report", slow)
-    assert not live.update(study[:1])
-    now[0] = 25.0
-    assert live.update(study[:2])
-    assert not live.update(study[:3])
-    now[0] += 1.5 / 0.03 + 1
-    assert not live.update(study[:2])  # nothing new
-    assert live.update(study[:3])
-    assert written == [(2, "running"), (3, "running")]
-
-
-def test_the_units_of_the_sections_are_those_of_the_objectives():
-    assert set(sections.UNITS) == {"val_loss", "accuracy"}
-
-
-def test_a_model_without_state_stands_on_the_same_axis_as_one_of_megabytes():
-    points = [(0.0, 2.4), (7296.0, 1.7), (24928.0, 1.5), (1_600_000.0, 1.49)]
-    drawn = [Series(i, f"model {i}", "c5", f"model {i}", [point]) for i, point in enumerate(points)]
-    svg = scatter_svg([(Axis("state", in_bytes=True), drawn)], "state")
-    assert {"0 B", "7.12 KiB", "28.5 KiB", "114 KiB"} <= set(re.findall(r">([^<>]+)</text>", svg))
-    nothing = scatter_svg([(Axis("state", in_bytes=True), drawn[:1])], "state")
-    assert "0 B" in nothing

@@ -1,10 +1,12 @@
-"""The report and the leaderboard, on fabricated records: what they say, that they are whole, and that they order."""
+"""The report and the leaderboard on made-up records: their values, their order, and that a page is whole."""
 
 import csv
+import dataclasses
 import io
 import math
 import random
 import re
+import shlex
 from html.parser import HTMLParser
 
 import pytest
@@ -119,17 +121,71 @@ def test_the_page_is_one_file_that_fetches_nothing(page):
     }
 
 
-def test_the_page_says_what_won_by_how_much_and_what_is_not_known(study, page):
-    assert "<h1>MM[M,E](ME)x2E beats moe_mamba by 0.0267 nats per token</h1>" in page
-    assert "unconfirmed: one seed" in page
-    assert "each matched to 1.2M active parameters" in page
-    assert "20.0 per active parameter" in page
-    assert "loss is not finite at step 61" in page
-    assert "8, 10, 11" in page  # the infeasible ones share a reason
-    assert "python -m hybridnas.replay study=mamba_moe-laptop trial=48" in page
-    assert "python -m hybridnas.generate model=runs/mamba_moe-laptop/best" in page
-    assert "It is not drawn: 0048/arch.json is missing or damaged." in page
-    assert links(page).rows == len(study) - 3  # infeasible ones have their own table
+class Page(HTMLParser):
+    """The texts of a report: its title, cards, commands, and the values that table cells are sorted by."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.inside, self.title, self.cards, self.rows, self.code = [], "", [], {}, ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.inside.append((tag, values.get("class") or ""))
+        if tag == "tr":
+            self.row = self.rows.setdefault(values.get("data-trial"), [])
+        if tag == "td" and "data-v" in values:
+            self.row.append(values["data-v"])
+        if tag == "div" and (values.get("class") or "").startswith("card") and values["class"] != "cards":
+            self.cards.append([])
+
+    def handle_endtag(self, tag):
+        while self.inside and self.inside.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data):
+        tags = [tag for tag, _ in self.inside]
+        if "h1" in tags:
+            self.title += data
+        if "pre" in tags:
+            self.code += data
+        if any(name.startswith("card") and name != "cards" for _, name in self.inside) and data.strip():
+            self.cards[-1].append(data.strip())
+
+
+def test_the_page_holds_the_winner_its_lead_and_every_trial(study, page):
+    found = Page(page)
+    assert found.title == "MM[M,E](ME)x2E beats moe_mamba by 0.0267 nats per token"
+    assert [card[0] for card in found.cards] == ["1.5213", "\u22120.0267", "20.0", "1.2M", "49 of 50"]
+    rank, number, name, *_, loss, gap, _accuracy, _speed, state = found.rows["48"]
+    assert (rank, number, name, loss, state) == ("1", "48", "MM[M,E](ME)x2E", "1.5213", "complete")
+    assert float(gap) == pytest.approx(1.5213 - 1.548)
+    assert set(found.rows) - {None} == {str(one.number) for one in study if one.state != "INFEASIBLE"}
+    assert "python -m hybridnas.replay study=mamba_moe-laptop trial=48\n" in found.code
+    assert "python -m hybridnas.generate model=runs/mamba_moe-laptop/best prompt=" in found.code
+
+
+def test_a_study_without_a_reference_compares_with_none(study, tmp_path):
+    alone = [one for one in study if one.preset != "moe_mamba"]
+    text = write_report(tmp_path, alone, dataclasses.replace(META, reference=None)).read_text(encoding="utf-8")
+    found = Page(text)
+    assert found.title == "MM[M,E](ME)x2E is best, at 1.5213 nats per token"
+    assert [card[0] for card in found.cards] == ["1.5213", "20.0", "1.2M", "48 of 50"]
+    assert len(found.rows["48"]) == len(Page(render_report(tmp_path, alone, META)).rows["48"]) - 1
+    assert "moe_mamba" not in text.replace("mamba_moe", "")
+    sheet = csv.DictReader(write_leaderboard(tmp_path, alone, None).read_text(encoding="utf-8").splitlines())
+    assert {(line["reference"], line["vs_reference"]) for line in sheet} == {("", "")}
+    shown = io.StringIO()
+    render_leaderboard(alone, None, Console(file=shown, width=120, force_terminal=True, no_color=True))
+    assert " vs " not in shown.getvalue()
+
+
+def test_the_commands_of_a_study_whose_name_has_blanks_can_be_run(study, tmp_path):
+    meta = dataclasses.replace(META, name="my study", folder="runs/my study")
+    commands = [line for line in Page(render_report(tmp_path, study, meta)).code.splitlines() if line[:1] not in "# "]
+    settings = [part for command in commands for part in shlex.split(command)]
+    assert "study=my study" in settings
+    assert "model=runs/my study/best" in settings
 
 
 def test_the_winner_is_drawn_from_its_stored_architecture(study, tmp_path):
@@ -171,7 +227,7 @@ def test_words_of_the_user_are_escaped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("records", "said"),
+    ("records", "start"),
     [
         ([], "No trial has completed yet"),
         ([record(0, None, state="FAIL", reason="out of memory")], "Nothing has completed: 1 trial failed"),
@@ -182,8 +238,8 @@ def test_words_of_the_user_are_escaped(tmp_path):
         ([record(0, None, state="PRUNED", preset="moe_mamba"), record(1, 1.6)], "Best so far: (ME)x4"),
     ],
 )
-def test_the_headline_claims_no_more_than_the_records_hold(records, said, tmp_path):
-    assert headline(records, "moe_mamba").startswith(said)
+def test_the_headline_claims_no_more_than_the_records_hold(records, start, tmp_path):
+    assert headline(records, "moe_mamba").startswith(start)
     links(write_report(tmp_path, records, StudyMeta(name="s")).read_text(encoding="utf-8"))
 
 
