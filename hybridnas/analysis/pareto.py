@@ -1,4 +1,4 @@
-"""What "better" means where there are several objectives: fronts, ranks, and an order within a front.
+"""Several objectives: non-dominated fronts (NSGA-II), ranks, crowding, and an order within a front.
 
 Points are tuples of equal length in which less is better.
 """

@@ -26,8 +26,8 @@ def agreements(curves: Iterable[Mapping[int, float]], points: Sequence[int] | No
     """Correlate the scores at each of ``points`` but the last with those at the last; none: all points of the curves.
 
     A curve maps training tokens to a score. Those without a finite score at both places are left out of that pair,
-    so ``n`` is stated: in a study with a pruner only survivors have a full score, and the correlation is that of the
-    survivors, lower than that of all candidates would be.
+    so ``n`` is stated: in a study with a pruner only the trials that were not stopped have a full score, and their
+    correlation is lower than that of all candidates would be.
     """
     known = [dict(curve) for curve in curves]
     marks = sorted(points if points is not None else {point for curve in known for point in curve})

@@ -1,1 +1,1 @@
-"""What people read of a study: leaderboard, HTML report, plots, status, comparison of studies."""
+"""Reports of a study: leaderboard, HTML page, plots, status, comparison of studies."""

@@ -164,10 +164,10 @@ def footnotes(lines: Sequence[Row], hidden: int = 0) -> list[str]:
         notes.append(f"{hidden} more in leaderboard.csv.")
     if any(row.record.state == PRUNED and row.loss is not None for row in lines):
         notes.append("* at the last rung before the trial was stopped: not comparable with a full trial.")
-    for state, words in ((DUPLICATE, "repeated an architecture and reused its result"), (INFEASIBLE, "were rejected")):
+    for state, meaning in ((DUPLICATE, "repeated an architecture and reused its result"), (INFEASIBLE, "rejected")):
         count = sum(row.record.state == state for row in lines)
         if count:
-            notes.append(f"{count} candidate{'s' if count > 1 else ''} {words if count > 1 else _singular(words)}.")
+            notes.append(f"{count} candidate{'s' if count > 1 else ''} {meaning}.")
     best = next((row for row in lines if row.rank == 1), None)
     if best and best.tokens_per_active is not None:
         notes.append(
@@ -182,7 +182,3 @@ def signed(value: float | None) -> str:
     if value is None:
         return ""
     return "0" if abs(value) < 5e-5 else f"{value:+.4f}"
-
-
-def _singular(words: str) -> str:
-    return words.replace("were", "was")

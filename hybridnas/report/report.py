@@ -118,7 +118,7 @@ def _searched(records: Sequence[TrialRecord], meta: StudyMeta) -> str:
     if tokens:
         active = meta.active_params or (best.cost.get("active_params") if best else None)
         ratio = f" ({tokens / active:.1f} per active parameter)" if active else ""
-        parts.append(f"the survivors trained on {human(tokens)} tokens{ratio}")
+        parts.append(f"those not stopped early trained on {human(tokens)} tokens{ratio}")
     if meta.data:
         parts.append(f"of {meta.data}" if tokens else f"data: {meta.data}")
     return ", ".join(parts[:2]) + (f" {parts[2]}" if len(parts) > 2 else "") + "."

@@ -133,8 +133,8 @@ def _confirmed(given: ReportInput) -> Section | None:
         ]
     seeds = max(one.n for one in found)
     intro = (
-        f"The best of the search and the baselines, trained again with {seeds} fresh seeds each at full length. The "
-        f"search's own seed is left out: its results chose who stands here. Pairs share seed and order of the data."
+        f"The best of the search and the presets, trained again with {seeds} fresh seeds each at full length. The "
+        f"search's own seed is left out: its results chose these. Pairs share seed and order of the data."
     )
     table = {"columns": [{"name": name, "help": "", "text": text} for name, text in columns], "rows": rows}
     caption = f"± is half the {LEVEL:.0%} interval of the paired difference; grey: inside the noise."
@@ -157,7 +157,7 @@ def _unit(record: TrialRecord) -> str:
 
 
 def _pareto(given: ReportInput) -> Section | None:
-    """Several objectives: every pair with the first, and who is on the front."""
+    """Several objectives: each against the first, and the trials on the front."""
     best = front(given.records)
     names = list(objectives_of(best[0])) if best else []
     if len(names) < 2:
@@ -228,7 +228,7 @@ def _rungs(records: Sequence[TrialRecord]) -> list[int]:
 
 
 def _rung_table(given: ReportInput) -> Section | None:
-    """How many reached each rung, and whether its order is that of the end."""
+    """For each rung the number of trials, the best loss, and the rank correlation with the final loss."""
     rungs = _rungs(given.records)
     trained = [record for record in given.records if record.state in (COMPLETE, PRUNED)]
     if len(rungs) < 2:
@@ -260,7 +260,7 @@ def _rung_table(given: ReportInput) -> Section | None:
             f"{count} paused at a rung and taken up from the checkpoint when better than later arrivals; starting each "
             f"anew would have cost {human(saved)} tokens more than the {human(trained_tokens(given.records))} trained."
         )
-    intro = "Does the cheap signal predict the expensive one: the order at each rung beside the order at the end."
+    intro = "Rank correlation of the losses at each rung with the final ones: whether early losses predict the order."
     return Section("Rungs", intro, table=table, notes=notes)
 
 
@@ -294,14 +294,14 @@ def _effects(given: ReportInput) -> Section | None:
     positions = effects.position_effects(given.records, scores)
     svg = effects_svg(positions, effects.letter_effects(given.records, scores), _score_unit(given))
     intro = (
-        f"What each letter contributed, over the {len(scores)} architectures that were scored after {human(first)} "
-        f"tokens: against all other letters at its position, and for each further sub-layer of it."
+        f"Difference of the score, over the {len(scores)} architectures that were measured after {human(first)} "
+        f"tokens: each letter against all other letters at its position, and for each further sub-layer of it."
     )
     caption = (
-        f"Bars: {LEVEL:.0%} intervals, not corrected for their number; hollow: zero is inside. Effects are "
-        f"marginal, and a sampler draws more of what it likes: a hint for the next space, no proof."
+        f"Bars: {LEVEL:.0%} intervals, not corrected for their number; hollow: zero is inside. Effects are averaged "
+        f"over the other choices, and a sampler draws some of these more often: a hint for the next space, no proof."
     )
-    return Section("What letters and positions contributed", intro, markup(svg), caption) if svg else None
+    return Section("Effect of each letter and position", intro, markup(svg), caption) if svg else None
 
 
 def _score_unit(given: ReportInput) -> str:
@@ -312,8 +312,8 @@ def _score_unit(given: ReportInput) -> str:
 def _importance(given: ReportInput) -> Section | None:
     first, scores = effects.first_scores(given.records)
     svg = bars_svg(effects.importances(given.records, scores))
-    intro = f"Which choices of the space tell the best tenth from all others after {human(first)} tokens (PED-ANOVA)."
-    return Section("Importance of the choices", intro, markup(svg), "Shares of one.") if svg else None
+    intro = f"Which choices of the space separate the best tenth from the others at {human(first)} tokens (PED-ANOVA)."
+    return Section("Importance of the choices", intro, markup(svg), "The shares sum to 100%.") if svg else None
 
 
 def _progress(given: ReportInput) -> Section | None:

@@ -1,4 +1,4 @@
-"""How a search stands, read while it runs: nothing is locked, nothing is written."""
+"""Status of a search, read while it runs: nothing is locked, nothing is written."""
 
 from __future__ import annotations
 
@@ -143,21 +143,21 @@ def _status(
 
 
 def lines(status: Status) -> list[str]:
-    """Return the status in words, one fact a line."""
+    """Return the status as sentences, one fact a line."""
     of = f" of {status.n_trials}" if status.n_trials is not None else ""
     states = ", ".join(f"{count} {state.lower()}" for state, count in status.states.items()) or "no trial yet"
-    said = [f"study {status.study}: {status.finished}{of} trials are finished ({states})"]
+    found = [f"study {status.study}: {status.finished}{of} trials are finished ({states})"]
     for trial in status.running:
         loss = f", loss {trial.valid_loss:.4f} at {trial.tokens:,} tokens" if trial.valid_loss is not None else ""
         where = trial.where or "nobody: it was interrupted, and goes on from its checkpoint"
-        said.append(f"trial {trial.number:>3}  {trial.pattern or '(being drawn)'}{loss}  {where}")
+        found.append(f"trial {trial.number:>3}  {trial.pattern or '(being drawn)'}{loss}  {where}")
     if status.best is not None and status.best.valid_loss is not None:
-        said.append(f"best so far: trial {status.best.number}, {status.best.name}, loss {status.best.valid_loss:.4f}")
+        found.append(f"best so far: trial {status.best.number}, {status.best.name}, loss {status.best.valid_loss:.4f}")
     if not any(trial.where for trial in status.running):
-        said.append("no process works on it now; the search's own command goes on")
+        found.append("no process works on it now; the search's own command goes on")
     elif status.seconds_left is not None:
-        said.append(f"about {_duration(status.seconds_left)} left, judged by the trials so far")
-    return said
+        found.append(f"about {_duration(status.seconds_left)} left, judged by the trials so far")
+    return found
 
 
 def _duration(seconds: float) -> str:

@@ -39,15 +39,15 @@ def titles(records, **more):
     return {section.title: section for section in sections(ReportInput(records, StudyMeta(name="demo"), **more))}
 
 
-def test_a_section_that_has_nothing_to_say_is_absent(study):
+def test_a_section_without_enough_records_is_absent(study):
     assert titles([]) == {}
     few = titles(study[:3])
-    assert "What letters and positions contributed" not in few
+    assert "Effect of each letter and position" not in few
     assert "Pareto front" not in few
     assert "Confirmation" not in few
 
 
-def test_rungs_are_told_with_their_correlation_and_what_resuming_saved(study):
+def test_the_rungs_have_counts_correlations_and_what_resuming_saved(study):
     resumed = dataclasses.replace(study[0], legs=[[0.5, 30], [50.0, 60]])
     stopped = dataclasses.replace(study[1], state="PRUNED", rungs=study[1].rungs[:1], tokens=10, legs=[[1.0, 10]])
     section = titles([resumed, stopped, *study[2:]])["Rungs"]
@@ -77,7 +77,7 @@ def confirmed(number, values, **fields):
     return record(number, "MEME" if number else "MMMM", 1.0 + number, confirmed=given, **fields)
 
 
-def test_confirmation_says_what_is_noise_and_what_is_not():
+def test_the_confirmation_separates_noise_from_differences():
     paper = confirmed(0, [1.30, 1.31, 1.32], preset="moe_mamba")
     clear = confirmed(1, [1.10, 1.12, 1.11])
     near = confirmed(2, [1.20, 1.40, 1.31])
