@@ -16,8 +16,8 @@ warning, leaves all others usable, and raises ConfigError with its package and r
 
 from __future__ import annotations
 
+import functools
 import importlib
-import importlib.metadata
 import logging
 import pkgutil
 import sys
@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from hybridnas.errors import ConfigError, LayoutError, suggest
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from hybridnas.layers.block import Block
 
 T = TypeVar("T")
@@ -103,10 +105,10 @@ class Registry(Generic[T]):
             self._filled = False  # a file of ours that fails is reported again at the next lookup
             raise
         for group in self._groups:
-            for point in importlib.metadata.entry_points(group=group):
+            for point in _entry_points().select(group=group):
                 self._load(point)
 
-    def _load(self, point: importlib.metadata.EntryPoint) -> None:
+    def _load(self, point: EntryPoint) -> None:
         """Load one entry point; whatever goes wrong inside another package is kept as a failure."""
         try:
             point.load()
@@ -120,6 +122,14 @@ class Registry(Generic[T]):
                 f"repair or uninstall {package!r}"
             )
             _log.warning("%s", self.failures[point.name])
+
+
+@functools.lru_cache(maxsize=1)
+def _entry_points() -> Any:
+    """Return the entry points of all installed packages, read once; the class differs between versions of Python."""
+    from importlib.metadata import entry_points
+
+    return entry_points()
 
 
 def _import_all(package: str) -> None:
