@@ -157,13 +157,15 @@ class RoutedExperts(nn.Module):
     def _token_choice(self, x_ND: Tensor, logits_NE: Tensor, probs_NE: Tensor) -> tuple[Tensor, Aux]:
         shape = self.shape
         y_NO, expert_NK, counts_E, capacity = self._chosen(x_ND, probs_NE)
-        load_E = counts_E / max(1, expert_NK.numel())
+        # integers divided would have torch's default dtype, on which these numbers must not depend
+        load_E = counts_E.to(probs_NE.dtype) / max(1, expert_NK.numel())
         losses = self._z_loss(logits_NE)
         if shape.load_balance_weight:
-            balance = shape.n_experts * (load_E.to(probs_NE.dtype) * _mean(probs_NE, 0)).sum()
+            balance = shape.n_experts * (load_E * _mean(probs_NE, 0)).sum()
             losses["load_balance"] = shape.load_balance_weight * balance
         over_E = (counts_E - capacity).clamp(min=0) if capacity is not None else torch.zeros_like(counts_E)
-        stats = {"load_E": load_E, "dropped": over_E.sum() / max(1, expert_NK.numel()), **_entropy(probs_NE)}
+        dropped = over_E.sum().to(probs_NE.dtype) / max(1, expert_NK.numel())
+        stats = {"load_E": load_E, "dropped": dropped, **_entropy(probs_NE)}
         return y_NO, Aux(losses, stats)
 
     def _expert_choice(self, x_ND: Tensor, logits_NE: Tensor, probs_NE: Tensor) -> tuple[Tensor, Aux]:
@@ -173,8 +175,8 @@ class RoutedExperts(nn.Module):
         taken = x_ND.shape[0] if capacity is None else min(capacity, x_ND.shape[0])
         gate_EC, token_EC = probs_NE.t().topk(taken, dim=-1)
         y_NO = expert_choice(x_ND, gate_EC, token_EC, self.experts.tensors(), impl=self.impl)
-        seen_N = torch.zeros(x_ND.shape[0], device=x_ND.device).index_fill(0, token_EC.flatten(), 1.0)
-        load_E = torch.full((shape.n_experts,), 1.0 / shape.n_experts, device=x_ND.device)
+        seen_N = probs_NE.new_zeros(x_ND.shape[0]).index_fill(0, token_EC.flatten(), 1.0)
+        load_E = probs_NE.new_full((shape.n_experts,), 1.0 / shape.n_experts)
         stats = {"load_E": load_E, "dropped": 1.0 - _mean(seen_N, 0), **_entropy(probs_NE)}
         return y_NO, Aux(self._z_loss(logits_NE), stats)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import hybridnas
 import hybridnas.kernels.causal_conv1d as conv
 import hybridnas.kernels.cross_entropy as loss
 import hybridnas.kernels.mamba_step as step
@@ -249,6 +250,25 @@ def test_numbers_do_not_depend_on_torchs_default_dtype(name, impl, default_dtype
         for got, true in zip([*outputs, *gradients.values()], [*expected, *wanted.values()], strict=True):
             assert got.dtype == true.dtype
             assert torch.equal(got, true)
+
+
+@pytest.mark.parametrize("pattern", ["MNAFE", "E{router=expert_choice}M{inner_moe=conv}"])
+def test_a_models_logits_losses_and_gradients_do_not_depend_on_torchs_default_dtype(pattern, default_dtype):
+    fields = {"n_experts": 4, "load_balance_weight": 0.5} if "{" not in pattern else {"n_experts": 4}
+    model = hybridnas.build(pattern, d_model=32, vocab_size=64, **fields)
+    ids = integers(64, 2, 40)
+
+    def numbers() -> list[Tensor]:
+        out = model(ids, labels=ids)
+        loss = out.loss + sum(out.aux.losses.values())
+        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+        return [out.logits.detach(), loss.detach(), *out.aux.stats.values(), *gradients]
+
+    expected = numbers()
+    torch.set_default_dtype(default_dtype)
+    for _ in range(3):
+        for got, true in zip(numbers(), expected, strict=True):
+            assert got.dtype == true.dtype and torch.equal(got, true)
 
 
 @pytest.mark.parametrize(("batch", "length"), [(0, 3), (2, 0), (0, 0)])

@@ -38,6 +38,6 @@ def _places(x_BLD: Tensor) -> Tensor:
     """Return (L, D) sines and cosines of the places 0 to L-1."""
     length, width = x_BLD.shape[1:]
     half = (width + 1) // 2
-    rates = _LONGEST ** -(torch.arange(half, device=x_BLD.device) / max(1, half - 1))
-    angles = torch.arange(length, device=x_BLD.device)[:, None] * rates
+    rates = _LONGEST ** -(torch.arange(half, device=x_BLD.device, dtype=torch.float32) / max(1, half - 1))
+    angles = torch.arange(length, device=x_BLD.device, dtype=torch.float32)[:, None] * rates
     return torch.cat((angles.sin(), angles.cos()), dim=1)[:, :width].to(x_BLD.dtype)
