@@ -1,4 +1,4 @@
-"""``python -m hybridnas COMMAND`` is the console script ``hybridnas``."""
+"""Entry point of ``python -m hybridnas``, the same as the console script ``hybridnas``."""
 
 from hybridnas.cli import main
 

@@ -1,6 +1,8 @@
-"""The door of ``python -m hybridnas.compare``."""
+"""Entry point of ``python -m hybridnas.compare``."""
 
-from hybridnas.cli import door
+import sys
+
+from hybridnas.cli import main
 
 if __name__ == "__main__":
-    door("compare")
+    main(["compare", *sys.argv[1:]])

@@ -5,9 +5,9 @@
         d_state: int = option(16, "state size N per channel [count]", ge=1)
 
 The field is the only source of a setting's type, default, bounds and help. Plain values, as JSON, YAML or a script give
-them, are read by the field's type: a list for a tuple, one value for a list of one, a mapping for a nested config,
-``1e6`` or ``"1M"`` for a whole number. Text from a command line is read by the same types (:func:`read_text`), so that
-a field of text takes whatever was typed.
+them, are read by the field's type: a list for a tuple, one value for a list of one, a mapping for a nested config, a
+path with ``~``, ``1e6`` or ``"1M"`` for a whole number. Text from a command line is read by the same types
+(:func:`read_text`), so that a field of text takes whatever was typed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import math
 import numbers
 import operator
+import os
 import re
 import types
 import typing
@@ -141,7 +142,7 @@ class FrozenConfig:
         try:
             return read_text(text, _hints(cls)[name], _choices(field))
         except ValueError:
-            words = _words(_hints(cls)[name])
+            words = words_of(_hints(cls)[name])
             raise ConfigError(
                 f"{where or cls.label()} {name}={text!r} is not {words}",
                 field=_dotted(cls, name),
@@ -171,18 +172,19 @@ def read_text(text: str, hint: Any, choices: Sequence[Any] | None = None) -> Any
     """
     members = _members(hint)
     lists = [member for member in members if typing.get_origin(member) in (tuple, list)]
-    if types.NoneType in members and (text == "null" or (text.lower() in _NONE and str not in members)):
+    textual = str in members or Path in members
+    if types.NoneType in members and (text == "null" or (text.lower() in _NONE and not textual)):
         return None
     if choices and text in choices:
         return text
-    if lists and (str not in members or _bracketed(text)):
+    if lists and (not textual or _bracketed(text)):
         return [_read_item(item, lists[0], index) for index, item in enumerate(split_list(text))]
     for member in members:
         literals = typing.get_args(member) if typing.get_origin(member) is typing.Literal else ()
         for literal in literals:
             if text == str(literal):
                 return literal
-    if str in members:
+    if textual:
         return text
     if any(isinstance(member, type) and issubclass(member, enum.Enum) for member in members):
         return text  # read, or refused with what is allowed, by the field
@@ -225,7 +227,7 @@ def parse_value(value: Any, hint: Any, where: str) -> Any:
     try:
         return read_text(value, hint)
     except ValueError:
-        words = _words(hint)
+        words = words_of(hint)
         raise ConfigError(f"{where}={value!r} is not {words}", field=where, got=value, allowed=words) from None
 
 
@@ -306,6 +308,8 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Path):
+        return str(value)
     return value.value if isinstance(value, enum.Enum) else value
 
 
@@ -336,7 +340,7 @@ def _read(config: type[FrozenConfig], field: dataclasses.Field[Any], given: Any)
             str(error), field=_dotted(config, nested.rstrip(".")), got=error.got, allowed=error.allowed
         ) from None
     except (ValueError, TypeError):
-        words = _words(hint)
+        words = words_of(hint)
         raise ConfigError(
             f"{where} must be {words}, got {type(given).__name__}", field=name, got=given, allowed=words
         ) from None
@@ -413,6 +417,14 @@ def _is_mapping(hint: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, (Mapping, FrozenConfig))
 
 
+def _expanded(value: str | os.PathLike[str]) -> Path:
+    """Return a path with ``~`` as the user's home folder; raises ValueError for another user's that is unknown."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(value) from error
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value is of the type as it stands."""
     for member in _members(hint):
@@ -443,7 +455,7 @@ def _items_fit(value: tuple[Any, ...], kinds: tuple[Any, ...]) -> bool:
 def _converted(value: Any, hint: Any) -> Any:
     """Return a plain value as the first of the type's members that takes it; raises ValueError, TypeError."""
     members = _members(hint)
-    if isinstance(value, str) and str not in members and isinstance(read_free(value), str):
+    if isinstance(value, str) and str not in members and Path not in members and isinstance(read_free(value), str):
         read = read_text(value, hint)  # '1M', 'yes': what YAML leaves as text; a quoted number stays text
         if not isinstance(read, str):
             return read if _fits(read, hint) else _converted(read, hint)
@@ -455,6 +467,8 @@ def _converted(value: Any, hint: Any) -> Any:
             return origin.from_dict(value)
         if issubclass(origin, enum.Enum) and isinstance(value, str):
             return origin(value)
+        if origin is Path and isinstance(value, (str, os.PathLike)):
+            return _expanded(value)
         if origin is tuple:
             many = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
             if not items:
@@ -476,8 +490,16 @@ def _converted(value: Any, hint: Any) -> Any:
     raise TypeError(value)
 
 
-def _words(hint: Any) -> str:
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
+def words_of(hint: Any) -> str:
+    """Return a type in plain words, as errors and help texts name it."""
+    names = {
+        Path: "a path",
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        types.NoneType: "none",
+    }
     words = []
     for member in _members(hint):
         origin, items = typing.get_origin(member), typing.get_args(member)
@@ -486,7 +508,9 @@ def _words(hint: Any) -> str:
         elif isinstance(member, type) and issubclass(member, enum.Enum):
             words.append(f"one of {', '.join(str(entry.value) for entry in member)}")
         elif origin in (tuple, list):
-            words.append(f"a list of {_words(items[0]).removeprefix('an ').removeprefix('a ')}" if items else "a list")
+            words.append(
+                f"a list of {words_of(items[0]).removeprefix('an ').removeprefix('a ')}" if items else "a list"
+            )
         elif origin is not None and _is_mapping(member):
             words.append("a mapping")
         else:
@@ -548,16 +572,13 @@ def _read_item(item: str, hint: Any, index: int) -> Any:
 
 
 def _spelled(value: Any) -> str:
-    if isinstance(value, enum.Enum):
-        value = value.value
+    value = plain(value)
     if isinstance(value, str):
         return value
-    if isinstance(value, FrozenConfig):
-        value = value.to_dict()
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return f"[{','.join(_quoted(item) for item in value)}]"
     if isinstance(value, Mapping):
-        return json.dumps(plain(value), ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False)
     return json.dumps(value)
 
 

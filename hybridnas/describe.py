@@ -1,6 +1,8 @@
-"""``python -m hybridnas.describe``."""
+"""Entry point of ``python -m hybridnas.describe``."""
 
-from hybridnas.cli import door
+import sys
+
+from hybridnas.cli import main
 
 if __name__ == "__main__":
-    door("describe")
+    main(["describe", *sys.argv[1:]])

@@ -1,6 +1,8 @@
-"""``python -m hybridnas.evaluate``: a model's loss, its accuracy by length, or architectures on a suite of tasks."""
+"""Entry point of ``python -m hybridnas.evaluate``."""
 
-from hybridnas.cli import door
+import sys
+
+from hybridnas.cli import main
 
 if __name__ == "__main__":
-    door("evaluate")
+    main(["evaluate", *sys.argv[1:]])

@@ -1,6 +1,8 @@
-"""``python -m hybridnas.generate model=DIR prompt="def "`` streams text from an exported model."""
+"""Entry point of ``python -m hybridnas.generate``."""
 
-from hybridnas.cli import door
+import sys
+
+from hybridnas.cli import main
 
 if __name__ == "__main__":
-    door("generate")
+    main(["generate", *sys.argv[1:]])

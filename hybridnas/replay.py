@@ -1,6 +1,8 @@
-"""``python -m hybridnas.replay``."""
+"""Entry point of ``python -m hybridnas.replay``."""
 
-from hybridnas.cli import door
+import sys
+
+from hybridnas.cli import main
 
 if __name__ == "__main__":
-    door("replay")
+    main(["replay", *sys.argv[1:]])

@@ -1,6 +1,8 @@
-"""python -m hybridnas.bench scan"""
+"""Entry point of ``python -m hybridnas.bench``."""
 
-from hybridnas.cli import door
+import sys
+
+from hybridnas.cli import main
 
 if __name__ == "__main__":
-    door("bench")
+    main(["bench", *sys.argv[1:]])

@@ -1,21 +1,25 @@
 """The command line: ``python -m hybridnas.NAME`` and ``hybridnas NAME`` are the same thing.
 
-A command is ``conf/NAME.yaml`` (its settings and their defaults) and ``cli/NAME.py`` (``HELP`` and ``run(config)``).
-A user's mistake ends in one sentence on stderr and exit code 2; Ctrl-C in 130.
+A command is ``cli/NAME.py``: the dataclass ``Settings`` (every setting with type, default and meaning) and
+``run(settings) -> Done``. A user's mistake ends in one sentence on standard error and exit code 2; Ctrl-C in 130.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
+import math
 import os
 import sys
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 COMMANDS: dict[str, str] = {
     "search": "search a space of architectures at matched active parameters: train, compare, report, export the best",
     "train": "train one architecture (preset= or pattern=), resumable",
     "describe": "tables of presets, layers, parameters, FLOPs and state; out=graph.svg draws the architecture",
-    "compare": "put runs and studies from MLflow side by side: table, curves, steps to reach a loss",
+    "compare": "put runs and studies side by side: table, curves, tokens to reach a loss",
     "export": "write a trial's model as a folder that hybridnas.load reads",
     "generate": "stream text from an exported model",
     "evaluate": "measure a model's loss, its accuracy by length, or architectures on a suite of tasks",
@@ -24,57 +28,89 @@ COMMANDS: dict[str, str] = {
 }
 
 
-def main(argv: list[str] | None = None) -> NoReturn:
-    """Entry point of the console script: ``hybridnas COMMAND [key=value ...]``."""
-    args = sys.argv[1:] if argv is None else argv
-    if not args or args[0] in ("-h", "--help"):
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run :func:`run` on the process's arguments and exit with its code: the entry point of scripts and modules."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows '?' and the command goes on
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run ``[COMMAND, "key=value", ...]`` and return the exit code: 0, 2 for a mistake, 130 for Ctrl-C."""
+    if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
-        sys.exit(0)
-    if args[0] == "--version":
+        return 0
+    if argv[0] == "--version":
         from importlib.metadata import version
 
         print(f"hybridnas {version('hybridnas')}")
-        sys.exit(0)
-    if args[0] not in COMMANDS:
+        return 0
+    command, overrides = argv[0], list(argv[1:])
+    if command not in COMMANDS:
         from hybridnas.errors import suggest
 
-        print(f"hybridnas: unknown command {args[0]!r}{suggest(args[0], COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
-    door(args[0], args[1:])
-
-
-def door(command: str, argv: list[str] | None = None) -> NoReturn:
-    """Run one command and exit with its code; this is all that a ``python -m hybridnas.NAME`` door does."""
-    sys.exit(_guarded(command, sys.argv[1:] if argv is None else argv))
-
-
-def _guarded(command: str, argv: list[str]) -> int:
+        print(f"hybridnas: unknown command {command!r}{suggest(command, COMMANDS)}", file=sys.stderr)
+        return 2
     # A thread that waits for its partner spins, by default for milliseconds: on a machine that does anything else
     # beside us, small models trained 25 times slower. A short spin costs nothing on a quiet one.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from hybridnas.cli.compose import compose, help_text
+    if not _wants_json(overrides):
+        return _guarded(command, overrides)[0]
+    with contextlib.redirect_stdout(sys.stderr):
+        code, found = _guarded(command, overrides)
+    print(json.dumps(found, allow_nan=False), flush=True)
+    return code
+
+
+def _guarded(command: str, overrides: list[str]) -> tuple[int, dict[str, Any]]:
+    """Run one command and return its exit code and what it found; errors are printed, in JSON they are ``error``."""
     from hybridnas.errors import HybridNASError
 
     try:
-        if any(arg in ("-h", "--help") for arg in argv):
-            print(help_text(command, COMMANDS[command]))
-            return 0
-        config = compose(command, argv)
-        run = importlib.import_module(f"hybridnas.cli.{command}").run
-        return int(run(config))
+        if any(item in ("-h", "--help") for item in overrides):
+            from hybridnas.cli.help import help_text
+
+            print(help_text(command, COMMANDS[command], [item for item in overrides if not item.startswith("-")]))
+            return 0, {}
+        from hybridnas.cli.compose import read_settings
+
+        done = importlib.import_module(f"hybridnas.cli.{command}").run(read_settings(command, overrides))
+        return done.code, _json_ready(done.found)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: be quiet at exit, too
-        return 0
+        return 0, {}
     except HybridNASError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # the machine's refusal, no mistake of ours: a full disk, a folder without permission
+        told = {"field": error.field, "got": error.got, "allowed": error.allowed}
+        return 2, _failed(type(error).__name__, str(error), told)
+    except OSError as error:  # the machine's refusal: a full disk, a folder without permission
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{type(error).__name__}: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
+        return 2, _failed(type(error).__name__, f"{where}{error.strerror or error}", {})
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command goes on from here", file=sys.stderr)
-        return 130
+        return 130, {"error": {"type": "KeyboardInterrupt", "message": "stopped by Ctrl-C"}}
+
+
+def _failed(kind: str, message: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    print(f"{kind}: {message}", file=sys.stderr)
+    return {"error": {"type": kind, "message": message, **_json_ready(facts)}}
+
+
+def _wants_json(overrides: list[str]) -> bool:
+    """Whether the last ``json=`` says yes; a value that is neither is refused with the other settings."""
+    said = [item.partition("=")[2].lower() for item in overrides if item.lstrip("+").startswith("json=")]
+    return bool(said) and said[-1] in ("true", "yes", "on")
+
+
+def _json_ready(value: Any) -> Any:
+    """Return the value as JSON has it: numbers that are not finite become null, other types their text."""
+    if isinstance(value, Mapping):
+        return {str(key): _json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_ready(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def _overview() -> str:
@@ -88,6 +124,6 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "hybridnas COMMAND --help lists a command's settings.",
+            "hybridnas COMMAND --help lists a command's settings; with json=true the last line of its output is JSON.",
         ]
     )

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybridnas.bench.context import BenchConfig
 from hybridnas.cli import show
+from hybridnas.cli.command import Command, Done
 
-HELP = "measure kernels, training and decoding side by side with the peers that are installed"
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(BenchConfig, Command):
+    """Settings of the command: those of a run of the benchmarks."""
 
 
-def run(config: dict[str, Any]) -> int:
+def run(settings: Settings) -> Done:
     """Run the suites, print each when it is done and all goals at the end, and write ``out``."""
     from hybridnas.bench import chosen
     from hybridnas.bench import run as run_suites
-    from hybridnas.bench.context import BenchConfig, provenance
+    from hybridnas.bench.context import provenance
     from hybridnas.bench.result import goal_rows
     from hybridnas.files import write_json
 
-    settings = BenchConfig.from_dict(config)
     names = chosen(settings.suite)
     facts = provenance(sys.argv[1:], settings.threads)
     show.line(f"machine: {facts['machine']['processor']}, {facts['machine']['words']}")
@@ -30,13 +35,13 @@ def run(config: dict[str, Any]) -> int:
     if goals:
         columns = ["what", "against", "goal", "measured", "met", "note"]
         show.table("Goals (ratios taken pair by pair: median, quartiles)", columns, goals, left=(0, 1, 2, 4, 5))
+    body = {**facts, "settings": settings.to_dict(), "suites": [result.to_dict() for result in results]}
+    for result in results:
+        body |= result.facts
     if settings.out:
-        body = {**facts, "settings": settings.to_dict(), "suites": [result.to_dict() for result in results]}
-        for result in results:
-            body |= result.facts
         write_json(Path(settings.out), body)
         show.line(f"written: {settings.out} ({', '.join(names)})")
-    return 0
+    return Done({**body, "out": settings.out})
 
 
 def _print(result: Any) -> None:

@@ -1,23 +1,37 @@
-"""python -m hybridnas.compare: runs and studies from MLflow side by side."""
+"""python -m hybridnas.compare: runs and studies side by side."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from hybridnas.cli import show
+from hybridnas.cli.command import Command, Done
 from hybridnas.report.compare import CompareConfig, compare, write_comparison
 
-HELP = "put runs and studies from MLflow side by side: table, curves, tokens to reach a loss"
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(CompareConfig, Command):
+    """Settings of the command: those of a comparison."""
 
 
-def run(config: dict[str, Any]) -> int:
+def run(settings: Settings) -> Done:
     """Print the table and write ``compare.html`` and ``compare.csv``."""
-    named = {key: str(config[key]) for key in ("study", "run", "baseline") if isinstance(config.get(key), int)}
-    settings = CompareConfig.from_dict({**config, **named})  # run=7 is a name, too
     comparison = compare(settings)
     page, sheet = write_comparison(comparison, settings.out)
     columns, rows = comparison.table()
     show.table(f"tokens to {comparison.baseline}'s final loss", columns, rows, left=(0, 1, len(columns) - 1))
     if show.is_terminal():
         show.line(f"written: {page} and {sheet}")
-    return 0
+    found = []
+    for run in comparison.runs:
+        reach = comparison.reaches[run.run_id]
+        found.append(
+            {
+                **{name: getattr(run, name) for name in ("name", "study", "trial", "pattern", "fingerprint", "status")},
+                "tokens": run.points[-1][0] if run.points else None,
+                "loss": run.points[-1][1] if run.points else None,
+                "tokens_to_baseline": reach.tokens if reach else None,
+                "speed_up": reach.speed_up if reach else None,
+            }
+        )
+    return Done({"baseline": comparison.baseline, "runs": found, "page": str(page), "table": str(sheet)})

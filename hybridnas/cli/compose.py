@@ -1,241 +1,261 @@
-"""Hydra, used for composition alone: YAML groups and ``key=value`` overrides in, one plain dict out.
+"""From ``key=value`` to a command's settings: Hydra merges the named choices, dataclass fields read what was typed.
 
-Groups: ``data`` and ``budget`` are folders of conf/; ``preset`` and ``suite`` are registries; ``space`` and
-``experiment`` are YAML files, the package's own and those in ``./search_spaces`` and ``./experiments`` of the folder
-where the user stands.
+Groups (``space data budget preset suite experiment``) are choices with names. Their values, an experiment's and the
+defaults of the command's dataclass go to Hydra as nodes of its ConfigStore, and Hydra composes them. What the user
+typed never meets Hydra's grammar: the type of the setting's field decides how it is read (``config.read_text``), so
+that paths, prompts and patterns are text whatever they look like. ``${...}`` is resolved in YAML files alone.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridnas.config import read_yaml
+from hybridnas.cli.command import Command, groups_of, settings_class
+from hybridnas.cli.sections import (
+    OPEN,
+    choice_of,
+    choices_of,
+    hint_of,
+    known_settings,
+    no_setting,
+    read_choices,
+    section_class,
+)
+from hybridnas.config import FrozenConfig, plain, read_text, spell, words_of
 from hybridnas.errors import ConfigError, suggest
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
-# Values that are text whatever they look like: Hydra's grammar would trip over '(ME)x8', '[M,E]' or a prompt, so these
-# settings are taken as they stand and Hydra never sees them.
-TEXT = (
-    *("pattern", "prompt", "out", "model", "study", "storage", "tracking", "run", "baseline", "uri", "runs"),
-    "against",
-    *("data.path", "data.name", "data.config", "data.split", "data.revision", "data.text_field", "data.separator"),
-    *("data.tokenizer", "data.cache_dir", "suite"),
-    *("patterns", "suite.out", "suite.runs", "suite.against"),
-)
-# Commands whose first word may stand without its key: 'bench scan' is 'bench suite=scan'.
-FIRST_WORD = {"bench": "suite", "search": "action"}
+# Commands whose first argument may stand without its key: 'bench scan' is 'bench suite=scan'.
+FIRST_ARGUMENT = {"bench": "suite", "search": "action"}
 
 
-def compose(command: str, overrides: list[str]) -> dict[str, Any]:
-    """Return the settings of a command with the user's overrides; raises ConfigError that lists what is allowed."""
+def read_settings(command: str, overrides: Sequence[str]) -> Command:
+    """Return a command's settings; raises ConfigError that says what is allowed."""
+    return settings_class(command).from_dict(compose(command, overrides))
+
+
+def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a command's settings as plain values, groups as mappings; raises ConfigError."""
+    settings = settings_class(command)
+    groups = groups_of(settings)
+    given = split_overrides(command, overrides)
+    chosen = {key: _chosen(command, key, text, groups[key]) for key, text in given if key in groups}
+    values = _composed(command, settings, chosen)
+    for key in values:  # an experiment's file may hold what nobody would read
+        if key not in settings.field_names():
+            raise no_setting(command, key, list(known_settings(settings, values)))
+    if chosen.get("experiment"):
+        values["experiment"] = {"name": chosen["experiment"]}
+    typed = [(key, text) for key, text in given if key not in groups]
+    for key, text in sorted(typed, key=lambda item: not item[0].endswith(".kind")):  # a kind decides on other fields
+        _set(command, settings, values, key, text)
+    return values
+
+
+def split_overrides(command: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (key, text) of each ``key=value``; raises ConfigError for anything else."""
+    overrides = list(overrides)
+    if command in FIRST_ARGUMENT and overrides and re.fullmatch(r"[\w,]+", overrides[0]):
+        overrides[0] = f"{FIRST_ARGUMENT[command]}={overrides[0]}"
+    pairs = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.lstrip("+")
+        if not equals or not re.fullmatch(r"[\w.]+", key):
+            raise ConfigError(
+                f"{command} takes key=value settings, got {override!r}; see python -m hybridnas.{command} --help",
+                got=override,
+                allowed="key=value",
+            )
+        pairs.append((key, text))
+    return pairs
+
+
+def command_line(command: str, settings: Command) -> list[str]:
+    """Return the ``key=value`` settings that read as these: named choices first, then what differs from them.
+
+    Raises ConfigError for settings that no command line can hold.
+    """
+    values = settings.to_dict()
+    experiment = values.get("experiment")
+    choices = [f"experiment={experiment['name']}"] if experiment else []
+    for group in groups_of(type(settings)):
+        name = str((values.get(group) or {}).get("kind" if group == "data" else "name"))
+        if group != "experiment" and name in choices_of(group):
+            choices.append(f"{group}={name}")
+    usual = read_settings(command, choices).to_dict()
+    changed = []
+    for path, value in _leaves(values):
+        if _at(usual, path) != value and path[0] != "experiment":
+            hint, _ = _hint(type(settings), values, path)
+            changed.append(f"{'.'.join(path)}={spell(value, hint)}")
+    if read_settings(command, [*choices, *changed]) != settings:
+        raise ConfigError(f"these settings of {command} cannot be written on a command line; put them into a YAML file")
+    return choices + changed
+
+
+def _chosen(command: str, group: str, name: str, default: str | None) -> str | None:
+    """Return the choice of a group; raises ConfigError for one that does not exist."""
+    if name in ("", "null"):
+        if default is not None:
+            raise ConfigError(
+                f"{command} needs its {group}, e.g. {group}={default}",
+                field=group,
+                got=name,
+                allowed=tuple(choices_of(group)),
+            )
+        return None
+    names = choices_of(group)
+    if name in names:
+        return name
+    listed = f" (options: {', '.join(names)})" if names else f": there is no ./{group}s/{name}.yaml here"
+    hint = suggest(name, names).partition("; allowed")[0]
+    if group == "data" and ("/" in name or Path(name).suffix or Path(name).exists()):
+        hint, listed = f"; did you mean data=text data.path={name}?", ""
+    raise ConfigError(f"{command} {group}={name} is unknown{hint}{listed}", field=group, got=name, allowed=tuple(names))
+
+
+def _composed(command: str, settings: type[FrozenConfig], chosen: Mapping[str, str | None]) -> dict[str, Any]:
+    """Let Hydra merge defaults, choices and experiment, in this order; raises ConfigError."""
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
+    from hydra import initialize
+    from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    if command in FIRST_WORD and overrides and re.fullmatch(r"[\w,]+", overrides[0]):
-        overrides = [f"{FIRST_WORD[command]}={overrides[0]}", *overrides[1:]]
-    _check_form(command, overrides)
-    texts, overrides = _taken_apart(overrides, _groups_of(command))
-    _store_groups(overrides)
-    GlobalHydra.instance().clear()
-    with initialize_config_module("hybridnas.conf", version_base="1.3"):
-        try:
-            config = hydra_compose(command, overrides=overrides)
-            plain = OmegaConf.to_container(config, resolve=True)
-        except (HydraException, OmegaConfBaseException, OSError, TypeError) as error:
-            raise _in_our_words(command, overrides, error) from None
-    assert isinstance(plain, dict)
-    settings = {str(key): value for key, value in plain.items()}
-    own = _own_settings(command)
-    for key in settings:  # Hydra lets '+key' and experiment files add what nobody would read
-        if key not in own:
-            raise ConfigError(f"{command} has no setting {key!r}{suggest(key, own)}")
-    for key, text in texts.items():
-        _set(command, settings, key, text)
-    if isinstance(settings.get("preset"), dict) and "name" not in settings["preset"]:
-        raise ConfigError(f"{command} preset.{next(iter(settings['preset']))} needs a preset, e.g. preset=moe_mamba")
-    if "suite" in _groups_of(command) and isinstance(settings.get("suite"), dict) and "name" not in settings["suite"]:
-        raise ConfigError(f"{command} suite.{next(iter(settings['suite']))} needs a suite, e.g. suite=mad")
-    return settings
-
-
-def help_text(command: str, summary: str) -> str:
-    """Return a command's help: its groups with their options, and every setting with its default."""
-    text = (CONF / f"{command}.yaml").read_text()
-    groups = _groups_of(command)
-    lines = [f"python -m hybridnas.{command} [key=value ...]", "", summary[0].upper() + summary[1:] + ".", ""]
-    if groups:
-        lines.append("groups (key=option):")
-        lines += [f"  {name:<11} {', '.join(_options(name))}" for name in groups]
-        lines.append("")
-    lines.append("settings and their defaults:")
-    body = [line for line in text.splitlines() if not line.startswith(("defaults:", "  - "))]
-    lines += [f"  {line}" for line in body if line.strip()]
-    return "\n".join(lines)
-
-
-# Mappings that take keys they do not have yet; whoever reads them checks the keys, with better words than Hydra's.
-OPEN = ("arch.", "space.", "preset.", "budget.", "data.", "suite.")
-
-
-def _groups() -> tuple[str, ...]:
-    return ("preset", "space", "data", "budget", "suite", "experiment")
-
-
-def _defaults(command: str) -> dict[str, Any]:
-    """Return the groups of a command, each with the option that is taken unasked."""
-    entries = read_yaml(CONF / f"{command}.yaml").get("defaults", [])
-    return {key: value for entry in entries if isinstance(entry, dict) for key, value in entry.items()}
-
-
-def _groups_of(command: str) -> list[str]:
-    return [name for name in _groups() if name in _defaults(command)]
-
-
-def _own_settings(command: str) -> list[str]:
-    """Return the names of a command's settings and groups."""
-    return [key for key in read_yaml(CONF / f"{command}.yaml") if key != "defaults"] + _groups_of(command)
-
-
-def _check_form(command: str, overrides: list[str]) -> None:
-    """Refuse what is not ``key=value``, and an option that a group lacks, before Hydra finds harder words for it."""
-    defaults = _defaults(command)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or key.startswith("~") or not key.strip("+"):
-            raise ConfigError(
-                f"{command} takes key=value settings, got {override!r}; see python -m hybridnas.{command} --help"
-            )
-        group = key.lstrip("+")
-        if group not in defaults:
-            continue
-        if value in ("", "null"):
-            if defaults[group] is not None:
-                raise ConfigError(f"{command} needs its {group}, e.g. {group}={defaults[group]}")
-        elif value not in (options := _options(group)):
-            listed = f" (options: {', '.join(options)})" if options else f": there is no ./{group}s/{value}.yaml here"
-            raise ConfigError(f"{command} {group}={value} is unknown{suggest(value, options)}{listed}")
-
-
-def _options(group: str) -> list[str]:
-    if group in ("data", "budget"):
-        return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    if group == "preset":
-        from hybridnas.arch.presets import list_presets
-
-        return sorted(list_presets())
-    if group == "suite":
-        from hybridnas.suites.suite import SUITES
-
-        return list(SUITES)
-    return sorted(_files(group))
-
-
-def _files(group: str) -> dict[str, Path]:
-    """Return option -> file of a group of YAML files; a user's own file wins over ours."""
-    rooms = {
-        "space": [CONF.parent / "search_spaces", Path("search_spaces")],
-        "experiment": [Path("experiments")],
-    }[group]
-    return {path.stem: path for room in rooms for path in sorted(room.glob("*.yaml"))}
-
-
-def _store_groups(overrides: list[str]) -> None:
-    """Tell Hydra of presets, spaces and experiments; a broken file matters only where it is asked for."""
-    from hydra.core.config_store import ConfigStore
-
-    from hybridnas.arch.presets import list_presets, preset_arguments
-
     store = ConfigStore.instance()
-    for name in list_presets():
-        store.store(group="preset", name=name, node={"name": name, **preset_arguments(name)})
-    for name in _options("suite"):
-        store.store(group="suite", name=name, node=_suite_settings(name))
-    for group in ("space", "experiment"):
-        package = "_global_" if group == "experiment" else None
-        for name, path in _files(group).items():
-            try:
-                node = read_yaml(path)
-            except ConfigError:
-                if f"{group}={name}" in overrides:
-                    raise
-                continue
-            store.store(group=group, name=name, node={"name": name, **node} if not package else node, package=package)
+    defaults: list[Any] = ["_self_", *({group: name} for group, name in groups_of(settings).items())]
+    own: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        if "group" not in field.metadata:
+            value = field.default_factory() if callable(field.default_factory) else field.default
+            own[field.name] = plain(value)
+    store.store(name=command, node={"defaults": defaults, **own})
+    wanted = groups_of(settings)
+    anew: dict[str, str | None] = {}
+    if chosen.get("experiment"):
+        name = str(chosen["experiment"])
+        experiment = _experiment(name)
+        store.store(group="experiment", name=name, node=experiment, package="_global_")
+        anew = _overridden(experiment)
+        other = ", ".join(sorted(set(anew) - set(wanted)))
+        if other:
+            raise ConfigError(
+                f"experiment={name} chooses {other}, which {command} does not have",
+                field="experiment",
+                got=name,
+            )
+        wanted |= {group: _chosen(command, group, choice or "", None) for group, choice in anew.items()}
+    wanted |= chosen
+    for group, option in wanted.items():
+        if group != "experiment" and option is not None:
+            store.store(group=group, name=option, node=choice_of(group, option))
+    overrides = [f"{group}={_literal(name)}" for group, name in wanted.items() if name is not None]
+    overrides += [f"~{group}" for group in chosen if chosen[group] is None and group in anew]
+    GlobalHydra.instance().clear()
+    with initialize(config_path=None, version_base="1.3"):  # everything lies in the ConfigStore
+        try:
+            composed = OmegaConf.to_container(hydra_compose(command, overrides=overrides), resolve=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(f"{command} cannot compose its settings: {' '.join(str(error).split())}") from None
+    assert isinstance(composed, dict)
+    return {str(key): value for key, value in composed.items()}
 
 
-def _suite_settings(name: str) -> dict[str, Any]:
-    from hybridnas.suites.suite import SuiteConfig
-
-    return {key: [] if value == () else value for key, value in SuiteConfig(name=name).to_dict().items()}
-
-
-def _taken_apart(overrides: list[str], groups: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Separate what is plain text from what Hydra reads."""
-    texts: dict[str, str] = {}
-    rest: list[str] = []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if equals and key.lstrip("+") in TEXT and key not in groups and value not in ("", "null"):
-            texts[key.lstrip("+")] = value
-        else:
-            texts.pop(key.lstrip("+"), None)  # the last one counts, also when it takes a text back
-            rest.append(f"++{override}" if key.startswith(OPEN) else override)
-    return texts, rest
+def _experiment(name: str) -> dict[str, Any]:
+    """Return an experiment's file with the choices of its defaults list as text."""
+    node = choice_of("experiment", name)
+    if "defaults" in node:
+        node["defaults"] = [
+            {str(key): None if value is None else str(value) for key, value in entry.items()}
+            if isinstance(entry, dict)
+            else entry
+            for entry in node["defaults"]
+        ]
+    return node
 
 
-def _set(command: str, settings: dict[str, Any], dotted: str, text: str) -> None:
-    *path, last = dotted.split(".")
-    node: Any = settings
-    for key in path:
-        node = node.get(key) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or (last not in node and not dotted.startswith(OPEN)):
-        raise _no_setting(command, dotted, list(_dotted(settings)))
-    node[last] = text
+def _overridden(experiment: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the groups that an experiment's defaults list chooses anew."""
+    entries = [entry for entry in experiment.get("defaults", ()) if isinstance(entry, dict)]
+    return {key.partition("/")[2]: value for entry in entries for key, value in entry.items() if "override" in key}
 
 
-def _in_our_words(command: str, overrides: list[str], error: Exception) -> ConfigError:
-    text = str(error)
-    missing = re.search(r"Could not find '(\w+)/([^']+)'", text)
-    if missing:
-        group, got = missing.groups()
-        return ConfigError(f"{command} {group}={got} is unknown{suggest(got, _options(group))} (options: "
-                           f"{', '.join(_options(group))})")  # fmt: skip
-    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
-    if unknown:
-        key = unknown.group(1)
-        return _no_setting(command, key, _settings(command, overrides))
-    first = " ".join(text.split("See https")[0].split())
-    several = re.search(r"Ambiguous value for argument '\+*([^=']+)=([^']*)'", text)
-    if several:
-        key, value = several.groups()
-        return ConfigError(f"{command} {key}={value} is no single value; write a list as '{key}=[{value}]'")
-    return ConfigError(f"{command} cannot read its settings: {first}")
+def _literal(name: str) -> str:
+    """Write a choice's name for Hydra, as quoted text: '1e3' and 'true' are names like any other."""
+    escaped = name.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
-def _no_setting(command: str, key: str, known: list[str]) -> ConfigError:
-    """Name what may have been meant: a setting beside it (data.path and data.kind), else any."""
-    room = key.rpartition(".")[0]
-    beside = [name for name in known if name.rpartition(".")[0] == room] if room else []
-    return ConfigError(f"{command} has no setting {key!r}{suggest(key, beside or known)}")
-
-
-def _settings(command: str, overrides: list[str]) -> list[str]:
-    """Every dotted key that exists with the groups that the user chose: what a mistyped key may have meant."""
-    chosen = [item for item in overrides if item.partition("=")[0] in _groups()]
+def _set(command: str, settings: type[FrozenConfig], values: dict[str, Any], key: str, text: str) -> None:
+    """Read what was typed for a setting by its type, and put it into the values; raises ConfigError."""
+    path = _path(key)
+    if path[0] in groups_of(settings) and values.get(path[0]) is None and len(path) > 1:
+        names = choices_of(path[0])
+        example = next(iter(names), "NAME")
+        raise ConfigError(
+            f"{command} {key} needs a {path[0]}, e.g. {path[0]}={example}", field=path[0], allowed=tuple(names)
+        )
     try:
-        return list(_dotted(compose(command, chosen)))
-    except ConfigError:
-        return []
+        hint, choices = _hint(settings, values, path)
+        if path[0] == "space" and len(path) == 2:
+            value = read_choices(text)
+        else:
+            value = read_text(text, hint, choices)
+    except KeyError:
+        raise no_setting(command, key, list(known_settings(settings, values))) from None
+    except ValueError:
+        words = words_of(hint)
+        raise ConfigError(f"{command} {key}={text!r} is not {words}", field=key, got=text, allowed=words) from None
+    node: Any = values
+    for name in path[:-1]:
+        inner = node.get(name)
+        if isinstance(inner, list):  # data.parts=[mqar,parity]: names, each with settings of its own
+            inner = {str(item): {} for item in inner}
+        node[name] = inner if isinstance(inner, dict) else {}
+        node = node[name]
+    node[path[-1]] = value
 
 
-def _dotted(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _hint(settings: type[FrozenConfig], values: Mapping[str, Any], path: list[str]) -> tuple[Any, Any]:
+    """Return type and choices of a setting; raises KeyError for one that does not exist."""
+    name = path[0]
+    if name not in settings.field_names():
+        raise KeyError(name)
+    if len(path) == 1:
+        return settings.type_of(name), settings.field(name).metadata.get("choices")
+    section = values.get(name)
+    section = section if isinstance(section, Mapping) else {}
+    if name not in OPEN and section_class(name, section) is None and name not in groups_of(settings):
+        raise KeyError(name)
+    return hint_of(name, path[1:], section)
+
+
+def _path(key: str) -> list[str]:
+    """Return the keys that a dotted setting stands for; ``space.E.top_k`` is the space's choice ``E.top_k``."""
+    path = key.split(".")
+    if path[0] == "space" and len(path) > 2 and len(path[1]) == 1 and path[1].isupper():
+        return ["space", ".".join(path[1:])]
+    return path
+
+
+def _leaves(node: Mapping[str, Any], before: tuple[str, ...] = ()) -> list[tuple[list[str], Any]]:
+    """Return (path, value) of everything that is no mapping with entries."""
+    leaves: list[tuple[list[str], Any]] = []
     for key, value in node.items():
-        yield prefix + str(key)
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and value and all(re.fullmatch(r"[\w.]+", str(name)) for name in value):
+            leaves += _leaves(value, (*before, key))
+        else:
+            leaves.append(([*before, key], value))
+    return leaves
+
+
+def _at(node: Any, path: Sequence[str]) -> Any:
+    for key in path:
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node

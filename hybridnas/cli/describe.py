@@ -2,43 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybridnas.cli import show
-from hybridnas.errors import ConfigError
+from hybridnas.cli.command import ARCH, DEVICE, PATTERN, Command, Done, group
+from hybridnas.cli.wanted import wanted_arch
+from hybridnas.config import option
 from hybridnas.units import human
 
-HELP = "tables of presets, layers, parameters, FLOPs and state; out=graph.svg draws the architecture"
+if TYPE_CHECKING:
+    from hybridnas.arch.arch import Arch
 
 
-def run(config: dict[str, Any]) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Command):
+    """Settings of the command."""
+
+    preset: Mapping[str, Any] | None = group(None, "architecture of a paper, with its sizes")
+    experiment: Mapping[str, Any] | None = group(None, "settings from a file")
+    pattern: str | None = option(None, PATTERN)
+    arch: Mapping[str, Any] = option({}, ARCH)
+    seq_len: int = option(1024, "length at which FLOPs and state are stated [tokens]", ge=1)
+    out: Path | None = option(None, "draws the architecture: FILE.svg, .png or .pdf")
+    device: str = option("auto", f"whose kernels are named: {DEVICE}")
+
+    @classmethod
+    def label(cls) -> str:
+        return "describe"
+
+
+def run(settings: Settings) -> Done:
     """Describe ``preset=`` or ``pattern=`` layer by layer; without either, all presets beside the paper's figures."""
-    from hybridnas.cli.wanted import wanted_arch
-
-    if not isinstance(config["seq_len"], int) or config["seq_len"] < 1:
-        raise ConfigError(f"describe seq_len={config['seq_len']!r} must be a whole number of 1 or more")
-    arch = wanted_arch(config)
+    arch = wanted_arch(settings.preset, settings.pattern, settings.arch)
     if arch is None:
-        _presets(config["seq_len"])
-        return 0
-    _layers(arch, config["seq_len"])
-    _kernels(arch, config["device"])
-    if config["out"]:
+        return Done({"presets": _presets(settings.seq_len)})
+    found = {**facts(arch, settings.seq_len), "layers": _layers(arch, settings.seq_len)}
+    found["implementations"] = _kernels(arch, settings.device)
+    if settings.out is not None:
         from hybridnas.draw.svg import draw_svg
 
-        show.line(f"drawn: {draw_svg(arch, Path(config['out']))}")
-    return 0
+        found["drawing"] = str(draw_svg(arch, settings.out))
+        show.line(f"drawn: {found['drawing']}")
+    return Done(found)
 
 
-def _presets(seq_len: int) -> None:
+def facts(arch: Arch, seq_len: int) -> dict[str, Any]:
+    """Return what identifies an architecture and what it costs, for ``json=true``."""
+    return {
+        "pattern": str(arch.pattern),
+        "fingerprint": arch.fingerprint(),
+        "d_model": arch.d_model,
+        "vocab_size": arch.vocab_size,
+        "seq_len": seq_len,
+        "cost": asdict(arch.cost(seq_len)),
+    }
+
+
+def _presets(seq_len: int) -> list[dict[str, Any]]:
     from hybridnas.arch.presets import PRESETS, preset
 
-    rows = []
+    found, rows = [], []
     for name in PRESETS:
         arch = preset(name)
         cost = arch.cost(seq_len)
-        paper = PRESETS.get(name).paper
+        papers = PRESETS.get(name).paper
+        printed = f"{papers[0].params} / {papers[0].active_params}" if papers else "-"
+        found.append({"preset": name, **facts(arch, seq_len)})
         rows.append(
             [
                 name,
@@ -46,16 +78,17 @@ def _presets(seq_len: int) -> None:
                 str(arch.d_model),
                 f"{cost.params:,}",
                 f"{cost.active_params:,}",
-                f"{paper[0].params} / {paper[0].active_params}" if paper else "",
+                printed,
                 human(cost.flops_per_token),
                 human(cost.state_bytes),
             ]
         )
     columns = ["preset", "pattern", "d_model", "params", "active", "paper", "FLOPs/token", f"state@{seq_len} [B]"]
     show.table("Presets (parameters without embedding and head)", columns, rows, left=(0, 1))
+    return found
 
 
-def _layers(arch: Any, seq_len: int) -> None:
+def _layers(arch: Arch, seq_len: int) -> list[dict[str, Any]]:
     from hybridnas.draw.table import describe_layers
 
     table = describe_layers(arch, seq_len)
@@ -77,14 +110,19 @@ def _layers(arch: Any, seq_len: int) -> None:
     title = f"{arch.pattern}   d_model {arch.d_model}, vocabulary {arch.vocab_size:,}, fingerprint {arch.short}"
     columns = ["layers", "block", "sizes", "params", "active", "FLOPs/token", f"state@{seq_len} [B]"]
     show.table(title, columns, rows, left=(0, 1, 2))
+    return [
+        {"layers": row.where, "letter": row.letter, "block": row.name, "sizes": row.sizes, "cost": asdict(row.cost)}
+        for row in table.rows
+    ]
 
 
-def _kernels(arch: Any, device_name: str) -> None:
+def _kernels(arch: Arch, device_name: str) -> dict[str, str]:
     from hybridnas.arch.model import HybridLM
     from hybridnas.hardware import pick_device
 
     device = pick_device(device_name)
     model = HybridLM(arch, device="meta")
-    words = {op: text for block in model.blocks() for op, text in block.implementations(device).items()}
-    for operation, text in words.items():
+    found = {op: text for block in model.blocks() for op, text in block.implementations(device).items()}
+    for operation, text in found.items():
         show.line(f"{operation} on {device}: {text}")
+    return found

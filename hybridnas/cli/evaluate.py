@@ -4,32 +4,51 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridnas.cli import show
-from hybridnas.config import FrozenConfig, option
+from hybridnas.cli.command import ARCH, DEVICE, Command, Done, group
+from hybridnas.cli.wanted import model_folder, wanted_arch
+from hybridnas.config import option
 from hybridnas.errors import ConfigError
 
 if TYPE_CHECKING:
     from hybridnas.arch.model import HybridLM
     from hybridnas.data.source import Source
 
-HELP = "measure a model's loss, its accuracy by length (lengths=), or architectures on a suite of tasks (suite=)"
-
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(FrozenConfig):
-    """Settings of the command besides ``data``, ``preset``, ``pattern`` and ``arch``."""
+class Settings(Command):
+    """Settings of the command."""
 
-    model: str | None = option(None, "folder that 'python -m hybridnas.export' wrote")
-    valid_tokens: int | None = option(None, "validation tokens; null: as in training, else 131,072 [tokens]", ge=1)
-    seq_len: int | None = option(None, "context; null: that of the training, else 256 [tokens]", ge=1)
+    data: Mapping[str, Any] = group("stdlib", "what is measured on")
+    preset: Mapping[str, Any] | None = group(None, "an untrained architecture of a paper; with suite=, what is trained")
+    suite: Mapping[str, Any] | None = group(None, "a published suite of small trainings")
+    experiment: Mapping[str, Any] | None = group(None, "settings from a file")
+    model: Path | None = option(None, "folder of an exported model, of a training run, or of a study")
+    pattern: str | None = option(None, "an untrained architecture as a pattern; with suite=, what is trained")
+    patterns: tuple[str, ...] = option(
+        (), "with suite=: several architectures, patterns or presets, e.g. [Mx4,(ME)x2,transformer]"
+    )
+    arch: Mapping[str, Any] = option({}, ARCH)
+    lengths: tuple[int, ...] = option(
+        (), "accuracy at each of these lengths, in constant memory for recurrent blocks, e.g. [64,1024,1M]", ge=1
+    )
+    max_gib: float | None = option(None, "lengths=: memory that the state may take; none: what is free [GiB]", gt=0)
+    out: Path | None = option(None, "lengths=: CSV of the results")
+    valid_tokens: int | None = option(None, "validation tokens; none: as in training, else 131,072 [tokens]", ge=1)
+    seq_len: int | None = option(None, "context; none: that of the training, else 256 [tokens]", ge=1)
     batch_size: int = option(16, "sequences in one forward pass [count]", ge=1)
-    seed: int = option(0, "seed of the weights of an untrained model", ge=0)
-    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    seed: int = option(0, "seed of the weights of an untrained model", ge=0, le=2**63 - 1)
+    device: str = option("auto", DEVICE)
     precision: str = option(
         "auto", "of matrix products; auto: bfloat16 on a GPU, else float32", choices=("auto", "float32", "bfloat16")
+    )
+    tracking: str | None = option(
+        None, "with suite=: MLflow tracking URI; none: sqlite in the suite's folder; off: no MLflow"
     )
 
     @classmethod
@@ -37,25 +56,27 @@ class EvaluateConfig(FrozenConfig):
         return "evaluate"
 
 
-def run(config: dict[str, Any]) -> int:
+def run(settings: Settings) -> Done:
     """Measure on the data's validation part and print loss, bits per byte, accuracy and speed; or run a suite."""
-    if config.get("suite"):
+    from hybridnas.hardware import pick_device
+
+    device = pick_device(settings.device)  # refused before any data is read
+    if settings.suite:
         from hybridnas.cli.suites import run_suite
 
-        return run_suite(config)
-    if config.get("lengths"):
+        return run_suite(settings)
+    if settings.lengths:
         from hybridnas.cli.suites import run_lengths
 
-        return run_lengths(config)
-    if config.get("patterns"):
-        raise ConfigError("patterns=[...] belongs to a suite, e.g. suite=mad; give pattern=TEXT for one model")
-    settings = EvaluateConfig.from_dict({k: v for k, v in config.items() if k in EvaluateConfig.field_names()})
+        return run_lengths(settings)
+    if settings.patterns:
+        raise ConfigError(
+            "patterns=[...] belongs to a suite, e.g. suite=mad; give pattern=TEXT for one model", field="patterns"
+        )
     from hybridnas.data import check_vocab
-    from hybridnas.hardware import pick_device
     from hybridnas.train.evaluate import evaluate
 
-    device = pick_device(settings.device)
-    model, source, facts = _exported(settings, config) if settings.model else _untrained(settings, config)
+    model, source, facts = _exported(settings) if settings.model else _untrained(settings)
     check_vocab(source.vocab_size, model.arch.vocab_size)
     show.line(f"model: {model.arch.pattern}, d_model {model.arch.d_model}, fingerprint {model.arch.short}")
     show.line(f"data: {source.describe()}")
@@ -80,41 +101,43 @@ def run(config: dict[str, Any]) -> int:
     if isinstance(facts.get("valid_loss"), float):
         rows.append(["loss recorded in training", f"{facts['valid_loss']:.4f}"])
     show.table("Validation", ["figure", "value"], rows)
-    return 0
+    found = {name: getattr(score, name) for name in ("loss", "bits_per_byte", "accuracy", "tokens")}
+    about = {"pattern": str(model.arch.pattern), "fingerprint": model.arch.fingerprint(), "data": source.describe()}
+    return Done({**about, **found, "seconds": seconds, "device": str(device)})
 
 
-def _exported(settings: EvaluateConfig, config: dict[str, Any]) -> tuple[HybridLM, Source, dict[str, Any]]:
+def _exported(settings: Settings) -> tuple[HybridLM, Source, dict[str, Any]]:
     """Return an exported model, the data in the model's own tokens, and the facts of its training."""
     from hybridnas.data import open_source, source_config
     from hybridnas.export.layout import TOKENIZER_FILES, home
     from hybridnas.export.load import load, load_tokenizer, read_config
 
-    if config.get("preset") or config.get("pattern"):
-        raise ConfigError("evaluate takes model=FOLDER, or preset= or pattern= for an untrained model, not both")
-    assert settings.model is not None
-    folder = home(settings.model)
+    if settings.preset or settings.pattern:
+        raise ConfigError(
+            "evaluate takes model=FOLDER, or preset= or pattern= for an untrained model, not both", field="model"
+        )
+    folder = home(model_folder(settings.model))
     model = load(folder, device="cpu")
-    data = source_config(config["data"])
+    data = source_config(settings.data)
     if (folder / TOKENIZER_FILES[0]).is_file() and "tokenizer" in data.field_names():
         own = load_tokenizer(folder)
-        words = "bytes" if own.kind == "bytes" else str(folder)
-        given = config["data"].get("tokenizer", "bytes")
-        if given not in ("bytes", words):
+        name = "bytes" if own.kind == "bytes" else str(folder)
+        given = settings.data.get("tokenizer", "bytes")
+        if given not in ("bytes", name):
             show.line(f"data.tokenizer={given} gives way to the model's own tokenizer")
-        data = data.replace(tokenizer=words, **{k: None for k in ("vocab_size", "separator") if hasattr(data, k)})
+        data = data.replace(tokenizer=name, **{k: None for k in ("vocab_size", "separator") if hasattr(data, k)})
     return model, open_source(data), dict(read_config(folder).get("training") or {})
 
 
-def _untrained(settings: EvaluateConfig, config: dict[str, Any]) -> tuple[HybridLM, Source, dict[str, Any]]:
+def _untrained(settings: Settings) -> tuple[HybridLM, Source, dict[str, Any]]:
     """Return a preset or a pattern with random weights: what a model scores before it has learnt anything."""
     from hybridnas.arch.model import HybridLM
-    from hybridnas.cli.wanted import wanted_arch
     from hybridnas.data import open_source, source_config
 
-    if not (config.get("preset") or config.get("pattern")):
-        raise ConfigError("evaluate needs model=FOLDER (an exported model), preset=NAME or pattern=TEXT")
-    source = open_source(source_config(config["data"]))
-    arch = wanted_arch(config, source.vocab_size)
+    if not (settings.preset or settings.pattern):
+        raise ConfigError("evaluate needs model=FOLDER (an exported model), preset=NAME or pattern=TEXT", field="model")
+    source = open_source(source_config(settings.data))
+    arch = wanted_arch(settings.preset, settings.pattern, settings.arch, source.vocab_size)
     assert arch is not None
     blind = math.log(arch.vocab_size)
     show.line(f"untrained: the weights are random (seed {settings.seed}); a blind guess has loss {blind:.4f}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridnas.cli import show
-from hybridnas.config import FrozenConfig, option
+from hybridnas.cli.command import Command, Done
+from hybridnas.cli.wanted import study_folder
+from hybridnas.config import option
 from hybridnas.errors import ConfigError, ExportError, StudyError
 
 if TYPE_CHECKING:
@@ -15,50 +18,48 @@ if TYPE_CHECKING:
     from hybridnas.data.tokenizers import Tokenizer
     from hybridnas.study.records import TrialRecord
 
-HELP = "write a trial's model as a folder that hybridnas.load reads"
-
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig(FrozenConfig):
-    """Settings of the command, one for one those of conf/export.yaml."""
+class Settings(Command):
+    """Settings of the command."""
 
     study: str | None = option(None, "name of the study, or its folder")
-    out: str | None = option(None, "folder to write; an earlier export there is replaced")
+    out: Path | None = option(None, "folder to write; an earlier export there is replaced")
     trial: int | None = option(None, "number of the trial; null: the completed one of lowest validation loss", ge=0)
-    runs: str = option("runs", "where studies lie")
+    runs: Path = option(Path("runs"), "folder in which studies lie")
 
     @classmethod
     def label(cls) -> str:
         return "export"
 
 
-def run(config: dict[str, Any]) -> int:
+def run(settings: Settings) -> Done:
     """Export the asked or the best trial, and say where it is and what it is."""
-    settings = ExportConfig.from_dict(config)
     if not settings.study or not settings.out:
-        raise ConfigError("export needs study=NAME and out=DIR, e.g. study=mamba_moe-laptop out=model")
+        missing = "out" if settings.study else "study"
+        raise ConfigError("export needs study=NAME and out=DIR, e.g. study=mamba_moe-laptop out=model", field=missing)
     from hybridnas.export.folder import export
     from hybridnas.export.trials import card_facts
-    from hybridnas.search.config import Budget, SearchConfig
+    from hybridnas.search.config import SearchConfig
     from hybridnas.study.folder import read_study
     from hybridnas.study.records import load_records
 
-    given = Path(settings.study).expanduser()
-    study = given if (given / "study.json").is_file() else Path(settings.runs) / settings.study
+    study = study_folder(settings.study, settings.runs)
     meta = read_study(study)
     records, warnings = load_records(study)
     for warning in warnings:
         show.line(f"warning: {warning}")
     record = choose(records, settings.trial, str(meta["study"]))
-    identity = meta["identity"]
-    search = SearchConfig.from_dict({**identity, "budget": Budget.from_dict(identity["budget"])})
-    model = _model(study, record)
-    card = card_facts(record, str(meta["study"]), search)
-    folder = export(model, settings.out, tokenizer=_tokenizer(study, identity["data"]), card=card)
+    model = _model(study, record, settings.study)
+    card = card_facts(record, str(meta["study"]), SearchConfig.from_dict(meta["identity"]))
+    folder = export(model, settings.out, tokenizer=_tokenizer(study, meta["identity"]["data"]), card=card)
     loss = f", loss {record.valid_loss:.4f}" if record.valid_loss is not None else ""
     show.line(f"trial {record.number}, {record.pattern}{loss}: reloaded with equal logits")
-    show.line(f"model:  {folder}   python -m hybridnas.generate model={settings.out} prompt='def '")
-    return 0
+    show.line(
+        f"model:  {folder}   {shlex.join(['python', '-m', 'hybridnas.generate', f'model={folder}', 'prompt=def '])}"
+    )
+    found = {"model": str(folder), "trial": record.number, "pattern": record.pattern}
+    return Done({**found, "fingerprint": record.fingerprint, "valid_loss": record.valid_loss})
 
 
 def choose(records: list[TrialRecord], number: int | None, study: str) -> TrialRecord:
@@ -72,7 +73,12 @@ def choose(records: list[TrialRecord], number: int | None, study: str) -> TrialR
         return min(done, key=lambda record: record.valid_loss or 0.0)
     if number not in by_number:
         known = ", ".join(map(str, by_number)) or "none"
-        raise StudyError(f"study {study!r} has no finished trial {number}; finished: {known}")
+        raise StudyError(
+            f"study {study!r} has no finished trial {number}; finished: {known}",
+            field="trial",
+            got=number,
+            allowed=tuple(by_number),
+        )
     record = by_number[number]
     if record.state == "DUPLICATE" and record.duplicate_of in by_number:
         show.line(f"trial {number} is the architecture of trial {record.duplicate_of}, which was trained")
@@ -82,7 +88,7 @@ def choose(records: list[TrialRecord], number: int | None, study: str) -> TrialR
     return record
 
 
-def _model(study: Path, record: TrialRecord) -> HybridLM:
+def _model(study: Path, record: TrialRecord, name: str) -> HybridLM:
     """Return the trial's model from its checkpoint, or from ``best/`` where that is this very trial."""
     from hybridnas.export.layout import CONFIG
     from hybridnas.export.load import load, read_config
@@ -98,9 +104,12 @@ def _model(study: Path, record: TrialRecord) -> HybridLM:
         facts = config.get("training") or {}
         if facts.get("trial") == record.number and config.get("fingerprint") == record.fingerprint:
             return load(best, device="cpu")
+    again = shlex.join(["python", "-m", "hybridnas.replay", f"study={name}", f"trial={record.number}"])
     raise ExportError(
         f"trial {record.number} of {study} kept no weights (a study keeps those of its best trials); "
-        f"python -m hybridnas.replay study={study.name} trial={record.number} trains it again to the same numbers"
+        f"{again} trains it again to the same numbers",
+        field="trial",
+        got=record.number,
     )
 
 

@@ -5,49 +5,61 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-from hybridnas.config import FrozenConfig, option
+from hybridnas.cli.command import DEVICE, Command, Done
+from hybridnas.cli.wanted import model_folder
+from hybridnas.config import option
 from hybridnas.errors import ConfigError
 
-HELP = "stream text from an exported model"
 # Control characters would move a terminal's cursor or worse, and a model may draw any of them.
 _HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(FrozenConfig):
-    """Settings of the command, one for one those of conf/generate.yaml."""
+class Settings(Command):
+    """Settings of the command."""
 
-    model: str | None = option(None, "folder that 'python -m hybridnas.export' wrote")
-    prompt: str | None = option("", "text to continue; - reads it from standard input, empty starts a new document")
+    model: Path | None = option(None, "folder of an exported model, of a training run, or of a study")
+    study: str | None = option(None, "study whose best model is used: its name, or its folder")
+    runs: Path = option(Path("runs"), "folder in which studies lie")
+    prompt: str = option("", "text to continue; - reads it from standard input, empty starts a new document")
     max_new_tokens: int = option(200, "most tokens to draw [count]", ge=0)
     temperature: float = option(0.8, "0 takes the likeliest token each time, 1 draws as the model says [1]", ge=0)
     top_k: int | None = option(40, "draw among this many likeliest tokens; null: among all [count]", ge=1)
-    seed: int = option(0, "seed of the draws", ge=0)
+    seed: int = option(0, "seed of the draws", ge=0, le=2**63 - 1)
     stop_at_end: bool = option(True, "stop where the model ends the document [yes/no]")
     echo: bool = option(True, "print the prompt before its continuation [yes/no]")
-    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    device: str = option("auto", DEVICE)
 
     @classmethod
     def label(cls) -> str:
         return "generate"
 
 
-def run(config: dict[str, Any]) -> int:
+def run(settings: Settings) -> Done:
     """Stream a continuation of the prompt; Ctrl-C ends it with what was printed."""
-    settings = GenerateConfig.from_dict(config)
-    if not settings.model:
-        raise ConfigError("generate needs model=FOLDER, a folder that 'python -m hybridnas.export' wrote")
+    if (settings.model is None) == (settings.study is None):
+        raise ConfigError(
+            "generate needs model=FOLDER, a folder that 'python -m hybridnas.export' wrote, or study=NAME",
+            field="model",
+            got=settings.model,
+        )
     from hybridnas.export.load import load, load_tokenizer
     from hybridnas.export.stream import stream_text
 
-    model = load(settings.model, settings.device)
-    tokenizer = load_tokenizer(settings.model)
-    prompt = _prompt(settings.prompt or "")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows '?' and goes on
+    folder = model_folder(settings.model, settings.study, settings.runs)
+    model = load(folder, settings.device)
+    tokenizer = load_tokenizer(folder)
+    prompt = _prompt(settings.prompt)
+    pieces: list[str] = []
+
+    def write(text: str) -> None:
+        pieces.append(text)
+        _write(text)
+
     began = time.perf_counter()
+    drawn, code = 0, 0
     try:
         model.init_state(1)  # a model that cannot generate says so before anything is printed
         if settings.echo:
@@ -56,7 +68,7 @@ def run(config: dict[str, Any]) -> int:
             model,
             tokenizer,
             prompt,
-            _write,
+            write,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_k=settings.top_k,
@@ -64,13 +76,13 @@ def run(config: dict[str, Any]) -> int:
             stop_at_end=settings.stop_at_end,
         )
     except KeyboardInterrupt:
-        _write("\n")
-        return 130
+        code = 130
     _write("\n")
-    if sys.stderr.isatty():
-        seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    if sys.stderr.isatty() and code == 0:
         print(f"{drawn} tokens in {seconds:.2f} s, {drawn / seconds:.0f} tokens/s", file=sys.stderr)
-    return 0
+    found = {"model": str(folder), "prompt": prompt, "text": "".join(pieces), "tokens": drawn, "seconds": seconds}
+    return Done(found, code)
 
 
 def _prompt(text: str) -> str:

@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hybridnas.cli import show
+from hybridnas.cli.command import DEVICE, Command, Done
+from hybridnas.cli.wanted import study_folder
+from hybridnas.config import option
 from hybridnas.errors import ConfigError
 
-HELP = "run a trial of a study again: same seed, same data, same numbers on CPU"
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Command):
+    """Settings of the command."""
+
+    study: str | None = option(None, "name of the study, or its folder")
+    trial: int | None = option(None, "number of the trial", ge=0)
+    runs: Path = option(Path("runs"), "folder in which studies lie")
+    out: Path | None = option(None, "folder of the rerun; none: RUNS/STUDY/replays/NUMBER")
+    device: str = option("auto", DEVICE)
+
+    @classmethod
+    def label(cls) -> str:
+        return "replay"
 
 
-def run(config: dict[str, Any]) -> int:
-    """Replay one trial and print recorded and new losses; returns 1 when they differ."""
+def run(settings: Settings) -> Done:
+    """Replay one trial and print recorded and new losses; exit code 1 when they differ."""
+    if settings.study is None or settings.trial is None:
+        missing = "study" if settings.study is None else "trial"
+        raise ConfigError("replay needs study=NAME and trial=NUMBER", field=missing, allowed="a study and a trial")
     from hybridnas.cli.progress import progress
     from hybridnas.search.replay import replay
 
-    if config["study"] is None or config["trial"] is None:
-        raise ConfigError("replay needs study=NAME and trial=NUMBER")
-    if not isinstance(config["trial"], int) or config["trial"] < 0:
-        raise ConfigError(f"replay trial={config['trial']!r} must be a whole number of 0 or more")
-    study = Path(config["study"])
-    if not (study / "study.json").is_file():
-        study = Path(config["runs"]) / config["study"]
     again = replay(
-        study,
-        config["trial"],
-        out=Path(config["out"]) if config["out"] else None,
-        device=config["device"],
+        study_folder(settings.study, settings.runs),
+        settings.trial,
+        out=settings.out,
+        device=settings.device,
         callbacks=[progress()],
         news=show.line,
     )
@@ -35,4 +47,6 @@ def run(config: dict[str, Any]) -> int:
     show.table("Validation loss [nats per token]", ["tokens", "recorded", "again", "difference"], rows)
     show.line("the same to the bit" if again.identical else "not the same to the bit; see the differences")
     show.line(f"weights: {again.folder}")
-    return 0 if again.identical else 1
+    losses = [{"tokens": tokens, "recorded": old, "again": new} for tokens, old, new in again.pairs]
+    found = {"identical": again.identical, "losses": losses, "folder": str(again.folder)}
+    return Done(found, 0 if again.identical else 1)

@@ -2,120 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from hybridnas.cli import show
-from hybridnas.cli.compose import compose
-from hybridnas.errors import ConfigError
+from hybridnas.cli.command import Command, Done, group, shorthand
+from hybridnas.config import option
+from hybridnas.search.config import Budget, SearchConfig
 
-if TYPE_CHECKING:
-    from hybridnas.search.config import SearchConfig
-
-HELP = "search a space of architectures at matched active parameters"
-SUMMARY_ROWS = 12
+LIMITS = ("n_trials", "minutes", "confirm", "confirm_top", "confirm_seeds")  # of the budget, also without its prefix
 
 
-def run(config: dict[str, Any]) -> int:
-    """Run the search that the settings describe; returns 0, also when Ctrl-C ended it early with its report."""
-    if config["action"] != "run":
-        return _status(config)
-    search = search_config(config, progress=show.is_terminal())
-    if config["launch"] != "local":
-        return _launch(config, search)
+@dataclass(frozen=True, kw_only=True)
+class Settings(SearchConfig, Command):
+    """Settings of the command: those of a search, its groups, and how it is launched."""
+
+    space: Mapping[str, Any] = group("mamba_moe", "what is searched")
+    data: Mapping[str, Any] = group("stdlib", "what every candidate is trained on")
+    budget: Budget = group("laptop", "how large the models are, how long each is trained, when the search ends")
+    experiment: Mapping[str, Any] | None = group(None, "settings from a file")
+    n_trials: int | None = shorthand(Budget, "n_trials")
+    minutes: float | None = shorthand(Budget, "minutes")
+    confirm: str | None = shorthand(Budget, "confirm")
+    confirm_top: int | None = shorthand(Budget, "confirm_top")
+    confirm_seeds: int | None = shorthand(Budget, "confirm_seeds")
+    launch: str = option(
+        "local", "slurm: write a batch script for workers on several nodes, start nothing", choices=("local", "slurm")
+    )
+    nodes: int = option(1, "with launch=slurm: nodes, one worker on each [count]", ge=1)
+    action: str = option("run", "status: how the study stands, also while it runs", choices=("run", "status"))
+
+    def search(self, *, progress: bool = False) -> SearchConfig:
+        """Return the search, with the command's own limits over the budget's."""
+        limits = {name: getattr(self, name) for name in LIMITS if getattr(self, name) is not None}
+        own = {name: getattr(self, name) for name in SearchConfig.field_names()}
+        return SearchConfig(**{**own, "budget": self.budget.replace(**limits), "progress": progress})
+
+
+def search_config(values: Mapping[str, Any], *, progress: bool = False) -> SearchConfig:
+    """Return the search that composed settings describe; raises ConfigError."""
+    return Settings.from_dict(values).search(progress=progress)
+
+
+def run(settings: Settings) -> Done:
+    """Run the search that the settings describe; code 0 also when Ctrl-C ended it early with its report."""
+    search = settings.search(progress=show.is_terminal())
+    if settings.action == "status":
+        return _status(search)
+    if settings.launch == "slurm":
+        return _launch(settings, search)
     from hybridnas.search.runner import Search
 
     if search.worker == "join":
+        from hybridnas.cli.compose import compose
         from hybridnas.search.storage.join import joined
 
         search = joined(search, search_config(compose("search", [])))
     summary = Search(search, show.line).run()
-    _print(summary)
-    return 0
+    return _print(summary, search)
 
 
-def _status(config: dict[str, Any]) -> int:
+def _status(search: SearchConfig) -> Done:
     """Print how a study stands; reads alone, also while it runs."""
+    from pathlib import Path
+
     from hybridnas.report.status import lines, read_status
 
-    if config["action"] != "status":
-        raise ConfigError(f"search action={config['action']!r} must be run or status")
-    name = search_config(config).name
-    for text in lines(read_status(Path(config["runs"]), name, config["storage"], config["heartbeat"])):
+    status = read_status(Path(search.runs), search.name, search.storage, search.heartbeat)
+    for text in lines(status):
         show.line(text)
-    return 0
+    found = {"study": status.study, "finished": status.finished, "n_trials": status.n_trials}
+    running = [asdict(trial) for trial in status.running]
+    states = dict(status.states)
+    return Done({**found, "states": states, "running": running, "seconds_left": status.seconds_left})
 
 
-def _launch(config: dict[str, Any], search: SearchConfig) -> int:
+def _launch(settings: Settings, search: SearchConfig) -> Done:
     """Write the batch script, say how to submit it, and start nothing."""
+    from hybridnas.cli.compose import command_line
     from hybridnas.search.workers.slurm import write_script
 
-    if config["launch"] != "slurm" or not isinstance(config["nodes"], int):
-        raise ConfigError("search launch= must be local or slurm, the latter with nodes=NUMBER")
-    path, submit = write_script(search, _given(config), config["nodes"])
+    path, submit = write_script(search, command_line("search", settings), settings.nodes)
     show.line(f"wrote {path}; nothing runs yet. Read it, then submit it:")
     show.line(f"    {submit}")
-    return 0
+    return Done({"script": str(path), "submit": submit})
 
 
-def _given(config: dict[str, Any]) -> list[str]:
-    """Return the overrides that make these settings of the command's defaults, groups by their names first."""
-    groups = []
-    for group, key in (("space", "name"), ("data", "kind"), ("budget", "name")):
-        try:
-            compose("search", [f"{group}={config[group].get(key)}"])
-        except ConfigError:  # settings of its own, under no group's name
-            continue
-        groups.append(f"{group}={config[group][key]}")
-    usual = dict(_dotted(compose("search", groups)))
-    own = [
-        f"{key}={_spelled(value)}"
-        for key, value in _dotted(config)
-        if (key not in usual or usual[key] != value) and not (key.startswith("space.") and value is None)
-    ]
-    return groups + own
-
-
-def _dotted(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _spelled(value: Any) -> str:
-    """Write a value as the command line reads it."""
-    if value is None:
-        return "null"
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(_spelled, value)) + "]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}: {_spelled(item)}" for key, item in value.items()) + "}"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def search_config(config: dict[str, Any], *, progress: bool = False) -> SearchConfig:
-    """Return the search that composed settings describe; raises ConfigError."""
-    from hybridnas.search.config import Budget, SearchConfig
-
-    budget = Budget.from_dict(_limits(config))
-    own = {key: config[key] for key in SearchConfig.field_names() if key in config}
-    own["worker"] = {False: "off", True: "join"}.get(config["worker"], config["worker"])
-    return SearchConfig.from_dict({**own, "budget": budget, "progress": progress})
-
-
-def _limits(config: dict[str, Any]) -> dict[str, Any]:
-    """Merge the command's own n_trials, minutes and confirmation over the budget's."""
-    if not isinstance(config.get("budget"), dict):
-        raise ConfigError("search needs a budget, e.g. budget=laptop")
-    names = ("n_trials", "minutes", "confirm", "confirm_top", "confirm_seeds")
-    own = {key: config[key] for key in names if config.get(key) is not None}
-    return {**config["budget"], **own}
-
-
-def _print(summary: Any) -> None:
+def _print(summary: Any, search: SearchConfig) -> Done:
     from rich.console import Console
 
     from hybridnas.report.leaderboard import render_leaderboard
@@ -137,7 +112,27 @@ def _print(summary: Any) -> None:
         show.line(f"winner: trial {best.number}, {best.pattern}, loss {best.valid_loss:.4f} ({sure})")
     if summary.report is None:
         show.line("other workers go on; the last one to end writes the report, or the search's own command does")
-        return
-    show.line(f"report: {summary.report}")
-    if summary.exported is not None:
-        show.line(f"model:  {summary.exported}   python -m hybridnas.generate model={summary.exported} prompt='def '")
+    else:
+        show.line(f"report: {summary.report}")
+        if summary.exported is not None:
+            again = ["python", "-m", "hybridnas.generate", f"model={summary.exported}", "prompt=def "]
+            show.line(f"model:  {summary.exported}   {shlex.join(again)}")
+    return Done(_found(summary, search))
+
+
+def _found(summary: Any, search: SearchConfig) -> dict[str, Any]:
+    best = summary.best
+    trial = None
+    if best is not None:
+        names = ("number", "preset", "pattern", "fingerprint", "choices", "cost", "tokens", "valid_loss", "accuracy")
+        trial = {name: getattr(best, name) for name in (*names, "bits_per_byte", "objectives", "confirmed")}
+    return {
+        "study": search.name,
+        "folder": str(summary.folder),
+        "ended": summary.ended,
+        "seconds": summary.seconds,
+        "trials": len(summary.records),
+        "best": trial,
+        "report": summary.report,
+        "model": summary.exported,
+    }

@@ -12,7 +12,7 @@ def is_terminal() -> bool:
 
 
 def line(text: str) -> None:
-    """Print one line of news."""
+    """Print one line."""
     print(text, flush=True)
 
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridnas.cli import show
+from hybridnas.cli.command import ARCH, DEVICE, PATTERN, TRACKING, Command, Done, group
+from hybridnas.cli.describe import facts
+from hybridnas.cli.wanted import wanted_arch
+from hybridnas.config import option
 from hybridnas.errors import ConfigError, TrainingError
 from hybridnas.units import human
 
@@ -17,24 +23,56 @@ if TYPE_CHECKING:
     from hybridnas.train.config import TrainConfig
     from hybridnas.train.records import Eval, TrainResult
 
-HELP = "train one architecture (preset= or pattern=), resumable"
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Command):
+    """Settings of the command."""
+
+    preset: Mapping[str, Any] | None = group(None, "architecture of a paper, with its sizes")
+    data: Mapping[str, Any] = group("stdlib", "what is trained on")
+    experiment: Mapping[str, Any] | None = group(None, "settings from a file")
+    pattern: str | None = option(None, PATTERN)
+    arch: Mapping[str, Any] = option({}, ARCH)
+    train: Mapping[str, Any] = option({}, "one training run; what is not given is as recipe= says")
+    recipe: str = option(
+        "none",
+        "where train.* come from unless given; none: their defaults; paper: the preset's own (steps, batch, LR, decay)",
+        choices=("none", "paper"),
+    )
+    out: Path | None = option(
+        None, "folder of the run; none: runs/train-NAME-HASH, its own for every combination of settings"
+    )
+    device: str = option("auto", DEVICE)
+    impl: str = option("auto", "implementation of the kernels")
+    tracking: str | None = option(None, TRACKING)
+    max_seconds: float | None = option(
+        None, "save and stop after this long; the same command goes on; none: no limit [s]", gt=0
+    )
+
+    @classmethod
+    def label(cls) -> str:
+        return "train"
 
 
-def run(config: dict[str, Any]) -> int:
+def run(settings: Settings) -> Done:
     """Train what ``preset=`` or ``pattern=`` names and print its measurements.
 
     Raises TrainingError with the reason of a run that failed.
     """
-    from hybridnas.cli.wanted import wanted_arch
     from hybridnas.data import open_source, source_config
+    from hybridnas.hardware import Impl, pick_device
 
-    data = source_config(config["data"])
-    settings = train_settings(config, data.own_seq_len)
-    if not (config.get("preset") or config.get("pattern")):
-        raise ConfigError("train needs an architecture: preset=moe_mamba, or pattern='(ME)x2' arch.d_model=64")
+    data = source_config(settings.data)
+    config = train_settings(settings, data.own_seq_len)
+    if not (settings.preset or settings.pattern):
+        raise ConfigError(
+            "train needs an architecture: preset=moe_mamba, or pattern='(ME)x2' arch.d_model=64", field="preset"
+        )
+    pick_device(settings.device)  # refused before any data is read
+    Impl.of(settings.impl)
     source = open_source(data)
-    source.context(settings.seq_len, settings.seq_len)  # refuses another length than the task's
-    arch = wanted_arch(config, source.vocab_size)
+    source.context(config.seq_len, config.seq_len)  # refuses another length than the task's
+    arch = wanted_arch(settings.preset, settings.pattern, settings.arch, source.vocab_size)
     assert arch is not None
 
     from hybridnas.cli.progress import progress
@@ -42,19 +80,19 @@ def run(config: dict[str, Any]) -> int:
     from hybridnas.train.loop import run as train
     from hybridnas.train.tracking import Tracking
 
-    folder = Path(config["out"] or _folder(config, identity(arch, source, settings)))
-    _announce(arch, source.describe(), settings, folder)
-    preset = config["preset"]["name"] if config.get("preset") else None
+    folder = settings.out or Path(_folder(settings, identity(arch, source, config)))
+    _announce(arch, source.describe(), config, folder)
+    preset = settings.preset["name"] if settings.preset else None
     labels = {} if preset is None else {"preset": preset}
-    with Tracking(config["tracking"], tags=labels) as tracking:
+    with Tracking(settings.tracking, tags=labels) as tracking:
         result = train(
             arch,
             source,
-            settings,
+            config,
             folder=folder,
-            device=config["device"],
-            impl=config["impl"],
-            max_seconds=config["max_seconds"],
+            device=settings.device,
+            impl=settings.impl,
+            max_seconds=settings.max_seconds,
             labels=labels,
             callbacks=[progress(), tracking],
         )
@@ -62,34 +100,38 @@ def run(config: dict[str, Any]) -> int:
         if result.status == "failed":
             raise TrainingError(f"{folder}: {result.reason}")
         show.line(result.reason or f"completed: {folder}")
+        exported = None
         if result.status == "completed" and result.model is not None:
-            _export(result, source, settings, config, folder)
-    return 0
+            exported = _export(result, source, config, settings, data, folder)
+    last = asdict(result.evals[-1]) if result.evals else {}
+    about = {"folder": str(folder), "model": exported, "status": result.status, "reason": result.reason}
+    return Done({**about, **facts(arch, config.seq_len), "final": last, "evals": len(result.evals)})
 
 
-def _export(result: TrainResult, source: Source, settings: TrainConfig, config: dict[str, Any], folder: Path) -> None:
+def _export(
+    result: TrainResult, source: Source, config: TrainConfig, settings: Settings, data: Any, folder: Path
+) -> str:
     """Leave the trained model as a folder that ``hybridnas.load`` reads."""
     from hybridnas.arch.model import HybridLM
     from hybridnas.export.folder import export
     from hybridnas.export.trials import data_words
 
     last = result.evals[-1]
-    facts = {
-        "preset": config["preset"]["name"] if config.get("preset") else None,
-        "data": data_words(config["data"]),
-        "tokenizer": config["data"].get("tokenizer"),
+    card = {
+        "preset": settings.preset["name"] if settings.preset else None,
+        "data": data_words(data.to_dict()),
+        "tokenizer": getattr(data, "tokenizer", None),
         "tokens": last.tokens,
-        **{name: getattr(settings, name) for name in ("batch_size", "seq_len", "lr", "seed", "valid_tokens")},
+        **{name: getattr(config, name) for name in ("batch_size", "seq_len", "lr", "seed", "valid_tokens")},
         **{name: getattr(last, name) for name in ("valid_loss", "bits_per_byte", "accuracy", "seconds")},
     }
     assert isinstance(result.model, HybridLM)
-    where = export(
-        result.model, folder / "model", source=source, card={k: v for k, v in facts.items() if v is not None}
-    )
+    where = export(result.model, folder / "model", source=source, card={k: v for k, v in card.items() if v is not None})
     show.line(f"model: {where}")
+    return str(where)
 
 
-def train_settings(config: dict[str, Any], own_seq_len: int | None = None) -> TrainConfig:
+def train_settings(settings: Settings, own_seq_len: int | None = None) -> TrainConfig:
     """Return the training settings: what is given, else the paper's recipe with ``recipe=paper``, else the defaults.
 
     ``own_seq_len`` is the context of a task, which stands unless another one is given.
@@ -97,35 +139,37 @@ def train_settings(config: dict[str, Any], own_seq_len: int | None = None) -> Tr
     from hybridnas.arch.presets import recipe
     from hybridnas.train.config import TrainConfig
 
-    given = {key: value for key, value in config["train"].items() if value is not None}
+    given = {key: value for key, value in settings.train.items() if value is not None}
     if own_seq_len is not None:
         given.setdefault("seq_len", own_seq_len)
-    if config["recipe"] in (None, "none"):
+    if settings.recipe == "none":
         return TrainConfig.from_dict(given)
-    if config["recipe"] != "paper":
-        raise ConfigError(f"recipe={config['recipe']!r} must be none or paper")
-    if not config.get("preset"):
-        raise ConfigError("recipe=paper belongs to a preset; give preset=NAME, or train.lr= and the like for a pattern")
-    return TrainConfig.from_recipe(recipe(config["preset"]["name"]), **given)
+    if not settings.preset:
+        raise ConfigError(
+            "recipe=paper belongs to a preset; give preset=NAME, or train.lr= and the like for a pattern",
+            field="recipe",
+            got=settings.recipe,
+        )
+    return TrainConfig.from_recipe(recipe(settings.preset["name"]), **given)
 
 
-def _folder(config: dict[str, Any], identity: dict[str, Any]) -> str:
+def _folder(settings: Settings, identity: dict[str, Any]) -> str:
     """One folder for one run: its name follows from everything that decides the run's numbers."""
-    name = config["preset"]["name"] if config.get("preset") else "pattern"
+    name = settings.preset["name"] if settings.preset else "pattern"
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return f"runs/train-{name}-{digest[:8]}"
 
 
-def _announce(arch: Arch, data: str, settings: TrainConfig, folder: Path) -> None:
-    cost = arch.cost(settings.seq_len)
+def _announce(arch: Arch, data: str, config: TrainConfig, folder: Path) -> None:
+    cost = arch.cost(config.seq_len)
     show.line(
         f"model: {arch.pattern}, d_model {arch.d_model}, {human(cost.params)} parameters, "
         f"{human(cost.active_params)} active, fingerprint {arch.short}"
     )
     show.line(f"data: {data}")
     show.line(
-        f"training: {settings.steps:,} steps of {settings.step_tokens:,} tokens, "
-        f"{settings.tokens / max(1, cost.active_params):.3g} tokens per active parameter; folder {folder}"
+        f"training: {config.steps:,} steps of {config.step_tokens:,} tokens, "
+        f"{config.tokens / max(1, cost.active_params):.3g} tokens per active parameter; folder {folder}"
     )
 
 

@@ -1,37 +1,72 @@
-"""The architecture that ``preset=`` or ``pattern=`` with ``arch.*`` ask for, the same in every command."""
+"""The architecture that ``preset=`` or ``pattern=`` with ``arch.*`` ask for, and the model that ``model=`` names."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridnas.errors import ConfigError
+from hybridnas.errors import ConfigError, StudyError
 
 if TYPE_CHECKING:
     from hybridnas.arch.arch import Arch
 
 
-def wanted_arch(config: dict[str, Any], vocab_size: int | None = None) -> Arch | None:
+def wanted_arch(
+    preset: Mapping[str, Any] | None, pattern: str | None, arch: Mapping[str, Any], vocab_size: int | None = None
+) -> Arch | None:
     """Return the architecture, or None when neither is given; ``vocab_size`` is the data's, where data is read.
 
     Raises ConfigError when both are given or a pattern lacks its width.
     """
     from hybridnas.arch.arch import Arch
-    from hybridnas.arch.presets import preset
+    from hybridnas.arch.presets import preset as build_preset
 
-    chosen, pattern = config.get("preset"), config.get("pattern")
-    fields = {key: value for key, value in (config.get("arch") or {}).items() if value is not None}
+    fields = {key: value for key, value in arch.items() if value is not None}
     if vocab_size is not None:
         fields.setdefault("vocab_size", vocab_size)
-    if chosen and pattern:
-        raise ConfigError(f"give preset={chosen['name']} or pattern={pattern!r}, not both")
-    if chosen:
-        own = {key: value for key, value in chosen.items() if key != "name" and value is not None}
+    if preset and pattern:
+        raise ConfigError(
+            f"give preset={preset['name']} or pattern={pattern!r}, not both", field="pattern", got=pattern
+        )
+    if preset:
+        own = {key: value for key, value in preset.items() if key != "name" and value is not None}
         if vocab_size is not None:
             own["vocab_size"] = fields["vocab_size"]
-        return preset(chosen["name"], **{**own, **fields})
+        return build_preset(preset["name"], **{**own, **fields})
     if not pattern:
         return None
     if "d_model" not in fields:
-        raise ConfigError(f"pattern={pattern!r} needs a width: arch.d_model=64")
+        raise ConfigError(f"pattern={pattern!r} needs a width: arch.d_model=64", field="arch.d_model", allowed=">= 1")
     fields.setdefault("vocab_size", 256)
     return Arch.from_pattern(pattern, **fields)
+
+
+def study_folder(study: str, runs: Path) -> Path:
+    """Return the folder of a study that is given by its folder or by its name; whoever reads it says if it is none."""
+    given = Path(study).expanduser()
+    return given if (given / "study.json").is_file() else runs / study
+
+
+def model_folder(model: Path | None, study: str | None = None, runs: Path = Path("runs")) -> Path:
+    """Return the folder of an exported model: itself, that of a training run (model/) or of a study's best (best/).
+
+    Raises StudyError for a study that has exported no model yet.
+    """
+    from hybridnas.export.layout import CONFIG
+
+    if study is not None:
+        folder = study_folder(study, runs)
+        if not (folder / "best" / CONFIG).is_file():
+            raise StudyError(
+                f"{folder} has no exported model in best/; run the search to its end, or "
+                f"python -m hybridnas.export study={study} out=DIR",
+                field="study",
+                got=study,
+            )
+        return folder / "best"
+    assert model is not None
+    for folder in (model, model / "best", model / "model"):
+        if (folder / CONFIG).is_file():
+            return folder
+    return model

@@ -1,6 +1,8 @@
-"""``python -m hybridnas.export study=NAME out=DIR`` writes a trial of a study as a folder."""
+"""Entry point of ``python -m hybridnas.export``."""
 
-from hybridnas.cli import door
+import sys
+
+from hybridnas.cli import main
 
 if __name__ == "__main__":
-    door("export")
+    main(["export", *sys.argv[1:]])

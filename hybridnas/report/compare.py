@@ -59,9 +59,9 @@ class CompareConfig(FrozenConfig):
     baseline: str | None = option(
         None, "whose final loss the others must reach: a preset, trial or pattern; none: the reference, else the best"
     )
-    runs: str = option("runs", "folder in which studies and trainings lie [path]")
+    runs: Path = option(Path("runs"), "folder in which studies and trainings lie")
     uri: str | None = option(None, "MLflow tracking URI to read instead of the runs folder")
-    out: str = option("runs/compare", "folder that gets compare.html and compare.csv [path]")
+    out: Path = option(Path("runs/compare"), "folder that gets compare.html and compare.csv [path]")
 
     @classmethod
     def label(cls) -> str:

@@ -1,6 +1,8 @@
-"""``python -m hybridnas.search space=mamba_moe``."""
+"""Entry point of ``python -m hybridnas.search``."""
 
-from hybridnas.cli import door
+import sys
+
+from hybridnas.cli import main
 
 if __name__ == "__main__":
-    door("search")
+    main(["search", *sys.argv[1:]])

@@ -6,13 +6,17 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hybridnas.config import FrozenConfig, option
+from hybridnas.data.source import source_config
 from hybridnas.errors import ConfigError
-from hybridnas.search_spaces.space import Scale
 from hybridnas.study.objectives import read_objectives
 from hybridnas.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from hybridnas.search_spaces.space import Scale
 
 SAMPLERS = ("tpe", "evolution", "nsga2", "gp", "random", "bruteforce")
 PRUNERS = ("halving", "hyperband", "none")
@@ -112,6 +116,8 @@ class Budget(FrozenConfig):
 
     def scale(self, vocab_size: int) -> Scale:
         """Return the size at which the space is searched."""
+        from hybridnas.search_spaces.space import Scale  # which loads torch, and help texts need this module
+
         return Scale(
             d_model=self.d_model,
             depth=self.depth,
@@ -131,7 +137,7 @@ class SearchConfig(FrozenConfig):
     data: Mapping[str, Any] = option(doc="the data's settings as a mapping")
     budget: Budget = option(doc="sizes, lengths and limits")
     study: str | None = option(None, "name of the study and its folder; none: SPACE-BUDGET [text]")
-    runs: str = option("runs", "folder in which studies lie [path]")
+    runs: Path = option(Path("runs"), "folder in which studies lie")
     seed: int = option(0, "everything random derives from it [integer]", ge=0)
     sampler: str = option(
         "auto",
@@ -194,7 +200,7 @@ class SearchConfig(FrozenConfig):
         chosen = {k: getattr(self, k) for k in LATER_SETTINGS if getattr(self, k) != usual[k]}
         return {
             "space": {k: v for k, v in self.space.items() if k != "description"},
-            "data": {k: v for k, v in self.data.items() if k != "cache_dir"},
+            "data": {k: v for k, v in source_config(self.data).to_dict().items() if k != "cache_dir" and v is not None},
             "budget": budget,
             "seed": self.seed,
             "sampler": self.sampler,

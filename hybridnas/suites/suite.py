@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hybridnas.config import FrozenConfig, option
@@ -242,9 +243,9 @@ class SuiteConfig(FrozenConfig):
     seeds: tuple[int, ...] = option((), "seeds; the first searches the grid; none: the suite's")
     tokens: int | None = option(None, "training tokens of every run; none: the suite's [tokens]", ge=1)
     minutes: float | None = option(None, "stop after this long; the same command goes on [min]", gt=0)
-    runs: str = option("runs", "folder in which the runs lie")
-    out: str | None = option(None, "CSV of the results, figures beside it; none: RUNS/SUITE/SUITE.csv")
-    against: str | None = option(None, "CSV of another version of the suite: print rank correlations, train nothing")
+    runs: Path = option(Path("runs"), "folder in which the runs lie")
+    out: Path | None = option(None, "CSV of the results, figures beside it; none: RUNS/SUITE/SUITE.csv")
+    against: Path | None = option(None, "CSV of another version of the suite: print rank correlations, train nothing")
 
     @classmethod
     def label(cls) -> str:

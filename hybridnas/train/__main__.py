@@ -1,6 +1,8 @@
-"""python -m hybridnas.train preset=moe_mamba preset.d_model=128"""
+"""Entry point of ``python -m hybridnas.train``."""
 
-from hybridnas.cli import door
+import sys
+
+from hybridnas.cli import main
 
 if __name__ == "__main__":
-    door("train")
+    main(["train", *sys.argv[1:]])

@@ -12,7 +12,7 @@ import torch
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
 from hybridnas.cli import generate
-from hybridnas.cli.generate import run
+from hybridnas.cli.generate import Settings, run
 from hybridnas.data.tokenizers import ByteTokenizer, Tokenizer, train_bpe
 from hybridnas.errors import ConfigError, ExportError
 from hybridnas.export.folder import export
@@ -112,23 +112,24 @@ def test_greedy_generation_equals_recomputation(pattern: str) -> None:
     assert torch.equal(fast, slow)
 
 
-def settings(best: Path, **changes: object) -> dict[str, object]:
-    return {"model": str(best), "prompt": "def ", "max_new_tokens": 12, "seed": 3, "device": "cpu", **changes}
+def settings(best: Path, **changes: object) -> Settings:
+    usual = {"model": str(best), "prompt": "def ", "max_new_tokens": 12, "seed": 3, "device": "cpu"}
+    return Settings.from_dict({**usual, **changes})
 
 
 def test_the_command_prints_prompt_and_continuation(best: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(settings(best)) == 0
+    assert run(settings(best)).code == 0
     first = capsys.readouterr()
     assert first.out.startswith("def ")
     assert first.out.endswith("\n")
     assert first.err == ""
-    assert run(settings(best)) == 0
+    assert run(settings(best)).code == 0
     assert capsys.readouterr().out == first.out
-    assert run(settings(best, echo=False)) == 0
+    assert run(settings(best, echo=False)).code == 0
     assert "def " + capsys.readouterr().out == first.out
-    assert run(settings(best, seed=4)) == 0
+    assert run(settings(best, seed=4)).code == 0
     assert capsys.readouterr().out != first.out
-    assert run(settings(best, prompt="", max_new_tokens=0)) == 0
+    assert run(settings(best, prompt="", max_new_tokens=0)).code == 0
     assert capsys.readouterr().out == "\n"
 
 
@@ -136,7 +137,7 @@ def test_the_prompt_may_come_from_standard_input(
     best: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x = {'a': \xff\n")))
-    assert run(settings(best, prompt="-")) == 0
+    assert run(settings(best, prompt="-")).code == 0
     assert capsys.readouterr().out.startswith("x = {'a': \ufffd\n")
 
 
@@ -157,7 +158,7 @@ def test_ctrl_c_ends_with_what_was_printed(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hybridnas.export.stream.stream_text", interrupted)
-    assert run(settings(best)) == 130
+    assert run(settings(best)).code == 130
     assert capsys.readouterr().out == "def \n"
 
 
@@ -169,17 +170,19 @@ def test_a_model_that_is_not_causal_says_so_in_one_sentence(tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("field", "got", "allowed"),
     [
-        ({"temperature": -1.0}, "generate temperature=-1.0 must be >= 0"),
-        ({"top_k": 0}, "generate top_k=0 must be >= 1"),
-        ({"max_new_tokens": "many"}, "generate max_new_tokens='many' must be an integer"),
-        ({"model": None}, "generate needs model=FOLDER"),
+        ("temperature", -1.0, ">= 0"),
+        ("top_k", 0, ">= 1"),
+        ("max_new_tokens", "many", "an integer"),
+        ("seed", 2**63, "<= 9223372036854775807"),
+        ("model", None, None),
     ],
 )
-def test_wrong_settings_are_named(best: Path, changes: dict[str, object], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        run(settings(best, **changes))
+def test_wrong_settings_are_named(best: Path, field: str, got: object, allowed: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run(settings(best, **{field: got}))
+    assert (caught.value.field, caught.value.got, caught.value.allowed) == (field, got, allowed)
 
 
 def test_a_reader_that_leaves_early_is_no_error(best: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.suites import samplers
 from hybridnas.cli.bench import run as run_command
-from hybridnas.cli.compose import compose
+from hybridnas.cli.compose import read_settings
 from hybridnas.errors import ConfigError, StudyError
 from hybridnas.search.config import PRUNERS, Budget, SearchConfig
 from hybridnas.search_spaces.space import Space
@@ -24,7 +24,7 @@ def written(tmp_path_factory):
     settings = ["samplers", "tiny=true", "repeats=2", f"out={out}"]
     before, sys.argv = sys.argv, ["bench", *settings]
     try:
-        assert run_command(compose("bench", settings)) == 0
+        assert run_command(read_settings("bench", settings)).code == 0
     finally:
         sys.argv = before
     return out, json.loads(out.read_text())
@@ -130,4 +130,4 @@ def test_settings_of_the_suite_are_checked():
 
 
 def compose_and_check(settings):
-    return BenchConfig.from_dict(compose("bench", settings))
+    return read_settings("bench", settings)

@@ -1,108 +1,150 @@
 """The command line: help at once, settings as they are pinned here, mistakes in one sentence and exit code 2."""
 
+import dataclasses
+import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
-from hybridnas.cli import COMMANDS, _guarded, main
-from hybridnas.cli.compose import CONF, compose, help_text
+from hybridnas.cli import COMMANDS, main, run
+from hybridnas.cli.command import groups_of, settings_class
+from hybridnas.cli.compose import command_line, compose, read_settings
+from hybridnas.cli.help import ENVIRONMENT, help_text
+from hybridnas.cli.sections import FOLDERS, PACKAGE, choice_of, choices_of, files_of
 from hybridnas.config import read_yaml
 from hybridnas.errors import ConfigError
+from hybridnas.search.config import Budget
+from hybridnas.train.config import TrainConfig
 
-BUDGET = (
-    "batch_size confirm confirm_seeds confirm_top d_model depth evals growth lr minutes multiple n_experts n_trials "
-    "name reduction rungs seq_len tokens_per_active_param valid_tokens"
-)
-DATA = "cache_dir kind max_bytes tokenizer valid_fraction vocab_size"
-TRAIN = (
-    "accumulate batch_size beta1 beta2 checkpoint_seconds compile data_seed decay_all devices divergence_factor "
-    "eval_at final_lr_fraction grad_clip lr precision schedule seed seq_len tokens valid_tokens warmup_fraction "
-    "weight_decay"
-)
 SURFACE = {  # a setting more or less is a decision: change this table with it
     "search": "action against confirm confirm_seeds confirm_top device heartbeat launch max_active_params "
-    "max_latency_ms max_params max_state_bytes minutes n_trials nodes objectives pruner runs sampler seed "
+    "max_latency_ms max_params max_state_bytes minutes n_trials nodes objectives progress pruner runs sampler seed "
     "state_length storage study tracking worker workers",
     "train": "arch device impl max_seconds out pattern recipe tracking train",
     "describe": "arch device out pattern seq_len",
     "compare": "baseline out run runs study uri",
     "export": "out runs study trial",
-    "generate": "device echo max_new_tokens model prompt seed stop_at_end temperature top_k",
+    "generate": "device echo max_new_tokens model prompt runs seed stop_at_end study temperature top_k",
     "evaluate": "arch batch_size device lengths max_gib model out pattern patterns precision seed seq_len tracking "
     "valid_tokens",
     "replay": "device out runs study trial",
     "bench": "keep_memory minutes out part patience quick repeats space suite threads tiny",
 }
+BUDGET = (
+    "active_params batch_size compile confirm confirm_seeds confirm_top d_model depth devices evals growth lr "
+    "max_tokens minutes multiple n_experts n_trials name precision reduction rungs seq_len tokens_per_active_param "
+    "valid_tokens weight_decay"
+)
 GROUPS = {
     "search": "budget data experiment space",
     "train": "data experiment preset",
     "describe": "experiment preset",
     "evaluate": "data experiment preset suite",
 }
+LIGHT = "arch.d_model=32"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_settings_of_a_command_are_these(command):
-    settings = read_yaml(CONF / f"{command}.yaml")
-    groups = [next(iter(entry)) for entry in settings.pop("defaults", []) if isinstance(entry, dict)]
-    assert sorted(settings) == SURFACE[command].split()
-    assert sorted(groups) == GROUPS.get(command, "").split()
+    names = set(settings_class(command).field_names())
+    groups = set(groups_of(settings_class(command)))
+    assert names - groups - {"json"} == set(SURFACE[command].split())
+    assert groups == set(GROUPS.get(command, "").split())
 
 
-def test_the_settings_of_the_groups_are_these():
-    for path in (CONF / "budget").glob("*.yaml"):
-        assert set(read_yaml(path)) <= set(BUDGET.split()), path.name
-    assert sorted(read_yaml(CONF / "data/stdlib.yaml")) == DATA.split()
-    assert sorted(read_yaml(CONF / "data/text.yaml")) == sorted(
-        [*DATA.split(), "path", "separator", "skip_bad_files", "split_files", "text_field"]
-    )
-    assert sorted(read_yaml(CONF / "train.yaml")["train"]) == TRAIN.split()
+def test_the_settings_of_the_budget_and_of_a_training_are_these():
+    assert sorted(Budget.field_names()) == sorted(BUDGET.split())
+    assert {"tokens", "batch_size", "seq_len", "lr", "seed", "eval_at", "devices"} <= set(TrainConfig.field_names())
 
 
-def test_commands_files_and_doors_are_the_same_set():
-    assert set(SURFACE) == set(COMMANDS) == {path.stem for path in CONF.glob("*.yaml")}
-    package = CONF.parent
+def test_commands_modules_and_entry_points_are_the_same_set():
+    assert set(SURFACE) == set(COMMANDS)
     for command in COMMANDS:
-        assert (package / f"{command}.py").is_file() or (package / command / "__main__.py").is_file(), command
-        assert (package / "cli" / f"{command}.py").is_file()
+        assert (PACKAGE / f"{command}.py").is_file() or (PACKAGE / command / "__main__.py").is_file(), command
+        assert (PACKAGE / "cli" / f"{command}.py").is_file()
+
+
+def test_the_files_of_hydra_hold_choices_that_their_dataclass_reads():
+    assert [path.name for path in (PACKAGE / "conf").iterdir() if path.suffix == ".yaml"] == []
+    for name, path in files_of("budget").items():
+        assert Budget.from_dict(choice_of("budget", name)).name == name
+        assert read_yaml(path)["name"] == name
+    for group in ("data", "suite", "preset"):
+        for name in choices_of(group):
+            assert set(choice_of(group, name)) <= {"kind", "name", "parts"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_values_of_a_command_are_the_defaults_of_its_fields(command):
+    settings = read_settings(command, [])
+    for field in dataclasses.fields(settings):
+        if field.default is not dataclasses.MISSING and field.name not in ("sampler", "budget"):
+            assert getattr(settings, field.name) == field.default, field.name
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_answers_without_anything_heavy(command):
     code = (
-        "import sys; from hybridnas.cli import _guarded\n"
-        f"assert _guarded({command!r}, ['--help']) == 0\n"
+        "import sys; from hybridnas.cli import run\n"
+        f"assert run([{command!r}, '--help']) == 0\n"
         "heavy = {'torch', 'mlflow', 'optuna', 'datasets', 'tokenizers', 'matplotlib', 'transformers'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"python -m hybridnas.{command} [key=value ...]")
-    for setting in SURFACE[command].split():
-        assert f"\n  {setting}:" in done.stdout
+    for setting in set(SURFACE[command].split()) - {"train"}:
+        assert f"\n  {setting}=" in done.stdout
+    for name in ENVIRONMENT:
+        assert name in done.stdout
 
 
-def test_help_lists_the_options_of_the_groups():
-    text = help_text("search", COMMANDS["search"])
-    assert "space       attention_placement, hybrid, mamba_moe" in text
-    assert "budget      laptop, paper, smoke, workstation" in text
+@pytest.mark.parametrize(
+    ("command", "overrides", "config", "section"),
+    [
+        ("search", ["budget=smoke"], Budget, "budget"),
+        ("train", [], TrainConfig, "train"),
+        ("train", ["data=mqar"], None, "data"),
+        ("evaluate", ["suite=mad"], None, "suite"),
+    ],
+)
+def test_help_lists_the_settings_of_a_choice_with_their_meanings(command, overrides, config, section):
+    from hybridnas.data import SOURCES
+    from hybridnas.suites.suite import SuiteConfig
+
+    text = " ".join(help_text(command, COMMANDS[command], overrides).split())
+    config = config or {"data": SOURCES.get("mqar").config, "suite": SuiteConfig}[section]
+    for field in dataclasses.fields(config):
+        if field.name not in ("kind", "name"):
+            assert f" {section}.{field.name}=" in text
+            assert " ".join(field.metadata["doc"].split())[:20] in text
 
 
-def test_the_console_script_and_the_doors_are_one(capsys):
-    with pytest.raises(SystemExit) as left:
-        main(["describe", "--help"])
-    assert left.value.code == 0
+def test_help_lists_choices_and_the_values_that_they_bring():
+    text = help_text("search", COMMANDS["search"], ["budget=smoke"])
+    assert "budget=[laptop], paper, smoke, workstation" in text
+    assert "\n  budget.d_model=32 " in text
+    text = help_text("train", COMMANDS["train"], ["preset=moe_mamba"])
+    assert "\n  preset.n_experts=32 " in text
+
+
+def test_the_console_script_and_the_modules_are_one(capsys):
+    assert run(["describe", "--help"]) == 0
     done = subprocess.run([sys.executable, "-m", "hybridnas.describe", "-h"], capture_output=True, text=True)
     assert done.stdout == capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("argv", "words"), [([], "hybridnas COMMAND [key=value"), (["--help"], "replay")])
 def test_the_overview(capsys, argv, words):
-    with pytest.raises(SystemExit) as left:
-        main(argv)
-    assert left.value.code == 0
+    assert run(argv) == 0
     assert words in capsys.readouterr().out
 
 
@@ -114,184 +156,229 @@ def test_an_unknown_command_is_met_with_the_nearest(capsys):
 
 
 def test_the_version(capsys):
-    with pytest.raises(SystemExit):
-        main(["--version"])
+    assert run(["--version"]) == 0
     assert capsys.readouterr().out.startswith("hybridnas ")
 
 
-LIGHT = "arch.d_model=32"
-MISTAKES = [
-    (
-        "describe",
-        ["pattern=(MX)x2", LIGHT],
-        "PatternError: pattern '(MX)x2' has unknown letter 'X' at character 3",
-    ),
-    ("describe", ["pattern=(ME", LIGHT], "has '(' that is never closed at character 1"),
-    ("describe", ["pattern=ME)", LIGHT], "PatternError: pattern 'ME)'"),
-    ("describe", ["pattern=M{dstate=3}", LIGHT], "has no field 'dstate'; did you mean 'd_state'?"),
-    ("describe", ["pattern=M{d_state=x}", LIGHT], "d_state='x' is not an integer"),
-    ("describe", ["pattern=ME", "arch.d_model=abc"], "d_model='abc' must be an integer, got str"),
-    ("describe", ["pattern=ME", "arch.d_mode=3"], "ConfigError"),
-    ("describe", ["pattern=ME"], "needs a width: arch.d_model=64"),
-    ("describe", ["pattern=A", LIGHT, "arch.n_heads=5"], "n_heads=5 does not divide d_model=32"),
-    ("describe", ["pattern=ME", LIGHT, "arch.n_experts=0"], "n_experts=0 must be >= 1"),
-    ("describe", ["pattern=ME", LIGHT, "arch.n_experts=-2"], "n_experts=-2 must be >= 1"),
-    ("describe", ["pattern=ME", "arch.d_model=-8"], "d_model=-8 must be >= 1"),
-    ("describe", ["preset=mambo"], "describe preset=mambo is unknown; did you mean 'mamba'?"),
-    ("describe", ["preset=mamba", "pattern=ME"], "give preset=mamba or pattern='ME', not both"),
-    (
-        "describe",
-        ["preset=moe_mamba", "preset.n_blocks=0"],
-        "n_blocks=0 must be a whole number of at least 1",
-    ),
-    ("describe", ["preset=moe_mamba", "preset.n_expert=2"], "n_expert"),
-    ("describe", ["preset.d_model=3"], "needs a preset, e.g. preset=moe_mamba"),
-    ("describe", ["prest=mamba"], "describe has no setting 'prest'"),
-    ("describe", ["+foo=1"], "describe has no setting 'foo'"),
-    ("describe", ["mamba"], "describe takes key=value settings, got 'mamba'"),
-    ("describe", ["--preset", "mamba"], "describe takes key=value settings, got '--preset'"),
-    ("describe", ["~pattern"], "describe takes key=value settings, got '~pattern'"),
-    ("describe", ["seq_len=abc"], "seq_len='abc' must be a whole number of 1 or more"),
-    ("describe", ["seq_len=0"], "seq_len=0 must be a whole number of 1 or more"),
-    ("describe", ["preset=moe_mamba", "out=graph.xyz"], "must end in .svg"),
-    (
-        "describe",
-        ["preset=mamba", "device=foo"],
-        "device='foo' is not a device; use auto, cpu, cuda or cuda:N",
-    ),
-    ("describe", ["preset=mamba", "device=meta"], "device='meta' does not train models"),
-    ("describe", ["experiment=nope"], "describe experiment=nope is unknown"),
-    ("search", ["space=mamba_mo"], "search space=mamba_mo is unknown; did you mean 'mamba_moe'?"),
-    ("search", ["space=null"], "search needs its space, e.g. space=mamba_moe"),
-    ("search", ["spce=hybrid"], "search has no setting 'spce'; did you mean 'space'?"),
-    (
-        "search",
-        ["space.n_expert=[8]"],
-        "space 'mamba_moe' has no choice 'n_expert'; did you mean 'n_experts'?",
-    ),
-    ("search", ["space.n_experts=[0]"], "space 'mamba_moe' n_experts: moe n_experts=0 must be >= 1"),
-    ("search", ["space.n_experts=8,16"], "write a list as 'space.n_experts=[8,16]'"),
-    ("search", ["space.letters=[M,X]"], "unknown letter 'X'"),
-    ("search", ["budget=lptop"], "search budget=lptop is unknown; did you mean 'laptop'?"),
-    ("search", ["budget.d_modl=3"], "budget has no field 'd_modl'; did you mean 'd_model'?"),
-    ("search", ["budget.d_model=0"], "budget d_model=0 must be >= 8"),
-    ("search", ["n_trials=-1"], "budget n_trials=-1 must be >= 1"),
-    ("search", ["n_trials=some"], "budget n_trials='some' must be an integer, got str"),
-    ("search", ["minutes=0"], "budget minutes=0 must be > 0"),
-    ("search", ["minutes=inf"], "budget minutes="),
-    ("search", ["seed=-1"], "search seed=-1 must be >= 0"),
-    (
-        "search",
-        ["sampler=tp"],
-        "search sampler='tp' must be one of auto, tpe, evolution, nsga2, gp, random, bruteforce",
-    ),
-    ("search", ["device=foo"], "device='foo' is not a device"),
-    ("search", ["study=a/b"], "study='a/b' must be a plain folder name"),
-    ("search", ["data=text"], "data=text needs data.path=FILE, FOLDER or GLOB"),
-    ("search", ["data=hub"], "data=hub needs data.name=DATASET"),
-    ("search", ["data=stdlib", "data.path=x"], "data path='x' goes with data=text, not with data=stdlib"),
-    ("search", ["data.tokeniser=bpe"], "data has no field 'tokeniser'; did you mean 'tokenizer'?"),
-    ("search", ["budget.lr"], "search takes key=value settings, got 'budget.lr'"),
-    ("search", ["data=text", "data.path=/absent/file.txt"], "data.path='/absent/file.txt' matches no file"),
-    ("search", ["data=text", "data.path=HERE", "budget.active_params=3"], "candidates are all infeasible"),
-    ("search", ["data=text", "data.path=HERE", "budget.active_params=999999999999"], "all infeasible"),
-    ("search", ["runs=/proc/none"], "cannot be made"),
-    ("replay", [], "replay needs study=NAME and trial=NUMBER"),
-    ("replay", ["study=nope", "trial=0"], "StudyError: no study in runs/nope"),
-    ("replay", ["study=nope", "trial=x"], "trial='x' must be a whole number of 0 or more"),
-    ("replay", ["study=nope", "trial=-1"], "trial=-1 must be a whole number of 0 or more"),
-    ("export", [], "export needs study=NAME and out=DIR"),
-    ("export", ["study=nope", "out=model"], "no study in runs/nope"),
-    ("export", ["study=nope", "out=model", "trial=-1"], "trial=-1 must be >= 0"),
-    ("generate", [], "generate needs model=FOLDER"),
-    ("generate", ["model=/absent"], "ExportError: /absent"),
-    ("evaluate", ["model=/absent"], "ExportError: /absent"),
-    ("train", [], "train needs an architecture"),
-    ("train", ["preset=mamba", "train.lr=-1"], "train lr=-1 must be > 0"),
-    (
-        "train",
-        ["preset=mamba", "train.tokns=1"],
-        "train has no setting 'train.tokns'; did you mean 'train.tokens'?",
-    ),
-    ("compare", ["runs=/absent"], "StudyError: no runs in /absent"),
+MISTAKES = [  # command, settings, the setting at fault, what was got, one of what is allowed
+    ("describe", ["pattern=ME", "arch.d_model=abc"], "arch.d_model", "abc", "an integer"),
+    ("describe", ["pattern=ME"], "arch.d_model", None, ">= 1"),
+    ("describe", ["preset=mambo"], "preset", "mambo", "mamba"),
+    ("describe", ["preset=mamba", "pattern=ME"], "pattern", "ME", None),
+    ("describe", ["preset.d_model=3"], "preset", None, "moe_mamba"),
+    ("describe", ["prest=mamba"], "prest", "prest", "preset"),
+    ("describe", ["+foo=1"], "foo", "foo", "seq_len"),
+    ("describe", ["mamba"], None, "mamba", "key=value"),
+    ("describe", ["--preset", "mamba"], None, "--preset", "key=value"),
+    ("describe", ["~pattern"], None, "~pattern", "key=value"),
+    ("describe", ["seq_len=abc"], "seq_len", "abc", "an integer"),
+    ("describe", ["seq_len=0"], "seq_len", 0, ">= 1"),
+    ("describe", ["pattern=ME", "d_model=64"], "d_model", "d_model", "arch"),
+    ("describe", ["experiment=nope"], "experiment", "nope", "ratio"),
+    ("describe", ["experiment=mqar"], "experiment", "mqar", None),
+    ("describe", ["json=maybe"], "json", "maybe", "true or false"),
+    ("search", ["space=mamba_mo"], "space", "mamba_mo", "mamba_moe"),
+    ("search", ["space=null"], "space", "null", "mamba_moe"),
+    ("search", ["spce=hybrid"], "spce", "spce", "space"),
+    ("search", ["budget=lptop"], "budget", "lptop", "laptop"),
+    ("search", ["budget.d_modl=3"], "budget.d_modl", "budget.d_modl", "budget.d_model"),
+    ("search", ["budget.d_model=0"], "budget.d_model", 0, ">= 8"),
+    ("search", ["n_trials=-1"], "n_trials", -1, ">= 1"),
+    ("search", ["n_trials=some"], "n_trials", "some", "an integer or none"),
+    ("search", ["minutes=0"], "minutes", 0, "> 0"),
+    ("search", ["minutes=inf"], "minutes", None, "a finite number"),
+    ("search", ["seed=-1"], "seed", -1, ">= 0"),
+    ("search", ["sampler=tp"], "sampler", "tp", "tpe"),
+    ("search", ["launch=slrm"], "launch", "slrm", "slurm"),
+    ("search", ["data.tokeniser=bpe"], "data.tokeniser", "data.tokeniser", "data.tokenizer"),
+    ("search", ["data=README.md"], "data", "README.md", "text"),
+    ("search", ["budget.lr"], None, "budget.lr", "key=value"),
+    ("replay", [], "study", None, "a study and a trial"),
+    ("replay", ["study=nope", "trial=x"], "trial", "x", "an integer or none"),
+    ("replay", ["study=nope", "trial=-1"], "trial", -1, ">= 0"),
+    ("export", [], "study", None, None),
+    ("export", ["study=nope", "out=model", "trial=-1"], "trial", -1, ">= 0"),
+    ("generate", [], "model", None, None),
+    ("generate", ["seed=18446744073709551616"], "seed", 18446744073709551616, "<= 9223372036854775807"),
+    ("train", [], "preset", None, None),
+    ("train", ["preset=mamba", "train.lr=-1"], "train.lr", -1, "> 0"),
+    ("train", ["preset=mamba", "train.tokns=1"], "train.tokns", "train.tokns", "train.tokens"),
+    ("train", ["preset=mamba", "train.tokens=1.5"], "train.tokens", "1.5", "an integer"),
+    ("train", ["preset=mamba", "train.nonsense=muon"], "train.nonsense", "train.nonsense", "train.tokens"),
 ]
 
 
-@pytest.mark.parametrize(("command", "settings", "words"), MISTAKES, ids=lambda value: str(value)[:60])
-def test_a_mistake_is_one_sentence_and_exit_code_2(command, settings, words, tmp_path, monkeypatch, capsys, corpus):
+@pytest.mark.parametrize(
+    ("command", "settings", "field", "got", "allowed"), MISTAKES, ids=lambda value: str(value)[:60]
+)
+def test_a_mistake_names_the_setting_what_was_got_and_what_is_allowed(
+    command, settings, field, got, allowed, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    settings = [item.replace("HERE", str(corpus)) for item in settings]
-    small = (
-        [] if command != "search" else ["tracking=off"] + (["budget=smoke"] if "budget=lptop" not in settings else [])
-    )
-    assert _guarded(command, [*small, *settings]) == 2
+    assert run([command, "json=true", *settings]) == 2
     out, err = capsys.readouterr()
-    assert words in err
-    name, colon, sentence = err.partition(": ")
-    assert name.endswith("Error")
-    assert colon
-    assert sentence.strip()
+    error = json.loads(out)["error"] if out else None
+    if error is None:  # json= itself was wrong
+        assert settings == ["json=maybe"]
+        return
+    assert (error["type"], error["field"], error["got"]) == ("ConfigError", field, got)
+    assert error["allowed"] == allowed or (isinstance(error["allowed"], list) and allowed in error["allowed"])
+    assert err == f"ConfigError: {error['message']}\n"
+
+
+SENTENCES = [  # golden sentences: the style of all
+    (["describe", "pattern=(MX)x2", LIGHT], "PatternError: pattern '(MX)x2' has unknown letter 'X' at character 3"),
+    (["describe", "pattern=ME", "d_model=64"], "describe has no setting 'd_model'; did you mean 'arch.d_model'?"),
+    (["describe", "preset=mambo"], "describe preset=mambo is unknown; did you mean 'mamba'? (options: "),
+    (["search", "data=README.md"], "data=README.md is unknown; did you mean data=text data.path=README.md?"),
+    (["train", "preset=mamba", "train.lr=-1"], "ConfigError: train lr=-1.0 must be > 0\n"),
+    (["replay", "study=nope", "trial=0"], "StudyError: no study in runs/nope"),
+]
+
+
+@pytest.mark.parametrize(("argv", "words"), SENTENCES, ids=str)
+def test_golden_sentences(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(argv) == 2
+    assert words in capsys.readouterr().err
+
+
+REFUSED = [  # what the parts below the command line refuse: an error of ours, one sentence, code 2
+    ("describe", ["pattern=(ME", LIGHT], "PatternError"),
+    ("describe", ["pattern=M{dstate=3}", LIGHT], "ConfigError"),
+    ("describe", ["pattern=M{d_state=x}", LIGHT], "ConfigError"),
+    ("describe", ["pattern=ME", "arch.d_mode=3"], "ConfigError"),
+    ("describe", ["pattern=A", LIGHT, "arch.n_heads=5"], "ConfigError"),
+    ("describe", ["pattern=ME", LIGHT, "arch.n_experts=0"], "ConfigError"),
+    ("describe", ["pattern=ME", "arch.d_model=-8"], "ConfigError"),
+    ("describe", ["preset=moe_mamba", "preset.n_blocks=0"], "ConfigError"),
+    ("describe", ["preset=moe_mamba", "preset.n_expert=2"], "ConfigError"),
+    ("describe", ["preset=moe_mamba", "out=graph.xyz"], "ConfigError"),
+    ("describe", ["preset=mamba", "device=foo"], "ConfigError"),
+    ("describe", ["preset=mamba", "device=meta"], "ConfigError"),
+    ("search", ["space.n_expert=[8]"], "ConfigError"),
+    ("search", ["space.n_experts=[0]"], "ConfigError"),
+    ("search", ["space.letters=[M,X]"], "PatternError"),
+    ("search", ["device=foo"], "ConfigError"),
+    ("search", ["study=a/b"], "StudyError"),
+    ("search", ["data=text"], "ConfigError"),
+    ("search", ["data=hub"], "ConfigError"),
+    ("search", ["data=stdlib", "data.path=x"], "ConfigError"),
+    ("search", ["data=text", "data.path=/absent/file.txt"], "DataError"),
+    ("search", ["runs=/proc/none"], "StudyError"),
+    ("export", ["study=nope", "out=model"], "StudyError"),
+    ("generate", ["model=/absent"], "ExportError"),
+    ("generate", ["study=absent"], "StudyError"),
+    ("evaluate", ["model=/absent"], "ExportError"),
+    ("compare", ["runs=/absent"], "StudyError"),
+]
+
+
+@pytest.mark.parametrize(("command", "settings", "kind"), REFUSED, ids=lambda value: str(value)[:60])
+def test_a_refusal_is_one_sentence_and_exit_code_2(command, settings, kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["tracking=off", "budget=smoke"] if command == "search" else []
+    assert run([command, *small, *settings]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"{kind}: ")
     assert "Traceback" not in out + err
-    pointed = 3 if name == "PatternError" else 0  # the pattern, the caret, what is known
-    assert err.count("\n") <= 1 + pointed
+    assert err.count("\n") <= (4 if kind == "PatternError" else 1)  # the pattern, the caret, what is known
 
 
 def test_a_mistake_ends_a_process_with_2_and_no_traceback(tmp_path):
     command = [sys.executable, "-m", "hybridnas", "describe", "preset=mambo"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("ConfigError: describe preset=mambo is unknown; did you mean 'mamba'?")
 
 
 def test_what_the_machine_refuses_is_one_sentence(monkeypatch, capsys):
-    def full(config):
+    def full(settings):
         raise OSError(28, "No space left on device", "runs/x")
 
     monkeypatch.setattr("hybridnas.cli.describe.run", full)
-    assert _guarded("describe", []) == 2
+    assert run(["describe"]) == 2
     assert capsys.readouterr().err == "OSError: runs/x: No space left on device\n"
 
 
 def test_ctrl_c_is_130_where_nothing_was_begun(monkeypatch, capsys):
-    def stop(config):
+    def stop(settings):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hybridnas.cli.describe.run", stop)
-    assert _guarded("describe", []) == 130
-    assert "stopped by Ctrl-C" in capsys.readouterr().err
+    assert run(["describe"]) == 130
+    assert run(["describe", "json=true"]) == 130
+    assert json.loads(capsys.readouterr().out)["error"]["type"] == "KeyboardInterrupt"
+
+
+TEXTS = [
+    *("(ME)x8", "[M,E]x2", "M{d_state=32,expand=3}", "${x}", "${oc.env:HOME}", 'it\'s "quoted"', "a, b; c = d"),
+    *("{'a': [1, 2]}", "(unclosed [", "123", "1e3", "true", "x\ny", " def ", "???", "a#b", "文.txt", "my docs (1)/a b"),
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_passes_unchanged(text):
+    assert read_settings("generate", [f"prompt={text}"]).prompt == text
+    assert read_settings("describe", [f"pattern={text}"]).pattern == text
+    assert compose("search", ["data=text", f"data.path={text}"])["data"]["path"] == text
+    assert compose("train", ["data=mixture", f"data.parts.text.path={text}"])["data"]["parts"]["text"]["path"] == text
+    settings = read_settings("compare", [f"baseline={text}", f"runs={text}", f"run={text}"])
+    assert (settings.baseline, str(settings.runs), settings.run) == (text, str(Path(text)), text)
+
+
+def test_null_is_none_where_a_setting_can_be_none_and_text_where_it_cannot():
+    assert read_settings("generate", ["prompt=null"]).prompt == "null"
+    assert read_settings("generate", ["top_k=null", "model=null"]).top_k is None
+    assert read_settings("search", ["study=null", "minutes=none"]).study is None
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "(ME)x8",
-        "[M,E]x2",
-        "M{d_state=32,expand=3}",
-        "${x}",
-        "${oc.env:HOME}",
-        'it\'s "quoted"',
-        "a, b; c = d",
-        "{'a': [1, 2]}",
-        "(unclosed [",
-        "123",
-        "true",
-        "x\ny",
-        " def ",
-        "???",
-    ],
+    ("text", "value"),
+    [("1e6", 1_000_000), ("1M", 1_000_000), ("500k", 500_000), ("1000000", 1_000_000), ("0.5M", 500_000)],
 )
-def test_text_passes_unchanged(text):
-    assert compose("generate", [f"prompt={text}"])["prompt"] == text
-    assert compose("describe", [f"pattern={text}"])["pattern"] == text
-    assert compose("search", ["data=text", f"data.path={text}"])["data"]["path"] == text
-    assert compose("compare", [f"baseline={text}", f"runs={text}"])["baseline"] == text
+def test_a_number_of_tokens_may_be_written_as_it_is_shown(text, value):
+    assert read_settings("train", [f"train.tokens={text}"]).train == {"tokens": value}
+    assert read_settings("evaluate", [f"lengths=[64,{text}]"]).lengths == (64, value)
+
+
+def test_lists_are_read_where_a_setting_takes_several():
+    assert compose("train", ["data=text", "data.path=[a.txt,b c.txt]"])["data"]["path"] == ["a.txt", "b c.txt"]
+    assert read_settings("search", ["objectives=val_loss,params"]).objectives == ("val_loss", "params")
+    assert compose("search", ["space.n_experts=8,16"])["space"]["n_experts"] == [8, 16]
+    assert compose("search", ["space.letters=[M,[M,E],M{d_state=32}]"])["space"]["letters"] == [
+        *("M", "[M,E]", "M{d_state=32}"),
+    ]
+    assert compose("search", ["space.E.top_k=[1,2]"])["space"]["E.top_k"] == [1, 2]
+
+
+def test_the_home_folder_is_one_place_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = 0
+    for command in COMMANDS:
+        settings = settings_class(command)
+        for field in dataclasses.fields(settings):
+            if "Path" in str(settings.type_of(field.name)):
+                value = getattr(read_settings(command, [f"{field.name}=~/x.json"]), field.name)
+                assert value == tmp_path / "x.json", (command, field.name)
+                found += 1
+    assert found >= 12
 
 
 def test_the_last_of_two_settings_counts():
     assert compose("search", ["tracking=off", "tracking=null"])["tracking"] is None
     assert compose("search", ["study=a", "study=b"])["study"] == "b"
-    assert compose("search", ["seed=1", "seed=2"])["seed"] == 2
+    assert compose("search", ["space=hybrid", "space=tabular"])["space"]["name"] == "tabular"
+
+
+@pytest.mark.parametrize(("given", "confirm"), [("on", "on"), ("off", "off"), ("true", "on"), ("no", "off")])
+def test_named_switches_read_as_they_are_typed(given, confirm):
+    assert read_settings("search", [f"confirm={given}"]).search().budget.confirm == confirm
+
+
+@pytest.mark.parametrize(("given", "worker"), [("true", "join"), ("false", "off"), ("create", "create")])
+def test_a_worker_joins_or_creates(given, worker):
+    assert read_settings("search", [f"worker={given}"]).worker == worker
 
 
 def test_groups_compose():
@@ -307,56 +394,163 @@ def test_groups_compose():
     assert config["arch"] == {"E": {"d_expert": 8}}
 
 
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+
+
 def test_files_of_the_folder_where_one_stands_are_options_and_win(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("search_spaces").mkdir()
-    Path("experiments").mkdir()
-    Path("search_spaces/mine.yaml").write_text("letters: [M, F]\nmotif_length: [2]\n")
-    Path("search_spaces/hybrid.yaml").write_text("description: ours\nletters: [M]\nmotif_length: [1]\n")
-    Path("experiments/long.yaml").write_text("seed: 7\nbudget:\n  lr: 0.5\n")
-    assert compose("search", ["space=mine"])["space"] == {
-        "name": "mine",
-        "letters": ["M", "F"],
-        "motif_length": [2],
-    }
+    write(Path("search_spaces/mine.yaml"), "letters: [M, F]\nmotif_length: [2]\n")
+    write(Path("search_spaces/hybrid.yaml"), "description: ours\nletters: [M]\nmotif_length: [1]\n")
+    write(Path("experiments/long.yaml"), "seed: 7\nbudget:\n  lr: 0.5\n")
+    write(Path("experiments/ratio.yaml"), "seed: 8\n")
+    assert compose("search", ["space=mine"])["space"] == {"name": "mine", "letters": ["M", "F"], "motif_length": [2]}
     assert compose("search", ["space=hybrid"])["space"]["description"] == "ours"
     long = compose("search", ["experiment=long"])
     assert (long["seed"], long["budget"]["lr"], long["budget"]["name"]) == (7, 0.5, "laptop")
+    assert compose("search", ["experiment=long", "seed=9", "budget=smoke"])["seed"] == 9
+    assert compose("search", ["experiment=ratio"])["seed"] == 8
     assert "mine" in help_text("search", "x")
+
+
+@pytest.mark.parametrize("name", ["2024", "1_1", "true", "1e3", "null_", "a-b", "it's", "文"])
+def test_a_file_may_be_named_like_a_number_or_a_boolean(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(Path(f"search_spaces/{name}.yaml"), "letters: [M, A]\nmotif_length: [2]\n")
+    write(Path(f"experiments/{name}.yaml"), f"defaults:\n  - override /space: {json.dumps(name)}\nseed: 3\n")
+    for settings in ([f"space={name}"], [f"experiment={name}"]):
+        assert compose("search", settings)["space"] == {"name": name, "letters": ["M", "A"], "motif_length": [2]}
+
+
+def test_interpolation_is_resolved_in_files_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CORPUS", "/corpus")
+    write(Path("experiments/own.yaml"), "data: {kind: text, path: '${oc.env:CORPUS}/a.txt'}\n")
+    assert compose("train", ["experiment=own"])["data"]["path"] == "/corpus/a.txt"
+    assert compose("train", ["data=text", "data.path=${oc.env:CORPUS}/a.txt"])["data"]["path"].startswith("$")
 
 
 def test_a_broken_file_matters_only_where_it_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("search_spaces").mkdir()
-    Path("search_spaces/broken.yaml").write_text("letters: [M")
+    write(Path("search_spaces/broken.yaml"), "letters: [M")
     assert compose("search", [])["space"]["name"] == "mamba_moe"
-    with pytest.raises(ConfigError, match=r"search_spaces/broken.yaml is not YAML"):
+    with pytest.raises(ConfigError) as caught:
         compose("search", ["space=broken"])
+    assert caught.value.field == "search_spaces/broken.yaml"
 
 
 def test_an_experiment_with_a_mistyped_setting_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("experiments").mkdir()
-    Path("experiments/typo.yaml").write_text("sed: 7\n")
-    with pytest.raises(ConfigError, match=r"search has no setting 'sed'; did you mean 'seed'\?"):
+    write(Path("experiments/typo.yaml"), "sed: 7\n")
+    with pytest.raises(ConfigError) as caught:
         compose("search", ["experiment=typo"])
+    assert caught.value.field == "sed"
+    assert "seed" in caught.value.allowed
 
 
 @pytest.mark.parametrize("name", ["expert_count", "inner_moe", "ratio"])
-def test_the_experiments_of_this_repository_compose(name, monkeypatch):
+def test_the_experiments_of_the_package_compose_from_any_folder(name, tmp_path, monkeypatch):
     from hybridnas.search_spaces.space import Space
 
-    root = CONF.parents[1]
-    if not (root / "experiments").is_dir():
-        pytest.skip("installed without the repository")
-    monkeypatch.chdir(root)
+    monkeypatch.chdir(tmp_path)
     config = compose("search", [f"experiment={name}"])
     assert config["sampler"] == "bruteforce"
     assert Space.from_mapping(config["space"]).name == name
+    assert FOLDERS["experiment"][0] == PACKAGE / "experiments"
+
+
+# Text as it may be typed; what would read as null or as a list is refused instead, see test_config.py.
+PATHS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8).filter(
+    lambda text: text != "null" and not text.startswith("[")
+)
+TEXT_DATA = st.fixed_dictionaries({"kind": st.just("text"), "path": PATHS | st.lists(PATHS, min_size=1)})
+MIXTURE = st.fixed_dictionaries({"path": PATHS}).map(lambda part: {"kind": "mixture", "parts": {"text": part}})
+ANY_SEARCH = st.fixed_dictionaries(
+    {},
+    optional={
+        "budget": st.fixed_dictionaries({"name": st.just("smoke"), "d_model": st.just(32), "depth": st.integers(1, 9)}),
+        "data": TEXT_DATA | MIXTURE,
+        "study": PATHS,
+        "against": st.none() | PATHS,
+        "seed": st.integers(0, 2**63 - 1),
+        "objectives": st.sampled_from([["val_loss"], ["accuracy"], ["val_loss", "params", "accuracy"]]),
+        "max_params": st.none() | st.floats(1, 1e12),
+        "n_trials": st.none() | st.integers(1, 10**9),
+        "minutes": st.none() | st.floats(1e-3, 1e6),
+        "confirm": st.sampled_from([None, "on", "off"]),
+        "worker": st.sampled_from(["off", "create"]),
+        "runs": PATHS.map(lambda text: str(Path(text))),
+    },
+)
+
+
+@hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(given=ANY_SEARCH)
+def test_settings_written_as_a_command_read_back_as_they_were(given: dict[str, Any]):
+    settings = settings_class("search").from_dict({**compose("search", ["budget=smoke"]), **given})
+    line = command_line("search", settings)
+    assert read_settings("search", shlex.split(shlex.join(line))) == settings
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["experiment=ratio", "budget=smoke", "n_trials=3"],
+        [
+            "space=hybrid",
+            "space.n_experts=[8]",
+            "space.split.low=0.2",
+            "data=mad",
+            "data.parts.compression.vocab_size=32",
+        ],
+        ["space.E.top_k=[1,2]", "space.letters=[M,E,[M,E]]", "confirm=on", "objectives=[val_loss,params]"],
+    ],
+    ids=str,
+)
+def test_a_search_from_choices_reads_back_from_its_command(settings):
+    wanted = read_settings("search", settings)
+    assert read_settings("search", command_line("search", wanted)) == wanted
+
+
+def test_a_script_for_slurm_keeps_lists_and_quotes_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        Path(f"{name}.txt").write_text("text " * 100)
+    write(Path("experiments/two.yaml"), "data: {kind: text, path: [a.txt, b.txt]}\n")
+    asked = ["search", "experiment=two", "budget=smoke", "study=my study", "tracking=off", "launch=slurm"]
+    assert run([*asked, "json=true"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    script = Path(found["script"]).read_text()
+    command = shlex.split(script.split("srun ")[-1].replace("\\\n", " "))
+    given = read_settings("search", command[3:])
+    assert (given.data["path"], given.study, given.worker) == (["a.txt", "b.txt"], "my study", "create")
+    assert subprocess.run(["bash", "-n", found["script"]], capture_output=True).returncode == 0
+
+
+def test_a_name_outside_the_encoding_of_the_terminal_is_printed_with_replacements(tmp_path):
+    (tmp_path / "größe.txt").write_text("line of text\n" * 400)
+    small = ["train.tokens=128", "train.batch_size=2", "train.seq_len=16", "train.valid_tokens=32"]
+    command = [
+        sys.executable,
+        "-m",
+        "hybridnas.train",
+        "pattern=F",
+        "arch.d_model=8",
+        *small,
+        "tracking=off",
+        "out=run",
+    ]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "HYBRIDNAS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [*command, "data=text", "data.path=größe.txt"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gr??e.txt" in done.stdout.replace("gr?e", "gr??e")
 
 
 def test_piped_output_is_plain_and_tabular(capsys):
-    assert _guarded("describe", ["preset=moe_mamba"]) == 0
+    assert run(["describe", "preset=moe_mamba"]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out
     header, *rows = (line.split("\t") for line in out.splitlines() if "\t" in line)
@@ -367,7 +561,7 @@ def test_piped_output_is_plain_and_tabular(capsys):
 
 
 def test_describe_without_anything_lists_the_presets(capsys):
-    assert _guarded("describe", []) == 0
+    assert run(["describe"]) == 0
     rows = {line.split("\t")[0]: line.split("\t") for line in capsys.readouterr().out.splitlines()}
     assert rows["moe_mamba"][3:5] == ["416,358,400", "26,288,128"]
     assert rows["mamba"][3:5] == ["27,131,904", "27,131,904"]
@@ -375,6 +569,6 @@ def test_describe_without_anything_lists_the_presets(capsys):
 
 def test_a_drawing_is_written(tmp_path, capsys):
     target = tmp_path / "graph.svg"
-    assert _guarded("describe", ["pattern=(ME)x2", LIGHT, f"out={target}"]) == 0
+    assert run(["describe", "pattern=(ME)x2", LIGHT, f"out={target}"]) == 0
     assert target.read_text().count("<svg") == 1
     assert f"drawn: {target}" in capsys.readouterr().out

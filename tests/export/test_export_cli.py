@@ -80,8 +80,9 @@ def study(tmp_path: Path, text: dict[str, Any]) -> Path:
     return folder
 
 
-def settings(folder: Path, /, **changes: Any) -> dict[str, Any]:
-    return {"study": "mine", "out": str(folder.parent / "out"), "trial": None, "runs": str(folder.parent), **changes}
+def settings(folder: Path, /, **changes: Any) -> export.Settings:
+    usual = {"study": "mine", "out": str(folder.parent / "out"), "trial": None, "runs": str(folder.parent)}
+    return export.Settings.from_dict({**usual, **changes})
 
 
 def same(model: HybridLM, trial: int) -> bool:
@@ -89,7 +90,7 @@ def same(model: HybridLM, trial: int) -> bool:
 
 
 def test_the_best_completed_trial_is_exported(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export.run(settings(study)) == 0
+    assert export.run(settings(study)).code == 0
     out = study.parent / "out"
     assert same(load(out, device="cpu"), 1)
     assert load_tokenizer(out).decode([104, 105]) == "hi"
@@ -159,7 +160,7 @@ def evaluated(text: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> Measu
     def command(**config: Any) -> dict[str, str]:
         capsys.readouterr()
         defaults = {"seq_len": 64, "valid_tokens": 2048, "data": text, "arch": {}, "device": "cpu"}
-        assert evaluate.run({**defaults, **config}) == 0
+        assert evaluate.run(evaluate.Settings.from_dict({**defaults, **config})).code == 0
         lines = capsys.readouterr().out.splitlines()
         return {"news": "\n".join(lines), **dict(line.split("\t") for line in lines if "\t" in line)}
 
@@ -201,8 +202,8 @@ def test_an_untrained_pattern_or_preset_says_that_it_is(evaluated: Measured) -> 
 
 def test_evaluate_wants_one_model(tmp_path: Path, text: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="evaluate needs model=FOLDER"):
-        evaluate.run({"data": text})
+        evaluate.run(evaluate.Settings(data=text))
     with pytest.raises(ConfigError, match="not both"):
-        evaluate.run({"data": text, "model": str(tmp_path), "pattern": "MF"})
+        evaluate.run(evaluate.Settings(data=text, model=tmp_path, pattern="MF"))
     with pytest.raises(ConfigError, match=r"evaluate seq_len=0 must be >= 1"):
-        evaluate.run({"data": text, "seq_len": 0})
+        evaluate.Settings(data=text, seq_len=0)

@@ -7,6 +7,7 @@ import re
 import pytest
 
 import hybridnas
+from hybridnas.cli.compare import Settings
 from hybridnas.cli.compare import run as command
 from hybridnas.errors import StudyError
 from hybridnas.report.compare import CompareConfig, compare, write_comparison
@@ -114,7 +115,7 @@ def test_html_and_csv_hold_the_comparison_and_fetch_nothing(runs, tmp_path):
 
 
 def test_the_command_prints_lines_that_a_pipe_can_read(runs, tmp_path, capsys):
-    assert command({"runs": str(runs), "study": "first", "run": 1, "out": str(tmp_path / "out")}) == 0
+    assert command(Settings(runs=runs, study="first", run="1", out=tmp_path / "out")).code == 0
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert lines[0][:3] == ["run", "study", "trial"]
     assert lines[1][0] == "moe_mamba"
@@ -175,7 +176,7 @@ def test_trainings_that_stand_alone_are_compared_by_their_own_files(tmp_path, co
 def test_without_runs_the_error_names_the_folder(tmp_path):
     with pytest.raises(StudyError) as caught:
         compare(CompareConfig(runs=str(tmp_path / "absent")))
-    assert (caught.value.field, caught.value.got) == ("runs", str(tmp_path / "absent"))
+    assert (caught.value.field, caught.value.got) == ("runs", tmp_path / "absent")
 
 
 def test_a_server_that_cannot_be_read_is_named_without_its_password(monkeypatch):

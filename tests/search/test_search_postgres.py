@@ -14,7 +14,7 @@ import optuna
 import pytest
 
 from hybridnas.arch.presets import DEFAULT_BASELINES as BASELINES
-from hybridnas.cli import _guarded
+from hybridnas.cli import run as run_cli
 from hybridnas.errors import ConfigError
 from hybridnas.search.replay import replay
 from hybridnas.search.storage.leases import LEASES, FileLock, held
@@ -152,12 +152,12 @@ def test_one_of_two_workers_is_killed_and_the_other_ends_the_study(survived, ser
 def test_a_trial_taken_over_has_the_scores_of_a_quiet_run(survived, tmp_path):
     said = (survived / "second.log").read_text()
     number = int(said.partition(" was interrupted")[0].rpartition(" ")[2])
-    assert replay(survived / "b/shared", number, out=tmp_path / "again").identical
+    assert replay(survived / "b/shared", number, progress=False, out=tmp_path / "again").identical
 
 
 def test_status_reads_the_database_alone(survived, server, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HYBRIDNAS_STORAGE", server.url)
-    assert _guarded("search", ["status", "study=shared", "storage=env", f"runs={tmp_path}"]) == 0
+    assert run_cli(["search", "status", "study=shared", "storage=env", f"runs={tmp_path}"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("study shared: 7 of 7 trials are finished (")
     assert "best so far: trial" in said
@@ -166,9 +166,9 @@ def test_status_reads_the_database_alone(survived, server, capsys, monkeypatch, 
 
 def test_a_worker_with_other_settings_is_refused_with_the_difference(survived, server, capsys, tmp_path):
     own = ["study=shared", f"storage={server.url}", f"runs={tmp_path}", "worker=true"]
-    assert _guarded("search", [*own, "seed=3"]) == 2
+    assert run_cli(["search", *own, "seed=3"]) == 2
     assert "study 'shared' has seed=0, this worker was given 3" in capsys.readouterr().err
-    assert _guarded("search", [*own, "study=absent"]) == 2
+    assert run_cli(["search", *own, "study=absent"]) == 2
     said = capsys.readouterr().err
     assert "has no study 'absent' (studies there: shared); start it with the same command without worker=true" in said
     assert_untold(tmp_path, said)
@@ -189,7 +189,7 @@ def test_no_password_is_in_any_file_or_word(survived, server, capsys, tmp_path, 
 def test_a_database_that_refuses_or_is_not_there_is_one_sentence_without_the_password(server, tmp_path, capsys):
     for url in (server.url.replace("nas:", "nobody:"), server.url.replace(str(server.port), str(free_port()))):
         own = [f"storage={url}", f"runs={tmp_path}", "study=x"]
-        assert _guarded("search", ["status", *own]) == 2
+        assert run_cli(["search", "status", *own]) == 2
         said = capsys.readouterr().err
         assert said.startswith("StudyError: storage postgresql+psycopg://***@127.0.0.1")
         assert "cannot be opened: " in said

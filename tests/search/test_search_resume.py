@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from hybridnas.cli import _guarded
+from hybridnas.cli import run as run_cli
 from hybridnas.errors import StudyError
 from hybridnas.study.folder import StudyFolder, first_difference, read_study
 from hybridnas.study.records import load_records
@@ -20,7 +20,7 @@ SLOW = "budget.tokens_per_active_param=6"  # seconds a trial: long enough to be 
 
 def search(capsys, runs, settings, code=0):
     """Run the command in this process; returns what it printed, standard error where it failed."""
-    assert _guarded("search", ["budget=smoke", f"runs={runs}", "study=demo", *settings]) == code
+    assert run_cli(["search", "budget=smoke", f"runs={runs}", "study=demo", *settings]) == code
     out, err = capsys.readouterr()
     return err if code else out
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from hybridnas.cli import _guarded
+from hybridnas.cli import run as run_cli
 from hybridnas.errors import StudyError
 from hybridnas.search.config import Budget, SearchConfig
 from hybridnas.search.replay import _threads_of
@@ -272,7 +272,7 @@ def test_workers_of_a_killed_command_end_and_the_same_command_goes_on(orphaned, 
         time.sleep(0.05)
     assert not any(map(alive, left))
     begun = {p.parent.name for p in (runs / "demo/trials").glob("*/checkpoint.safetensors")}
-    assert _guarded("search", ["budget=smoke", f"runs={runs}", "study=demo", *settings]) == 0
+    assert run_cli(["search", "budget=smoke", f"runs={runs}", "study=demo", *settings]) == 0
     said = capsys.readouterr().out
     assert said.count("was interrupted; going on from its checkpoint") == 2
     assert len(begun) == 2
@@ -313,14 +313,14 @@ def test_a_second_ctrl_c_ends_everything_at_once(tmp_path, tiny):
 
 def test_what_one_worker_cannot_do_ends_the_search_in_its_words(tmp_path, tiny, capsys):
     settings = [*tiny, "budget.lr=1e9", "n_trials=6", "workers=2"]
-    assert _guarded("search", ["budget=smoke", f"runs={tmp_path}", "study=demo", *settings]) == 2
+    assert run_cli(["search", "budget=smoke", f"runs={tmp_path}", "study=demo", *settings]) == 2
     assert "trials all failed, the last one because: " in capsys.readouterr().err
 
 
 def test_workers_that_cannot_start_are_not_started_for_ever(tmp_path, tiny, capsys, monkeypatch):
     broken = {**os.environ, "PYTHONPATH": "/absent", "PYTHONHOME": "/absent"}
     monkeypatch.setattr(workers, "environment", lambda config, number: broken)
-    assert _guarded("search", ["budget=smoke", f"runs={tmp_path}", "study=demo", *tiny, "n_trials=1", "workers=2"]) == 2
+    assert run_cli(["search", "budget=smoke", f"runs={tmp_path}", "study=demo", *tiny, "n_trials=1", "workers=2"]) == 2
     assert re.search(r"StudyError: workers cannot start \(.*\); the last one said: .* \(see ", capsys.readouterr().err)
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from hybridnas.analysis.rung_correlation import rank_correlation
-from hybridnas.cli import _guarded
-from hybridnas.cli.compose import compose
+from hybridnas.cli import run as run_cli
+from hybridnas.cli.compose import read_settings
 from hybridnas.cli.suites import preset_sizes
 from hybridnas.errors import StudyError
 from hybridnas.suites import headline, induction_heads, mad, mqar, plots, results, selective_copying, speed
@@ -238,7 +238,7 @@ def test_the_rank_correlation_of_a_quick_version_is_one_command(tmp_path, capsys
 
     full = write(False, {"a": 0.9, "b": 0.8, "c": 0.3, "d": 0.2})
     quick = write(True, {"a": 0.5, "b": 0.6, "c": 0.4, "e": 0.9})
-    assert _guarded("evaluate", ["suite=mad", "suite.quick=true", f"suite.out={quick}", f"suite.against={full}"]) == 0
+    assert run_cli(["evaluate", "suite=mad", "suite.quick=true", f"suite.out={quick}", f"suite.against={full}"]) == 0
     table = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert table[0] == ["column", "models", "Spearman"]
     assert table[1:] == [[column, "3", "0.500"] for column in (*mad.COLUMNS, "average")]
@@ -283,7 +283,7 @@ def test_what_the_user_names_is_matched_where_the_suite_matches():
 
 
 def test_sizes_given_to_a_preset_reach_it_and_its_own_leave_the_choice_to_the_suite():
-    config = compose("evaluate", ["suite=mad", "preset=moe_mamba", "preset.n_blocks=2", "preset.n_experts=4"])
+    config = read_settings("evaluate", ["suite=mad", "preset=moe_mamba", "preset.n_blocks=2", "preset.n_experts=4"])
     assert preset_sizes(config) == {"n_blocks": 2, "n_experts": 4}
     (entry,) = toy(fields={"d_model": 16}).expanded(["moe_mamba"], preset_sizes(config))
     arch = entry.arch(16)

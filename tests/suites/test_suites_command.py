@@ -1,54 +1,64 @@
 """python -m hybridnas.evaluate suite=NAME: what it prints, keeps and refuses, and the recipes of this repository."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 
-from hybridnas.cli import _guarded
-from hybridnas.cli.compose import CONF, compose
-from hybridnas.cli.suites import listed
+from hybridnas.cli import run as run_cli
+from hybridnas.cli.compose import compose, read_settings
+from hybridnas.cli.sections import PACKAGE, files_of
 from hybridnas.suites.suite import SuiteConfig
 
 
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("[Mx4,(ME)x2]", ["Mx4", "(ME)x2"]),
-        ("Mx4", ["Mx4"]),
-        ("[[M,E]x2, M{d_state=4,expand=2}]", ["[M,E]x2", "M{d_state=4,expand=2}"]),
-        ("['Mx2',\"A\"]", ["Mx2", "A"]),
-        (["M", "A"], ["M", "A"]),
+        ("[Mx4,(ME)x2]", ("Mx4", "(ME)x2")),
+        ("Mx4", ("Mx4",)),
+        ("[[M,E]x2, M{d_state=4,expand=2}]", ("[M,E]x2", "M{d_state=4,expand=2}")),
+        ("['Mx2',\"A\"]", ("Mx2", "A")),
     ],
 )
 def test_lists_of_patterns(text, parts):
-    assert listed(text) == parts
+    assert read_settings("evaluate", [f"patterns={text}"]).patterns == parts
 
 
 MISTAKES = [
-    (["suite=mda"], "evaluate suite=mda is unknown; did you mean 'mad'?"),
-    (["suite.quick=true"], "evaluate suite.quick needs a suite, e.g. suite=mad"),
+    (["suite=mda"], "suite", "mda"),
+    (["suite.quick=true"], "suite", None),
+    (["suite=mad", "suite.quik=true"], "suite.quik", "suite.quik"),
+    (["suite=mad", "suite.minutes=0"], "suite.minutes", 0),
+    (["suite=mad", "suite.rates=[fast]"], "suite.rates", "[fast]"),
+    (["suite=mad", "pattern=M", "preset=mamba"], "patterns", None),
+    (["suite=mad", "lengths=[64]"], "lengths", [64]),
+    (["suite=mad", "data=mqar"], "data", {"kind": "mqar"}),
+    (["suite=mad", "out=x.csv"], "out", "x.csv"),
+    (["patterns=[M,A]"], "patterns", None),
+    (["lengths=[64]"], "model", None),
+    (["lengths=[0]", "model=x"], "lengths", 0),
+]
+SENTENCES = [
     (["suite=mad", "suite.tasks=[compres]"], "suite 'mad' has no task 'compres'; did you mean 'compress'?"),
-    (["suite=mad", "suite.rates=fast"], "suite rates='fast' must be a list of number"),
-    (["suite=mad", "suite.quik=true"], "did you mean 'quick'?"),
-    (["suite=mad", "suite.minutes=0"], "suite minutes=0 must be > 0"),
-    (["suite=mad", "pattern=M", "preset=mamba"], "not several of them"),
     (["suite=mad", "pattern=X"], "PatternError"),
     (["suite=mad", "suite.against=none.csv"], "has no finished column of suite 'mad'"),
-    (["suite=mad", "lengths=[64]"], "lengths=[64] does not go with suite=mad"),
-    (["suite=mad", "data=mqar"], "does not go with suite=mad, which brings its own data"),
-    (["suite=mad", "out=x.csv"], "set suite.out= for the results"),
-    (["patterns=[M,A]"], "patterns=[...] belongs to a suite"),
-    (["lengths=[64]"], "lengths=[...] needs model=FOLDER"),
-    (["lengths=[0]", "model=x"], "lengths has 0"),
     (["lengths=[64]", "model=/absent"], "ExportError: /absent"),
 ]
 
 
-@pytest.mark.parametrize(("settings", "words"), MISTAKES, ids=lambda value: str(value)[:50])
-def test_mistakes_are_one_sentence(settings, words, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("settings", "field", "got"), MISTAKES, ids=lambda value: str(value)[:50])
+def test_mistakes_name_the_setting_and_what_was_got(settings, field, got, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert _guarded("evaluate", ["tracking=off", *settings]) == 2
+    assert run_cli(["evaluate", "tracking=off", *settings, "json=true"]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (error["type"], error["field"], error["got"]) == ("ConfigError", field, got)
+
+
+@pytest.mark.parametrize(("settings", "words"), SENTENCES, ids=lambda value: str(value)[:50])
+def test_other_mistakes_are_one_sentence(settings, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_cli(["evaluate", "tracking=off", *settings]) == 2
     error = capsys.readouterr().err
     assert words in error
     assert "Traceback" not in error
@@ -58,7 +68,7 @@ def test_a_suite_by_its_command_resumes_draws_and_is_compared(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     small = ["suite=mad", "suite.quick=true", "suite.tasks=['in-context recall','memorise']", "suite.tokens=4096",
              "suite.rates=[0.001]", "patterns=[M,A]", "arch.d_model=16"]  # fmt: skip
-    assert _guarded("evaluate", small) == 0
+    assert run_cli(["evaluate", *small]) == 0
     out = capsys.readouterr().out
     table = [line.split("\t") for line in out.splitlines() if "\t" in line]
     assert table[0] == ["model", "in-context recall", "memorise", "average", "compress", "fuzzy recall",
@@ -79,17 +89,14 @@ def test_a_suite_by_its_command_resumes_draws_and_is_compared(tmp_path, monkeypa
     trained = find_runs(CompareConfig())
     assert len(trained) == 4
     assert {r.status for r in trained} == {"complete"}
-    assert _guarded("evaluate", small) == 0
+    assert run_cli(["evaluate", *small]) == 0
     assert " | " not in capsys.readouterr().out  # no run was trained again
-    assert _guarded("evaluate", [*small, f"suite.against={folder}/mad-quick.csv"]) == 2
+    assert run_cli(["evaluate", *small, f"suite.against={folder}/mad-quick.csv"]) == 2
     assert "run both versions first" in capsys.readouterr().err
 
 
-def test_recipes_of_this_repository_compose(monkeypatch):
-    root = CONF.parents[1]
-    if not (root / "experiments").is_dir():
-        pytest.skip("installed without the repository")
-    monkeypatch.chdir(root)
+def test_the_recipes_of_the_package_compose_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for name, suite in {
         "induction_heads": "induction_heads",
         "selective_copying": "selective_copying",
@@ -102,3 +109,4 @@ def test_recipes_of_this_repository_compose(monkeypatch):
         config = compose("evaluate", [f"experiment={name}"])
         assert SuiteConfig.from_dict(config["suite"]).suite().name == suite
         assert config["suite"]["out"] == f"experiments/results/{name}.csv"
+        assert files_of("experiment")[name].parent == PACKAGE / "experiments"

@@ -8,7 +8,7 @@ import torch
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
-from hybridnas.cli import _guarded
+from hybridnas.cli import run as run_cli
 from hybridnas.data.source import SOURCES, Batch, Source, SourceConfig, SourceKind
 from hybridnas.errors import ConfigError
 from hybridnas.suites import results
@@ -84,10 +84,10 @@ def test_lengths_by_the_command_for_a_run_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train = ["pattern=M", "arch.d_model=8", "data=induction_heads", "data.seq_len=16", "train.seq_len=16",
              "train.batch_size=2", "train.tokens=64", "train.valid_tokens=32", "tracking=off", "out=run"]  # fmt: skip
-    assert _guarded("train", train) == 0
+    assert run_cli(["train", *train]) == 0
     capsys.readouterr()
     asked = ["model=run", "data=induction_heads", "lengths=[32,16]", "max_gib=1", "out=by_length.csv"]
-    assert _guarded("evaluate", asked) == 0
+    assert run_cli(["evaluate", *asked]) == 0
     table = [line.split("\t") for line in capsys.readouterr().out.splitlines() if "\t" in line]
     assert [line[0] for line in table] == ["length", "16", "32"]
     rows = results.read_lengths(Path("by_length.csv"))

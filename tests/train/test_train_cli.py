@@ -2,14 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import yaml
 
-from hybridnas.cli.compose import CONF, compose
+from hybridnas.cli import run as run_cli
+from hybridnas.cli.compose import read_settings
 from hybridnas.cli.train import run, train_settings
 from hybridnas.errors import CheckpointError, ConfigError, TrainingError
-from hybridnas.train import TrainConfig, read_evals
+from hybridnas.train import read_evals
 
 
 @pytest.fixture
@@ -26,20 +27,7 @@ PATTERN = ["pattern=(ME)x1", "+arch.d_model=16", "+arch.n_experts=2"]
 
 
 def train(*overrides):
-    return run(compose("train", [*SMALL, *overrides]))
-
-
-def test_the_settings_file_names_every_field_and_the_true_defaults():
-    text = (CONF / "train.yaml").read_text()
-    fields = yaml.safe_load(text)["train"]
-    assert list(fields) == list(TrainConfig.field_names())
-    for line in text.splitlines():
-        key, _, comment = line.strip().partition(":")
-        if key in fields and comment.startswith(" null"):
-            default = TrainConfig().to_dict()[key]
-            said = comment.partition("#")[2].strip().split(":")[0].split("|")[0].strip().replace(",", "")
-            wanted = str(default).lower() if not isinstance(default, float) else f"{default:g}"
-            assert said == wanted or default is None, line
+    return run(read_settings("train", [*SMALL, *overrides])).code
 
 
 def test_a_pattern_trains_prints_its_measurements_and_is_not_trained_twice(corpus, capsys):
@@ -80,29 +68,49 @@ def test_a_failed_run_is_told_in_one_sentence(corpus):
 
 
 def test_the_papers_recipe_gives_way_to_what_the_user_says():
-    config = compose("train", ["preset=moe_mamba", "recipe=paper", "train.lr=0.0005"])
+    config = read_settings("train", ["preset=moe_mamba", "recipe=paper", "train.lr=0.0005"])
     settings = train_settings(config)
     assert (settings.lr, settings.batch_size, settings.seq_len, settings.decay_all) == (5e-4, 256, 256, True)
     assert settings.tokens == 6_553_600_000
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "field", "got"),
     [
-        ([], r"train needs an architecture: preset=moe_mamba, or pattern="),
-        (["pattern=ME", "recipe=paper"], "recipe=paper belongs to a preset"),
-        (["pattern=ME", "recipe=mine"], "recipe='mine' must be none or paper"),
-        (["train.lrr=1"], "train has no setting 'train.lrr'; did you mean 'train.lr'"),
-        (["train.schedule=linear"], "train schedule='linear' must be one of cosine, constant"),
-        (["pattern=ME"], "needs a width: arch.d_model=64"),
+        ([], "preset", None),
+        (["pattern=ME", "recipe=paper"], "recipe", "paper"),
+        (["pattern=ME", "recipe=mine"], "recipe", "mine"),
+        (["train.lrr=1"], "train.lrr", "train.lrr"),
+        (["train.schedule=linear"], "train.schedule", "linear"),
+        (["pattern=ME"], "arch.d_model", None),
     ],
 )
-def test_mistakes_are_one_sentence(corpus, overrides, words):
-    with pytest.raises(ConfigError, match=words):
+def test_mistakes_name_the_setting(corpus, overrides, field, got):
+    with pytest.raises(ConfigError) as caught:
         train(*corpus, *overrides)
+    assert (caught.value.field, caught.value.got) == (field, got)
 
 
-def test_the_door_exits_with_2_and_no_traceback(corpus):
+def test_a_device_that_is_not_there_is_refused_before_data_is_read(corpus, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("hybridnas.data.open_source", lambda config: pytest.fail("data was read"))
+    with pytest.raises(ConfigError, match="needs CUDA"):
+        train(*corpus, *PATTERN, "device=cuda")
+
+
+def test_a_refused_command_leaves_a_finished_run_as_it_was(corpus):
+    from hybridnas.report.compare import CompareConfig, find_runs
+
+    train(*corpus, *PATTERN, "out=runs/mow")
+    before = {path: path.read_bytes() for path in Path("runs/mow").rglob("*") if path.is_file()}
+    assert run_cli(["train", *SMALL, *corpus, *PATTERN, "out=runs/mow", "train.lr=0.01"]) == 2
+    assert {path: path.read_bytes() for path in Path("runs/mow").rglob("*") if path.is_file()} == before
+    assert [run.status for run in find_runs(CompareConfig())] == ["complete"]
+
+
+def test_a_new_process_ends_with_2_and_no_traceback(corpus):
     command = [sys.executable, "-m", "hybridnas.train", "train.tokens=-1", "pattern=ME"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2

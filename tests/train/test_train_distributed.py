@@ -6,7 +6,7 @@ import pytest
 
 from hybridnas import train
 from hybridnas.arch.arch import Arch
-from hybridnas.cli import _guarded
+from hybridnas.cli import run as run_cli
 from hybridnas.data import open_source, source_config
 from hybridnas.errors import ConfigError
 from hybridnas.study.records import load_records
@@ -90,6 +90,6 @@ def test_a_batch_that_cannot_be_divided_is_refused(source, tmp_path):
 
 def test_a_searchs_trial_trains_on_two_devices(tmp_path, tiny, capsys):
     settings = ["budget=smoke", f"runs={tmp_path}", "study=two", *tiny, "n_trials=1", "budget.devices=2"]
-    assert _guarded("search", settings) == 0
+    assert run_cli(["search", *settings]) == 0
     assert [record.state for record in load_records(tmp_path / "two")[0]] == ["COMPLETE"]
     assert "winner: trial 0" in capsys.readouterr().out
