@@ -263,6 +263,7 @@ class Runner:
             params={"model": one.entry.name, "task": one.task.name},
             tags={"preset": one.entry.preset, "fingerprint": one.fingerprint},
         )
+        labels = {"model": one.entry.name, "task": one.task.name, "preset": one.entry.preset}
         stop = [] if self.suite.stop_at is None else [StopAtAccuracy(self.suite.stop_at)]
         return Cell(
             key=one.folder.relative_to(self.folder).as_posix(),
@@ -273,6 +274,7 @@ class Runner:
             device=self.device,
             keep_checkpoint=bool(one.task.lengths),
             callbacks=(tracking, *stop),
+            labels={key: text for key, text in labels.items() if text is not None},
             facts={"training": one},
         )
 

@@ -27,6 +27,7 @@ def fit(
     device: str | None = None,
     max_seconds: float | None = None,
     impl: str = "auto",
+    labels: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> TrainResult:
     """Train a model as a language model and return what was measured, with the trained model.
@@ -38,7 +39,8 @@ def fit(
 
     ``folder``: without one nothing is written; with one, the same call again goes on where the last one stopped, to the
     bit on a processor, and a finished run is read back. ``device``: none is where the module's weights lie, and for an
-    architecture a GPU where there is one. ``settings``: fields of :class:`hybridnas.TrainConfig` (``lr=``,
+    architecture a GPU where there is one. ``labels`` are kept with the run to name it by, as ``{"preset": "mamba"}``
+    does in comparisons. ``settings``: fields of :class:`hybridnas.TrainConfig` (``lr=``,
     ``batch_size=``, ``seq_len=``, ``eval_at=``, ``seed=`` ...).
 
     Raises ConfigError for settings or a model that cannot be trained, DataError for data that does not fit, and what
@@ -71,5 +73,13 @@ def fit(
         weight = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
         device = "auto" if weight is None else str(weight.device)
     return run(
-        model, source, config, folder=folder, device=device, callbacks=callbacks, max_seconds=max_seconds, impl=impl
+        model,
+        source,
+        config,
+        folder=folder,
+        device=device,
+        callbacks=callbacks,
+        max_seconds=max_seconds,
+        impl=impl,
+        labels=labels,
     )

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridnas.config import flatten
 from hybridnas.errors import CheckpointError, TrainingError
 from hybridnas.files import write_json
 
@@ -171,7 +172,7 @@ def compare_identity(stored: dict[str, Any], wanted: dict[str, Any], folder: Pat
     differing = [
         f"{part} {key}={_show(old.get(key))} (asked for: {_show(new.get(key))})"
         for part in parts
-        for old, new in ((_flat(stored.get(part, {})), _flat(wanted.get(part, {}))),)
+        for old, new in ((flatten(stored.get(part, {})), flatten(wanted.get(part, {}))),)
         for key in dict.fromkeys((*old, *new))
         if old.get(key) != new.get(key)
     ]
@@ -202,13 +203,6 @@ def eval_line(value: Eval, total: int) -> str:
     if "dropped" in value.aux:
         parts.append(f"dropped {value.aux['dropped']:.1%}")
     return "  ".join(parts)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
 
 
 def _show(value: Any) -> str:

@@ -158,7 +158,7 @@ def test_trainings_that_stand_alone_are_compared_by_their_own_files(tmp_path, co
     losses = {}
     for name, seed in (("g", 0), ("suite/m/t", 1)):
         result = hybridnas.fit(arch, data=data, tokens=256, folder=tmp_path / name, seed=seed, batch_size=2, seq_len=32,
-                               valid_tokens=64)  # fmt: skip
+                               valid_tokens=64, labels={"preset": "mine"})  # fmt: skip
         losses[name.partition("/")[0]] = result.valid_loss
     (tmp_path / "suite" / "numbers.json").write_text('{"m/t": 3}')
     damaged = tmp_path / "torn" / "run.json"
@@ -166,9 +166,9 @@ def test_trainings_that_stand_alone_are_compared_by_their_own_files(tmp_path, co
     damaged.write_text("{")
     found = compare(CompareConfig(runs=str(tmp_path)))
     assert {run.study: run.points[-1][1] for run in found.runs} == losses
-    assert {(run.study, run.trial, run.pattern, run.status) for run in found.runs} == {
-        ("g", None, "MF", "complete"),
-        ("suite", 3, "MF", "complete"),
+    assert {(run.study, run.trial, run.preset, run.pattern, run.status) for run in found.runs} == {
+        ("g", None, "mine", "MF", "complete"),
+        ("suite", 3, "mine", "MF", "complete"),
     }
     assert {run.costs["params"] for run in found.runs} == {arch.cost(32).params}
 
