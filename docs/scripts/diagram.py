@@ -1,4 +1,4 @@
-"""The import diagram of the architecture page: which package imports which, as an SVG matrix, from the source files."""
+"""Drawings that the build makes: the matrix of imports between packages, trials at their rungs, patterns."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ def imports() -> dict[str, set[str]]:
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         owner = parts[0]
+        if parts[-1] == "__main__":  # `python -m hybridnas.search` is a command: it belongs to cli
+            continue
         for node in _run_time_nodes(ast.parse(path.read_text(encoding="utf-8"))):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             for name in names:
@@ -78,3 +80,40 @@ def import_matrix() -> str:
             )
     parts.append("</svg>")
     return "".join(parts)
+
+
+def drawing(pattern: str) -> str:
+    """Return the drawing of a small architecture of this pattern, as ``describe out=`` writes it."""
+    from hybridnas.arch.arch import Arch
+    from hybridnas.draw.svg import svg_text
+
+    arch = Arch.from_pattern(pattern, d_model=64, vocab_size=256)
+    return f'<div class="diagram drawing" markdown="0">{svg_text(arch)}</div>'
+
+
+def rungs() -> str:
+    """Return an example of successive halving with resume: bars are trials, their length what was trained."""
+    width, row, left = 480, 22, 70
+    steps = [1, 4, 1, 1, 2, 1, 2, 1, 1]  # quarters of the training: paused at 1 (a quarter) or 2 (a half), or whole
+    resumed = 4  # this trial was paused at a quarter first, and taken up again when it proved to be among the best
+    height = 34 + row * len(steps)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 90} {height + 4}" role="img">']
+    parts.append("<title>Trials pause at a quarter or a half of the training; one goes to the end</title>")
+    for share, name in ((1, "1/4"), (2, "1/2"), (4, "end")):
+        x = left + width * share / 4
+        parts.append(f'<path d="M{x} 22V{height}" stroke-dasharray="3 3"/>')
+        parts.append(f'<text x="{x}" y="15" text-anchor="middle" font-size="13">{name}</text>')
+    for number, quarters in enumerate(steps):
+        y = 30 + number * row
+        length = width * quarters / 4
+        parts.append(f'<text x="{left - 10}" y="{y + 12}" text-anchor="end" font-size="13">trial {number}</text>')
+        kind = "import" if quarters == 4 else "own"
+        parts.append(f'<rect class="{kind}" x="{left}" y="{y}" width="{length}" height="{row - 6}" rx="3"/>')
+        if number == resumed:
+            x = left + width / 4
+            parts.append(f'<path class="strong" stroke-width="3" d="M{x} {y - 2}V{y + row - 4}"/>')
+        if quarters < 4:
+            note = "paused, resumed, paused" if number == resumed else "paused"
+            parts.append(f'<text x="{left + length + 8}" y="{y + 12}" font-size="12">{note}</text>')
+    parts.append("</svg>")
+    return f'<div class="diagram" markdown="0">{"".join(parts)}</div>'

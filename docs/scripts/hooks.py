@@ -41,8 +41,9 @@ def _links(text: str, depth: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Put the import diagram into the architecture page."""
-    return markdown.replace("{{ import_matrix }}", diagram.import_matrix())
+    """Put drawings in the place of ``{{ import_matrix }}``, ``{{ rungs }}`` and ``{{ draw PATTERN }}``."""
+    markdown = markdown.replace("{{ import_matrix }}", diagram.import_matrix()).replace("{{ rungs }}", diagram.rungs())
+    return re.sub(r"\{\{ draw (\S+) \}\}", lambda match: diagram.drawing(match[1]), markdown)
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
