@@ -12,17 +12,12 @@ from hypothesis import strategies as st
 from hybridnas.errors import KernelInputError, KernelUnavailableError
 from hybridnas.kernels.causal_conv1d import causal_conv1d, describe, native
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
+
 PATHS = {impl: partial(causal_conv1d, impl=impl, return_final_state=True) for impl in ("reference", "torch", "native")}
 conv_reference = PATHS["reference"]
 needs_c = pytest.mark.skipif(not shutil.which(os.environ.get("CC", "cc")), reason="no C compiler")
 FAST = [pytest.param("torch"), pytest.param("native", marks=needs_c)]
-
-
-@pytest.fixture(autouse=True)
-def _unwritten_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inputs(batch, length, channels, taps, *, initial=True, strided=False, seed=0, dtype=torch.float64):

@@ -11,15 +11,10 @@ from hypothesis import strategies as st
 from hybridnas.errors import ConfigError, KernelInputError, KernelUnavailableError
 from hybridnas.kernels.cross_entropy import cross_entropy, describe, eager, linear_cross_entropy, token_scores
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OPS = torch.ops.hybridnas
-
-
-@pytest.fixture(autouse=True)
-def _unwritten_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

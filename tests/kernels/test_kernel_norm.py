@@ -11,14 +11,9 @@ from hypothesis import strategies as st
 from hybridnas.errors import ConfigError, KernelInputError, KernelUnavailableError
 from hybridnas.kernels.rmsnorm import add_norm, describe, layer_norm, rms_norm
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@pytest.fixture(autouse=True)
-def _unwritten_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def spelled_out(x, weight, bias, eps, kind):

@@ -8,17 +8,10 @@ import torch
 from hybridnas.errors import KernelUnavailableError
 from hybridnas.kernels.causal_conv1d import causal_conv1d
 
-pytestmark = [pytest.mark.interpreter, pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("unwritten_memory_is_nan"), pytest.mark.interpreter, pytest.mark.slow]
 
 conv_reference = partial(causal_conv1d, impl="reference", return_final_state=True)
 conv_triton = partial(causal_conv1d, impl="triton", return_final_state=True)
-
-
-@pytest.fixture(autouse=True)
-def _unwritten_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def compare(shape, optional=(), silu=False, documents=False, strided=False, dtype=torch.float32):

@@ -7,14 +7,7 @@ from hybridnas.errors import KernelUnavailableError
 from hybridnas.kernels.moe_dispatch import Experts, expert_choice, token_choice
 from hybridnas.kernels.moe_dispatch import triton as host
 
-pytestmark = [pytest.mark.interpreter, pytest.mark.slow]
-
-
-@pytest.fixture(autouse=True)
-def _unwritten_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [pytest.mark.usefixtures("unwritten_memory_is_nan"), pytest.mark.interpreter, pytest.mark.slow]
 
 
 def drawn(tokens, choices, n_experts, width, hidden, outer, *, gated=False, bias=True, dtype=torch.float32):

@@ -15,20 +15,13 @@ from hybridnas.kernels._triton.launch import Tile
 from hybridnas.kernels.selective_scan import selective_scan
 from hybridnas.kernels.selective_scan import triton as scan
 
-pytestmark = [pytest.mark.interpreter, pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("unwritten_memory_is_nan"), pytest.mark.interpreter, pytest.mark.slow]
 
 scan_reference = partial(selective_scan, impl="reference", return_final_state=True)
 scan_triton = partial(selective_scan, impl="triton", return_final_state=True)
 
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
-
-
-@pytest.fixture(autouse=True)
-def _unwritten_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @dataclasses.dataclass

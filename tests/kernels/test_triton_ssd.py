@@ -13,7 +13,7 @@ from hybridnas.kernels.ssd import ssd
 from hybridnas.kernels.ssd import triton as host
 from hybridnas.kernels.ssd.reference import Inputs
 
-pytestmark = [pytest.mark.interpreter, pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("unwritten_memory_is_nan"), pytest.mark.interpreter, pytest.mark.slow]
 
 NAMES = Inputs._fields[:9]
 ssd_reference = partial(ssd, impl="reference", return_final_state=True)
@@ -25,11 +25,8 @@ ALL = ("D", "z", "dt_bias", "initial_state")
 
 
 @pytest.fixture(autouse=True)
-def _unwritten_memory_is_nan(monkeypatch):
+def _short_chunks(monkeypatch):
     monkeypatch.setattr(host, "SSD_CHUNKS", (16, 32))  # the interpreter is slow
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def values_of(shape, optional=ALL, scale=0.5, dtype=torch.float32):

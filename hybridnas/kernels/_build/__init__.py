@@ -2,7 +2,8 @@
 
 A library is cached per user under a hash of everything that decides its code: source, the headers beside it and here,
 flags, compiler, processor. It is written to a temporary name and renamed, so that any number of processes may compile
-at once; a cache that cannot be written is still read. Where nothing can be compiled the reason is logged once and printed by ``describe``; a missing compiler is no error.
+at once; a cache that cannot be written is still read. Where nothing can be compiled the reason is logged once and
+printed by ``describe``; a missing compiler is no error.
 
 Environment: CC names the compiler, HYBRIDNAS_CACHE the cache folder (default: XDG_CACHE_HOME or ~/.cache, /hybridnas).
 """

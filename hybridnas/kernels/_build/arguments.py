@@ -29,6 +29,6 @@ def call(source: Path, function: str, arguments: ctypes.Structure) -> None:
 
 
 def struct(name: str, integers: str, pointers: str) -> type[ctypes.Structure]:
-    """Return the ctypes twin of a C struct: int64 fields first, then pointers."""
+    """Return the ctypes structure of a C struct: int64 fields first, then pointers."""
     fields = [(n, ctypes.c_int64) for n in integers.split()] + [(n, ctypes.c_void_p) for n in pointers.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields})

@@ -29,11 +29,10 @@ of M by i and by j, and the last one sums their differences backwards. Both in f
 behind a step that forgets everything. LINE is the length of such a buffer's (B, H, CT). What several programs add to
 goes to partial buffers, so the same inputs give the same bits.
 
-The running sum is taken in float64 and kept as two float32 numbers whose
-difference is exact: one float32 sum would lose the digits of small steps behind large ones. DOT is the dtype of the
-matrix products' operands: that of half-precision inputs, as mamba-ssm does, float32 where an interpreter runs, whose
-bfloat16 is silently wrong. Products are summed in float32 always. 64-bit offsets for batch, chunk and head, 32-bit
-ones within.
+The running sum is taken in float64 and kept as two float32 numbers whose difference is exact: one float32 sum would
+lose the digits of small steps behind large ones. DOT is the dtype of the matrix products' operands: that of
+half-precision inputs, as mamba-ssm does, float32 where an interpreter runs, whose bfloat16 is silently wrong. Products
+are summed in float32 always. 64-bit offsets for batch, chunk and head, 32-bit ones within.
 """
 
 import triton
