@@ -24,6 +24,7 @@ def all_pages() -> dict[str, str]:
         "reference/spaces.md": spaces(),
         "reference/tasks.md": tasks(),
         "reference/errors.md": errors(),
+        "reference/environment.md": environment(),
     }
 
 
@@ -47,7 +48,7 @@ def type_name(hint: object) -> str:
     if hint is type(None):
         return "none"
     if typing.get_origin(hint) is None and isinstance(hint, type):
-        return {"str": "text", "int": "integer", "float": "number", "bool": "yes/no"}.get(hint.__name__, hint.__name__)
+        return {"str": "text", "int": "integer", "float": "number", "bool": "yes/no", "Path": "path"}.get(hint.__name__, hint.__name__)
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(str, typing.get_args(hint)))
     arguments = [argument for argument in typing.get_args(hint) if argument is not Ellipsis]
@@ -60,6 +61,8 @@ def type_name(hint: object) -> str:
 
 def default_of(field: dataclasses.Field[object]) -> str:
     """Return a field's default as it is typed on a command line; ``required`` where there is none."""
+    if "group" in field.metadata:  # a choice by name, such as space=mamba_moe
+        return code(field.metadata["group"] or "null")
     if field.default is not dataclasses.MISSING:
         value: object = field.default
     elif field.default_factory is not dataclasses.MISSING:
@@ -89,7 +92,7 @@ def fields_table(config: type[FrozenConfig], prefix: str = "", skip: Iterable[st
                 field.metadata.get("doc", ""),
                 default_of(field),
                 code(allowed_words(field)),
-                type_name(config.type_of(field.name)),
+                "choice" if "group" in field.metadata else type_name(config.type_of(field.name)),
             )
         )
     return table(("setting", "meaning", "default", "allowed", "type"), rows)
@@ -103,6 +106,7 @@ def docstring(thing: object) -> str:
 def commands() -> str:
     """Return the page of commands: what each does and its own settings."""
     from hybridnas.cli import COMMANDS
+    from hybridnas.cli.command import settings_class
 
     parts = [
         "# Commands\n",
@@ -113,9 +117,7 @@ def commands() -> str:
     ]
     for name, text in COMMANDS.items():
         parts.append(f"## {name}\n\n{text[:1].upper()}{text[1:]}.\n")
-        own = getattr(importlib.import_module(f"hybridnas.cli.{name}"), "Settings", None)
-        if own is not None:
-            parts.append(fields_table(own))
+        parts.append(fields_table(settings_class(name)))
     return "\n".join(parts)
 
 
@@ -124,6 +126,7 @@ def settings() -> str:
     from hybridnas.data.config import DataConfig
     from hybridnas.data.source import SOURCES
     from hybridnas.search.config import Budget, SearchConfig
+    from hybridnas.suites.suite import SuiteConfig
     from hybridnas.train.config import TrainConfig
 
     parts = [
@@ -147,16 +150,8 @@ def settings() -> str:
         if config is not DataConfig:
             parts.append(f"### data={name}\n\n{docstring(config)}\n\n" + fields_table(config, "data.", ("kind",)))
     parts.append("## space\n\nKeys of a space's YAML: see [adding a space](../guides/adding-a-space.md).\n")
-    parts.append("## suite\n\n" + _suite_settings())
+    parts.append("## suite\n\n" + docstring(SuiteConfig) + "\n\n" + fields_table(SuiteConfig, "suite."))
     return "\n".join(parts)
-
-
-def _suite_settings() -> str:
-    try:
-        from hybridnas.suites.suite import SuiteConfig as Settings
-    except ImportError:
-        from hybridnas.suites.suite import Settings
-    return docstring(Settings) + "\n\n" + fields_table(Settings, "suite.")
 
 
 def blocks() -> str:
@@ -274,6 +269,14 @@ def tasks() -> str:
         "to the test set if its inputs hash into one sixteenth of all hashes, so no example is ever on both sides.\n\n"
         + table(("data", "what it is"), rows)
     )
+
+
+def environment() -> str:
+    """Return the page of environment variables."""
+    from hybridnas.cli.help import ENVIRONMENT
+
+    rows = [(code(name), text) for name, text in ENVIRONMENT.items()]
+    return "# Environment variables\n\nEvery variable that the package reads.\n\n" + table(("variable", "effect"), rows)
 
 
 def errors() -> str:
