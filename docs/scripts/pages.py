@@ -48,7 +48,8 @@ def type_name(hint: object) -> str:
     if hint is type(None):
         return "none"
     if typing.get_origin(hint) is None and isinstance(hint, type):
-        return {"str": "text", "int": "integer", "float": "number", "bool": "yes/no", "Path": "path"}.get(hint.__name__, hint.__name__)
+        words = {"str": "text", "int": "integer", "float": "number", "bool": "yes/no", "Path": "path"}
+        return words.get(hint.__name__, hint.__name__)
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(str, typing.get_args(hint)))
     arguments = [argument for argument in typing.get_args(hint) if argument is not Ellipsis]
