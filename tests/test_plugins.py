@@ -139,11 +139,22 @@ def test_all_four_kinds_are_found_and_used(site):
 
 def test_the_command_describes_what_another_package_registers(site):
     code = """
-        from hybridnas.cli import main
-        sys.argv = ["hybridnas", "describe", "preset=scaled_only", "preset.n_blocks=3"]
-        sys.exit(main())
+        from hybridnas.cli import run
+        sys.exit(run(["describe", "preset=scaled_only", "preset.n_blocks=3"]) or run(["describe"]))
     """
-    assert any("V scaled" in line for line in python(site, code))
+    lines = python(site, code)
+    assert any("V scaled" in line for line in lines)
+    assert any(line.startswith("scaled_only") or " scaled_only " in line for line in lines)
+
+
+def test_the_commands_offer_what_another_package_registers(site):
+    code = """
+        from hybridnas.cli.compose import compose
+        settings = compose("search", ["space=scaled", "data=echo", "data.seq_len=32"])
+        print(settings["space"]["letters"], settings["data"]["kind"], settings["data"]["seq_len"])
+        print(compose("train", ["preset=scaled_only", "preset.d_model=16"])["preset"])
+    """
+    assert python(site, code) == ["['V', 'F'] echo 32", "{'name': 'scaled_only', 'd_model': 16}"]
 
 
 def test_a_broken_entry_point_is_a_warning_and_an_error_when_it_is_asked_for(site):

@@ -17,7 +17,6 @@ PACKAGE = Path(__file__).resolve().parents[1]
 OPEN = ("arch", "preset", "space")
 # Groups that are folders of YAML files; a user's own file wins over the package's.
 FOLDERS = {
-    "space": (PACKAGE / "search_spaces", Path("search_spaces")),
     "experiment": (PACKAGE / "experiments", Path("experiments")),
     "budget": (PACKAGE / "conf" / "budget",),
 }
@@ -59,6 +58,10 @@ def choices_of(group: str) -> list[str]:
         from hybridnas.suites.suite import SUITES
 
         return sorted(SUITES)
+    if group == "space":
+        from hybridnas.search_spaces.listing import list_spaces
+
+        return list_spaces()
     return sorted(files_of(group))
 
 
@@ -77,6 +80,10 @@ def choice_of(group: str, name: str) -> dict[str, Any]:
         return {"kind": name, **{key: value for key, value in usual.items() if isinstance(value, dict)}}
     if group in ("preset", "suite"):
         return {"name": name}
+    if group == "space":
+        from hybridnas.search_spaces.listing import space_settings
+
+        return space_settings(name)
     values = read_yaml(files_of(group)[name])
     return values if group == "experiment" else {"name": name, **values}
 
