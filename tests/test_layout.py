@@ -79,6 +79,8 @@ def test_the_wheel_holds_the_package_alone_and_all_its_files(tmp_path):
     kept = {".py", ".yaml", ".j2", ".c", ".h", ".typed"}
     here = {f"hybridnas/{name_of(path)}" for path in PACKAGE.rglob("*") if path.suffix in kept and path.is_file()}
     assert here - set(names) == set()
+    recipes = {f"hybridnas/experiments/{path.name}" for path in (ROOT / "experiments").glob("*.yaml")}
+    assert recipes | {"hybridnas/experiments/results/tabular.csv"} <= set(names)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 

@@ -38,7 +38,7 @@ COSTS = tuple(item.name for item in dataclasses.fields(Cost))
 _HEAD = ("pattern", "fingerprint", "vocab_size", "choices", "seed", *COSTS, "tokens")
 _TAIL = ("parts", "tokens_per_second", "seconds", "cpu_seconds", "failed", "settings", "data", "command", "commit")
 _LOSS, _ACCURACY = "loss_at_", "accuracy_at_"  # and the count of training tokens
-_ROOT = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1]  # has a link to experiments/ in a checkout, and a copy in a wheel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +86,9 @@ class TableSpec(FrozenConfig):
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def file(self) -> Path:
-        """Return the table's path: as given, or else under the checkout that this package is imported from."""
+        """Return the table's path: as given from the current folder, or else the package's own."""
         path = Path(self.path).expanduser()
-        return path if path.exists() or path.is_absolute() or not (_ROOT / path).exists() else _ROOT / path
+        return path if path.exists() or path.is_absolute() or not (_PACKAGE / path).exists() else _PACKAGE / path
 
 
 @dataclass(frozen=True, kw_only=True)
