@@ -57,11 +57,11 @@ def test_an_interval_is_welchs(study):
 def test_the_choice_that_matters_is_the_most_important(study):
     _, scores = insight.first_scores(study)
     noise = random.Random(2)
-    told = [dataclasses.replace(r, choices={"first": r.pattern[0], "noise": noise.randrange(3)}) for r in study]
-    shares = insight.importances(told, scores)
+    varied = [dataclasses.replace(r, choices={"first": r.pattern[0], "noise": noise.randrange(3)}) for r in study]
+    shares = insight.importances(varied, scores)
     assert max(shares, key=shares.get) == "first"
     assert sum(shares.values()) == pytest.approx(1.0)
-    assert insight.importances(told[:3], scores) == {}
+    assert insight.importances(varied[:3], scores) == {}
     assert insight.importances(study[:0], {}) == {}
 
 
