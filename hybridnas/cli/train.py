@@ -59,6 +59,7 @@ def run(settings: Settings) -> Done:
 
     Raises TrainingError with the reason of a run that failed.
     """
+    from hybridnas.arch.presets import DEFAULT_REFERENCE
     from hybridnas.data import open_source, source_config
     from hybridnas.hardware import Impl, pick_device
 
@@ -66,7 +67,8 @@ def run(settings: Settings) -> Done:
     config = train_settings(settings, data.own_seq_len)
     if not (settings.preset or settings.pattern):
         raise ConfigError(
-            "train needs an architecture: preset=moe_mamba, or pattern='(ME)x2' arch.d_model=64", field="preset"
+            f"train needs an architecture: preset={DEFAULT_REFERENCE}, or pattern='(ME)x2' arch.d_model=64",
+            field="preset",
         )
     pick_device(settings.device)  # refused before any data is read
     Impl.of(settings.impl)
