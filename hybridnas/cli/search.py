@@ -34,33 +34,36 @@ class Settings(SearchConfig, Command):
     nodes: int = option(1, "with launch=slurm: nodes, one worker on each [count]", ge=1)
     action: str = option("run", "status: how the study stands, also while it runs", choices=("run", "status"))
 
-    def search(self, *, progress: bool = False) -> SearchConfig:
+    def search(self) -> SearchConfig:
         """Return the search, with the command's own limits over the budget's."""
         limits = {name: getattr(self, name) for name in LIMITS if getattr(self, name) is not None}
         own = {name: getattr(self, name) for name in SearchConfig.field_names()}
-        return SearchConfig(**{**own, "budget": self.budget.replace(**limits), "progress": progress})
+        return SearchConfig(**{**own, "budget": self.budget.replace(**limits)})
 
 
-def search_config(values: Mapping[str, Any], *, progress: bool = False) -> SearchConfig:
+def search_config(values: Mapping[str, Any]) -> SearchConfig:
     """Return the search that composed settings describe; raises ConfigError."""
-    return Settings.from_dict(values).search(progress=progress)
+    return Settings.from_dict(values).search()
 
 
 def run(settings: Settings) -> Done:
     """Run the search that the settings describe; code 0 also when Ctrl-C ended it early with its report."""
-    search = settings.search(progress=show.is_terminal())
+    search = settings.search()
     if settings.action == "status":
         return _status(search)
     if settings.launch == "slurm":
         return _launch(settings, search)
-    from hybridnas.search.runner import Search
+    from hybridnas.cli.progress import progress
+    from hybridnas.report.callbacks import ConsoleLines
+    from hybridnas.studies import Study
 
     if search.worker == "join":
         from hybridnas.cli.compose import compose
         from hybridnas.search.storage.join import joined
 
         search = joined(search, search_config(compose("search", [])))
-    summary = Search(search, show.line).run()
+    training = [progress()] if show.is_terminal() else []
+    summary = Study.of(search).run([ConsoleLines(show.line)], training=training)
     return _print(summary, search)
 
 

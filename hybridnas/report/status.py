@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hybridnas.analysis.ranking import winner
-from hybridnas.search.pruning.promotion import candidate_of
-from hybridnas.search.storage.leases import FileLock, held, trial_lease
-from hybridnas.search.storage.postgres import database_url, open_database
+from hybridnas.search.storage.database import database_url, read_database
+from hybridnas.search.storage.folder_store import FolderStore
+from hybridnas.search.storage.store import Held
 from hybridnas.study.folder import read_study
 from hybridnas.study.records import COMPLETE, FAIL, PRUNED, TrialRecord, load_records, read_curve, trial_folder
 
@@ -37,7 +37,6 @@ class Status:
     study: str
     records: Sequence[TrialRecord]
     running: Sequence[Running] = ()
-    waiting: int = 0
     n_trials: int | None = None
     best: TrialRecord | None = None
     seconds_left: float | None = None
@@ -53,84 +52,28 @@ def read_status(runs: Path, name: str, storage: str | None = None, heartbeat: in
     """Return how a study stands, from its folder or from the database; raises StudyError when there is none."""
     url = database_url(storage)
     folder = runs / name
-    if url is None:
-        meta = read_study(folder)
-        records = load_records(folder)[0]
-        return _status(name, meta.get("limits") or {}, records, *_journal(folder, name))
-    return _from_database(url, name, heartbeat)
+    if url is not None:
+        card, records, held = read_database(url, name, heartbeat)
+        return _status(name, card.get("limits") or {}, records, [_running(folder, one) for one in held])
+    meta = read_study(folder)
+    store = FolderStore(folder)
+    store.changes()
+    running = [_running(folder, one) for one in store.running()]
+    return _status(name, meta.get("limits") or {}, load_records(folder)[0], running)
 
 
-def _journal(folder: Path, name: str) -> tuple[list[Running], int]:
-    """Return what runs and how many trials wait, from the journal and from the locks of the trials."""
-    import optuna
-
-    from hybridnas.search.storage.journal import open_journal
-
-    path = folder / "journal.log"
-    if not path.exists() or path.stat().st_size == 0:
-        return [], 0
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.load_study(study_name=name, storage=open_journal(path))
-    running = []
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state.name != "RUNNING":
-            continue
-        lease = trial_lease(folder, trial.number)
-        words = FileLock(lease).words() if held(lease) else {}
-        where = f"worker {words.get('worker', 0)}, process {words['pid']} on {words['host']}" if "pid" in words else ""
-        curve = read_curve(trial_folder(folder, candidate_of(trial)))
-        last: dict[str, Any] = dict(curve[-1]) if curve else {}
-        found = (trial.user_attrs.get("pattern", ""), last.get("tokens", 0), last.get("valid_loss"))
-        running.append(Running(candidate_of(trial), *found, where))
-    return running, _waiting(study)
+def _running(folder: Path, held: Held) -> Running:
+    """Describe a trial that trains, by its measurements where they lie here."""
+    record = held.record
+    curve = read_curve(trial_folder(folder, record.number)) or record.curve
+    last: dict[str, Any] = dict(curve[-1]) if curve else {}
+    return Running(record.number, record.pattern, last.get("tokens", 0), last.get("valid_loss"), held.where)
 
 
-def _from_database(url: str, name: str, heartbeat: int) -> Status:
-    import json
-
-    import optuna
-
-    from hybridnas.search.storage.postgres import CARD, read_card
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    read_card(url, name)  # raises where there is none
-    storage = open_database(url, heartbeat, lambda text: None, patience=0.0)
-    try:
-        study = optuna.load_study(study_name=name, storage=storage)
-        limits = study.user_attrs[CARD].get("limits") or {}
-        stale = set(storage._get_stale_trial_ids(study._study_id))
-        records: dict[int, TrialRecord] = {}
-        running = []
-        for trial in study.get_trials(deepcopy=False):
-            known = trial.user_attrs
-            if "record" in known:
-                record = TrialRecord.from_dict(json.loads(known["record"]))
-                records[record.number] = record
-            elif trial.state.name == "RUNNING":
-                steps = trial.intermediate_values
-                alive = trial._trial_id not in stale and known.get("owner")
-                last = max(steps, default=0)
-                where = str(known.get("where", "")) if alive else ""
-                running.append(
-                    Running(candidate_of(trial), str(known.get("pattern", "")), last, steps.get(last), where)
-                )
-        waiting = _waiting(study)
-    finally:
-        storage.engine.dispose()
-    return _status(name, limits, [records[number] for number in sorted(records)], running, waiting)
-
-
-def _waiting(study: Any) -> int:
-    return sum(trial.state.name == "WAITING" for trial in study.get_trials(deepcopy=False))
-
-
-def _status(
-    name: str, limits: dict[str, Any], records: list[TrialRecord], running: list[Running], waiting: int
-) -> Status:
+def _status(name: str, limits: dict[str, Any], records: list[TrialRecord], running: list[Running]) -> Status:
     counts = Counter(record.state for record in records)
     counts["RUNNING"] = sum(bool(trial.where) for trial in running)
     counts["INTERRUPTED"] = len(running) - counts["RUNNING"]
-    counts["QUEUED"] = waiting
     n_trials = limits.get("n_trials")
     left = None
     trained = [record.seconds for record in records if record.state in TRAINED]
@@ -139,7 +82,7 @@ def _status(
         left = todo * sum(trained) / len(trained) / max(1, counts["RUNNING"])
         if limits.get("minutes") is not None and counts["RUNNING"]:
             left = min(left, max(0.0, limits.get("since", 0.0) + 60 * limits["minutes"] - time.time()))
-    return Status(name, records, running, waiting, n_trials, winner(records), left, +counts)
+    return Status(name, records, running, n_trials, winner(records), left, +counts)
 
 
 def lines(status: Status) -> list[str]:

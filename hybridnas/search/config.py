@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hybridnas.config import FrozenConfig, option
+from hybridnas.config import MAX_SEED, FrozenConfig, option
 from hybridnas.data.source import source_config
 from hybridnas.errors import ConfigError
-from hybridnas.study.objectives import read_objectives
+from hybridnas.study.objectives import LIMITS, read_objectives, wants_hardware
 from hybridnas.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -23,14 +22,6 @@ PRUNERS = ("halving", "hyperband", "none")
 USUAL_SAMPLER = "evolution"  # fewest tokens to the best 1 % of the table: python -m hybridnas.bench samplers
 # Of a budget, what may change when a study goes on.
 LIMITS_OF_A_CALL = ("n_trials", "minutes", "max_tokens", "name", "confirm", "confirm_top", "confirm_seeds")
-LATER_SETTINGS = (
-    "objectives",
-    "state_length",
-    "max_params",
-    "max_active_params",
-    "max_state_bytes",
-    "max_latency_ms",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +129,7 @@ class SearchConfig(FrozenConfig):
     budget: Budget = option(doc="sizes, lengths and limits")
     study: str | None = option(None, "name of the study and its folder; none: SPACE-BUDGET [text]")
     runs: Path = option(Path("runs"), "folder in which studies lie")
-    seed: int = option(0, "everything random derives from it [integer]", ge=0)
+    seed: int = option(0, "everything random derives from it [integer]", ge=0, le=MAX_SEED)
     sampler: str = option(
         "auto",
         "what draws the next candidate; auto: evolution, with several objectives tpe",
@@ -165,9 +156,12 @@ class SearchConfig(FrozenConfig):
         choices=("off", "join", "create"),
         aliases={"true": "join"},
     )
-    heartbeat: int = option(20, "in a database, sign of life of a worker; three missed: its trial is taken [s]", ge=1)
-    storage: str | None = option(None, "PostgreSQL URL, or env; none: a journal in the folder [URL]", repr=False)
-    progress: bool = option(True, "news on the terminal [yes/no]")
+    heartbeat: int = option(
+        20, "in a database, time between heartbeats of a worker; after three its trial is free [s]", ge=1
+    )
+    storage: str | None = option(
+        None, "PostgreSQL URL, or env: from HYBRIDNAS_STORAGE; none: the study's folder [URL]", repr=False
+    )
 
     @classmethod
     def label(cls) -> str:
@@ -185,25 +179,27 @@ class SearchConfig(FrozenConfig):
             )
 
     @property
+    def limits(self) -> dict[str, float]:
+        """The limits of a candidate that were set, by name."""
+        return {name: value for name in LIMITS if (value := getattr(self, name)) is not None}
+
+    @property
+    def hardware(self) -> bool:
+        """Whether candidates are measured on this machine."""
+        return wants_hardware(self.objectives, self.limits)
+
+    @property
     def name(self) -> str:
         """The study's name: the given one, or what it is about."""
         return self.study or f"{self.space.get('name', 'space')}-{self.budget.name}"
 
     def identity(self) -> dict[str, Any]:
         """Return what makes two calls the same study; limits such as n_trials and minutes may change in between."""
-        budget = {k: v for k, v in self.budget.to_dict().items() if k not in LIMITS_OF_A_CALL}
-        for later, then in (("devices", 1), ("growth", None)):  # older studies do not know them
-            if budget[later] == then:
-                del budget[later]
-        usual = {field.name: field.default for field in dataclasses.fields(self)}
-        # What did not exist once is left out where it is as it was then, so that older studies go on.
-        chosen = {k: getattr(self, k) for k in LATER_SETTINGS if getattr(self, k) != usual[k]}
+        kept = ("seed", "sampler", "pruner", "objectives", "state_length", *LIMITS)
+        data = source_config(self.data).to_dict()
         return {
-            "space": {k: v for k, v in self.space.items() if k != "description"},
-            "data": {k: v for k, v in source_config(self.data).to_dict().items() if k != "cache_dir" and v is not None},
-            "budget": budget,
-            "seed": self.seed,
-            "sampler": self.sampler,
-            "pruner": self.pruner,
-            **chosen,
+            "space": {k: v for k, v in self.space.items() if k != "description" and v not in (None, [], ())},
+            "data": {k: v for k, v in data.items() if k != "cache_dir" and v is not None},
+            "budget": {k: v for k, v in self.budget.to_dict().items() if k not in LIMITS_OF_A_CALL},
+            **{name: getattr(self, name) for name in kept},
         }

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 from hybridnas.analysis.confirmation import trained_objective
 from hybridnas.analysis.ranking import front
+from hybridnas.search.training import CellTrainer
 from hybridnas.study.objectives import eligible, score
 from hybridnas.study.records import COMPLETE, TrialRecord
 
 if TYPE_CHECKING:
-    from hybridnas.search.trial import TrialContext
+    from hybridnas.search.session import Session
 
 
 def chosen(records: Sequence[TrialRecord], top: int) -> list[TrialRecord]:
@@ -37,53 +38,40 @@ def fresh_seeds(seed: int, count: int) -> list[int]:
 
 
 def confirm(
-    context: TrialContext,
+    session: Session,
     records: Sequence[TrialRecord],
-    folder: Callable[[int], Path],
     save: Callable[[TrialRecord], None],
+    note: Callable[[str], None],
 ) -> None:
     """Train whoever is chosen with every fresh seed, seed by seed; ``save`` takes each record as it grows.
 
     What was trained before is not trained again. A run that fails leaves None: its architecture cannot win.
     """
-    budget = context.config.budget
+    budget = session.config.budget
     grown = {record.number: record for record in chosen(records, budget.confirm_top)}
-    seeds = fresh_seeds(context.config.seed, budget.confirm_seeds)
+    seeds = fresh_seeds(session.config.seed, budget.confirm_seeds)
     missing = [record.seconds for record in grown.values() for seed in seeds if str(seed) not in record.confirmed]
     if missing:
-        context.news(f"confirming {len(grown)} architectures, {len(missing)} trainings: {_about(sum(missing))}")
+        note(f"confirming {len(grown)} architectures, {len(missing)} trainings: {_about(sum(missing))}")
     for seed in seeds:
         for number, record in grown.items():
             if str(seed) in record.confirmed:
                 continue
-            value = train_again(context, record, folder(number), seed)
+            value = train_again(session, record, session.folder.trial(number), seed)
             grown[number] = dataclasses.replace(record, confirmed={**record.confirmed, str(seed): value})
             save(grown[number])
-            words = "failed" if value is None else f"{value:.4f}"
-            context.news(f"confirming trial {number:>3}  {record.name}  seed {seed}: {words}")
+            shown = "failed" if value is None else f"{value:.4f}"
+            note(f"confirming trial {number:>3}  {record.name}  seed {seed}: {shown}")
 
 
 def _about(seconds: float) -> str:
     return f"about {math.ceil(seconds / 60)} min" if seconds >= 60 else "under a minute"
 
 
-def train_again(context: TrialContext, record: TrialRecord, folder: Path, seed: int) -> float | None:
+def train_again(session: Session, record: TrialRecord, folder: Path, seed: int) -> float | None:
     """Return what an architecture reaches with another seed at full length, in the first trained objective."""
-    import json
-
-    from hybridnas.arch.arch import Arch
-    from hybridnas.train.loop import run as train_run
-
-    arch = Arch.from_dict(json.loads((folder / "arch.json").read_text(encoding="utf-8")))
-    config = context.config
-    result = train_run(
-        arch,
-        context.source,
-        config.budget.train_config(context.target, seed),
-        folder=folder / "confirm" / f"seed{seed}",
-        device=config.device,
-        keep_checkpoint=False,
-    )
+    assert isinstance(session.trainer, CellTrainer), "a search on a table confirms nothing"
+    result = session.trainer.again(record, folder, seed)
     if result.status != "completed" or not result.evals:
         return None
     last = result.evals[-1]

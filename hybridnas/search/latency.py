@@ -1,8 +1,8 @@
 """How fast an architecture runs on this machine: measured alone, in a process of its own, and remembered.
 
 ``tokens_per_second``: reading, a forward pass over a batch of full contexts. ``ms_per_token``: writing, one token at a
-time from the recurrent state, one sequence, after a full context. Both are medians, of untrained weights. A figure
-is kept in ``STUDY/measured/`` by architecture, machine and settings.
+time with the decoder of ``generate``, one sequence, after a full context. Both are medians, of untrained weights. They
+are kept in ``STUDY/measured/`` by architecture, machine and settings.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,9 @@ from hybridnas.arch.arch import Arch
 from hybridnas.errors import StudyError
 from hybridnas.files import write_json
 from hybridnas.hardware import describe_machine, pick_device
-from hybridnas.search.storage.leases import LEASES, FileLock
+from hybridnas.search.lines import received, send
+from hybridnas.search.storage.folder_store import LEASES
+from hybridnas.study.locks import locked
 
 if TYPE_CHECKING:
     from hybridnas.arch.model import HybridLM
@@ -79,47 +82,23 @@ def key(arch: Arch, setting: Setting) -> str:
 @contextlib.contextmanager
 def training(study: Path) -> Iterator[None]:
     """Hold off measurements on this host while a trial trains; a measurement that waits is let in first."""
-    gate = FileLock(study / LEASES / "measure-gate")
-    gate.acquire()
-    gate.release(keep=True)
-    with _shared(study, wait=True):
+    with locked(study / LEASES / "measure-gate"):
+        pass
+    with locked(study / LEASES / "measure", shared=True):
         yield
 
 
 @contextlib.contextmanager
 def alone(study: Path) -> Iterator[bool]:
     """Keep other workers of this host from starting a trial, and wait for those that train; False when it took long."""
-    gate = FileLock(study / LEASES / "measure-gate")
-    gate.acquire()
-    try:
+    with locked(study / LEASES / "measure-gate"):
         end = time.monotonic() + PATIENCE
         while True:
-            with _shared(study, wait=False, exclusive=True) as held:
-                if held or time.monotonic() > end:
-                    yield held
+            with locked(study / LEASES / "measure", wait=False) as taken:
+                if taken or time.monotonic() > end:
+                    yield taken
                     return
             time.sleep(0.1)
-    finally:
-        gate.release(keep=True)
-
-
-@contextlib.contextmanager
-def _shared(study: Path, *, wait: bool, exclusive: bool = False) -> Iterator[bool]:
-    try:
-        import fcntl
-    except ImportError:  # Windows: one worker, so nobody else trains
-        yield True
-        return
-    path = study / LEASES / "measure"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a") as file:
-        try:
-            kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-            fcntl.flock(file, kind | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def _read(path: Path) -> dict[str, float] | None:
@@ -131,26 +110,32 @@ def _read(path: Path) -> dict[str, float] | None:
 
 
 def _in_a_process(arch: Arch, setting: Setting) -> dict[str, float]:
-    orders = json.dumps({"arch": arch.to_dict(), **dataclasses.asdict(setting)})
+    orders = json.dumps({"arch": arch.to_dict(), **dataclasses.asdict(setting)}) + "\n"
     command = [sys.executable, "-m", "hybridnas.search.latency"]
     try:
         done = subprocess.run(command, input=orders, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
         raise StudyError(
             f"{arch.pattern} was not measured within {TIMEOUT:.0f} s; leave tokens_per_second, ms_per_token and "
-            f"max_latency_ms out of this search, or make the budget smaller"
+            f"max_latency_ms out of this search, or make the budget smaller",
+            field="objectives",
         ) from None
-    try:
-        found = json.loads(done.stdout.splitlines()[-1])
-        return {name: float(found[name]) for name in FIGURES}
-    except (IndexError, ValueError, KeyError, TypeError):
+    answers = [found for found in received(io.StringIO(done.stdout)) if set(FIGURES) <= set(found)]
+    if not answers:
         why = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
-        raise StudyError(f"{arch.pattern} could not be measured on this machine: {why}") from None
+        raise StudyError(f"{arch.pattern} could not be measured on this machine: {why}", field="objectives")
+    return {name: float(answers[-1][name]) for name in FIGURES}
 
 
 def speeds(model: HybridLM, setting: Setting) -> dict[str, float]:
-    """Measure a model that lies on its device: tokens read per second, and milliseconds for each token written."""
+    """Measure a model that lies on its device: tokens read per second, and milliseconds for each token written.
+
+    Writing is what :meth:`HybridLM.generate` does: the prompt is read once, then the decoder takes token by token, on a
+    cache that was made for all of them.
+    """
     import torch
+
+    from hybridnas.arch.decode import Decoder
 
     device = torch.device(setting.device)
     ids_BL = torch.zeros(setting.batch_size, setting.seq_len, dtype=torch.long, device=device)
@@ -160,40 +145,46 @@ def speeds(model: HybridLM, setting: Setting) -> dict[str, float]:
             torch.cuda.synchronize(device)
 
     with torch.inference_mode():
-        reading = _median(lambda: model(ids_BL), wait)
+        reading = _median(lambda: _timed(lambda: model(ids_BL), wait))
         state = model(ids_BL[:1], state=model.init_state(1)).state
+        ids_B = ids_BL[:1, 0]
 
-        def write() -> None:
-            now = state
-            for _ in range(_WRITTEN):
-                now = model(ids_BL[:1, :1], state=now).state
+        def write() -> float:
+            decode = Decoder(model, state)
+            decode(ids_B)  # makes room in the caches, once for all tokens that follow
+            return _timed(lambda: [decode(ids_B) for _ in range(_WRITTEN)], wait)
 
-        writing = _median(write, wait)
+        writing = _median(write)
     return {"tokens_per_second": ids_BL.numel() / reading, "ms_per_token": 1000 * writing / _WRITTEN}
 
 
-def _median(once: Callable[[], Any], wait: Callable[[], None]) -> float:
-    """Return the median time of one call [s], after a warm-up."""
+def _timed(call: Callable[[], Any], wait: Callable[[], None]) -> float:
+    wait()
+    began = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - began
+
+
+def _median(once: Callable[[], float]) -> float:
+    """Return the median of what a call says that it took [s], after a warm-up."""
     began = time.perf_counter()
     while time.perf_counter() - began < _WARM_SECONDS:
         once()
-        wait()
     times: list[float] = []
     while len(times) < _LEAST or sum(times) < _SECONDS:
-        start = time.perf_counter()
-        once()
-        wait()
-        times.append(time.perf_counter() - start)
+        times.append(once())
     return statistics.median(times)
 
 
-def _main(orders: Mapping[str, Any]) -> None:
+def _main() -> None:
     from hybridnas.arch.model import HybridLM
 
+    orders = next(received(sys.stdin))
     setting = Setting(orders["seq_len"], orders["batch_size"], orders["device"])
     model = HybridLM(Arch.from_dict(orders["arch"]), seed=0).to(setting.device).eval()
-    print(json.dumps(speeds(model, setting)))
+    send(sys.stdout, speeds(model, setting))
 
 
 if __name__ == "__main__":
-    _main(json.load(sys.stdin))
+    _main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,23 +17,31 @@ from hybridnas.study.records import TrialRecord, load_records, trained_tokens, t
 from hybridnas.study.reference import ReferenceStudy, read_reference_study, write_reference_study
 
 if TYPE_CHECKING:
-    from hybridnas.search.trial import TrialContext
+    from hybridnas.search.config import SearchConfig
+    from hybridnas.search.session import Session
 
 RANDOM = "random"
 _MORE_TRIALS = 10  # a random search ends with the tokens; this many times our trials ends a space that is used up
 
 
-def find_reference_study(context: TrialContext, study: Path, records: Iterable[TrialRecord]) -> ReferenceStudy | None:
+def find_reference_study(
+    session: Session,
+    records: Iterable[TrialRecord],
+    search: Callable[[SearchConfig], None],
+    note: Callable[[str], None],
+) -> ReferenceStudy | None:
     """Find the study that was asked for, or search at random where it must be made; None where none was asked for.
 
-    Raises StudyError for a study that trained on other data, or longer, or that has no winner.
+    ``search`` runs a search. Raises StudyError for a study that trained on other data, or longer, or has no winner.
     """
-    config = context.config
+    config, study = session.config, session.folder.path
     if config.against is None:
         return None
     name = f"{study.name}-random" if config.against == RANDOM else config.against
     if config.against == RANDOM:
-        _search_at_random(context, name, trained_tokens(records))
+        tokens = trained_tokens(records)
+        note(f"searching at random, too, for {tokens:,} trained tokens: study {name}")
+        search(_at_random(config, name, tokens))
     folder = study.parent / name
     _check(folder, config.identity())
     theirs, _ = load_records(folder)
@@ -49,33 +57,29 @@ def find_reference_study(context: TrialContext, study: Path, records: Iterable[T
 
 
 def confirm_reference_study(
-    context: TrialContext, study: Path, reference: ReferenceStudy, seeds: Sequence[int]
+    session: Session, reference: ReferenceStudy, seeds: Sequence[int], note: Callable[[str], None]
 ) -> ReferenceStudy:
     """Train the reference study's best with the fresh seeds of our own best, those that it has not trained yet."""
+    study = session.folder.path
     folder = trial_folder(study.parent / reference.study, reference.record.number)
     for seed in seeds:
         if str(seed) not in reference.confirmed:
-            value = train_again(context, reference.record, folder, seed)
+            value = train_again(session, reference.record, folder, seed)
             reference = dataclasses.replace(reference, confirmed={**reference.confirmed, str(seed): value})
             write_reference_study(study, reference)
-            context.news(f"confirming {reference.name}  {reference.record.name}  seed {seed}: {_words(value)}")
+            shown = "failed" if value is None else f"{value:.4f}"
+            note(f"confirming {reference.name}  {reference.record.name}  seed {seed}: {shown}")
     return reference
 
 
-def _words(value: float | None) -> str:
-    return "failed" if value is None else f"{value:.4f}"
-
-
-def _search_at_random(context: TrialContext, name: str, tokens: int) -> None:
-    from hybridnas.search.runner import Search
-
-    config = context.config
+def _at_random(config: SearchConfig, name: str, tokens: int) -> SearchConfig:
+    """Return the settings of a random search that may train so many tokens."""
     budget = config.budget.replace(
         n_trials=_MORE_TRIALS * config.budget.n_trials, max_tokens=max(1, tokens), minutes=None, confirm="off"
     )
-    context.news(f"searching at random, too, for {tokens:,} trained tokens: study {name}")
-    own = {"study": name, "sampler": "random", "budget": budget, "against": None, "tracking": "off", "workers": 1}
-    Search(config.replace(**own), context.news).run()
+    return config.replace(
+        study=name, sampler="random", budget=budget, against=None, tracking="off", workers=1, worker="off"
+    )
 
 
 def _check(folder: Path, ours: Mapping[str, Any]) -> None:
@@ -84,5 +88,7 @@ def _check(folder: Path, ours: Mapping[str, Any]) -> None:
         if theirs[part] != json.loads(json.dumps(ours[part])):
             raise StudyError(
                 f"study {folder.name!r} has another {part} than this one, so their results cannot be compared; "
-                f"choose another against=STUDY, or against=random"
+                f"choose another against=STUDY, or against=random",
+                field="against",
+                got=folder.name,
             )

@@ -1,112 +1,226 @@
-"""Entering a study: its folder held, its data open, its trials known, its mirror started; and leaving it again."""
+"""A study that is open: its folder held, its data read, its records known; and closed again whatever happens."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridnas.data import open_source
-from hybridnas.hardware import describe_machine
-from hybridnas.search.storage.optuna_study import open_study, repeat_lost
-from hybridnas.search.storage.postgres import DatabaseCrew, agree, database_url, open_database
-from hybridnas.search.trial import TrialContext
-from hybridnas.study.folder import first_difference
-from hybridnas.study.records import StudyMeta, load_records
-from hybridnas.tracking.mlflow import open_tracker
+from hybridnas.data import open_source, source_config
+from hybridnas.errors import StudyError
+from hybridnas.hardware import describe_machine, pick_device
+from hybridnas.search.config import SearchConfig
+from hybridnas.search.plan import Plan
+from hybridnas.search.sampling.candidates import Candidates
+from hybridnas.search.storage.folder_store import FolderStore
+from hybridnas.search.storage.store import RecordStore
+from hybridnas.search.table import TableSource, TableTrainer, on_table
+from hybridnas.search.training import CellTrainer
+from hybridnas.search.trial import Trainer
+from hybridnas.search_spaces.space import Space
+from hybridnas.study.folder import StudyFolder
+from hybridnas.study.records import StudyMeta, reference_of
 from hybridnas.tracking.secrets import masked
-from hybridnas.tracking.tracker import BackgroundTracker
+from hybridnas.train.callbacks import Callback
 
 if TYPE_CHECKING:
-    import optuna
+    from hybridnas.data import Source, SourceConfig
+    from hybridnas.search.workers.orders import Orders
 
-    from hybridnas.data import Source
-    from hybridnas.search.runner import Search
-    from hybridnas.search_spaces.space import Scale
+log = logging.getLogger("hybridnas.search")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a search is told, read and checked before any folder is made."""
+
+    config: SearchConfig
+    space: Space
+    table: TableSource | None
+    data: SourceConfig
+
+    @classmethod
+    def of(cls, config: SearchConfig) -> Settings:
+        """Read a search's settings; raises ConfigError, or StudyError for a table that is missing."""
+        space = Space.from_mapping(config.space)
+        table = None
+        if space.table:
+            config, table = on_table(config.replace(study=config.name), space)
+        data = source_config(config.data)
+        seq_len = data.own_seq_len or config.budget.seq_len  # a task's examples have their own length
+        config = config.replace(budget=config.budget.replace(seq_len=seq_len))
+        pick_device(config.device)
+        return cls(config, space, table, data)
+
+
+@dataclass(frozen=True)
+class Session:
+    """An open study."""
+
+    config: SearchConfig
+    space: Space
+    folder: StudyFolder
+    meta: StudyMeta
+    identity: Mapping[str, Any]
+    source: Source
+    target: int  # active parameters that candidates are matched to
+    plan: Plan
+    store: RecordStore
+    trainer: Trainer
+
+    @property
+    def on_table(self) -> bool:
+        """Whether scores are looked up, so that nothing is trained, confirmed or exported."""
+        return isinstance(self.source, TableSource)
 
 
 @contextmanager
-def opened(search: Search) -> Iterator[tuple[optuna.Study, TrialContext, StudyMeta]]:
-    """Open a search's study, and leave folder, database and MLflow closed whatever happens."""
-    stored = _enter(search)
-    tracker: BackgroundTracker | None = None
-    config, folder = search.config, search.folder
+def open_session(
+    settings: Settings,
+    *,
+    orders: Orders | None = None,
+    elapsed: Callable[[], float] = lambda: 0.0,
+    note: Callable[[str], None] = log.info,
+    callbacks: Sequence[Callback] = (),
+) -> Iterator[Session]:
+    """Open a study, or make it. ``orders``: of the command whose worker this process is.
+
+    Raises StudyError for a folder that is busy, damaged, or of another study; then nothing in it has changed.
+    """
+    config, space = settings.config, settings.space
+    folder = StudyFolder(Path(config.runs).expanduser(), config.name)
+    stored = _enter(folder, config, orders, elapsed())
+    store: RecordStore | None = None
     try:
-        source = search.table or open_source(search.source_config)
-        # MLflow's start takes seconds; it runs beside the first trial, after everything else is imported.
-        tracker = open_tracker(_tracking(search), folder.path, folder.name, config.identity())
-        if search.orders is None:
+        source = settings.table or open_source(settings.data)
+        if orders is None:
             stored = folder.add_facts(stored, {"data_fingerprint": source.fingerprint})
-        scale = config.budget.scale(source.vocab_size)
-        target = search.space.target(scale)
-        loaded, search.warnings = load_records(folder.path)
-        search.records = {record.number: record for record in loaded}
-        study = _study(search, source, scale, target)
-        tracker.sync(search.records.values())  # what a kill or an outage kept from MLflow
-        context = TrialContext(
-            config, search.space, scale, source, tracker, target, search.news, lambda: search.by_now(study)
-        )
-        yield study, context, search.meta(stored, context)
-    except BaseException:
-        if tracker is not None:
-            tracker.close("FAILED")
-        raise
+        plan = make_plan(settings, source)
+        target = space.target(plan.candidates.scale)
+        worker = 0 if orders is None else orders.worker + 1
+        store = _store(config, folder, stored, worker, note)
+        trainer: Trainer
+        if settings.table is not None:
+            trainer = TableTrainer(settings.table, plan.rungs)
+        else:
+            trainer = CellTrainer(folder.path, config, source, target, callbacks)
+        meta = _meta(config, space, folder, stored, source, target)
+        if orders is None:
+            folder.keep(meta=dataclasses.asdict(meta))
+        yield Session(config, space, folder, meta, config.identity(), source, target, plan, store, trainer)
     finally:
-        search.crew.close()
+        if store is not None:
+            store.close()
         folder.close()
 
 
-def _enter(search: Search) -> dict[str, Any]:
-    if search.orders is not None:
-        return search.folder.join(search.orders.token)
-    config = search.config
-    facts = {"machine": describe_machine(), "command": _command(), "versions": _versions()}
-    stored = search.folder.open(config.identity(), facts, shared=config.worker != "off")
-    return search.folder.limits(stored, _limits(search)) if config.worker == "off" else stored
+def make_plan(settings: Settings, source: Source) -> Plan:
+    """Return what the search decides by."""
+    config, space, budget = settings.config, settings.space, settings.config.budget
+    scale = budget.scale(source.vocab_size)
+    return Plan(
+        candidates=Candidates(space, scale, settings.table.require if settings.table is not None else None),
+        rungs=budget.rung_tokens(space.target(scale)),
+        reduction=budget.reduction,
+        n_trials=budget.n_trials,
+        seed=config.seed,
+        sampler=config.sampler,
+        pruner=config.pruner,
+        objectives=config.objectives,
+        limits=config.limits,
+        state_length=config.state_length,
+        hardware=config.hardware,
+        presets=space.baselines,
+        minutes=budget.minutes,
+        max_tokens=budget.max_tokens,
+    )
 
 
-def _limits(search: Search) -> dict[str, Any]:
-    budget = search.config.budget
+def _enter(folder: StudyFolder, config: SearchConfig, orders: Orders | None, elapsed: float) -> dict[str, Any]:
+    if orders is not None:
+        return folder.join(orders.token)
+    place = "folder" if config.storage is None else "database"
+    facts = {"machine": describe_machine(), "command": _command(), "versions": _versions(), "storage": place}
+    stored = folder.open(config.identity(), facts, shared=config.worker != "off")
+    if stored.get("storage", place) != place:
+        folder.close()
+        words = "give storage=URL or storage=env" if place == "folder" else "leave storage= out"
+        raise StudyError(
+            f"study folder {folder.path} is of a study whose records lie in the {stored['storage']}; {words}, or "
+            f"choose study=NEWNAME",
+            field="storage",
+            got=place,
+            allowed=stored["storage"],
+        )
+    return folder.keep(limits=_limits(config, elapsed)) if config.worker == "off" else stored
+
+
+def _limits(config: SearchConfig, elapsed: float) -> dict[str, Any]:
+    budget = config.budget
     kept = {"n_trials": budget.n_trials, "minutes": budget.minutes, "max_tokens": budget.max_tokens}
-    return {**kept, "workers": search.config.workers, "since": time.time() - search.elapsed}
+    return {**kept, "workers": config.workers, "since": time.time() - elapsed}
 
 
-def _tracking(search: Search) -> str | None:
-    """Return where to mirror to: workers beside each other write no sqlite file, only a server that was named."""
-    alone = search.config.worker == "off" and search.orders is None
-    return search.config.tracking if alone or search.config.tracking else "off"
+def _store(
+    config: SearchConfig, folder: StudyFolder, stored: Mapping[str, Any], worker: int, note: Callable[[str], None]
+) -> RecordStore:
+    from hybridnas.search.storage.database import SqlStore, database_url
 
-
-def _study(search: Search, source: Source, scale: Scale, target: int) -> optuna.Study:
-    """Open the study where it lies; the first to come makes it, and fills its queue."""
-    config, folder = search.config, search.folder
-    worker = None if search.orders is None else search.orders.worker + 1
     url = database_url(config.storage)
     if url is None:
-        with search.crew.taking():
-            study = open_study(config, folder, search.space, scale, target, worker)
-            search.crew.refresh(study, search.records)
-            if config.worker == "off" and worker is None:
-                repeat_lost(study, search.records)
-        return study
-    storage = open_database(url, config.heartbeat, search.news, known=search.orders is not None)
-    search.crew.close()
-    search.crew = crew = DatabaseCrew(folder.path, storage, folder.name, config.heartbeat, worker or 0)
-    limits = _limits(search) if config.worker == "off" and worker is None else None
-    card = {"identity": config.identity(), "data_fingerprint": source.fingerprint, "limits": limits}
-    with crew.taking():
-        study = open_study(config, folder, search.space, scale, target, worker, storage=storage)
-        agree(study, card, difference=first_difference)
-        crew.refresh(study, search.records)
-        if limits is not None:
-            repeat_lost(study, search.records)
-    return study
+        return FolderStore(folder.path, worker)
+    store = SqlStore(url, folder.path, config.heartbeat, worker, note=note, patient=worker > 0)
+    try:
+        if worker == 0:
+            limits = stored.get("limits") if config.worker == "off" else None
+            store.agree(config.identity(), str(stored["data_fingerprint"]), limits)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _meta(
+    config: SearchConfig,
+    space: Space,
+    folder: StudyFolder,
+    stored: Mapping[str, Any],
+    source: Source,
+    target: int,
+) -> StudyMeta:
+    budget = config.budget
+    return StudyMeta(
+        name=folder.name,
+        space=space.name,
+        data=source.describe(),
+        budget=budget.name,
+        reference=reference_of({"identity": {"space": config.space}}),
+        active_params=target,
+        tokens=budget.rung_tokens(target)[-1],
+        seq_len=budget.seq_len,
+        state_length=config.state_length or 0,
+        batch_size=budget.batch_size,
+        n_trials=budget.n_trials,
+        seed=config.seed,
+        sampler=config.sampler,
+        pruner=config.pruner,
+        command=stored.get("command", ""),
+        machine=stored.get("machine", ""),
+        versions=stored.get("versions", {}),
+        started=time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(stored.get("created"))),
+        folder=str(folder.path),
+    )
 
 
 def _command() -> str:
+    """Return the command that runs this process; empty where it is no command of ours, such as a notebook."""
     arguments = [shlex.quote(str(masked(argument))) for argument in sys.argv[1:]]
     return " ".join(["python -m hybridnas.search", *arguments])
 

@@ -1,12 +1,12 @@
-"""A study's folder: one search command at a time writes it, what it is about is written in it, and nothing is lost.
+"""A study's folder: one search command at a time writes it, and what the study is about is written in it.
 
 ::
 
-    runs/STUDY/journal.log      Optuna's journal, the truth about trials
     runs/STUDY/study.json       what is searched, with which settings, on which machine
-    runs/STUDY/trials/0007/     arch.json, metrics.jsonl, result.json, checkpoint
-    runs/STUDY/.lock, .leases/  who works here: locks that die with their process
-    runs/STUDY/mlflow.db        the mirror in MLflow
+    runs/STUDY/trials/0007/     arch.json, metrics.jsonl, result.json (the trial's record), checkpoint
+    runs/STUDY/.lock, .leases/  which processes work here: locks that die with their process
+    runs/STUDY/mlflow.db        MLflow's tables, made from the records
+    runs/STUDY/journal.log      a journal for optuna-dashboard, made from the records
     runs/STUDY/report.html, leaderboard.csv, best/
 """
 
@@ -16,18 +16,19 @@ import json
 import os
 import secrets
 import socket
-import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hybridnas.errors import StudyError
 from hybridnas.files import write_json
-from hybridnas.search.storage.journal import repair_tail
-from hybridnas.search.storage.leases import FileLock
+from hybridnas.study.locks import lock_file, locked
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # 1: version 0.1, whose truth about unfinished trials was Optuna's journal
+REPORT = "report.html"
 
 
 class StudyFolder:
@@ -35,7 +36,12 @@ class StudyFolder:
 
     def __init__(self, runs: Path, name: str) -> None:
         if not name or any(c in name for c in "/\\") or name.startswith("."):
-            raise StudyError(f"study={name!r} must be a plain folder name, without slashes and not starting with a dot")
+            raise StudyError(
+                f"study={name!r} must be a plain folder name, without slashes and not starting with a dot",
+                field="study",
+                got=name,
+                allowed="a plain folder name",
+            )
         self.path = runs / name
         self.name = name
         self.token = ""  # what a worker of this command shows to be let in
@@ -53,14 +59,8 @@ class StudyFolder:
             raise StudyError(f"study folder {self.path} cannot be made: {error.strerror or error}") from None
         self._acquire(shared)
         try:
-            if not shared:
+            with locked(self.path / ".study.lock"):
                 return self._read_or_make(identity, facts)
-            making = FileLock(self.path / ".study.lock")
-            making.acquire()
-            try:
-                return self._read_or_make(identity, facts)
-            finally:
-                making.release()
         except BaseException:
             self.close()
             raise
@@ -77,9 +77,7 @@ class StudyFolder:
 
     def alone(self) -> bool:
         """Turn a shared hold into the only one; False, and nothing held, where other workers are still here."""
-        try:
-            _lock_file(self._lock, shared=False)
-        except OSError:
+        if not lock_file(self._lock, wait=False):
             self.close()
             return False
         return True
@@ -88,21 +86,35 @@ class StudyFolder:
         meta_path = self.path / "study.json"
         identity = json.loads(json.dumps(identity))  # as it reads back: tuples are lists
         if not meta_path.exists():
-            if (self.path / "journal.log").exists():
-                raise StudyError(f"study folder {self.path} has a journal but no study.json; choose study=NEWNAME")
+            if self._begun() or (self.path / "journal.log").exists():
+                raise StudyError(
+                    f"study folder {self.path} has trials but no study.json; put it back, or choose study=NEWNAME",
+                    field="study",
+                    got=self.name,
+                )
             meta = {"format": FORMAT, "study": self.name, "identity": identity, "created": time.time(), **facts}
             write_json(meta_path, meta)
             return meta
         meta = read_study(self.path)
+        if meta["format"] != FORMAT:
+            raise StudyError(
+                f"study folder {self.path} was made by hybridnas 0.1: its report, its models and replay are read as "
+                f"they are, but no search goes on in it; choose study=NEWNAME",
+                field="format",
+                got=meta["format"],
+                allowed=FORMAT,
+            )
         difference = first_difference(meta["identity"], identity)
         if difference and not self._begun():  # a first call that went wrong leaves nothing to be kept
-            (self.path / "journal.log").unlink(missing_ok=True)
             meta_path.unlink()
             return self._read_or_make(identity, facts)
         if difference:
             raise StudyError(
                 f"study folder {self.path} holds another study: {difference}; "
-                f"choose study=NEWNAME, or the same settings to go on"
+                f"choose study=NEWNAME, or the same settings to go on",
+                field=difference.field,
+                got=difference.asked,
+                allowed=difference.stored,
             )
         return meta
 
@@ -116,7 +128,10 @@ class StudyFolder:
             if meta.get(name, value) != value:
                 raise StudyError(
                     f"study folder {self.path} was begun with another {name.replace('_', ' ')}, so its trials "
-                    f"cannot be compared with new ones; bring back what it read, or choose study=NEWNAME"
+                    f"cannot be compared with new ones; bring back what it read, or choose study=NEWNAME",
+                    field=name,
+                    got=value,
+                    allowed=meta[name],
                 )
         meta = {**meta, **facts}
         write_json(self.path / "study.json", meta)
@@ -126,26 +141,11 @@ class StudyFolder:
         """Return the folder of a trial."""
         return self.path / "trials" / f"{number:04d}"
 
-    def journal(self) -> Path:
-        """Return the journal's path, repaired after a death in mid-write; raises StudyError for a corrupt line."""
-        path = self.path / "journal.log"
-        # Optuna's own locks, of a version that used them or of another tool that died; ours is .journal.lock.
-        for stale in self.path.glob("journal.log.lock*"):
-            stale.unlink(missing_ok=True)
-        if path.exists():
-            writing = FileLock(self.path / ".journal.lock")
-            writing.acquire()
-            try:
-                repair_tail(path)
-                _check_lines(path)
-            finally:
-                writing.release(keep=True)
-        return path
-
-    def limits(self, meta: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """Note the limits of the present call, which may differ from call to call."""
-        meta = {**meta, "limits": dict(values)}
-        write_json(self.path / "study.json", meta)
+    def keep(self, **values: Any) -> dict[str, Any]:
+        """Note facts of the present call, which may differ from call to call; returns what study.json then holds."""
+        with locked(self.path / ".study.lock"):
+            meta = {**read_study(self.path), **json.loads(json.dumps(values))}
+            write_json(self.path / "study.json", meta)
         return meta
 
     def close(self) -> None:
@@ -160,18 +160,20 @@ class StudyFolder:
         except OSError as error:
             raise StudyError(f"study folder {self.path} cannot be written: {error.strerror or error}") from None
         try:
-            _lock_file(handle, shared=shared)
-        except (BlockingIOError, PermissionError):  # what flock and msvcrt say of a lock that is held
-            handle.close()
-            raise StudyError(
-                f"study {self.name!r} is being written by another process; wait for it, or choose study=NEWNAME"
-            ) from None
+            taken = lock_file(handle, wait=False, shared=shared)
         except OSError as error:
             handle.close()
             raise StudyError(
                 f"study folder {self.path} lies on a file system without locks ({error.strerror or error}); "
                 f"choose another with runs=FOLDER"
             ) from None
+        if not taken:
+            handle.close()
+            raise StudyError(
+                f"study {self.name!r} is being written by another process; wait for it, or choose study=NEWNAME",
+                field="study",
+                got=self.name,
+            )
         self._lock = handle
         if not shared:
             self.token = secrets.token_hex(16)
@@ -189,9 +191,13 @@ def read_study(path: Path) -> dict[str, Any]:
         raise StudyError(f"no study in {path}{known}")
     try:
         meta = json.loads(file.read_text())
-        if meta["format"] != FORMAT:
+        if meta["format"] not in READABLE:
             raise StudyError(
-                f"{file} has format {meta['format']}, this version reads {FORMAT}; use the version it is of"
+                f"{file} has format {meta['format']}, this version reads {' and '.join(map(str, READABLE))}; use the "
+                f"version it is of",
+                field="format",
+                got=meta["format"],
+                allowed=READABLE,
             )
         _ = meta["identity"], meta["study"]
     except (ValueError, KeyError, TypeError, UnicodeDecodeError):
@@ -199,39 +205,30 @@ def read_study(path: Path) -> dict[str, Any]:
     return dict(meta)
 
 
-def _lock_file(handle: Any, *, shared: bool) -> None:
-    if sys.platform == "win32":
-        import msvcrt
+@dataclass(frozen=True)
+class Difference:
+    """Where two sets of settings differ first; false where they agree."""
 
-        msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
+    field: str = ""  # dotted
+    stored: Any = None
+    asked: Any = None
 
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    def __bool__(self) -> bool:
+        return bool(self.field)
 
-
-def _check_lines(path: Path) -> None:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                whole = "op_code" in json.loads(line)
-            except (ValueError, TypeError):
-                whole = False
-            if not whole:  # without it, all later lines would count their trials wrongly
-                raise StudyError(
-                    f"journal {path} is damaged at line {number}; put back a copy of it, or choose study=NEWNAME "
-                    f"(the results in {path.parent / 'trials'} are not touched)"
-                )
+    def __str__(self) -> str:
+        return f"{self.field} is {self.stored!r} there and {self.asked!r} here" if self.field else ""
 
 
-def first_difference(stored: Any, asked: Any, where: str = "") -> str:
-    if isinstance(stored, dict) and isinstance(asked, dict):
+def first_difference(stored: Any, asked: Any, where: str = "") -> Difference:
+    """Return the first setting, the deepest one, in which stored settings differ from those that are asked for."""
+    if isinstance(stored, Mapping) and isinstance(asked, Mapping):
         for key in sorted({**stored, **asked}, key="name".__ne__):  # what things are called says most, so it is first
             place = f"{where}.{key}" if where else str(key)
             if key not in stored or key not in asked:
-                return f"{place} is {stored.get(key)!r} there and {asked.get(key)!r} here"
+                return Difference(place, stored.get(key), asked.get(key))
             found = first_difference(stored[key], asked[key], place)
             if found:
                 return found
-        return ""
-    return "" if stored == asked else f"{where} is {stored!r} there and {asked!r} here"
+        return Difference()
+    return Difference() if stored == asked else Difference(where, stored, asked)

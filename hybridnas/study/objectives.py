@@ -7,15 +7,12 @@ it is turned so that less is better.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from hybridnas.errors import ConfigError, suggest
 from hybridnas.study.records import COMPLETE, TrialRecord
-
-if TYPE_CHECKING:
-    from hybridnas.search.config import SearchConfig
 
 TRAINED, COUNTED, MEASURED = "trained", "counted", "measured"  # where a value comes from
 
@@ -85,24 +82,20 @@ def counted(cost: Mapping[str, float], state_bytes: float) -> dict[str, float]:
     return {**known, "state_bytes": float(state_bytes)}
 
 
-def wants_hardware(config: SearchConfig) -> bool:
-    """Whether candidates must be measured on this machine."""
-    limited = config.max_latency_ms is not None
-    return limited or any(OBJECTIVES[name].kind == MEASURED for name in config.objectives)
+def wants_hardware(names: Iterable[str], limits: Mapping[str, float]) -> bool:
+    """Whether candidates must be measured on this machine, for these objectives and limits."""
+    return any(OBJECTIVES[name].kind == MEASURED for name in (*names, *(LIMITS[limit] for limit in limits)))
 
 
-def excess(config: SearchConfig, values: Mapping[str, float]) -> dict[str, float]:
-    """Return by how much each limit that was set is passed; zero and less keeps it."""
-    limits = {limit: getattr(config, limit) for limit in LIMITS}
-    return {name: values[LIMITS[name]] - limit for name, limit in limits.items() if limit is not None}
+def excess(limits: Mapping[str, float], values: Mapping[str, float]) -> dict[str, float]:
+    """Return by how much each limit is passed; zero and less keeps it."""
+    return {name: values[LIMITS[name]] - limit for name, limit in limits.items()}
 
 
-def violation(config: SearchConfig, values: Mapping[str, float]) -> str | None:
+def violation(limits: Mapping[str, float], values: Mapping[str, float]) -> str | None:
     """Return the sentence that says which limits are passed, or None."""
-    over = [name for name, amount in excess(config, values).items() if amount > 0]
-    words = [
-        f"{LIMITS[name]}={values[LIMITS[name]]:,.6g} is above {name}={getattr(config, name):,.6g}" for name in over
-    ]
+    over = [name for name, amount in excess(limits, values).items() if amount > 0]
+    words = [f"{LIMITS[name]}={values[LIMITS[name]]:,.6g} is above {name}={limits[name]:,.6g}" for name in over]
     return " and ".join(words) or None
 
 

@@ -1,7 +1,7 @@
 """What a study keeps of every trial and of itself: plain frozen records, written atomically, read with tolerance.
 
-A trial's truth is the file ``trials/0007/result.json``; Optuna's journal and MLflow are built on top of it, and the
-leaderboard, the report and a resumed study are made from it alone.
+The record of a trial is the truth about it: ``trials/0007/result.json``, or a row of the study's database. Everything
+else (leaderboard, report, what a sampler knows, Optuna's journal, MLflow) is made from the records.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PRUNED = "PRUNED"  # stopped or paused at a rung, its loss is that rung's
 FAIL = "FAIL"  # diverged, ran out of memory or crashed; the reason says which
 DUPLICATE = "DUPLICATE"  # the architecture of an earlier trial, whose result it reuses
 INFEASIBLE = "INFEASIBLE"  # rejected before any training
-RUNNING = "RUNNING"
+RUNNING = "RUNNING"  # trains now, or did when its process ended: then it goes on with the same choices
 STATES = (COMPLETE, PRUNED, FAIL, DUPLICATE, INFEASIBLE, RUNNING)
 
 RESULT = "result.json"
@@ -60,9 +60,19 @@ class TrialRecord:
         default_factory=list
     )  # [Unix time at its end, tokens trained] of each start
 
+    marks: Mapping[str, Any] = field(default_factory=dict)  # what Optuna's sampler or pruner noted on the trial
+    deaths: Sequence[str] = field(
+        default_factory=list
+    )  # how far it had come when its process ended, the last few times
+
     def __post_init__(self) -> None:
         if self.state not in STATES:
-            raise StudyError(f"trial {self.number} has state {self.state!r}; allowed: {', '.join(STATES)}")
+            raise StudyError(
+                f"trial {self.number} has state {self.state!r}; allowed: {', '.join(STATES)}",
+                field="state",
+                got=self.state,
+                allowed=STATES,
+            )
 
     @property
     def name(self) -> str:
@@ -85,7 +95,7 @@ class TrialRecord:
         known = {key: value for key, value in values.items() if key in names}
         if type(known.get("number")) is not int or not isinstance(known.get("state"), str):
             raise StudyError("a trial's record needs an integer 'number' and a 'state'")
-        for key in ("choices", "cost", "objectives", "figures", "confirmed"):
+        for key in ("choices", "cost", "objectives", "figures", "confirmed", "marks"):
             if not isinstance(known.setdefault(key, {}), Mapping):
                 raise StudyError(f"a trial's record needs a mapping for {key!r}, got {type(known[key]).__name__}")
         for key in ("valid_loss", "bits_per_byte", "accuracy", "tokens", "seconds", "tokens_per_second"):
@@ -179,8 +189,11 @@ def read_record(folder: Path | str) -> TrialRecord:
     return record if record.curve else dataclasses.replace(record, curve=read_curve(folder))
 
 
-def load_records(study_folder: Path | str) -> tuple[list[TrialRecord], list[str]]:
-    """Return all readable records of a study by number, and one warning sentence for each that was skipped."""
+def load_records(study_folder: Path | str, *, running: bool = False) -> tuple[list[TrialRecord], list[str]]:
+    """Return the readable records of a study by number, and one warning sentence for each file that was skipped.
+
+    ``running``: with the trials that are being trained, or were when their process ended.
+    """
     records: dict[int, TrialRecord] = {}
     warnings: list[str] = []
     for path in sorted((Path(study_folder) / "trials").glob(f"*/{RESULT}")):
@@ -192,7 +205,8 @@ def load_records(study_folder: Path | str) -> tuple[list[TrialRecord], list[str]
         if record.number in records:
             warnings.append(f"skipped a trial: {path} repeats the number {record.number}; the first one is kept")
             continue
-        records[record.number] = record
+        if running or record.state != RUNNING:
+            records[record.number] = record
     return [records[number] for number in sorted(records)], warnings
 
 

@@ -1,32 +1,28 @@
-"""A search on known scores, in memory: the same sampler, pruner and promotions as a study, without training or files.
+"""A search on known scores, in memory: the loop of a study with a table in place of training, in milliseconds a search.
 
-What the runner does in seconds a trial is done here in milliseconds, so that hundreds of searches can be compared.
-Baselines are left out: they would give every sampler the same beginning.
+Presets are left out: they would give every sampler the same beginning.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-import optuna
-from optuna.trial import Trial, TrialState
-
-from hybridnas.search.pruning import halving
-from hybridnas.search.sampling.distinct import Naming
-from hybridnas.search.sampling.samplers import make_pruner, make_sampler
+from hybridnas.arch.arch import Arch
+from hybridnas.search.history import History
+from hybridnas.search.loop import Listener, Loop
+from hybridnas.search.plan import Plan
+from hybridnas.search.sampling.candidates import Candidates
+from hybridnas.search.storage.store import MemoryStore
+from hybridnas.search.table import looked_up
+from hybridnas.study.callbacks import COMPLETED
+from hybridnas.study.records import COMPLETE, TrialRecord
+from hybridnas.train.callbacks import Action
+from hybridnas.train.records import Eval, TrainResult
 
 Scores = Mapping[str, Mapping[int, float]]  # fingerprint -> training tokens -> loss; what diverged has no last score
-IDLE = 400  # so many draws in a row without anything to train end a search: the space is exhausted
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """Rungs in training tokens, the last one the full run, and how many of a rung go on: one in ``reduction``."""
-
-    rungs: tuple[int, ...]
-    reduction: int
 
 
 @dataclass
@@ -40,6 +36,7 @@ class Course:
     trials: int = 0
     tokens: int = 0
     redrawn: int = 0  # draws that the sampler was asked to make again
+    records: list[TrialRecord] = field(default_factory=list, repr=False, compare=False)  # in the order of their ends
 
     def tokens_to(self, score: float) -> float:
         """Return the training tokens until a full score of at most ``score``; infinite where there was none."""
@@ -60,101 +57,87 @@ class Limits:
     target: float = -math.inf
 
     def end(self, tokens: int, best: float) -> bool:
+        """Whether a search ends that has trained so many tokens and found this score."""
         return tokens >= self.most or (tokens >= self.enough and best <= self.target)
 
 
 def simulate(
-    scores: Scores, naming: Naming, ladder: Ladder, sampler: str, pruner: str, *, seed: int, limits: Limits
+    scores: Scores,
+    candidates: Candidates,
+    sampler: str,
+    pruner: str,
+    *,
+    rungs: Sequence[int],
+    reduction: int,
+    seed: int,
+    limits: Limits,
 ) -> Course:
-    """Search until the best of ``scores`` is found or a limit is met; the same seed is the same search."""
-    return _Simulation(scores, naming, ladder, Course(sampler, pruner, seed), limits).run()
+    """Search until the best of ``scores`` is found, a limit is met or all are tried; a seed gives one course."""
+    plan = Plan(
+        candidates=candidates.only(scores),
+        rungs=tuple(rungs),
+        reduction=reduction,
+        n_trials=len(scores),
+        max_draws=10**6,  # what has no score costs nothing here
+        seed=seed,
+        sampler=sampler,
+        pruner=pruner,
+    )
+    goal = min((curve.get(plan.rungs[-1], math.inf) for curve in scores.values()), default=math.inf)
+    course = Course(sampler, pruner, seed)
+
+    def stop(history: History) -> str | None:
+        best = course.best_at()
+        return COMPLETED if best <= goal or limits.end(history.trained_tokens, best) else None
+
+    loop = Loop(plan, MemoryStore(), _Scores(scores, plan.rungs), _Recorder(course), stop=stop, give_up=False)
+    loop.run()
+    course.trials, course.tokens = loop.history.finished, loop.history.trained_tokens
+    course.redrawn = loop.redrawn
+    return course
 
 
-class _Simulation:
-    def __init__(self, scores: Scores, naming: Naming, ladder: Ladder, course: Course, limits: Limits) -> None:
-        self.scores, self.naming, self.ladder, self.course, self.limits = scores, naming, ladder, course, limits
-        self.top = ladder.rungs[-1]
-        self.goal = min((curve.get(self.top, math.inf) for curve in scores.values()), default=math.inf)
-        self.rungs: dict[int, dict[int, float]] = {rung: {} for rung in ladder.rungs}
-        self.names: dict[int, str] = {}  # candidate -> fingerprint
-        self.tried: dict[str, int] = {}
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.study = optuna.create_study(
-            sampler=make_sampler(course.sampler, course.seed, naming.space, naming.scale, naming),
-            pruner=make_pruner(course.pruner, ladder.rungs),
-            study_name=f"{course.sampler}-{course.seed}",  # Hyperband's bracket of a trial depends on it
-        )
+class _Recorder(Listener):
+    def __init__(self, course: Course) -> None:
+        self.course = course
 
-    def run(self) -> Course:
-        course, idle = self.course, 0
-        while idle < IDLE and (best := course.best_at()) > self.goal and not self.limits.end(course.tokens, best):
-            number = halving.next_promotion(self.rungs, self.ladder.reduction) if course.pruner == "halving" else None
-            if number is not None:
-                self._promote(number)
-                continue
-            if len(self.tried) == len(self.scores):
-                break
-            trial = self.study.ask()
-            self.naming.space.choose(trial, self.naming.scale)
-            name = self.naming(trial.params)
-            trial.set_user_attr("fingerprint", name)
-            idle += 1
-            if name in self.tried:
-                self._again(trial, self.tried[name])
-            elif name not in self.scores:
-                self.study.tell(trial, state=TrialState.PRUNED)  # infeasible, as a study records it
-            else:
-                idle = 0
-                self.tried[name] = trial.number
-                self.names[trial.number] = name
-                course.trials += 1
-                self._train(trial, trial.number, 0)
-        course.redrawn = getattr(self.study.sampler, "redrawn", 0)
-        return course
+    def ended(self, record: TrialRecord, history: History) -> None:
+        self.course.records.append(record)
+        if record.state == COMPLETE and record.valid_loss is not None:
+            self.course.found.append((history.finished, history.trained_tokens, record.valid_loss))
 
-    def _train(self, trial: Trial, number: int, had: int) -> None:
-        """Go on with a candidate that has had ``had`` tokens until it is done, stopped or paused."""
-        curve = self.scores[self.names[number]]
-        for rung in self.ladder.rungs:
+
+class _Scores:
+    """A trainer that looks losses up."""
+
+    def __init__(self, scores: Scores, rungs: Sequence[int]) -> None:
+        self.scores, self.rungs = scores, tuple(rungs)
+
+    def measured(self, number: int) -> Sequence[int]:
+        return ()
+
+    def kept(self, number: int) -> bool:
+        return True
+
+    def tidy(self, plan: Plan, history: History) -> None:
+        pass
+
+    def progress(self, number: int) -> str:
+        return ""
+
+    def figures(self, arch: Arch) -> dict[str, float]:
+        return {}
+
+    def train(self, record: TrialRecord, arch: Arch, on_eval: Callable[[Eval], Action]) -> TrainResult:
+        evals, failed = self._curve(record.fingerprint)
+        return looked_up(evals, self.rungs, on_eval, failed=failed, folder=Path())
+
+    def _curve(self, fingerprint: str) -> tuple[list[Eval], str]:
+        curve = self.scores[fingerprint]
+        evals: list[Eval] = []
+        for rung in self.rungs:
             loss = curve.get(rung, math.inf)
             if not math.isfinite(loss):
-                self.course.tokens += max(0, rung - had)
-                self.study.tell(trial, state=TrialState.FAIL)
-                return
-            trial.report(loss, rung)
-            if rung <= had:
-                continue
-            self.course.tokens += rung - had
-            had = rung
-            self.rungs[rung][number] = loss
-            if rung == self.top:
-                self.course.found.append((self.course.trials, self.course.tokens, loss))
-                self.study.tell(trial, loss)
-            elif self._ends(trial, rung, number):
-                self.study.tell(trial, state=TrialState.PRUNED)
-                return
-
-    def _ends(self, trial: Trial, rung: int, number: int) -> bool:
-        if self.course.pruner == "halving":
-            return not halving.goes_on(self.rungs, self.ladder.reduction, rung, number)
-        return trial.should_prune()
-
-    def _promote(self, number: int) -> None:
-        """Take up a paused candidate: another trial of Optuna, as in a study."""
-        had = max(rung for rung, reached in self.rungs.items() if number in reached)
-        params = self.study.get_trials(deepcopy=False)[number].params
-        self.study.enqueue_trial(params, user_attrs={"continues": number, "fingerprint": self.names[number]})
-        trial = self.study.ask()
-        self.naming.space.choose(trial, self.naming.scale)
-        self._train(trial, number, had)
-
-    def _again(self, trial: Trial, number: int) -> None:
-        """Tell an architecture that was tried before once more, at no cost, as a study does."""
-        reached = [rung for rung in self.ladder.rungs if number in self.rungs[rung]]
-        trial.set_user_attr("duplicate_of", number)
-        for rung in reached:
-            trial.report(self.rungs[rung][number], rung)
-        if reached and reached[-1] == self.top:
-            self.study.tell(trial, self.rungs[self.top][number])
-        else:
-            self.study.tell(trial, state=TrialState.PRUNED)
+                return evals, f"no score at {rung:,} tokens"
+            evals.append(Eval(rung, 0, math.nan, loss, None, math.nan, 0.0, 0.0))
+        return evals, ""

@@ -3,12 +3,11 @@
 import itertools
 import random
 
-import optuna
-import pytest
-
-from hybridnas.search.sampling.distinct import Naming
-from hybridnas.search.sampling.evolution import Evolution, Member, Motifs, members_of
+from hybridnas.search.history import History
+from hybridnas.search.sampling.candidates import Candidates, Parameter
+from hybridnas.search.sampling.evolution import Evolution, Member, Motifs
 from hybridnas.search_spaces.space import Scale, Space
+from hybridnas.study.records import TrialRecord
 
 SCALE = Scale(d_model=16, depth=4, multiple=1, n_experts=2)
 PLAIN = {"name": "plain", "letters": ["M", "A", "F"], "motif_length": [4], "baselines": []}
@@ -18,29 +17,16 @@ CONDITIONAL = {
 }
 
 
-@pytest.fixture(scope="module")
-def plain():
-    return Naming(Space.from_mapping(PLAIN), SCALE)
-
-
-def told(study, params, distributions, curve, *, complete=True, **attributes):
-    """Add a trial with this curve."""
-    state = optuna.trial.TrialState.COMPLETE if complete else optuna.trial.TrialState.PRUNED
-    study.add_trial(
-        optuna.trial.create_trial(
-            state=state,
-            value=list(curve.values())[-1] if complete else None,
-            params=params,
-            distributions=distributions,
-            intermediate_values=curve,
-            user_attrs=attributes,
-        )
-    )
-
-
 def slots(motif):
-    params = {f"slot{i}": letter for i, letter in enumerate(motif)}
-    return params, {name: optuna.distributions.CategoricalDistribution(["M", "A", "F"]) for name in params}
+    return {f"slot{i}": letter for i, letter in enumerate(motif)}
+
+
+def recorded(history, number, choices, curve, state="PRUNED", **fields):
+    """Put a trial with this curve into the history."""
+    entries = [{"tokens": tokens, "valid_loss": loss} for tokens, loss in curve.items()]
+    objectives = {"val_loss": list(curve.values())[-1]} if curve else {}
+    record = TrialRecord(number=number, state=state, choices=choices, curve=entries, objectives=objectives, **fields)
+    history.put(record)
 
 
 def test_members_meet_at_the_highest_rung_that_both_have_reached():
@@ -54,32 +40,36 @@ def test_members_meet_at_the_highest_rung_that_both_have_reached():
     assert Member(0, {}, {}, {100: 4.0}).beats(stopped)  # of equals, the older
 
 
-def test_what_paused_and_went_on_is_one_member_and_what_has_no_choices_is_none():
-    study = optuna.create_study()
-    told(study, {}, {}, {100: 0.1}, baseline="mamba")
-    told(study, *slots("MM"), {100: 2.0}, complete=False)
-    told(study, *slots("AA"), {100: 3.0, 300: 1.0})
-    told(study, *slots("MM"), {100: 2.0, 300: 1.5}, continues=1)
-    told(study, *slots("AA"), {100: 3.0, 300: 1.0}, duplicate_of=2)
-    told(study, *slots("FF"), {}, complete=False)  # infeasible: told as pruned, without any score
-    members = members_of(study)
+def test_members_are_what_has_choices_and_a_score_and_no_duplicate_or_preset():
+    space = Space.from_mapping({**PLAIN, "motif_length": [2]})
+    history = History(("val_loss",), (100, 300))
+    recorded(history, 0, {}, {100: 0.1, 300: 0.1}, state="COMPLETE", preset="mamba")
+    recorded(history, 1, slots("MM"), {100: 2.0, 200: 1.9, 300: 1.5}, state="COMPLETE")  # 200 is no rung
+    recorded(history, 2, slots("AA"), {100: 3.0, 300: 1.0}, state="COMPLETE")
+    recorded(history, 3, slots("AA"), {100: 3.0, 300: 1.0}, state="DUPLICATE", duplicate_of=2)
+    recorded(history, 4, slots("FF"), {}, state="INFEASIBLE")
+    recorded(history, 5, slots("FM"), {100: 4.0}, state="RUNNING")  # trains for the first time
+    recorded(history, 6, slots("MF"), {100: 5.0}, state="RUNNING", rungs=[[100, 5.0]])  # was paused and goes on
+    recorded(history, 7, slots("AF"), {100: 5.0}, state="FAIL")
+    members = Evolution(Candidates(space, SCALE), seed=0).members(history)
     assert [(member.number, dict(member.scores)) for member in members] == [
         (1, {100: 2.0, 300: 1.5}),
         (2, {100: 3.0, 300: 1.0}),
+        (6, {100: 5.0}),
     ]
 
 
 def test_the_population_is_the_youngest_and_parents_win_their_tournaments():
     """The oracle: age out by hand, replay the same draws of the generator, and name the winners."""
     space = Space.from_mapping({**PLAIN, "motif_length": [2]})
-    study = optuna.create_study()
+    history = History(("val_loss",), (100,))
     losses = [0.0, 9.0, 5.0, 7.0, 6.0, 8.0]  # the best of all, number 0, is too old to take part
     motifs = ["MM", "MA", "MF", "AM", "AA", "AF"]
-    for motif, loss in zip(motifs, losses, strict=True):
-        told(study, *slots(motif), {100: loss})
-    evolution = Evolution(space, SCALE, seed=7, population=4, tournament=2, crossover=0.0)
+    for number, (motif, loss) in enumerate(zip(motifs, losses, strict=True)):
+        recorded(history, number, slots(motif), {100: loss}, state="COMPLETE")
+    evolution = Evolution(Candidates(space, SCALE), seed=7, population=4, tournament=2, crossover=0.0)
     for _ in range(50):
-        population = members_of(study)[-4:]
+        population = evolution.members(history)
         assert [member.number for member in population] == [2, 3, 4, 5]
         twin = random.Random()
         twin.setstate(evolution.rng.getstate())
@@ -100,23 +90,23 @@ def test_the_population_is_the_youngest_and_parents_win_their_tournaments():
     assert len(children) > 5
 
 
-def test_a_hand_simulated_run_of_ageing_evolution_is_met_to_the_letter(plain):
+def test_a_hand_simulated_run_of_ageing_evolution_is_met_to_the_letter():
     """Real et al.'s algorithm 1, written out here with the same generator: the same children in the same order."""
     space = Space.from_mapping({**PLAIN, "motif_length": [3]})
-    naming = Naming(space, Scale(d_model=16, depth=3, multiple=1))
+    candidates = Candidates(space, Scale(d_model=16, depth=3, multiple=1))
 
     def loss(motif):
         return sum((i + 1) * "MAF".index(letter) for i, letter in enumerate(motif))
 
-    study = optuna.create_study()
+    history = History(("val_loss",), (100,))
     first = ["FFF", "FAF", "AFF", "FFA", "AAF"]
-    for motif in first:
-        told(study, *slots(motif), {100: float(loss(motif))})
-    ours = Evolution(space, naming.scale, seed=11, population=5, tournament=3, crossover=0.0)
+    for number, motif in enumerate(first):
+        recorded(history, number, slots(motif), {100: float(loss(motif))}, state="COMPLETE")
+    ours = Evolution(candidates, seed=11, population=5, tournament=3, crossover=0.0)
     oracle, queue = random.Random(11), list(enumerate(first))
-    motifs = Motifs(space, naming.scale)
+    motifs = Motifs(space, candidates.scale)
     for number in range(5, 25):
-        child = ours.sample_relative(study, None, {})
+        child = ours.child(ours.members(history))
         ours_motif = "".join(child[f"slot{i}"] for i in range(3))
         sample = oracle.sample(queue[-5:], 3)
         parent = min(sample, key=lambda entry: (loss(entry[1]), entry[0]))[1]
@@ -125,7 +115,7 @@ def test_a_hand_simulated_run_of_ageing_evolution_is_met_to_the_letter(plain):
         expected = "".join(motifs.neighbor(list(parent), oracle))
         assert ours_motif == expected
         queue.append((number, expected))
-        told(study, *slots(expected), {100: float(loss(expected))})
+        recorded(history, number, slots(expected), {100: float(loss(expected))}, state="COMPLETE")
     assert min(loss(motif) for _, motif in queue) < min(map(loss, first))
 
 
@@ -142,7 +132,7 @@ def test_moves_reach_every_allowed_length_and_no_other():
 
 def test_a_crossed_child_has_its_motif_from_both_and_its_other_choices_from_either():
     space = Space.from_mapping(CONDITIONAL)
-    evolution = Evolution(space, SCALE, seed=0)
+    evolution = Evolution(Candidates(space, SCALE), seed=0)
     one = {"motif_length": 4, **{f"slot{i}": "M" for i in range(4)}, "M.d_state": 2, "split": 0.3}
     other = {"motif_length": 2, "slot0": "F", "slot1": "F", "split": 0.7}
     children = [evolution.cross(one, other) for _ in range(200)]
@@ -153,11 +143,11 @@ def test_a_crossed_child_has_its_motif_from_both_and_its_other_choices_from_eith
 
 
 def test_numbers_step_to_their_neighbors_and_names_to_any_other():
-    evolution = Evolution(Space.from_mapping(CONDITIONAL), SCALE, seed=0)
-    share = optuna.distributions.FloatDistribution(0.3, 0.7, step=0.1)
+    evolution = Evolution(Candidates(Space.from_mapping(CONDITIONAL), SCALE), seed=0)
+    share = Parameter.range(0.3, 0.7, 0.1)
     assert {evolution.step(0.5, share) for _ in range(60)} == {0.4, 0.6}
     assert {evolution.step(0.3, share) for _ in range(60)} == {0.4}
-    sizes = optuna.distributions.CategoricalDistribution([2, 4, 8, 16])
+    sizes = Parameter((2, 4, 8, 16))
     assert {evolution.step(4, sizes) for _ in range(60)} == {2, 8}
-    where = optuna.distributions.CategoricalDistribution(["first", "middle", "last"])
+    where = Parameter(("first", "middle", "last"))
     assert {evolution.step("first", where) for _ in range(60)} == {"middle", "last"}

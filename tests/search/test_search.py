@@ -13,12 +13,15 @@ from hybridnas.arch.presets import DEFAULT_BASELINES as BASELINES
 from hybridnas.cli import search as cli
 from hybridnas.cli.compose import compose
 from hybridnas.errors import ConfigError, MatchError, StudyError, TrainingError
-from hybridnas.search import runner, trial
+from hybridnas.report import callbacks as reporting
+from hybridnas.report.callbacks import ConsoleLines
 from hybridnas.search.config import Budget
+from hybridnas.search.pruning import hyperband
 from hybridnas.search.pruning.promotion import Ladder
 from hybridnas.search.replay import replay
-from hybridnas.search.runner import Search
+from hybridnas.studies import Study
 from hybridnas.study import records
+from hybridnas.train import experiment
 from hybridnas.train.records import TrainResult
 
 CANDIDATES = (
@@ -37,7 +40,8 @@ def search_config(settings):
 
 
 def run(folder, settings, news=None):
-    return Search(search_config(["budget=smoke", f"runs={folder}", *settings]), news).run()
+    config = search_config(["budget=smoke", f"runs={folder}", *settings])
+    return Study.of(config).run([ConsoleLines(news)] if news else [])
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +79,13 @@ def test_every_trial_reads_the_same_data_with_the_same_settings(study):
 
 def test_batch_0_is_the_same_for_all_trials(tmp_path, tiny, monkeypatch):
     seen = []
-    real = trial.train_run
+    real = experiment.train_run
 
     def spy(arch, source, config, **rest):
         seen.append(source.train_batch(0, config.batch_size, config.seq_len, config.seed).inputs_BL.tolist())
         return real(arch, source, config, **rest)
 
-    monkeypatch.setattr(trial, "train_run", spy)
+    monkeypatch.setattr(experiment, "train_run", spy)
     run(tmp_path, [*tiny, "n_trials=3"])
     assert len(seen) == 3
     assert seen[0] == seen[1] == seen[2]
@@ -119,12 +123,14 @@ def test_the_news_say_what_is_compared(study):
 def test_records_tell_the_whole_story(study):
     summary, _ = study
     for record in summary.records:
+        if record.state == "INFEASIBLE":
+            continue
         stored = records.read_record(summary.folder / "trials" / f"{record.number:04d}")
         assert stored.to_dict() == record.to_dict()
         assert record.seed == 0
         assert math.isfinite(record.valid_loss)
         assert record.rungs[-1][1] == record.valid_loss
-    drawn = summary.records[5]
+    drawn = next(record for record in summary.records if record.preset is None and record.state != "INFEASIBLE")
     assert drawn.choices["motif_length"] == 2
     assert {"slot0", "slot1"} <= set(drawn.choices)
 
@@ -147,8 +153,10 @@ def test_a_replay_trains_anew_each_time(study, tmp_path):
 
 def test_a_replay_of_an_unknown_trial_names_the_trained_ones(study):
     summary, _ = study
-    with pytest.raises(StudyError, match="no trained trial 99; trained: 0, 1, 2, 3, 4, 5, 6, 7"):
+    with pytest.raises(StudyError, match="no trained trial 99; trained: 0, 1, 2, 3, 4, ") as caught:
         replay(summary.folder, 99)
+    trained = [record.number for record in summary.records if record.state in ("COMPLETE", "PRUNED")]
+    assert (caught.value.field, caught.value.got, caught.value.allowed) == ("trial", 99, trained)
 
 
 def test_a_replay_on_other_data_is_refused(tmp_path, tiny):
@@ -200,30 +208,30 @@ def test_a_target_that_nothing_reaches_ends_the_search(tmp_path, tiny):
 
 
 def test_a_trial_that_crashes_is_a_failure_with_its_reason_and_the_search_goes_on(tmp_path, tiny, monkeypatch):
-    real = trial.train_run
+    real = experiment.train_run
 
     def sometimes(arch, source, config, *, folder, **rest):
         if folder.name == "0001":
             raise RuntimeError("the kernel gave up\nmore words")
         return real(arch, source, config, folder=folder, **rest)
 
-    monkeypatch.setattr(trial, "train_run", sometimes)
+    monkeypatch.setattr(experiment, "train_run", sometimes)
     said = []
     summary = run(tmp_path, [*tiny, "n_trials=4"], said.append)
     assert [record.state for record in summary.records] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
-    assert summary.records[1].reason.startswith("RuntimeError: the kernel gave up (see ")
+    assert summary.records[1].reason.startswith("RuntimeError: the kernel gave up")
     assert "more words" in (summary.folder / "trials/0001/error.txt").read_text()
     assert any("failed: RuntimeError: the kernel gave up" in line for line in said)
     assert summary.records[1].valid_loss is None
 
 
 def test_a_trial_that_diverges_is_a_failure_with_its_reason(tmp_path, tiny, monkeypatch):
-    real = trial.train_run
+    real = experiment.train_run
 
     def wild(arch, source, config, *, folder, **rest):
         return real(arch, source, config.replace(lr=1e8) if folder.name == "0000" else config, folder=folder, **rest)
 
-    monkeypatch.setattr(trial, "train_run", wild)
+    monkeypatch.setattr(experiment, "train_run", wild)
     summary = run(tmp_path, [*tiny, "n_trials=2", "budget.tokens_per_active_param=1"])
     first, second = summary.records
     assert (first.state, second.state) == ("FAIL", "COMPLETE")
@@ -235,24 +243,25 @@ def test_when_everything_fails_the_search_says_so(tmp_path, tiny, monkeypatch):
     def never(arch, source, config, *, folder, **rest):
         return TrainResult("failed", "diverged in step 3", [], None, folder)
 
-    monkeypatch.setattr(trial, "train_run", never)
+    monkeypatch.setattr(experiment, "train_run", never)
     with pytest.raises(TrainingError, match="the first 5 trials all failed, the last one because: diverged in step 3"):
         run(tmp_path, tiny)
     assert len(records.load_records(tmp_path / "mamba_moe-smoke")[0]) == 5
 
 
 def test_a_stop_by_the_pruner_is_recorded_as_pruned(tmp_path, tiny, monkeypatch):
-    asked = []
+    asked, real = [], hyperband.stops
 
-    def prune(self):
-        asked.append(self.number)
-        return True
+    def stops(view, history, number, reached, marks):
+        asked.append(number)
+        return True, real(view, history, number, reached, marks)[1]
 
-    monkeypatch.setattr("optuna.Trial.should_prune", prune)
-    summary = run(tmp_path, [*tiny, "pruner=hyperband", "n_trials=6"])
-    assert asked == [0, 1, 2, 3, 4, 5]  # baselines enter the rungs, but run to the end
-    assert [record.state for record in summary.records] == ["COMPLETE"] * 5 + ["PRUNED"]
-    last = summary.records[-1]
+    monkeypatch.setattr(hyperband, "stops", stops)
+    summary = run(tmp_path, [*tiny, "pruner=hyperband", "n_trials=6", "sampler=random", "seed=3"])
+    trained = [record for record in summary.records if record.state in ("COMPLETE", "PRUNED")]
+    assert asked == [record.number for record in trained]  # presets enter the rungs, but run to the end
+    assert [record.state for record in trained] == ["COMPLETE"] * 5 + ["PRUNED"]
+    last = trained[-1]
     assert last.tokens == last.rungs[-1][0] < summary.records[0].tokens
     assert last.reason.startswith(f"pruned at {last.tokens:,} of {summary.records[0].tokens:,} tokens")
 
@@ -286,7 +295,7 @@ def test_rungs_may_grow_by_another_factor_than_the_one_by_which_candidates_fall_
 
 
 def test_a_full_disk_ends_the_search_in_one_sentence_and_loses_nothing(tmp_path, tiny, monkeypatch):
-    real = runner.write_leaderboard
+    real = reporting.write_leaderboard
     calls = []
 
     def full(*args):
@@ -295,7 +304,7 @@ def test_a_full_disk_ends_the_search_in_one_sentence_and_loses_nothing(tmp_path,
             raise OSError(errno.ENOSPC, "No space left on device", "leaderboard.csv")
         return real(*args)
 
-    monkeypatch.setattr(runner, "write_leaderboard", full)
+    monkeypatch.setattr(reporting, "write_leaderboard", full)
     with pytest.raises(
         StudyError, match=r"leaderboard.csv cannot be written or read \(No space left on device\)"
     ) as one:
@@ -305,19 +314,16 @@ def test_a_full_disk_ends_the_search_in_one_sentence_and_loses_nothing(tmp_path,
     assert [record.state for record in summary.records] == ["COMPLETE"] * 3
 
 
-def test_a_disk_that_fills_in_the_middle_of_a_journal_line_costs_no_trial(tmp_path, tiny, monkeypatch):
-    from optuna.storages.journal import JournalFileBackend
+def test_a_disk_that_fills_while_a_record_is_written_costs_no_trial(tmp_path, tiny, monkeypatch):
+    real = records.write_text
 
-    real = JournalFileBackend.append_logs
-
-    def torn(self, logs):
-        if any(log.get("op_code") == 6 for log in logs):  # set_trial_state_values: the last word on a trial
-            with open(self._file_path, "ab") as file:  # noqa: PTH123
-                file.write(b'{"op_code":6,"worker')
+    def full(path, text):
+        if path.parent.name == "0001" and '"COMPLETE"' in text:
+            path.with_name(".torn").write_text(text[:99])
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(self, logs)
+        return real(path, text)
 
-    monkeypatch.setattr(JournalFileBackend, "append_logs", torn)
+    monkeypatch.setattr(records, "write_text", full)
     with pytest.raises(StudyError, match="No space left on device"):
         run(tmp_path, [*tiny, "n_trials=2"])
     monkeypatch.undo()
@@ -329,7 +335,7 @@ def test_a_disk_that_refuses_a_checkpoint_fails_the_search_and_not_the_trial(tmp
     def full(*args, **rest):
         raise TrainingError("trials/0000: checkpoint could not be written (no space left on the disk)")
 
-    monkeypatch.setattr(trial, "train_run", full)
+    monkeypatch.setattr(experiment, "train_run", full)
     with pytest.raises(TrainingError, match="no space left on the disk"):
         run(tmp_path, tiny)
     assert records.load_records(tmp_path / "mamba_moe-smoke")[0] == []
@@ -353,22 +359,24 @@ def test_settings_are_checked_before_a_folder_is_made(tmp_path, tiny, settings, 
 def test_mlflow_shows_every_trial_with_its_state(tmp_path, tiny, monkeypatch):
     from hybridnas.tracking.mlflow import connect, default_uri, search_runs
 
-    real = trial.train_run
+    real = experiment.train_run
 
     def second_fails(arch, source, config, *, folder, **rest):
         if folder.name == "0001":
             raise RuntimeError("gave up")
         return real(arch, source, config, folder=folder, **rest)
 
-    monkeypatch.setattr(trial, "train_run", second_fails)
-    monkeypatch.setattr("optuna.Trial.should_prune", lambda self: True)
+    monkeypatch.setattr(experiment, "train_run", second_fails)
+    monkeypatch.setattr(hyperband, "stops", lambda view, history, number, reached, marks: (True, dict(marks)))
     summary = run(tmp_path, [*tiny, "n_trials=6", "tracking=null"])
     client = connect(default_uri(summary.folder))
-    experiment = client.get_experiment_by_name("hybridnas").experiment_id
-    children = search_runs(client, experiment, "tags.`hybridnas.kind` = 'trial'")
+    where = client.get_experiment_by_name("hybridnas").experiment_id
+    children = search_runs(client, where, "tags.`hybridnas.kind` = 'trial'")
     status = {int(run.data.tags["hybridnas.trial"]): run.info.status for run in children}
-    assert status == {0: "FINISHED", 1: "FAILED", 2: "FINISHED", 3: "FINISHED", 4: "FINISHED", 5: "KILLED"}
-    (parent,) = search_runs(client, experiment, "tags.`hybridnas.kind` = 'study'")
+    names = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED", "INFEASIBLE": "FAILED"}
+    assert status == {record.number: names[record.state] for record in summary.records}
+    assert {"FINISHED", "KILLED", "FAILED"} == set(status.values())
+    (parent,) = search_runs(client, where, "tags.`hybridnas.kind` = 'study'")
     assert parent.info.status == "FINISHED"
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     best = next(run for run in children if run.data.tags["hybridnas.trial"] == str(summary.best.number))
@@ -380,5 +388,5 @@ def test_an_unreachable_tracking_server_costs_one_warning(tmp_path, tiny, caplog
         summary = run(tmp_path, [*tiny, "n_trials=2", "tracking=http://127.0.0.1:9"])
     warned = [record for record in caplog.records if record.name.startswith("hybridnas")]
     assert len(warned) == 1
-    assert "the search goes on" in warned[0].getMessage()
+    assert "127.0.0.1:9" in warned[0].getMessage()
     assert [record.state for record in summary.records] == ["COMPLETE", "COMPLETE"]

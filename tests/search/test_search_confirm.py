@@ -11,15 +11,16 @@ import hybridnas
 from hybridnas.cli.compose import compose
 from hybridnas.cli.search import search_config
 from hybridnas.errors import StudyError
+from hybridnas.report.callbacks import ConsoleLines
 from hybridnas.search import confirm
-from hybridnas.search.runner import Search
+from hybridnas.studies import Study
 from hybridnas.study.records import TrialRecord, load_records, trained_tokens
 from hybridnas.study.reference import read_reference_study
 
 
 def run(folder, settings, news=None):
     config = compose("search", ["budget=smoke", f"runs={folder}", *settings])
-    return Search(search_config(config), news).run()
+    return Study.of(search_config(config)).run([ConsoleLines(news)] if news else [])
 
 
 def record(number, loss, preset=None, **fields):

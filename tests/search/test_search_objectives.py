@@ -10,19 +10,29 @@ import pytest
 
 from hybridnas.analysis import pareto
 from hybridnas.analysis.ranking import front
+from hybridnas.arch import decode
 from hybridnas.arch.arch import Arch
+from hybridnas.arch.decode import Decoder
+from hybridnas.arch.model import HybridLM
 from hybridnas.cli.compose import compose
 from hybridnas.cli.search import search_config
 from hybridnas.errors import ConfigError, StudyError
+from hybridnas.report.callbacks import ConsoleLines
 from hybridnas.search import latency as measure
-from hybridnas.search.runner import Search
-from hybridnas.search.storage.journal import open_journal
+from hybridnas.studies import Study
+from hybridnas.study.locks import locked
 from hybridnas.study.records import TrialRecord
 
 
 def run(folder, settings, news=None):
     config = compose("search", ["budget=smoke", f"runs={folder}", "study=demo", *settings])
-    return Search(search_config(config), news).run()
+    return Study.of(search_config(config)).run([ConsoleLines(news)] if news else [])
+
+
+def dashboard(folder):
+    """Open the journal that optuna-dashboard reads."""
+    backend = optuna.storages.journal.JournalFileBackend(str(folder / "journal.log"))
+    return optuna.load_study(study_name="demo", storage=optuna.storages.JournalStorage(backend))
 
 
 def record(number, state="COMPLETE", **values):
@@ -96,13 +106,14 @@ def test_confirm_may_be_said_as_yaml_says_it(tiny, given, kept):
     assert found.objectives == ("val_loss",)
 
 
-def test_what_is_not_asked_for_leaves_the_identity_of_older_studies(tiny):
+def test_the_identity_holds_what_makes_a_study_and_no_limit_of_a_call(tiny):
     plain = search_config(compose("search", ["budget=smoke", *tiny])).identity()
-    assert not {"objectives", "max_params", "state_length", "against"} & set(plain)
-    assert not {"confirm", "confirm_top", "max_tokens"} & set(plain["budget"])
+    assert not {"against", "workers", "device", "runs", "tracking"} & set(plain)
+    assert not {"confirm", "confirm_top", "max_tokens", "n_trials", "minutes"} & set(plain["budget"])
     asked = search_config(compose("search", ["budget=smoke", *tiny, "objectives=[accuracy]", "max_params=1e6"]))
     assert asked.identity()["objectives"] == ("accuracy",)
     assert asked.identity()["max_params"] == 1e6
+    assert {key for key in plain if plain[key] != asked.identity()[key]} == {"objectives", "max_params"}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +125,7 @@ def study(tmp_path_factory, tiny):
 
 def test_two_objectives_are_searched_and_pruned_together(study):
     assert study.ended == "completed"
-    frozen = optuna.load_study(study_name="demo", storage=open_journal(study.folder / "journal.log"))
+    frozen = dashboard(study.folder)
     assert [direction.name for direction in frozen.directions] == ["MINIMIZE", "MINIMIZE"]
     for one in study.records:
         if one.state in ("COMPLETE", "PRUNED"):
@@ -122,12 +133,9 @@ def test_two_objectives_are_searched_and_pruned_together(study):
             arch = Arch.from_dict(json.loads((study.folder / f"trials/{one.number:04d}/arch.json").read_text()))
             assert one.objectives["state_bytes"] == arch.cost(4096).state_bytes >= one.cost["state_bytes"]
             assert one.objectives["val_loss"] == one.valid_loss
-            first = one.rungs[0]
-            told = frozen.trials[one.number].user_attrs[f"rung_{first[0]}"]
-            assert told == {"val_loss": first[1], "state_bytes": one.objectives["state_bytes"]}
-    done = [one for one in frozen.trials if one.state.name == "COMPLETE"]
-    values = {one.number: list(one.objectives.values()) for one in study.records}
-    assert all(one.values == values[one.number] for one in done if one.number in values and one.params == {})
+    assert frozen.metric_names == ["val_loss", "state_bytes"]
+    done = {one.number: list(one.objectives.values()) for one in study.records if one.state == "COMPLETE"}
+    assert {one.number: one.values for one in frozen.trials if one.state.name == "COMPLETE"} == done
 
 
 def test_the_leaderboard_marks_the_front(study):
@@ -137,10 +145,9 @@ def test_the_leaderboard_marks_the_front(study):
     assert study.best.number in marked
 
 
-def test_limits_are_told_without_training(tmp_path, tiny):
+def test_limits_are_checked_without_training(tmp_path, tiny):
     loose = run(tmp_path / "a", [*tiny, "sampler=random", "n_trials=8"])
-    drawn = sorted(one.cost["params"] for one in loose.records if one.preset is None and one.state == "COMPLETE")
-    limit = drawn[0] + 0.5 if len(drawn) > 1 else drawn[0] - 1
+    limit = min(one.cost["params"] for one in loose.records if one.state == "COMPLETE") + 0.5
     said = []
     tight = run(tmp_path / "b", [*tiny, "sampler=random", "n_trials=6", f"max_params={limit}"], said.append)
     out = [one for one in tight.records if one.state == "INFEASIBLE" and one.reason and "max_params" in one.reason]
@@ -152,7 +159,7 @@ def test_limits_are_told_without_training(tmp_path, tiny):
     assert yardsticks
     assert all(one.state == "COMPLETE" and one.violation for one in yardsticks)
     assert tight.best is None or tight.best.violation is None
-    frozen = optuna.load_study(study_name="demo", storage=open_journal(tight.folder / "journal.log"))
+    frozen = dashboard(tight.folder)
     assert all(frozen.trials[one.number].constraints["max_params"] > 0 for one in out)
 
 
@@ -160,7 +167,7 @@ def test_accuracy_alone_is_maximised_in_the_whole_search(tmp_path, tiny):
     summary = run(tmp_path, [*tiny, "pruner=halving", "objectives=[accuracy]", "n_trials=8"])
     done = [one for one in summary.records if one.state == "COMPLETE"]
     assert summary.best.accuracy == max(one.accuracy for one in done)
-    frozen = optuna.load_study(study_name="demo", storage=open_journal(summary.folder / "journal.log"))
+    frozen = dashboard(summary.folder)
     assert frozen.best_trial.value == summary.best.accuracy
 
 
@@ -211,19 +218,46 @@ def test_the_name_of_a_figure_holds_architecture_machine_and_settings(monkeypatc
     assert len(names) == 4
 
 
-def test_nobody_trains_while_it_is_measured(tmp_path):
-    with measure.training(tmp_path), measure._shared(tmp_path, wait=False, exclusive=True) as held:
-        assert held is False
+def test_nothing_trains_while_it_is_measured(tmp_path):
+    busy = tmp_path / ".leases" / "measure"
+    with measure.training(tmp_path), locked(busy, wait=False) as taken:
+        assert taken is False
     with measure.alone(tmp_path) as isolated:
         assert isolated is True
-        with measure._shared(tmp_path, wait=False) as held:
-            assert held is False
+        with locked(busy, wait=False, shared=True) as taken:
+            assert taken is False
     measure_patience, measure.PATIENCE = measure.PATIENCE, 0.0
     try:
         with measure.training(tmp_path), measure.alone(tmp_path) as isolated:
             assert isolated is False
     finally:
         measure.PATIENCE = measure_patience
+
+
+def test_writing_is_measured_with_the_decoder_of_generate(monkeypatch):
+    """What copies the whole cache of attention for every token would count the context, not the step."""
+    made, steps = [], []
+
+    class Spy(Decoder):
+        def __init__(self, model, state):
+            made.append([part.shape for one in state for part in one])
+            super().__init__(model, state)
+
+        def __call__(self, ids_B):
+            steps.append(len(ids_B))
+            return super().__call__(ids_B)
+
+    monkeypatch.setattr(decode, "Decoder", Spy)
+    monkeypatch.setattr(measure, "_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "_WARM_SECONDS", 0.0)
+    model = HybridLM(Arch.from_pattern("A", d_model=16, vocab_size=32), seed=0).eval()
+    whole_model_calls = []
+    model.register_forward_hook(lambda *_: whole_model_calls.append(1))
+    assert measure.speeds(model, measure.Setting(300, 2, "cpu"))["ms_per_token"] > 0
+    assert len(steps) == measure._LEAST * (1 + measure._WRITTEN)
+    assert len(made) == measure._LEAST
+    assert all(any(300 in shape for shape in shapes) for shapes in made)  # after a full context
+    assert len(whole_model_calls) == measure._LEAST + 1
 
 
 @pytest.mark.parametrize(

@@ -1,32 +1,35 @@
 """A search that pauses: candidates wait at rungs, are taken up where they stopped, and stay one candidate."""
 
 import csv
+import dataclasses
 from itertools import pairwise
 
-import optuna
 import pytest
 
 from hybridnas.analysis.ranking import rung_scores
 from hybridnas.cli.compose import compose
 from hybridnas.cli.search import search_config
-from hybridnas.search import runner, trial
-from hybridnas.search.pruning import promotion
+from hybridnas.report.callbacks import ConsoleLines
+from hybridnas.search import training
 from hybridnas.search.pruning.halving import best_of
 from hybridnas.search.replay import replay
-from hybridnas.search.runner import Search
-from hybridnas.search.storage.journal import open_journal
-from hybridnas.study.records import load_records, trained_tokens
+from hybridnas.search.storage.folder_store import FolderStore
+from hybridnas.studies import Study
+from hybridnas.study.records import TrialRecord, load_records, trained_tokens
 
-HALVING = ["pruner=halving", "sampler=random", "budget.tokens_per_active_param=1", "budget.rungs=3", "study=demo"]
+HALVING = [
+    "pruner=halving",
+    "sampler=random",
+    "budget.tokens_per_active_param=1",
+    "budget.rungs=3",
+    "study=demo",
+    "seed=1",
+]
 
 
 def run(folder, settings, news=None):
-    config = compose("search", ["budget=smoke", f"runs={folder}", *settings])
-    return Search(search_config(config), news).run()
-
-
-def trials(folder):
-    return optuna.load_study(study_name="demo", storage=open_journal(folder / "journal.log")).trials
+    config = compose("search", ["budget=smoke", "study=demo", f"runs={folder}", *settings])
+    return Study.of(search_config(config)).run([ConsoleLines(news)] if news else [])
 
 
 @pytest.fixture(scope="module")
@@ -59,23 +62,16 @@ def test_every_rung_has_sent_its_best_on_and_nobody_promising_is_left(study):
 
 def test_candidates_that_went_on_keep_one_number_one_record_and_one_row(study):
     summary, said = study
-    again = [one for one in trials(summary.folder) if promotion.continues(one) is not None]
+    again = [record for record in summary.records if len(record.legs) >= 2]
     assert again, "the seed makes at least one promotion"
     numbers = [record.number for record in summary.records]
-    assert len(numbers) == len(set(numbers))
+    assert numbers == list(range(len(numbers)))
     with (summary.folder / "leaderboard.csv").open() as file:
         assert sorted(int(row["trial"]) for row in csv.DictReader(file)) == numbers
-    for one in again:
-        number = promotion.continues(one)
-        record = next(record for record in summary.records if record.number == number)
-        assert not (summary.folder / f"trials/{one.number:04d}").exists()
-        assert one.params == trials(summary.folder)[number].params
-        assert trials(summary.folder)[number].state.name == "PRUNED"
-        assert trials(summary.folder)[number].intermediate_values
-        assert len(record.legs) >= 2
-        assert any(f"trial {number} is among the best at" in line for line in said)
-        if record.state == "COMPLETE":
-            assert one.value == record.valid_loss or len(record.legs) > 2
+    folders = sorted(int(path.name) for path in (summary.folder / "trials").iterdir())
+    assert set(folders) <= set(numbers)
+    for record in again:
+        assert any(f"trial {record.number} is among the best at" in line for line in said)
 
 
 def test_tokens_are_counted_once(study):
@@ -105,7 +101,7 @@ def test_at_the_end_no_hopeless_checkpoint_is_left(study):
     summary, _ = study
     left = {int(path.parent.name) for path in (summary.folder / "trials").glob("*/checkpoint.safetensors")}
     states = {record.number: record.state for record in summary.records}
-    assert len(left) == runner.KEPT_CHECKPOINTS
+    assert len(left) == training.KEPT_CHECKPOINTS
     assert {states[number] for number in left} == {"COMPLETE"}
 
 
@@ -115,7 +111,7 @@ def test_a_longer_search_takes_up_paused_candidates_and_says_when_it_must_start_
     said = []
     longer = run(summary.folder.parent, [*tiny, *HALVING, "space.baselines=[]", "n_trials=20"], said.append)
     grown = [record for record in longer.records if len(record.legs) > len(before.get(record.number, record).legs)]
-    assert grown, "eight more arrivals promote somebody"
+    assert grown, "more arrivals promote somebody"
     for record in grown:
         assert f"trial {record.number}: its checkpoint is gone, so it is trained again from nothing" in said
         assert sum(tokens for _, tokens in record.legs) > record.tokens  # what was trained twice is counted twice
@@ -138,35 +134,38 @@ def test_a_search_too_short_to_promote_anybody_still_ends_with_a_winner(tmp_path
 
 
 def test_a_promotion_that_was_cut_off_goes_on_and_nothing_is_trained_twice(tmp_path, tiny, monkeypatch):
-    real, cut = trial.TrialRun.go_on, []
+    real, cut = training.CellTrainer.train, []
 
-    def die(self, record):
-        if not cut:
+    def die(self, record, arch, on_eval):
+        if record.rungs and not cut:
             cut.append(record.number)
             raise KeyboardInterrupt
-        return real(self, record)
+        return real(self, record, arch, on_eval)
 
     settings = [*tiny, *HALVING, "space.baselines=[]", "n_trials=8"]
-    monkeypatch.setattr(trial.TrialRun, "go_on", die)
+    monkeypatch.setattr(training.CellTrainer, "train", die)
     assert run(tmp_path, settings).ended == "interrupted"
-    assert cut
+    (number,) = cut
+    kept = {record.number: record for record in load_records(tmp_path / "demo", running=True)[0]}
+    assert (kept[number].state, bool(kept[number].rungs)) == ("RUNNING", True)
     said = []
     summary = run(tmp_path, settings, said.append)
-    assert f"trial {cut[0]} was interrupted; going on from its checkpoint" in said
+    assert f"trial {number} was interrupted; going on from its checkpoint" in said
     assert summary.ended == "completed"
     assert trained_tokens(summary.records) == sum(record.tokens for record in trained(summary))
-    assert {one.state.name for one in trials(summary.folder)} <= {"COMPLETE", "PRUNED"}
+    assert {record.state for record in summary.records} <= {"COMPLETE", "PRUNED", "INFEASIBLE"}
 
 
-def test_a_promotion_recorded_but_not_told_is_not_run_again(tmp_path, tiny, monkeypatch):
+def test_a_promotion_that_was_recorded_is_not_run_again(tmp_path, tiny, monkeypatch):
     settings = [*tiny, *HALVING, "space.baselines=[]", "n_trials=8"]
-    real = trial.TrialRun.go_on
+    real = FolderStore.release
 
-    def die(self, record):
-        real(self, record)
-        raise KeyboardInterrupt
+    def die(self, number):
+        real(self, number)
+        if len(self._records.get(number).legs) >= 1 and self._records[number].state == "RUNNING":
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(trial.TrialRun, "go_on", die)
+    monkeypatch.setattr(FolderStore, "release", die)
     run(tmp_path, settings)
     monkeypatch.undo()
     before = {r.number: r.legs for r in load_records(tmp_path / "demo")[0] if len(r.legs) > 1}
@@ -176,23 +175,16 @@ def test_a_promotion_recorded_but_not_told_is_not_run_again(tmp_path, tiny, monk
     assert {number: after[number][:2] for number in before} == before
 
 
-def test_two_workers_cannot_both_take_a_promotion():
-    study = optuna.create_study()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    for number in range(4):
-        one = study.ask({"x": optuna.distributions.IntDistribution(0, 9)})
-        one.report(float(number), 10)
-        study.tell(one, state=optuna.trial.TrialState.PRUNED)
-    records = {n: promotion.TrialRecord(number=n, state="PRUNED", tokens=10, rungs=[[10, float(n)]]) for n in range(4)}
-    ladder = promotion.Ladder((10, 20), 2, 99)
-    first = promotion.promote(study, ladder, records)
-    second = promotion.promote(study, ladder, records)
-    assert (promotion.candidate_of(first), promotion.candidate_of(second)) == (0, 1)
-    assert promotion.promote(study, ladder, records) is None
-    # Two that queued the same candidate at the same moment: the first takes it, the second entry is withdrawn.
-    for _ in range(2):
-        study.enqueue_trial({}, user_attrs={"continues": 3, "from_tokens": 10})
-    third = promotion.promote(study, ladder, records)
-    assert promotion.candidate_of(third) == 3
-    assert [one.state.name for one in study.trials[-2:]] == ["RUNNING", "FAIL"]
-    assert promotion.promote(study, ladder, records) is None
+def test_two_workers_cannot_both_take_a_promotion(tmp_path):
+    one, two = FolderStore(tmp_path), FolderStore(tmp_path, worker=1)
+    paused = TrialRecord(number=0, state="PRUNED", tokens=10, rungs=[[10, 1.0]])
+    one.save(paused)
+    for store in (one, two):
+        assert [record.number for record in store.changes()] == [0]
+    going_on = dataclasses.replace(paused, state="RUNNING")
+    assert one.begin(going_on)
+    assert not two.begin(going_on)
+    one.save(dataclasses.replace(paused, state="COMPLETE", tokens=20))
+    one.release(0)
+    assert not two.begin(going_on)  # it looked before the end was written
+    assert [record.state for record in two.changes()] == ["COMPLETE"]

@@ -12,7 +12,7 @@ import pytest
 from hybridnas.cli import run as run_cli
 from hybridnas.errors import StudyError
 from hybridnas.study.folder import StudyFolder, first_difference, read_study
-from hybridnas.study.records import load_records
+from hybridnas.study.records import TrialRecord, load_records, trial_folder, write_record
 from hybridnas.train import checkpoint
 
 SLOW = "budget.tokens_per_active_param=6"  # seconds a trial: long enough to be killed in
@@ -53,9 +53,8 @@ def snapshot(folder):
     """Return name -> (bytes, time of writing) of what the finished trials left."""
     files = [path for trial in (folder / "trials").iterdir() for path in trial.iterdir()]
     kept = [path for path in files if path.name in ("result.json", "metrics.jsonl", "arch.json", "run.json")]
-    return {
-        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in kept if (path.parent / "result.json").exists()
-    }
+    done = {trial_folder(folder, record.number) for record in load_records(folder)[0]}
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in kept if path.parent in done}
 
 
 def losses(folder):
@@ -105,7 +104,9 @@ def test_the_same_command_with_more_trials_touches_no_finished_one(tmp_path, tin
     said = search(capsys, tmp_path, [*tiny, "n_trials=7"])
     after = snapshot(tmp_path / "demo")
     assert {path: after[path] for path in before} == before
-    assert sorted(losses(tmp_path / "demo")) == list(range(7))
+    found = load_records(tmp_path / "demo")[0]
+    assert [record.number for record in found] == list(range(len(found)))
+    assert sum(record.state in ("COMPLETE", "PRUNED") for record in found) == 7
     assert "resuming: 2 trials are finished, of 7" in said
     again = search(capsys, tmp_path, [*tiny, "n_trials=7"])
     assert snapshot(tmp_path / "demo") == after
@@ -134,13 +135,17 @@ def test_ctrl_c_ends_with_the_report_so_far(tmp_path, tiny):
     assert sorted(losses(tmp_path / "demo")) == [0]
 
 
-def test_a_process_that_died_between_record_and_journal_repeats_nothing(tmp_path, tiny, capsys):
+def test_a_process_that_died_before_it_wrote_the_end_trains_nothing_twice(tmp_path, tiny, capsys):
     search(capsys, tmp_path, [*tiny, "n_trials=2"])
     forget_the_end(tmp_path / "demo")
     before = snapshot(tmp_path / "demo")
-    search(capsys, tmp_path, [*tiny, "n_trials=3"])
+    curve = (tmp_path / "demo/trials/0001/metrics.jsonl").read_bytes()
+    said = search(capsys, tmp_path, [*tiny, "n_trials=3"])
+    assert "trial 1 was interrupted" in said
     after = snapshot(tmp_path / "demo")
-    assert {path: after[path] for path in before} == before
+    untouched = [path for path in before if path.parent.name == "0000" or path.name == "metrics.jsonl"]
+    assert {path: after[path] for path in untouched} == {path: before[path] for path in untouched}
+    assert (tmp_path / "demo/trials/0001/metrics.jsonl").read_bytes() == curve
     assert [record.state for record in load_records(tmp_path / "demo")[0]] == ["COMPLETE"] * 3
 
 
@@ -159,38 +164,28 @@ def test_two_searches_in_one_folder_at_once_are_refused(tmp_path, tiny, capsys):
     search(capsys, tmp_path, [*tiny, "n_trials=2"])
 
 
-def test_a_torn_last_line_of_the_journal_is_cut(tmp_path, tiny, capsys):
-    search(capsys, tmp_path, [*tiny, "n_trials=1"])
+def test_the_journal_for_the_dashboard_is_made_from_the_records_and_can_be_lost(tmp_path, tiny, capsys):
+    import optuna
+
+    search(capsys, tmp_path, [*tiny, "n_trials=6"])
     journal = tmp_path / "demo/journal.log"
     whole = journal.read_bytes()
-    journal.write_bytes(whole + b'{"op_code":5,"worker_id":"x')
-    search(capsys, tmp_path, [*tiny, "n_trials=2"])
-    assert journal.read_bytes().startswith(whole)
-    assert sorted(losses(tmp_path / "demo")) == [0, 1]
-
-
-@pytest.mark.parametrize("damage", [b"{garbage}\n", b"null\n", b"[1]\n", b"\xff\xfe\n", b"{}\n"])
-def test_a_damaged_line_of_the_journal_is_named_and_nothing_is_changed(tmp_path, damage):
-    folder = StudyFolder(tmp_path, "demo")
-    folder.open({}, {})
-    journal = folder.path / "journal.log"
-    text = b'{"op_code":0}\n' + damage + b'{"op_code":0}\n'
-    journal.write_bytes(text)
-    with pytest.raises(StudyError, match=r"journal.log is damaged at line 2; .* choose study=NEWNAME") as caught:
-        folder.journal()
-    assert "\n" not in str(caught.value)
-    assert journal.read_bytes() == text
-    folder.close()
-
-
-def test_a_lock_left_by_a_dead_process_is_taken_away(tmp_path):
-    folder = StudyFolder(tmp_path, "demo")
-    folder.open({}, {})
-    (folder.path / "journal.log.lock").symlink_to("journal.log")
-    (folder.path / "journal.log.lock0f-rename").write_text("")
-    folder.journal()
-    assert not list(folder.path.glob("journal.log.lock*"))
-    folder.close()
+    for damage in (b"", b"{garbage", None):
+        journal.unlink() if damage is None else journal.write_bytes(damage)
+        search(capsys, tmp_path, [*tiny, "n_trials=6"])
+        backend = optuna.storages.journal.JournalFileBackend(str(journal))
+        study = optuna.load_study(study_name="demo", storage=optuna.storages.JournalStorage(backend))
+        found = load_records(tmp_path / "demo")[0]
+        assert [trial.number for trial in study.trials] == [record.number for record in found]
+        for trial, record in zip(study.trials, found, strict=True):
+            assert trial.state.name == ("COMPLETE" if record.state == "COMPLETE" else "PRUNED")
+            assert trial.user_attrs.get("preset") == record.preset
+            assert trial.value == (record.valid_loss if record.state == "COMPLETE" else trial.value)
+            assert all(trial.intermediate_values[int(tokens)] == loss for tokens, loss in record.rungs)
+        assert study.metric_names == ["val_loss"]
+        assert {"space": "mamba_moe", "budget": "smoke"}.items() <= study.user_attrs.items()
+    assert len(whole) > 0
+    assert not [path for path in (tmp_path / "demo").iterdir() if path.name.startswith((".journal", "journal.log."))]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +231,6 @@ def test_a_corrupted_checkpoint_of_an_interrupted_trial_is_named(tmp_path, tiny,
     search(capsys, tmp_path, [*tiny, "n_trials=2"])
     folder = tmp_path / "demo"
     forget_the_end(folder)
-    (folder / "trials/0001/result.json").unlink()
     (folder / "trials/0001/checkpoint.safetensors").write_bytes(b"garbage")
     before = snapshot(folder)
     said = search(capsys, tmp_path, [*tiny, "n_trials=2"], code=2)
@@ -247,11 +241,11 @@ def test_a_corrupted_checkpoint_of_an_interrupted_trial_is_named(tmp_path, tiny,
 
 
 def forget_the_end(folder):
-    """Take the last trial's last word out of the journal, as if the process had died before it."""
-    journal = folder / "journal.log"
-    lines = journal.read_bytes().splitlines(keepends=True)
-    last = max(number for number, line in enumerate(lines) if b'"op_code":6' in line)
-    journal.write_bytes(b"".join(lines[:last]))
+    """Put the last trial's record back to how it was while it trained, as if the process had died before its end."""
+    path = sorted((folder / "trials").glob("*/result.json"))[-1]
+    record = TrialRecord.from_dict(json.loads(path.read_text()))
+    begun = {name: getattr(record, name) for name in ("pattern", "fingerprint", "preset", "choices", "cost", "seed")}
+    write_record(path.parent, TrialRecord(number=record.number, state="RUNNING", **begun))
 
 
 def test_a_trial_whose_record_is_damaged_runs_again_to_the_same_numbers(tmp_path, tiny, capsys):
@@ -273,7 +267,7 @@ def test_a_trial_whose_record_is_damaged_runs_again_to_the_same_numbers(tmp_path
     [
         ("{", "is damaged"),
         ("[]", "is damaged"),
-        ('{"format": 99, "identity": {}, "study": "demo"}', "has format 99, this version reads 1"),
+        ('{"format": 99, "identity": {}, "study": "demo"}', "has format 99, this version reads 1 and 2"),
     ],
 )
 def test_a_study_json_that_is_not_ours_is_named(tmp_path, text, words):
@@ -308,18 +302,19 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         StudyFolder(tmp_path / "runs", "demo").open({}, {})
 
 
-def test_a_journal_without_its_study_is_refused(tmp_path):
-    (tmp_path / "demo").mkdir()
-    (tmp_path / "demo/journal.log").write_text("")
-    with pytest.raises(StudyError, match=r"has a journal but no study.json"):
+def test_trials_without_their_study_are_refused(tmp_path):
+    (tmp_path / "demo/trials/0000").mkdir(parents=True)
+    with pytest.raises(StudyError, match=r"has trials but no study.json") as caught:
         StudyFolder(tmp_path, "demo").open({}, {})
+    assert caught.value.field == "study"
 
 
 def test_differences_name_the_deepest_key_that_differs():
-    assert first_difference({"a": {"b": 1}}, {"a": {"b": 1}}) == ""
-    assert first_difference({"a": {"b": 1}}, {"a": {"b": 2}}) == "a.b is 1 there and 2 here"
-    assert first_difference({"a": 1}, {}) == "a is 1 there and None here"
-    assert first_difference({"z": 1, "name": "x"}, {"z": 2, "name": "y"}) == "name is 'x' there and 'y' here"
+    assert not first_difference({"a": {"b": 1}}, {"a": {"b": 1}})
+    assert str(first_difference({"a": {"b": 1}}, {"a": {"b": 2}})) == "a.b is 1 there and 2 here"
+    found = first_difference({"a": 1}, {})
+    assert (found.field, found.stored, found.asked) == ("a", 1, None)
+    assert first_difference({"z": 1, "name": "x"}, {"z": 2, "name": "y"}).field == "name"
 
 
 def test_nothing_of_a_study_lies_outside_its_folder(tmp_path, tiny, capsys, monkeypatch):

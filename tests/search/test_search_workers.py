@@ -10,48 +10,28 @@ import threading
 import time
 from pathlib import Path
 
-import optuna
 import pytest
 
 from hybridnas.cli import run as run_cli
 from hybridnas.errors import StudyError
 from hybridnas.search.config import Budget, SearchConfig
 from hybridnas.search.replay import _threads_of
-from hybridnas.search.storage import leases
-from hybridnas.search.storage.journal import open_journal
-from hybridnas.search.storage.leases import LEASES, Crew, Earlier, FileLock, held
+from hybridnas.search.storage.folder_store import LEASES, FolderStore
 from hybridnas.search.workers import supervisor as workers
 from hybridnas.search.workers.supervisor import environment, threads_each
 from hybridnas.study.folder import StudyFolder
-from hybridnas.study.records import TrialRecord, load_records, write_record
+from hybridnas.study.locks import FileLock, is_held
+from hybridnas.study.records import TrialRecord, load_records
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from hybridnas.search.storage.leases import FileLock
+from hybridnas.study.locks import FileLock
 lock = FileLock(Path(sys.argv[1]))
-assert lock.acquire(words={"trial": 3})
+assert lock.acquire(note={"trial": 3})
 print("held", flush=True)
 time.sleep(600)
 """
-DIE_IN_MID_WRITE = """
-import os, signal, sys
-from pathlib import Path
-from hybridnas.search.storage.journal import JournalLock
-path = Path(sys.argv[1])
-JournalLock(path).acquire()
-with path.open("ab") as file:
-    file.write(b'{"op_code":5,"worker_id":"x')
-    file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-@pytest.fixture
-def study(tmp_path):
-    """An empty Optuna study in a study folder."""
-    (tmp_path / "trials").mkdir()
-    return optuna.create_study(study_name="s", storage=open_journal(tmp_path / "journal.log"))
 
 
 def test_a_lock_dies_with_its_process(tmp_path):
@@ -60,9 +40,9 @@ def test_a_lock_dies_with_its_process(tmp_path):
         assert holder.stdout.readline() == "held\n"
         lock = FileLock(path)
         assert not lock.acquire(wait=False)
-        assert held(path) and lock.words() == {"trial": 3}
+        assert is_held(path) and lock.note() == {"trial": 3}
         holder.kill()
-    assert not held(path)
+    assert not is_held(path)
     assert lock.acquire(wait=False)
     lock.release()
     assert not path.exists()
@@ -78,90 +58,70 @@ def test_a_lock_whose_file_was_taken_away_is_taken_on_the_new_file(tmp_path):
     second.release()
 
 
-def test_a_process_killed_while_it_writes_the_journal_blocks_and_breaks_nothing(tmp_path, study):
-    journal = tmp_path / "journal.log"
-    whole = journal.read_bytes()
-    subprocess.run([sys.executable, "-c", DIE_IN_MID_WRITE, str(journal)])
-    assert journal.read_bytes() != whole
-    begun = time.monotonic()
-    study.ask()
-    assert time.monotonic() - begun < 15  # Optuna's own lock would wait 30 s before it is broken
-    assert journal.read_bytes().startswith(whole)
-    again = optuna.load_study(study_name="s", storage=open_journal(journal))
-    assert [trial.state.name for trial in again.trials] == ["RUNNING"]
+def running(number):
+    return TrialRecord(number=number, state="RUNNING", pattern="M", fingerprint=f"{number:064}")
 
 
-def test_a_write_that_the_disk_refuses_leaves_the_journal_whole(tmp_path, study, monkeypatch):
-    journal = tmp_path / "journal.log"
-    trial = study.ask()
+def test_only_a_trial_that_no_process_holds_is_an_orphan(tmp_path):
+    one, two = FolderStore(tmp_path), FolderStore(tmp_path, worker=1)
+    assert one.begin(running(0)) and one.begin(running(1))
+    two.changes()
+    assert not two.begin(running(0))
+    assert [held.where.startswith("worker 0, process ") for held in two.running()] == [True, True]
+    assert (one.orphans(), two.orphans()) == ([], [])
+    one.close()
+    assert two.orphans() == [0, 1]
+    assert two.begin(running(0))
+    assert two.orphans() == [1]
+    two.close()
+
+
+def test_numbers_go_on_after_the_highest_record_readable_or_not(tmp_path):
+    store = FolderStore(tmp_path)
+    assert store.next_number() == 0
+    store.save(running(0))
+    store.save(running(4))
+    assert store.next_number() == 5
+    (tmp_path / "trials/0007").mkdir()  # a process that died before it wrote anything
+    assert store.next_number() == 5
+    (tmp_path / "trials/0005").mkdir()
+    (tmp_path / "trials/0005/result.json").write_text("{torn")
+    assert store.next_number() == 6
+    assert [record.number for record in store.changes()] == [0, 4]
+    assert len(store.warnings) == 1
+    assert store.changes() == []
+
+
+def test_a_disk_that_refuses_a_record_leaves_the_one_that_was_there(tmp_path, monkeypatch):
+    store = FolderStore(tmp_path)
+    store.save(running(0))
     with monkeypatch.context() as patched:
 
         def full(descriptor):
-            os.truncate(journal, journal.stat().st_size - 7)  # half of what was asked for
             raise OSError(28, "No space left on device")
 
         patched.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            trial.set_user_attr("a", 1)
-    trial = optuna.load_study(study_name="s", storage=open_journal(journal)).trials[0]
-    assert trial.user_attrs == {}
-    study.set_user_attr("b", 2)
-    assert optuna.load_study(study_name="s", storage=open_journal(journal)).user_attrs == {"b": 2}
+        with pytest.raises(StudyError, match="No space left"):
+            store.save(TrialRecord(number=0, state="COMPLETE"))
+    assert [record.state for record in FolderStore(tmp_path).changes()] == ["RUNNING"]
+    assert [path.name for path in (tmp_path / "trials/0000").iterdir()] == ["result.json"]
 
 
-def test_only_a_trial_that_nobody_holds_is_adopted(tmp_path, study):
-    one, two = Crew(tmp_path), Crew(tmp_path, worker=1)
-    numbers = [study.ask().number for _ in range(3)]
-    assert one.take(study, 0) and not two.take(study, 0)
-    assert two.running(study) == numbers
-    assert two.adopt(study, paused={1}).number == 2
-    assert two.adopt(study, paused={1}) is None
-    assert two.running(study) == [0, 1]
-    one.close()
-    assert two.adopt(study, paused={1}).number == 0
-    two.close()
+def test_one_process_at_a_time_decides(tmp_path):
+    one, two = FolderStore(tmp_path), FolderStore(tmp_path, worker=1)
+    order = []
 
+    def decide():
+        with two.deciding():
+            order.append("two")
 
-def test_a_trial_that_kills_its_process_again_and_again_fails_with_the_reason(tmp_path, study):
-    study.enqueue_trial({}, user_attrs={"baseline": "mamba"})
-    trial = study.ask()
-    for _ in range(leases.DEATHS - 1):
-        crew = Crew(tmp_path)
-        assert crew.adopt(study).number == trial.number
-        assert load_records(tmp_path)[0] == []
-        crew.close()
-    crew = Crew(tmp_path)
-    crew.adopt(study)
-    (record,) = load_records(tmp_path)[0]
-    assert (record.state, record.preset) == ("FAIL", "mamba")
-    assert "its process died 5 times in a row at the same place" in record.reason
-    crew.close()
-
-
-def test_a_trial_that_comes_further_each_time_may_be_interrupted_for_ever(tmp_path, study):
-    study.ask()
-    (tmp_path / "trials/0000").mkdir()
-    for turn in range(3 * leases.DEATHS):
-        (tmp_path / "trials/0000/metrics.jsonl").write_text("x" * turn)
-        crew = Crew(tmp_path)
-        assert crew.adopt(study) is not None
-        crew.close()
-    assert load_records(tmp_path)[0] == []
-
-
-def test_two_workers_that_draw_one_architecture_at_the_same_moment(tmp_path, study):
-    one, two = Crew(tmp_path), Crew(tmp_path, worker=1)
-    first, second = study.ask(), study.ask()
-    records = {}
-    assert Earlier(one, study, first, records).get("f" * 64) is None
-    other = Earlier(two, study, second, records).get("f" * 64)
-    assert (other.number, other.state) == (first.number, "RUNNING")
-    record = TrialRecord(number=first.number, state="COMPLETE", fingerprint="f" * 64, valid_loss=1.0)
-    write_record(tmp_path / "trials/0000", record)
-    one.done(first.number)
-    found = Earlier(two, study, second, records).get("f" * 64)
-    assert (found.number, found.valid_loss) == (first.number, 1.0)
-    two.close()
+    with one.deciding():
+        waiting = threading.Thread(target=decide)
+        waiting.start()
+        time.sleep(0.1)
+        order.append("one")
+    waiting.join()
+    assert order == ["one", "two"]
 
 
 def test_the_processor_is_divided(monkeypatch):
@@ -209,7 +169,10 @@ def start(runs, settings):
 
 def pids(folder):
     """Return the processes that hold a trial now."""
-    found = (FileLock(path).words().get("pid") for path in (folder / LEASES).glob("trial-*") if held(path))
+    found = set()
+    for path in (folder / LEASES).glob("trial-*"):
+        if is_held(path) and (folder / "trials" / path.name[6:] / "result.json").exists():
+            found.add(FileLock(path).note().get("pid"))
     return {pid for pid in found if pid}
 
 
@@ -353,12 +316,12 @@ def test_a_replay_computes_with_the_threads_of_the_worker(tmp_path):
         assert torch.get_num_threads() == before
 
 
-def test_a_workers_last_word_is_heard_once_though_its_pipe_ends_before_its_process():
+def test_a_workers_last_message_is_read_once_though_its_pipe_ends_before_its_process():
     worker = workers.Worker(0, None, Path("log"))
-    worker.words.put(None)
+    worker.messages.put(None)
     parent = object.__new__(workers.Supervisor)
-    assert parent._hear(worker, to_the_end=False) is False
-    listening = threading.Thread(target=parent._hear, args=(worker,), kwargs={"to_the_end": True}, daemon=True)
+    assert parent._read(worker, to_the_end=False) is False
+    listening = threading.Thread(target=parent._read, args=(worker,), kwargs={"to_the_end": True}, daemon=True)
     listening.start()
     listening.join(10)
     assert not listening.is_alive()

@@ -10,11 +10,10 @@ from hybridnas.bench.suites.table import _part
 from hybridnas.cli.compose import compose
 from hybridnas.cli.search import search_config
 from hybridnas.errors import ConfigError, StudyError, TrainingError
-from hybridnas.search import trial
-from hybridnas.search.runner import Search
+from hybridnas.search.table import Table, TableSpec, load_table
 from hybridnas.search_spaces.space import Space
+from hybridnas.studies import Study
 from hybridnas.tabular.build import build
-from hybridnas.tabular.table import Table, TableSpec, load_table
 from hybridnas.train import experiment
 
 BUDGET = {
@@ -116,7 +115,7 @@ def test_a_part_that_is_none_is_refused(part):
 
 def search(folder, space, *settings, study="s"):
     config = search_config(compose("search", [f"runs={folder}", f"study={study}", "tracking=off", *settings]))
-    return Search(config.replace(space={"table": space.table, **{k: getattr(space, k) for k in _SHAPE}})).run()
+    return Study.of(config.replace(space={"table": space.table, **{k: getattr(space, k) for k in _SHAPE}})).run()
 
 
 _SHAPE = ("name", "letters", "motif_length", "baselines")
@@ -129,7 +128,7 @@ def test_a_search_looks_up_instead_of_training(built, tmp_path, monkeypatch, pru
     def never(*args, **rest):
         raise AssertionError("trained")
 
-    monkeypatch.setattr(trial, "train_run", never)
+    monkeypatch.setattr(experiment, "train_run", never)
     summary = search(tmp_path, space, "n_trials=4", f"pruner={pruner}")
     known = {row.fingerprint: row for row in table.firsts()}
     assert summary.records[0].preset == "mamba"

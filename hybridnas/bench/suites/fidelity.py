@@ -6,9 +6,9 @@ from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.result import Result
 from hybridnas.bench.suites.table import fidelity, summary
 from hybridnas.errors import StudyError
+from hybridnas.search.table import load_table
 from hybridnas.search_spaces.space import load_space
 from hybridnas.tabular.build import tiny_table
-from hybridnas.tabular.table import load_table
 
 
 def run(config: BenchConfig) -> Result:

@@ -26,11 +26,11 @@ from hybridnas.bench.suites.table import fidelity
 from hybridnas.errors import StudyError
 from hybridnas.hardware import usable_cores
 from hybridnas.search.config import PRUNERS, SAMPLERS, USUAL_SAMPLER, SearchConfig
-from hybridnas.search.sampling.distinct import Naming
+from hybridnas.search.sampling.candidates import Candidates
+from hybridnas.search.table import load_table
 from hybridnas.search_spaces.space import Scale, Space, load_space
 from hybridnas.tabular.build import architectures
-from hybridnas.tabular.simulate import Course, Ladder, Limits, Scores, simulate
-from hybridnas.tabular.table import load_table
+from hybridnas.tabular.simulate import Course, Limits, Scores, simulate
 
 COMPARED = tuple(name for name in SAMPLERS if name != "bruteforce")
 SLOW = {"gp": 20}  # sampler -> one of so many repeats, each ended when it arrives: a draw takes a second or more
@@ -41,15 +41,16 @@ _COLOURS = {"tpe": "C0", "evolution": "C1", "nsga2": "C2", "gp": "C4", "random":
 
 
 class Field(NamedTuple):
-    """Where searches compete: scores, how to name candidates, the rungs."""
+    """Where searches compete: scores, candidates, and the rungs in training tokens."""
 
     scores: Scores
-    naming: Naming
-    ladder: Ladder
+    candidates: Candidates
+    rungs: tuple[int, ...]
+    reduction: int
 
     @property
     def full(self) -> int:
-        return self.ladder.rungs[-1]
+        return self.rungs[-1]
 
     def finals(self) -> list[float]:
         """Return the full scores, best first."""
@@ -90,10 +91,10 @@ def _from_table(config: BenchConfig, result: Result) -> Field | None:
         return None
     scale = spec.budget.scale(256)  # the vocabulary is no part of what is matched
     target = space.target(scale)
-    ladder = Ladder(spec.budget.rung_tokens(target), spec.budget.reduction)
-    naming = Naming(space, scale)
+    rungs = spec.budget.rung_tokens(target)
+    candidates = Candidates(space, scale)
     # The table's own names hold the vocabulary of its data; choices are what both know.
-    scores = {naming(row.choices): row.losses for row in table.firsts()}
+    scores = {candidates.recorded(row.choices).key: row.losses for row in table.firsts()}
     whole = len(architectures(space, scale))
     result.facts["table"] = {"path": spec.path, "architectures": len(scores), "of": whole, "runs": len(table.rows)}
     result.facts["preliminary"] = len(scores) < whole
@@ -102,17 +103,17 @@ def _from_table(config: BenchConfig, result: Result) -> Field | None:
     sheet = fidelity(table)
     result.tables.append(sheet)
     result.facts["fidelity"] = [dict(zip(sheet.columns, row, strict=True)) for row in sheet.rows]
-    _hold_fidelity(result, table.firsts(), ladder)
-    return Field(scores, naming, ladder)
+    _hold_fidelity(result, table.firsts(), rungs)
+    return Field(scores, candidates, rungs, spec.budget.reduction)
 
 
-def _hold_fidelity(result: Result, rows: Iterable[Any], ladder: Ladder) -> None:
+def _hold_fidelity(result: Result, rows: Iterable[Any], rungs: Sequence[int]) -> None:
     """Hold the rank correlation of the rung that ends most trials, the first, against its goal."""
-    found = agreements((row.losses for row in rows if not row.failed), ladder.rungs)
+    found = agreements((row.losses for row in rows if not row.failed), rungs)
     rho = found[0].spearman if found else None
     spread = None if rho is None else Spread.of([rho])
     note = "" if spread is not None else "too few architectures"
-    what, against = f"Spearman of the rung at {ladder.rungs[0]:,} tokens", "the full score"
+    what, against = f"Spearman of the rung at {rungs[0]:,} tokens", "the full score"
     result.hold("at least", 0.9, spread, what=what, against=against, note=note)
 
 
@@ -139,7 +140,16 @@ def _course(field: Field, asked: tuple[str, str, int]) -> Course:
     sampler, pruner, seed = asked
     most, enough = (POINTS[-1], 0) if sampler in SLOW else (LONGEST * len(field.scores), POINTS[-1])
     limits = Limits(most=most * field.full, enough=enough * field.full, target=field.target)
-    return simulate(field.scores, field.naming, field.ladder, sampler, pruner, seed=seed, limits=limits)
+    return simulate(
+        field.scores,
+        field.candidates,
+        sampler,
+        pruner,
+        rungs=field.rungs,
+        reduction=field.reduction,
+        seed=seed,
+        limits=limits,
+    )
 
 
 def _state(result: Result, field: Field, courses: dict[tuple[str, str], list[Course]]) -> None:
@@ -281,14 +291,15 @@ def draw(field: Field, courses: dict[tuple[str, str], list[Course]], what: str, 
 def _toy() -> Field:
     """Return a made-up landscape of eight architectures: a check that everything runs, no result."""
     space = Space.from_mapping({"name": "toy", "letters": ["M", "F"], "motif_length": [3], "baselines": []})
-    naming = Naming(space, Scale(d_model=8, depth=3, multiple=1))
-    ladder = Ladder((100, 300, 900), 3)
+    candidates = Candidates(space, Scale(d_model=8, depth=3, multiple=1))
+    rungs = (100, 300, 900)
     scores = {}
     for number, motif in enumerate(itertools.product("MF", repeat=3)):
-        name = naming({f"slot{i}": letter for i, letter in enumerate(motif)})
+        name = candidates.of({f"slot{i}": letter for i, letter in enumerate(motif)}).key
         final = 2.0 - 0.3 * motif.count("M") + 0.01 * number
-        scores[name] = {rung: final + 90 / rung for rung in ladder.rungs}
-    return Field({name: curve for name, curve in scores.items() if not name.startswith("infeasible")}, naming, ladder)
+        scores[name] = {rung: final + 90 / rung for rung in rungs}
+    feasible = {name: curve for name, curve in scores.items() if not name.startswith("infeasible")}
+    return Field(feasible, candidates, rungs, 3)
 
 
 def _finite(value: Any) -> float | None:

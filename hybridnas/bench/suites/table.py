@@ -14,9 +14,9 @@ from hybridnas.bench.context import BenchConfig, provenance
 from hybridnas.bench.result import Result
 from hybridnas.bench.result import Table as Sheet
 from hybridnas.errors import ConfigError
+from hybridnas.search.table import Table
 from hybridnas.search_spaces.space import load_space
 from hybridnas.tabular.build import build, tiny_table
-from hybridnas.tabular.table import Table
 
 
 def run(config: BenchConfig) -> Result:

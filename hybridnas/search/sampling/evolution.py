@@ -8,27 +8,23 @@ crossed and then changed. Slots of a motif change along the pattern graph: one s
 A small population and a sharp tournament, because a search has tens of candidates, not thousands: of 4 to 24 members,
 8 needed the fewest tokens on the table (experiments/README.md).
 
-Everything is read from the study, so several workers breed one population and a resumed search goes on with it.
+Everything is read from the records, so several workers breed one population and a resumed search goes on with it.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.samplers import BaseSampler, RandomSampler
-from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
-
 from hybridnas.arch.neighbors import neighbors
 from hybridnas.arch.pattern import Pattern, parse
-from hybridnas.errors import ConfigError
-from hybridnas.search.sampling.distinct import all_trials
-from hybridnas.search_spaces.space import LetterSpace, Scale, Space
+from hybridnas.search.history import History
+from hybridnas.search.sampling.candidates import Candidates, Draw, Drawn, Parameter, first_new
+from hybridnas.search.sampling.uniform import draw_generator, evenly
+from hybridnas.search_spaces.space import LetterSpace, Scale
+from hybridnas.study.records import DUPLICATE
 
 LENGTH, SLOT = "motif_length", "slot"
 
@@ -39,7 +35,7 @@ class Member:
 
     number: int
     params: Mapping[str, Any]
-    distributions: Mapping[str, BaseDistribution]
+    parameters: Mapping[str, Parameter]
     scores: Mapping[int, float]  # less is better
 
     def beats(self, other: Member) -> bool:
@@ -51,57 +47,70 @@ class Member:
         return mine < theirs or (mine == theirs and self.number < other.number)
 
 
-class Evolution(BaseSampler):
-    """Ageing evolution as an Optuna sampler; gives whole candidates, which :class:`Fresh` walks through the space."""
+class Evolution:
+    """Ageing evolution over whole candidates; while the first population is drawn, choices are drawn evenly."""
 
     def __init__(
         self,
-        space: Space,
-        scale: Scale,
+        candidates: Candidates,
         seed: int,
         *,
         population: int = 8,
         tournament: int = 5,
         crossover: float = 0.25,
     ) -> None:
+        self.candidates, self.seed = candidates, seed
         self.population, self.tournament, self.crossover = population, tournament, crossover
-        self.motifs = Motifs(space, scale) if isinstance(space, LetterSpace) else None
-        self.rng = random.Random(seed)
-        self.uniform = RandomSampler(seed=seed)
+        space = candidates.space
+        self.motifs = Motifs(space, candidates.scale) if isinstance(space, LetterSpace) else None
+        self.rng = random.Random(seed)  # of the present draw
 
-    def reseed_rng(self) -> None:
-        self.rng.seed()
-        self.uniform.reseed_rng()
+    def draw(self, history: History, number: int) -> Draw:
+        self.rng = draw_generator(self.seed, number)
+        members = self.members(history)
 
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {}
+        def uniform() -> Drawn:
+            return evenly(self.candidates, self.rng)
 
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """Return a child's choices, or none of them while the first population is drawn."""
-        if len(study.directions) > 1:
-            raise ConfigError("search sampler=evolution looks for one objective; with several take nsga2 or tpe")
-        members = members_of(study)
-        if len(members) < self.population:
-            return {}
-        return self.child(members[-self.population :])
+        def own() -> Drawn:
+            if len(members) < self.population:
+                return uniform()
+            child = self.child(members)
+            return self.candidates.walk(lambda name, parameter: self._inherited(child, name, parameter))
 
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        return self.uniform.sample_independent(study, trial, param_name, param_distribution)
+        candidate, redrawn = first_new(self.candidates, history.known(), own, uniform)
+        return Draw(candidate, redrawn=redrawn)
+
+    def _inherited(self, child: Mapping[str, Any], name: str, parameter: Parameter) -> Any:
+        """Return a child's choice; one that it lacks, or that is not offered here, is drawn evenly."""
+        if name in child and parameter.allows(child[name]):
+            return child[name]
+        return self.rng.choice(parameter.options)
+
+    def members(self, history: History) -> list[Member]:
+        """Return the population, oldest first: the youngest candidates that have choices and a score."""
+        found: list[Member] = []
+        for record in history.newest():
+            if len(found) == self.population:
+                break
+            if record.state == DUPLICATE or record.preset is not None or not record.choices:
+                continue
+            scores = {rung: values[0] for rung, values in history.scored(record).items()}
+            drawn = self.candidates.drawn(record.choices)
+            if scores and drawn.params:
+                found.append(Member(record.number, drawn.params, drawn.parameters, scores))
+        return found[::-1]
 
     def child(self, population: Sequence[Member]) -> dict[str, Any]:
         """Return the choices of a child; some may be missing (new slots) or not be asked for (lost ones)."""
         parent = self.winner(population)
-        distributions = dict(parent.distributions)
+        parameters = dict(parent.parameters)
         params = dict(parent.params)
         if self.rng.random() < self.crossover:
             other = self.winner(population)
-            distributions = {**other.distributions, **distributions}
+            parameters = {**other.parameters, **parameters}
             params = self.cross(params, other.params)
-        return self.mutate(params, distributions)
+        return self.mutate(params, parameters)
 
     def winner(self, population: Sequence[Member]) -> Member:
         """Return who is left of ``tournament`` members drawn at random, each meeting the winner so far."""
@@ -124,11 +133,11 @@ class Evolution(BaseSampler):
             child.update(self.motifs.write(joined))
         return child
 
-    def mutate(self, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]) -> dict[str, Any]:
+    def mutate(self, params: Mapping[str, Any], parameters: Mapping[str, Parameter]) -> dict[str, Any]:
         """Return the choices with one of them changed; a motif counts once for each of its slots."""
         child = dict(params)
         motif = self.motifs.read(params) if self.motifs is not None else []
-        genes = [name for name in child if not _of_motif(name) and not distributions[name].single()]
+        genes = [name for name in child if not _of_motif(name) and len(parameters[name].options) > 1]
         places = (["motif"] * len(motif) if self.motifs and self.motifs.can_change else []) + genes
         if not places:
             return child
@@ -137,20 +146,13 @@ class Evolution(BaseSampler):
             assert self.motifs is not None
             child.update(self.motifs.write(self.motifs.neighbor(motif, self.rng)))
         else:
-            child[place] = self.step(child[place], distributions[place])
+            child[place] = self.step(child[place], parameters[place])
         return child
 
-    def step(self, value: Any, distribution: BaseDistribution) -> Any:
+    def step(self, value: Any, parameter: Parameter) -> Any:
         """Return another value: the one before or after it on a range or among numbers, any other among names."""
-        if isinstance(distribution, CategoricalDistribution):
-            options: list[Any] = list(distribution.choices)
-        else:
-            low, high, step = (getattr(distribution, name) for name in ("low", "high", "step"))
-            options = [round(low + step * i, 9) for i in range(round((high - low) / step) + 1)]
-            value = min(options, key=lambda option: abs(option - value))
-        at = options.index(value)
-        ordered = all(isinstance(option, (int, float)) and not isinstance(option, bool) for option in options)
-        near = [i for i in (at - 1, at + 1) if 0 <= i < len(options)] if ordered else []
+        options, at = parameter.options, parameter.index(value)
+        near = [i for i in (at - 1, at + 1) if 0 <= i < len(options)] if parameter.ordered else []
         return options[self.rng.choice(near or [i for i in range(len(options)) if i != at])]
 
 
@@ -189,26 +191,6 @@ class Motifs:
         weights = {"substitute": 3.0, "resize": 1.0}
         kind = rng.choices(sorted(kinds), [weights[kind] for kind in sorted(kinds)])[0]
         return rng.choice(kinds[kind])
-
-
-def members_of(study: Study) -> list[Member]:
-    """Return the study's candidates that have choices and a score, oldest first, each once.
-
-    A candidate that paused and went on is two trials of Optuna (user attribute ``continues``): its scores are joined.
-    """
-    sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
-    found: dict[int, Member] = {}
-    for trial in all_trials(study):
-        number = trial.user_attrs.get("continues", trial.number)
-        scores = {step: sign * value for step, value in trial.intermediate_values.items() if not math.isnan(value)}
-        if trial.state == TrialState.COMPLETE and not scores and trial.value is not None:
-            scores = {0: sign * trial.value}
-        usable = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-        if "duplicate_of" in trial.user_attrs or not trial.params or not scores or not (usable or number in found):
-            continue
-        earlier = found[number].scores if number in found else {}
-        found[number] = Member(number, trial.params, trial.distributions, {**earlier, **scores})
-    return [found[number] for number in sorted(found)]
 
 
 def _of_motif(name: str) -> bool:

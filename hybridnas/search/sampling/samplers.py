@@ -1,65 +1,45 @@
-"""Samplers and pruners by name, as Optuna objects."""
+"""Samplers by name."""
 
 from __future__ import annotations
 
-import warnings
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from hybridnas.errors import ConfigError, suggest
 from hybridnas.search.config import SAMPLERS
-from hybridnas.search_spaces.space import Scale, Space
 
 if TYPE_CHECKING:
-    from optuna.pruners import BasePruner
-    from optuna.samplers import BaseSampler
-
-    from hybridnas.search.sampling.distinct import Naming
-
-GENERATION = 16  # candidates of a generation of nsga2 [count]
+    from hybridnas.search.plan import Plan
+    from hybridnas.search.sampling.candidates import Sampler
 
 
-def make_sampler(name: str, seed: int, space: Space, scale: Scale, naming: Naming | None = None) -> BaseSampler:
-    """Return the sampler of that name for a space; none of them draws an architecture that the study has already.
+def make_sampler(plan: Plan) -> Sampler:
+    """Return the sampler that the plan names; none of them draws an architecture again while the space has others.
 
     ``tpe``: multivariate, grouped by what exists together. ``evolution``: ours, ageing. ``nsga2``, ``gp``: Optuna's.
-    ``random`` and ``bruteforce``, whose every choice is enqueued, so that nothing is left to draw.
-    Raises ConfigError for an unknown name, or a package that is missing.
+    ``random`` draws evenly, ``bruteforce`` tries everything once, in order.
+    Raises ConfigError for an unknown name, several objectives with evolution, or a package that is missing.
     """
-    from hybridnas.search.sampling.distinct import Fresh, Naming
+    name, candidates, seed = plan.sampler, plan.candidates, plan.seed
+    if name not in SAMPLERS:
+        raise ConfigError(
+            f"search sampler={name!r} is unknown{suggest(name, SAMPLERS)}", field="sampler", got=name, allowed=SAMPLERS
+        )
+    if name == "evolution":
+        if len(plan.objectives) > 1:
+            raise ConfigError(
+                "search sampler=evolution looks for one objective; with several take nsga2 or tpe",
+                field="sampler",
+                got=name,
+                allowed=("nsga2", "tpe"),
+            )
+        from hybridnas.search.sampling.evolution import Evolution
 
-    return Fresh(_inner(name, seed, space, scale), naming or Naming(space, scale), seed)
+        return Evolution(candidates, seed)
+    if name in ("random", "bruteforce"):
+        from hybridnas.search.sampling.uniform import BruteForce, Uniform
 
+        return Uniform(candidates, seed) if name == "random" else BruteForce(candidates)
+    from hybridnas.search.sampling.optuna_samplers import OptunaSampler
+    from hybridnas.search.sampling.optuna_view import hyperband
 
-def _inner(name: str, seed: int, space: Space, scale: Scale) -> BaseSampler:
-    import optuna
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group and gp are marked so
-        if name == "tpe":
-            return optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)
-        if name == "evolution":
-            from hybridnas.search.sampling.evolution import Evolution
-
-            return Evolution(space, scale, seed)
-        if name == "nsga2":
-            return optuna.samplers.NSGAIISampler(population_size=GENERATION, seed=seed)
-        if name == "gp":
-            if find_spec("scipy") is None:
-                raise ConfigError("search sampler='gp' needs scipy: pip install scipy, or choose sampler=tpe")
-            return optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False)
-        # Optuna's own BruteForceSampler counts the baselines, which have no choices, as the whole tree and stops.
-        if name in ("random", "bruteforce"):
-            return optuna.samplers.RandomSampler(seed=seed)
-    raise ConfigError(f"search sampler={name!r} is unknown{suggest(name, SAMPLERS)}")
-
-
-def make_pruner(name: str, rung_tokens: tuple[int, ...]) -> BasePruner:
-    """Return Hyperband over the rungs' token counts, or Optuna's pruner that stops nobody: halving is ours."""
-    import optuna
-
-    if name != "hyperband" or len(rung_tokens) == 1:
-        return optuna.pruners.NopPruner()
-    return optuna.pruners.HyperbandPruner(
-        min_resource=rung_tokens[0], max_resource=rung_tokens[-1], reduction_factor=rung_tokens[1] // rung_tokens[0]
-    )
+    return OptunaSampler(name, plan.view, seed, hyperband(plan.rungs) if plan.pruner == "hyperband" else None)

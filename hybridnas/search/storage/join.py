@@ -8,8 +8,10 @@ from typing import Any
 
 from hybridnas.errors import StudyError
 from hybridnas.search.config import Budget, SearchConfig
-from hybridnas.search.storage.postgres import database_url, read_card
+from hybridnas.search.storage.database import Database, database_url
 from hybridnas.study.folder import read_study
+
+OWN = ("study", "runs", "tracking", "device", "worker", "heartbeat", "storage")  # what a worker decides for itself
 
 
 def joined(asked: SearchConfig, usual: SearchConfig) -> SearchConfig:
@@ -19,23 +21,31 @@ def joined(asked: SearchConfig, usual: SearchConfig) -> SearchConfig:
     agree. Raises StudyError with the difference, or where there is no such study.
     """
     url = database_url(asked.storage)
-    card = read_study(Path(asked.runs) / asked.name) if url is None else read_card(url, asked.name)
-    stored = dict(_flat(card["identity"]))
+    if url is None:
+        card = read_study(Path(asked.runs) / asked.name)
+    else:
+        database = Database(url, patience=0.0)
+        try:
+            card = database.card(asked.name)
+        finally:
+            database.close()
+    identity = card["identity"]
+    stored = dict(_flat(identity))
     ordinary = dict(_flat(usual.identity()))
     for key, value in _flat(asked.identity()):
         if value != ordinary.get(key) and value != stored.get(key):
             raise StudyError(
                 f"study {asked.name!r} has {key}={stored.get(key)!r}, this worker was given {value!r}; leave the "
-                f"setting out (a worker takes the study's own), or choose another study"
+                f"setting out (a worker takes the study's own), or choose another study",
+                field=key,
+                got=value,
+                allowed=stored.get(key),
             )
-    identity = card["identity"]
     limits = {key: value for key, value in (card.get("limits") or {}).items() if key in Budget.field_names()}
-    own = {
-        key: getattr(asked, key) for key in ("study", "runs", "tracking", "device", "worker", "heartbeat", "storage")
-    }
     budget = Budget.from_dict({**identity["budget"], **limits})
     rest = {key: value for key, value in identity.items() if key != "budget"}
-    return SearchConfig.from_dict({**rest, **own, "budget": budget, "progress": asked.progress})
+    own = {key: getattr(asked, key) for key in OWN}
+    return SearchConfig.from_dict({**rest, **own, "budget": budget})
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from hybridnas.errors import ConfigError
 from hybridnas.files import write_text
 from hybridnas.search.config import SearchConfig
-from hybridnas.search.storage.postgres import ENVIRONMENT, database_url
+from hybridnas.search.storage.database import ENVIRONMENT, database_url
 
 SCRIPT = "slurm.sh"
 OWN = ("launch", "nodes", "workers", "worker", "storage", "study", "runs")  # settings that the script writes itself
@@ -46,15 +46,29 @@ def write_script(config: SearchConfig, given: Sequence[str], nodes: int, *, pyth
     from the environment that sbatch hands on.
     """
     if nodes < 1:
-        raise ConfigError(f"search nodes={nodes} must be 1 or more: launch=slurm starts one worker on each")
-    folder = Path(config.runs).absolute() / config.name
-    path = folder / SCRIPT
+        raise ConfigError(
+            f"search nodes={nodes} must be 1 or more: launch=slurm starts one worker on each",
+            field="nodes",
+            got=nodes,
+            allowed=">= 1",
+        )
     in_database = database_url(config.storage) is not None
+    if nodes > 1 and not in_database:
+        raise ConfigError(
+            f"search launch=slurm nodes={nodes} needs storage=env, a PostgreSQL database that all nodes reach: locks "
+            f"between hosts cannot be relied upon on a shared file system; without one take nodes=1 (and workers=N)",
+            field="storage",
+            got=None,
+            allowed="env",
+        )
+    runs = Path(config.runs).expanduser().absolute()
+    folder = runs / config.name
+    path = folder / SCRIPT
     kept = [item for item in given if item.partition("=")[0].lstrip("+") not in OWN]
     settings = [
         *kept,
         f"study={config.name}",
-        f"runs={Path(config.runs).absolute()}",
+        f"runs={runs}",
         *(["storage=env"] if in_database else []),
         "worker=create",
     ]
@@ -63,7 +77,7 @@ def write_script(config: SearchConfig, given: Sequence[str], nodes: int, *, pyth
         submit = f"{ENVIRONMENT}='postgresql+psycopg://USER:PASSWORD@HOST/DATABASE' {submit}"
         where = f': "${{{ENVIRONMENT}:?set it to the URL of the database when you submit}}"'
     else:
-        where = f"# The study lies in {shlex.quote(str(folder))}, which every node must see, with file locks."
+        where = f"# The study lies in {shlex.quote(str(folder))}."
     text = _TEMPLATE.format(
         study=config.name,
         nodes=nodes,

@@ -18,10 +18,10 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybridnas.arch.arch import Arch
 from hybridnas.config import FrozenConfig, option
@@ -31,8 +31,13 @@ from hybridnas.errors import ConfigError, MatchError, StudyError
 from hybridnas.files import write_text
 from hybridnas.search.config import Budget, SearchConfig
 from hybridnas.search_spaces.space import Space
+from hybridnas.study.records import TrialRecord
 from hybridnas.train.callbacks import Action
 from hybridnas.train.records import Eval, TrainResult
+
+if TYPE_CHECKING:
+    from hybridnas.search.history import History
+    from hybridnas.search.plan import Plan
 
 COSTS = tuple(item.name for item in dataclasses.fields(Cost))
 _HEAD = ("pattern", "fingerprint", "vocab_size", "choices", "seed", *COSTS, "tokens")
@@ -249,35 +254,75 @@ class TableSource(Source):
                 f"architectures of {self.table.path}; python -m hybridnas.bench table goes on building it"
             )
 
-    def look_up(
-        self, arch: Arch, tokens: tuple[int, ...], folder: Path, on_eval: Callable[[Eval], Action]
-    ) -> TrainResult:
-        """Return what training ``arch`` gave, measured at ``tokens``; ``on_eval`` may stop or pause it, as in training.
 
-        Raises MatchError for an architecture, StudyError for a token count that the table does not have.
-        """
-        self.require(arch)
-        row = self.table.by_fingerprint[arch.fingerprint()][0]
-        missing = [point for point in tokens if point not in self.table.points]
+class TableTrainer:
+    """Gives a search the scores of a table in place of training."""
+
+    def __init__(self, source: TableSource, rungs: Sequence[int], folder: Path | None = None) -> None:
+        missing = [point for point in rungs if point not in source.table.points]
         if missing:
             raise StudyError(
-                f"the table {self.table.path} has no scores at {missing[0]:,} tokens but at "
-                f"{', '.join(f'{point:,}' for point in self.table.points)}: choose space.table.budget.rungs and "
-                f".growth so that rungs meet these"
+                f"the table {source.table.path} has no scores at {missing[0]:,} tokens but at "
+                f"{', '.join(f'{point:,}' for point in source.table.points)}: choose space.table.budget.rungs and "
+                f".growth so that rungs meet these",
+                field="space.table.budget.rungs",
+                got=missing[0],
+                allowed=source.table.points,
             )
-        evals: list[Eval] = []
+        self.source, self.rungs, self.folder = source, tuple(rungs), folder or Path()
+
+    def measured(self, number: int) -> Sequence[int]:
+        return ()
+
+    def kept(self, number: int) -> bool:
+        return True
+
+    def tidy(self, plan: Plan, history: History) -> None:
+        pass
+
+    def progress(self, number: int) -> str:
+        return ""
+
+    def figures(self, arch: Arch) -> dict[str, float]:
+        raise ConfigError(
+            "a search on a table measures no speed; leave tokens_per_second, ms_per_token and max_latency_ms out",
+            field="objectives",
+        )
+
+    def train(self, record: TrialRecord, arch: Arch, on_eval: Callable[[Eval], Action]) -> TrainResult:
+        """Return what training ``arch`` gave at the rungs; raises MatchError for one that the table does not have."""
+        self.source.require(arch)
+        row = self.source.table.by_fingerprint[arch.fingerprint()][0]
         speed = row.tokens_per_second
-        for point in tokens:
-            if point not in row.losses:
-                break
-            spent = row.seconds * point / max(row.losses)
-            accuracy = row.accuracies.get(point, math.nan)
-            value = Eval(point, 0, math.nan, row.losses[point], None, accuracy, speed, spent)
-            evals.append(value)
-            action = on_eval(value)
-            if action is not Action.CONTINUE and point != tokens[-1]:
-                return TrainResult("paused" if action is Action.PAUSE else "stopped", "", evals, None, folder, speed)
-        return TrainResult("failed" if row.failed else "completed", row.failed, evals, None, folder, speed)
+        longest = max(row.losses, default=1)
+        evals = [
+            Eval(
+                *(point, 0, math.nan, row.losses[point], None, row.accuracies.get(point, math.nan), speed),
+                row.seconds * point / longest,
+            )
+            for point in self.rungs
+            if point in row.losses
+        ]
+        return looked_up(evals, self.rungs, on_eval, failed=row.failed, folder=self.folder)
+
+
+def looked_up(
+    evals: Sequence[Eval], rungs: Sequence[int], on_eval: Callable[[Eval], Action], *, failed: str, folder: Path
+) -> TrainResult:
+    """Return known evaluations as a training that gives them one by one, and that ``on_eval`` may pause or stop.
+
+    ``failed``: why the last of them is missing; empty where it is not.
+    """
+    seen: list[Eval] = []
+    for value in evals:
+        seen.append(value)
+        action = on_eval(value)
+        if action != Action.CONTINUE and value.tokens != rungs[-1]:
+            return TrainResult(
+                "paused" if action == Action.PAUSE else "stopped", "", seen, None, folder, value.tokens_per_second
+            )
+    speed = seen[-1].tokens_per_second if seen else 0.0
+    return TrainResult("failed" if failed else "completed", failed, seen, None, folder, speed)
 
 
 def on_table(config: SearchConfig, space: Space) -> tuple[SearchConfig, TableSource]:

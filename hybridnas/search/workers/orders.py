@@ -1,0 +1,23 @@
+"""What a command tells a worker that it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hybridnas.search.config import SearchConfig
+
+
+@dataclass(frozen=True)
+class Orders:
+    """They travel through a pipe: nothing of them is seen in a process list or lies on a disk."""
+
+    config: Mapping[str, Any]
+    token: str  # lets the worker into the folder that its parent holds
+    worker: int
+    started: float  # of the command [Unix time]
+
+    def search_config(self) -> SearchConfig:
+        """Return the settings of the search, as a worker runs them: without MLflow and without workers of its own."""
+        return SearchConfig.from_dict({**self.config, "tracking": "off", "workers": 1})
