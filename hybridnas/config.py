@@ -49,11 +49,13 @@ def option(
     le: float | None = None,
     choices: Sequence[Any] | None = None,
     aliases: Mapping[str, str] | None = None,
+    kinds: Sequence[str] | None = None,
     repr: bool = True,
 ) -> Any:
     """Declare a config field: its default, its one-line meaning with unit, and the values it allows.
 
-    ``aliases`` are further spellings of choices. Bounds of a tuple's field hold for each of its items.
+    ``aliases`` are further spellings of choices, ``kinds`` the kinds of data that have the field (none: all). Bounds of
+    a tuple's field hold for each of its items.
     """
     if not doc:
         raise TypeError("option() needs a one-line doc with the field's meaning and unit")
@@ -64,6 +66,7 @@ def option(
         "le": le,
         "choices": tuple(choices) if choices else None,
         "aliases": dict(aliases or {}),
+        "kinds": tuple(kinds) if kinds else None,
     }
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata, repr=repr)

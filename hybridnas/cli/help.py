@@ -14,12 +14,14 @@ from hybridnas.config import allowed_words, plain, spell
 
 ENVIRONMENT = {  # every variable that the package reads
     "HYBRIDNAS_CACHE": "folder of tokenized data and compiled kernels; else hybridnas in XDG_CACHE_HOME or ~/.cache",
+    "XDG_CACHE_HOME": "folder of caches, where HYBRIDNAS_CACHE is not set",
     "HYBRIDNAS_STORAGE": "URL of the database of storage=env, so that its password is in no file and no command line",
     "CC": "C compiler of the CPU kernels; without any, plain torch is used",
     "OMP_NUM_THREADS": "threads of one process; a search divides the processor among its workers by it",
     "CUDA_VISIBLE_DEVICES": "GPUs that device=auto and train.devices see",
     "TRITON_INTERPRET": "1: run Triton kernels in its interpreter, without a GPU, for tests",
     "TRITON_CACHE_DIR": "folder of compiled Triton kernels",
+    "ALL_PROXY": "proxy of downloads from the Hugging Face hub",
     "HF_HUB_OFFLINE": "1: datasets and tokenizers from the local cache alone",
     "SLURM_CPUS_PER_TASK": "threads of a worker that launch=slurm starts",
 }

@@ -6,11 +6,12 @@ open, since what they may hold depends on blocks: ``arch.*``, ``preset.*`` and `
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hybridnas.config import FrozenConfig, plain, read_free, read_yaml, split_list, unquoted
+from hybridnas.config import FrozenConfig, allowed_words, plain, read_free, read_yaml, split_list, unquoted
 from hybridnas.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -76,8 +77,12 @@ def choice_of(group: str, name: str) -> dict[str, Any]:
         # The kind's defaults are its dataclass's; mappings are written out, so that their entries can be changed.
         config = section_class("data", {"kind": name})
         assert config is not None
-        usual = config.from_dict({"kind": name}).to_dict() if name == "mad" else {}
-        return {"kind": name, **{key: value for key, value in usual.items() if isinstance(value, dict)}}
+        made = {
+            field.name: plain(field.default_factory())
+            for field in dataclasses.fields(config)
+            if field.default_factory is not dataclasses.MISSING
+        }
+        return {"kind": name, **made}
     if group in ("preset", "suite"):
         return {"name": name}
     if group == "space":
@@ -152,14 +157,11 @@ def known_settings(settings: type[FrozenConfig], values: Mapping[str, Any]) -> I
 
 def entries(section: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, str]]:
     """Yield (name, value, meaning, allowed values) of each field of a section, the values as they stand."""
-    import dataclasses
-
-    from hybridnas.config import allowed_words
-
     config = section_class(section, values)
     if config is not None:
         for field in dataclasses.fields(config):
-            if field.name in ("kind", "name") and field.name in values:
+            own = field.metadata.get("kinds")
+            if (field.name in ("kind", "name") and field.name in values) or (own and values.get("kind") not in own):
                 continue
             default = field.default_factory() if callable(field.default_factory) else field.default
             default = None if default is dataclasses.MISSING else default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,9 +59,9 @@ def model_folder(model: Path | None, study: str | None = None, runs: Path = Path
     if study is not None:
         folder = study_folder(study, runs)
         if not (folder / "best" / CONFIG).is_file():
+            command = shlex.join(["python", "-m", "hybridnas.export", f"study={study}", "out=DIR"])
             raise StudyError(
-                f"{folder} has no exported model in best/; run the search to its end, or "
-                f"python -m hybridnas.export study={study} out=DIR",
+                f"{folder} has no exported model in best/; run the search to its end, or {command}",
                 field="study",
                 got=study,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from hybridnas.files import cache_home
 
 DEFAULT_BPE_VOCAB = 4096
 DEFAULT_HUB_BYTES = 1_000_000_000
-_OWN_FIELDS = {"path": "text", "name": "hub", "config": "hub", "revision": "hub"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,19 +20,20 @@ class DataConfig(SourceConfig):
     """Text from the standard library, from files, or from a dataset on the Hugging Face hub."""
 
     path: str | tuple[str, ...] | None = option(
-        None, "kind=text: files, folders or globs, several separated by commas or as a list"
+        None, "files, folders or globs, several separated by commas or as a list", kinds=("text",)
     )
-    name: str | None = option(None, "kind=hub: name of the dataset, e.g. allenai/c4, or a local dataset folder")
-    config: str | None = option(None, "kind=hub: configuration of the dataset, e.g. en")
-    split: str = option("train", "kind=hub: split of the dataset that is read")
-    revision: str | None = option(None, "kind=hub: branch, tag or commit; none: the newest at the first reading")
-    text_field: str = option("text", "field of a jsonl, parquet or hub row that holds the text")
+    name: str | None = option(None, "name of the dataset, e.g. allenai/c4, or a local dataset folder", kinds=("hub",))
+    config: str | None = option(None, "configuration of the dataset, e.g. en", kinds=("hub",))
+    split: str = option("train", "split of the dataset that is read", kinds=("hub",))
+    revision: str | None = option(None, "branch, tag or commit; none: the newest at the first reading", kinds=("hub",))
+    text_field: str = option("text", "field of a jsonl, parquet or hub row that holds the text", kinds=("text", "hub"))
     split_files: str = option(
         "auto",
         "cut plain files at line ends into documents of 1 to 32 KiB; auto: only when fewer than 16 files are read",
         choices=("auto", "always", "never"),
+        kinds=("text",),
     )
-    skip_bad_files: bool = option(False, "leave out files that are not UTF-8 text, rather than stop")
+    skip_bad_files: bool = option(False, "leave out files that are not UTF-8 text, rather than stop", kinds=("text",))
     max_bytes: int | None = option(
         None, f"read no more text than this [bytes]; none: all files, {DEFAULT_HUB_BYTES:,} of a hub dataset", ge=1
     )
@@ -57,28 +58,50 @@ class DataConfig(SourceConfig):
         self._check_tokenizer()
 
     def _check_kind(self) -> None:
-        for field, kind in _OWN_FIELDS.items():
-            value = getattr(self, field)
-            if value is not None and self.kind != kind:
-                raise ConfigError(f"data {field}={value!r} goes with data={kind}, not with data={self.kind}")
+        for field in dataclasses.fields(self):
+            kinds, value = field.metadata.get("kinds"), getattr(self, field.name)
+            if kinds and field.default is None and value is not None and self.kind not in kinds:
+                raise ConfigError(
+                    f"data {field.name}={value!r} goes with data={kinds[0]}, not with data={self.kind}",
+                    field=f"data.{field.name}",
+                    got=value,
+                )
         if self.kind == "text" and not self.path:
-            raise ConfigError("data=text needs data.path=FILE, FOLDER or GLOB")
+            raise ConfigError("data=text needs data.path=FILE, FOLDER or GLOB", field="data.path")
         if self.kind == "hub" and not self.name:
-            raise ConfigError("data=hub needs data.name=DATASET, e.g. data.name=allenai/c4 data.config=en")
+            raise ConfigError(
+                "data=hub needs data.name=DATASET, e.g. data.name=allenai/c4 data.config=en", field="data.name"
+            )
 
     def _check_tokenizer(self) -> None:
         kind, _, size = self.tokenizer.partition(":")
         if kind == "bpe" and size:
             if not size.isdigit() or int(size) < 257:
-                raise ConfigError(f"data tokenizer={self.tokenizer!r} must be bpe:SIZE with a SIZE of at least 257")
+                raise ConfigError(
+                    f"data tokenizer={self.tokenizer!r} must be bpe:SIZE with a SIZE of at least 257",
+                    field="data.tokenizer",
+                    got=self.tokenizer,
+                    allowed="bpe:SIZE with SIZE >= 257",
+                )
             if self.vocab_size not in (None, int(size)):
-                raise ConfigError(f"data tokenizer={self.tokenizer!r} and vocab_size={self.vocab_size} disagree")
+                raise ConfigError(
+                    f"data tokenizer={self.tokenizer!r} and vocab_size={self.vocab_size} disagree",
+                    field="data.vocab_size",
+                    got=self.vocab_size,
+                    allowed=int(size),
+                )
         elif kind != "bpe" and self.vocab_size is not None:
             raise ConfigError(
-                f"data vocab_size={self.vocab_size} goes with tokenizer=bpe; {self.tokenizer!r} has a size of its own"
+                f"data vocab_size={self.vocab_size} goes with tokenizer=bpe; {self.tokenizer!r} has a size of its own",
+                field="data.vocab_size",
+                got=self.vocab_size,
             )
         if self.separator is not None and (kind == "bpe" or self.tokenizer == "bytes"):
-            raise ConfigError(f"data separator={self.separator!r}: tokenizer={self.tokenizer!r} has one of its own")
+            raise ConfigError(
+                f"data separator={self.separator!r}: tokenizer={self.tokenizer!r} has one of its own",
+                field="data.separator",
+                got=self.separator,
+            )
 
     @property
     def bpe_vocab(self) -> int | None:

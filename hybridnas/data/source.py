@@ -81,7 +81,10 @@ class Source(ABC):
         if asked not in (None, own):
             raise ConfigError(
                 f"seq_len={asked} disagrees with the task's own length: {self.describe()}; leave seq_len out, or give "
-                f"the task that length with data.seq_len={asked}"
+                f"the task that length with data.seq_len={asked}",
+                field="seq_len",
+                got=asked,
+                allowed=own,
             )
         return own
 
@@ -172,7 +175,10 @@ def open_source(config: SourceConfig) -> Source:
     if not isinstance(config, entry.config):
         raise ConfigError(
             f"data kind={config.kind!r} takes {entry.config.__name__}, got {type(config).__name__}; "
-            f"build it with hybridnas.data.source_config"
+            f"build it with hybridnas.data.source_config",
+            field="data",
+            got=type(config).__name__,
+            allowed=entry.config.__name__,
         )
     source = entry.open(config)
     source.config = config

@@ -201,7 +201,12 @@ class Suite:
         known = dict.fromkeys(name for task in self.tasks for name in (task.column, task.name))
         for name in tasks:
             if name not in known:
-                raise ConfigError(f"suite {self.name!r} has no task {name!r}{suggest(name, known)}")
+                raise ConfigError(
+                    f"suite {self.name!r} has no task {name!r}{suggest(name, known)}",
+                    field="suite.tasks",
+                    got=name,
+                    allowed=tuple(known),
+                )
         kept = tuple(task for task in self.tasks if not tasks or {task.name, task.column} & set(tasks))
         return replace(self, tasks=kept)
 

@@ -63,15 +63,26 @@ class TrainConfig(FrozenConfig):
             raise ConfigError(
                 f"{self.label()} tokens={self.tokens} is less than one step of {self.step_tokens} tokens (batch_size="
                 f"{self.batch_size} * seq_len={self.seq_len} * accumulate={self.accumulate}); "
-                f"raise tokens or lower these"
+                f"raise tokens or lower these",
+                field="train.tokens",
+                got=self.tokens,
+                allowed=f">= {self.step_tokens}",
             )
         for point in self.eval_at:
             if not 0 < point <= self.tokens:
                 raise ConfigError(
-                    f"{self.label()} eval_at has {point!r}, it must hold whole numbers from 1 to tokens={self.tokens}"
+                    f"{self.label()} eval_at has {point!r}, it must hold whole numbers from 1 to tokens={self.tokens}",
+                    field="train.eval_at",
+                    got=point,
+                    allowed=f"1 to {self.tokens}",
                 )
         if list(self.eval_at) != sorted(set(self.eval_at)):
-            raise ConfigError(f"{self.label()} eval_at={list(self.eval_at)} must rise from point to point")
+            raise ConfigError(
+                f"{self.label()} eval_at={list(self.eval_at)} must rise from point to point",
+                field="train.eval_at",
+                got=list(self.eval_at),
+                allowed="rising counts",
+            )
 
     @classmethod
     def label(cls) -> str:

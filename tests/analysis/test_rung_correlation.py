@@ -54,5 +54,4 @@ def test_the_words_say_who_is_left_out():
     found = study_agreements([record(i, "COMPLETE", float(i), float(i)) for i in range(4)])
     assert caveat(found) == "over the 4 trials that were trained to the end"
     assert "the 7 that were stopped early have no full score" in caveat(found, 7)
-    assert "cautious" in caveat(found, 7)
     assert caveat([]).startswith("fewer than 4 trials were trained to the end")

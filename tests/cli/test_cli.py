@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -572,3 +573,25 @@ def test_a_drawing_is_written(tmp_path, capsys):
     assert run(["describe", "pattern=(ME)x2", LIGHT, f"out={target}"]) == 0
     assert target.read_text().count("<svg") == 1
     assert f"drawn: {target}" in capsys.readouterr().out
+
+
+def test_every_environment_variable_that_is_read_is_in_the_help():
+    read = set()
+    for path in PACKAGE.rglob("*.py"):
+        pattern = (
+            r"environ(?:\.get|\.setdefault|\.pop)?[\[(]\"([A-Z_]+)\"|getenv\(\"([A-Z_]+)\"|^ENVIRONMENT = \"(\w+)\""
+        )
+        for groups in re.findall(pattern, path.read_text(), re.MULTILINE):
+            read |= set(groups) - {""}
+    launchers = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"}  # set by torchrun
+    ours = {"GOMP_SPINCOUNT", "MLFLOW_DISABLE_TELEMETRY"}  # set, so that nothing else needs to be
+    assert read - launchers - ours <= set(ENVIRONMENT)
+    assert {"HYBRIDNAS_CACHE", "HYBRIDNAS_STORAGE"} <= read
+
+
+def test_help_leaves_out_what_another_kind_of_data_has():
+    text, stdlib = (help_text("train", "x", [f"data={kind}"]) for kind in ("text", "stdlib"))
+    assert "\n  data.path=" in text
+    assert "\n  data.path=" not in stdlib
+    assert "\n  data.revision=" not in text
+    assert "\n  data.tokenizer=" in stdlib

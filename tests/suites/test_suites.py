@@ -3,15 +3,17 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from hybridnas.analysis.rung_correlation import rank_correlation
+from hybridnas.arch.arch import Arch
 from hybridnas.cli import run as run_cli
 from hybridnas.cli.compose import read_settings
 from hybridnas.cli.suites import preset_sizes
-from hybridnas.errors import StudyError
+from hybridnas.errors import ConfigError, StudyError
 from hybridnas.suites import headline, induction_heads, mad, mqar, plots, results, selective_copying, speed
 from hybridnas.suites.results import CurveRow, LengthRow, Row
-from hybridnas.suites.runner import Runner, even_points
+from hybridnas.suites.runner import Runner, even_points, run_suite
 from hybridnas.suites.suite import SUITES, Entry, Published, Suite, Task
 
 TINY = {"seq_len": 16, "batch_size": 4, "tokens": 256, "valid_tokens": 64}
@@ -309,6 +311,61 @@ def test_an_architecture_may_learn_some_of_a_suites_tasks_alone(tmp_path):
         ("mamba", "recall"), ("mamba", "longer"), ("attention", "longer")
     ]  # fmt: skip
     assert news[-1].startswith("[3/3] ")
+
+
+class Lookup(torch.nn.Module):
+    """A module of somebody's own: logits of the next id from the present one."""
+
+    def __init__(self, vocab_size, width=8):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(vocab_size, width)
+        self.out = torch.nn.Linear(width, vocab_size)
+
+    def forward(self, ids):
+        return self.out(self.embedding(ids))
+
+
+def test_a_module_of_ones_own_is_scored_and_not_trained_twice(tmp_path):
+    asked = []
+
+    def mine(vocab_size):
+        asked.append(vocab_size)
+        return Lookup(vocab_size)
+
+    given = {"folder": tmp_path / "own", "device": "cpu", "seeds": [0, 1]}
+    outcome = run_suite(toy(), mine, **given)
+    assert outcome.done
+    assert set(asked) == {16}
+    assert {(r.model, r.pattern, r.params) for r in outcome.rows} == {("mine", "", 16 * 8 + 8 * 16 + 16)}
+    assert sorted(r.seed for r in outcome.rows) == [0, 0, 1]
+    assert set(outcome.scores) == {"mine"}
+    assert len({r.fingerprint for r in outcome.rows}) == 1
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "own").rglob("metrics.jsonl")}
+    again = run_suite(toy(), mine, **given)
+    assert again.rows == outcome.rows
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    both = run_suite(toy(fields={"d_model": 8}), {"wide": lambda v: Lookup(v, 16), "M": "M"}, **{**given, "seeds": [0]})
+    assert {r.model for r in both.rows} == {"mine", "wide", "M"}
+
+
+def test_a_published_suite_takes_a_module_an_architecture_and_a_pattern(tmp_path):
+    arch = Arch.from_pattern("A", d_model=8, vocab_size=2)
+    models = {"own": Lookup, "arch": arch, "pattern": "M"}
+    given = {"quick": True, "rates": [0.01], "tasks": ["memorise"], "tokens": 4096, "folder": tmp_path, "device": "cpu"}
+    outcome = run_suite("mad", models, **given)
+    assert {r.model: r.pattern for r in outcome.rows} == {"own": "", "arch": "A", "pattern": "M"}
+    assert {r.suite for r in outcome.rows} == {"mad"}
+
+
+def test_what_is_no_model_or_setting_is_refused(tmp_path):
+    for model, got in ((3, "int"), (lambda vocab_size: "M", "str")):
+        with pytest.raises(ConfigError) as caught:
+            run_suite(toy(), model, folder=tmp_path, device="cpu")
+        assert (caught.value.field, caught.value.got) == ("model", got)
+    with pytest.raises(ConfigError):
+        run_suite("mda", Lookup, folder=tmp_path)
+    with pytest.raises(ConfigError):
+        run_suite("mad", Lookup, folder=tmp_path, quik=True)
 
 
 def test_even_points():

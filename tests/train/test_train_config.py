@@ -11,8 +11,11 @@ import torch
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
 from hybridnas.arch.presets import recipe
+from hybridnas.config import MAX_SEED
 from hybridnas.errors import ConfigError
+from hybridnas.registry import BLOCKS
 from hybridnas.train.config import TrainConfig
+from hybridnas.train.fit import fit
 from hybridnas.train.optim import learning_rate, make_optimizer, named_parameters, no_decay_names
 
 
@@ -78,6 +81,31 @@ def test_the_rate_rises_linearly_then_falls_as_a_cosine_to_a_tenth():
     assert learning_rate(config, 200_000) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_warm_up_over_all_tokens_ends_at_the_highest_rate(schedule):
+    config = TrainConfig(tokens=1000, batch_size=3, seq_len=100, lr=1.0, warmup_fraction=1.0, schedule=schedule)
+    rates = [learning_rate(config, (step + 1) * config.step_tokens) for step in range(config.steps)]
+    assert rates == pytest.approx([0.3, 0.6, 0.9, 1.0])
+
+
+@pytest.mark.parametrize("name", ["seed", "data_seed"])
+@pytest.mark.parametrize("seed", [2**63, 2**64, 2**128, 99999999999999999999])
+def test_a_seed_beyond_64_bits_is_refused_before_anything_starts(name, seed):
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.from_dict({name: seed})
+    assert caught.value.field.endswith(name)
+    assert caught.value.got == seed
+    assert str(MAX_SEED) in str(caught.value.allowed)
+
+
+def test_the_greatest_seed_trains_on_text_and_on_a_task(corpus):
+    model = torch.nn.Sequential(torch.nn.Embedding(257, 4), torch.nn.Linear(4, 257))
+    text = {"kind": "text", "path": str(corpus), "split_seed": MAX_SEED}
+    for data in (text, {"kind": "parity", "task_seed": MAX_SEED}):
+        given = {"seed": MAX_SEED, "data_seed": MAX_SEED, "valid_tokens": 64, "batch_size": 2, "device": "cpu"}
+        assert fit(model, data, tokens=1024, **given).status == "completed"
+
+
 def test_a_constant_rate_stays_after_warm_up():
     config = TrainConfig(tokens=100_000, lr=0.3, warmup_fraction=0.0, schedule="constant")
     assert {learning_rate(config, tokens) for tokens in (1, 50_000, 100_000)} == {0.3}
@@ -99,6 +127,50 @@ def test_weight_decay_spares_vectors_embeddings_and_what_blocks_name():
     groups = make_optimizer(model, TrainConfig(weight_decay=0.2)).param_groups
     assert [group["weight_decay"] for group in groups] == [0.2, 0.0]
     assert sum(len(group["params"]) for group in groups) == len(named_parameters(model))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fields", "end"),
+    [
+        ("E", {"n_experts": 2, "E": {"bias": True}}, "up_proj_bias"),
+        ("E", {"n_experts": 2, "E": {"bias": True, "gated": True}}, "gate_up_proj_bias"),
+        ("E", {"n_experts": 2, "E": {"bias": True}}, "down_proj_bias"),
+        ("F", {"F": {"bias": True}}, "up_proj.bias"),
+    ],
+)
+def test_a_bias_does_not_decay_whether_or_not_it_is_stacked_into_a_matrix(pattern, fields, end):
+    model = HybridLM(Arch.from_pattern(pattern, d_model=16, vocab_size=32, **fields))
+    (bias,) = [p for name, p in model.named_parameters() if name.endswith(end)]
+    with torch.no_grad():
+        bias.fill_(1.0)
+    optimizer = make_optimizer(model, TrainConfig(lr=0.1, weight_decay=0.5))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(bias, torch.ones_like(bias))
+
+
+def test_no_parameter_named_bias_decays_in_any_block():
+    for letter in BLOCKS:
+        config = BLOCKS.get(letter).Config
+        biased = {name: True for name in config.field_names() if "bias" in name and config.type_of(name) is bool}
+        sizes = {"n_experts": 2} if "n_experts" in config.field_names() else {}
+        model = HybridLM(Arch.from_pattern(letter, d_model=32, vocab_size=16, **{letter: {**biased, **sizes}}))
+        spared = no_decay_names(model)
+        assert {name for name in named_parameters(model) if "bias" in name.rpartition(".")[2]} <= spared, letter
+
+
+def test_any_module_may_declare_what_is_not_decayed():
+    class Stacked(torch.nn.Module):
+        no_decay = ("offsets", "inner.scale", "absent")
+
+        def __init__(self):
+            super().__init__()
+            self.offsets = torch.nn.Parameter(torch.zeros(2, 3))
+            self.matrix = torch.nn.Parameter(torch.zeros(2, 3))
+            self.inner = torch.nn.ParameterDict({"scale": torch.nn.Parameter(torch.zeros(2, 2))})
+
+    assert no_decay_names(Stacked()) == {"offsets", "inner.scale"}
 
 
 def test_the_papers_way_decays_everything_in_one_group():
