@@ -180,6 +180,19 @@ def _experiment(name: str) -> dict[str, Any]:
     return node
 
 
+def fitting_experiments(command: str) -> list[str]:
+    """Return the experiments that this command can take: those that choose no group and no setting it does not have."""
+    settings, found = settings_class(command), []
+    for name in choices_of("experiment"):
+        try:
+            node = _experiment(name)
+        except ConfigError:  # a broken file is reported where it is asked for
+            continue
+        if {*_overridden(node), *node} - {"defaults"} <= set(settings.field_names()):
+            found.append(name)
+    return found
+
+
 def _overridden(experiment: Mapping[str, Any]) -> dict[str, str | None]:
     """Return the groups that an experiment's defaults list chooses anew."""
     entries = [entry for entry in experiment.get("defaults", ()) if isinstance(entry, dict)]

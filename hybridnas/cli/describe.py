@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hybridnas.cli import show
 from hybridnas.cli.command import ARCH, DEVICE, PATTERN, Command, Done, group
 from hybridnas.cli.wanted import wanted_arch
-from hybridnas.config import option
+from hybridnas.config import allowed_words, option, spell
 from hybridnas.units import human
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Settings(Command):
     preset: Mapping[str, Any] | None = group(None, "architecture of a paper, with its sizes")
     experiment: Mapping[str, Any] | None = group(None, "settings from a file")
     pattern: str | None = option(None, PATTERN)
+    block: str | None = option(None, "lists the settings of a block by its letter or name, e.g. E or moe")
     arch: Mapping[str, Any] = option({}, ARCH)
     seq_len: int = option(1024, "length at which FLOPs and state are stated [tokens]", ge=1)
     out: Path | None = option(None, "draws the architecture: FILE.svg, .png or .pdf")
@@ -36,6 +38,8 @@ class Settings(Command):
 
 def run(settings: Settings) -> Done:
     """Describe ``preset=`` or ``pattern=`` layer by layer; without either, all presets beside the paper's figures."""
+    if settings.block is not None:
+        return Done(_block(settings.block))
     arch = wanted_arch(settings.preset, settings.pattern, settings.arch)
     if arch is None:
         return Done({"presets": _presets(settings.seq_len)})
@@ -59,6 +63,24 @@ def facts(arch: Arch, seq_len: int) -> dict[str, Any]:
         "seq_len": seq_len,
         "cost": asdict(arch.cost(seq_len)),
     }
+
+
+def _block(name: str) -> dict[str, Any]:
+    """Print a block's fields with defaults and meanings."""
+    from hybridnas.registry import BLOCKS
+
+    letters = [letter for letter in BLOCKS if name in (letter, BLOCKS.get(letter).name)]
+    letter = letters[0] if letters else name
+    block = BLOCKS.get(letter)  # raises with the letters that there are
+    found = []
+    for field in dataclasses.fields(block.Config):
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        default = "given by the model" if needed else spell(getattr(block.Config(d_model=64), field.name))
+        found.append((field.name, default, allowed_words(field), field.metadata["doc"]))
+    title = f"{letter} {block.name}: set as arch.{letter}.NAME=VALUE, or in a pattern as {letter}{{NAME=VALUE}}"
+    show.table(title, ["setting", "default", "allowed", "meaning"], found, left=(0, 1, 2, 3))
+    fields = [dict(zip(("name", "default", "allowed", "meaning"), row, strict=True)) for row in found]
+    return {"letter": letter, "block": block.name, "fields": fields}
 
 
 def _presets(seq_len: int) -> list[dict[str, Any]]:

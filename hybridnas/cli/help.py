@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hybridnas.cli.command import Command, groups_of, settings_class
-from hybridnas.cli.compose import compose
+from hybridnas.cli.compose import compose, fitting_experiments
 from hybridnas.cli.sections import choices_of, entries
 from hybridnas.config import allowed_words, plain, spell
 
@@ -40,7 +40,8 @@ def help_text(command: str, summary: str, overrides: Sequence[str] = ()) -> str:
     if groups:
         lines.append("choices:")
         for name, default in groups.items():
-            shown = ", ".join(f"[{item}]" if item == default else item for item in choices_of(name))
+            names = fitting_experiments(command) if name == "experiment" else choices_of(name)
+            shown = ", ".join(f"[{item}]" if item == default else item for item in names)
             lines += _wrapped(f"  {name}=", shown)
         lines += ["", "settings, each with the value that it has now:"]
     else:

@@ -30,7 +30,7 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "max_latency_ms max_params max_state_bytes minutes n_trials nodes objectives progress pruner runs sampler seed "
     "state_length storage study tracking worker workers",
     "train": "arch device impl max_seconds out pattern recipe tracking train",
-    "describe": "arch device out pattern seq_len",
+    "describe": "arch block device out pattern seq_len",
     "compare": "baseline out run runs study uri",
     "export": "out runs study trial",
     "generate": "device echo max_new_tokens model prompt runs seed stop_at_end study temperature top_k",
@@ -205,7 +205,7 @@ MISTAKES = [  # command, settings, the setting at fault, what was got, one of wh
     ("train", ["preset=mamba", "train.lr=-1"], "train.lr", -1, "> 0"),
     ("train", ["preset=mamba", "train.tokns=1"], "train.tokns", "train.tokns", "train.tokens"),
     ("train", ["preset=mamba", "train.tokens=1.5"], "train.tokens", "1.5", "an integer"),
-    ("train", ["preset=mamba", "train.nonsense=muon"], "train.nonsense", "train.nonsense", "train.tokens"),
+    ("train", ["preset=mamba", "train.optimizer=muon"], "train.optimizer", "train.optimizer", "train.tokens"),
 ]
 
 
@@ -595,3 +595,23 @@ def test_help_leaves_out_what_another_kind_of_data_has():
     assert "\n  data.path=" not in stdlib
     assert "\n  data.revision=" not in text
     assert "\n  data.tokenizer=" in stdlib
+
+
+def test_help_offers_the_experiments_that_fit_a_command():
+    assert "experiment=expert_count, inner_moe, ratio\n" in help_text("search", "x")
+    assert "mqar" in help_text("evaluate", "x").partition("experiment=")[2].partition("settings")[0]
+
+
+@pytest.mark.parametrize("name", ["E", "moe"])
+def test_describe_lists_the_settings_of_a_block(name, capsys):
+    from hybridnas.registry import BLOCKS
+
+    assert run(["describe", f"block={name}"]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows[1:]] == list(BLOCKS.get("E").Config.field_names())
+    assert all(row[3] for row in rows)
+
+
+def test_a_setting_far_from_all_others_is_answered_with_all_of_them(capsys):
+    assert run(["train", "preset=mamba", "train.optimizer=muon"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
