@@ -130,6 +130,18 @@ def test_imports_keep_the_contracts_of_pyproject():
     assert done.returncode == 0, done.stdout
 
 
+@needs_repository
+def test_no_module_imports_itself_by_way_of_others():
+    """The contract of siblings does not see a package that imports a module of its own which imports the package."""
+    grimp = pytest.importorskip("grimp", reason="grimp comes with import-linter, which is in the extra [dev]")
+    folders = [f"hybridnas.{name}" for name in LINKED]
+    graph = grimp.build_graph("hybridnas", *folders, exclude_type_checking_imports=True, cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    while leaves := {module for module, imported in imports.items() if not imported & imports.keys()}:
+        imports = {module: imported for module, imported in imports.items() if module not in leaves}
+    assert imports == {}
+
+
 @pytest.mark.parametrize(
     "modules",
     [
