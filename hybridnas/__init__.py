@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # the same names as in _LAZY, for type checkers and editors
     from hybridnas.data.task import register_task
     from hybridnas.export.load import load
     from hybridnas.search_spaces.listing import register_space
+    from hybridnas.studies import create_study, load_study
     from hybridnas.train.config import TrainConfig
     from hybridnas.train.fit import fit
 
@@ -53,11 +54,13 @@ _LAZY = {  # public name -> the module that is imported when the name is first u
     "Pattern": "hybridnas.arch.pattern",
     "TrainConfig": "hybridnas.train.config",
     "build": "hybridnas.api",
+    "create_study": "hybridnas.studies",
     "fit": "hybridnas.train.fit",
     "list_blocks": "hybridnas.api",
     "list_presets": "hybridnas.arch.presets",
     "list_search_spaces": "hybridnas.api",
     "load": "hybridnas.export.load",
+    "load_study": "hybridnas.studies",
     "match": "hybridnas.arch.match",
     "preset": "hybridnas.arch.presets",
     "register_preset": "hybridnas.arch.presets",
@@ -88,11 +91,13 @@ __all__ = [
     "TrainingError",
     "__version__",
     "build",
+    "create_study",
     "fit",
     "list_blocks",
     "list_presets",
     "list_search_spaces",
     "load",
+    "load_study",
     "match",
     "preset",
     "register_block",
