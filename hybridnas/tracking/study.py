@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from hybridnas.study.callbacks import (
     FAILED,
@@ -33,11 +32,10 @@ class StudyTracking(StudyCallback):
     def __init__(self, make: Callable[[StudyStarted], Tracker] | None = None) -> None:
         self._make = make
         self._tracker: BackgroundTracker | None = None
-        self._folder = Path()
 
     def on_study_start(self, event: StudyStarted) -> None:
         """Open the tracker and make up for what a kill or an outage kept from it."""
-        self._folder, name = event.folder, event.meta.name
+        name = event.meta.name
         if self._make is not None:
             self._tracker = BackgroundTracker(self._make(event), name)
         else:

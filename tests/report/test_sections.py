@@ -1,4 +1,4 @@
-"""The report's sections: which there are, what their tables hold, and a report that is written while a search runs."""
+"""The report's sections: which there are, what their tables hold."""
 
 import dataclasses
 import random
@@ -6,7 +6,6 @@ import re
 
 import pytest
 
-from hybridnas.report.live import LiveReport
 from hybridnas.report.plots import Axis, Series, scatter_svg
 from hybridnas.report.report import headline, render_report
 from hybridnas.report.sections import UNITS, ReportInput, sections
@@ -97,26 +96,6 @@ def test_the_confirmation_separates_noise_from_differences():
     assert "confirmed: 3 fresh seeds" in render_report("nowhere", [paper, clear], StudyMeta(name="demo"))
     fall = titles([paper, clear], reference_study=other)["Best loss over training tokens"]
     assert "demo-random" in fall.svg
-
-
-def test_the_report_is_live_at_a_bounded_part_of_the_time(tmp_path, study, monkeypatch):
-    now = [0.0]
-    live = LiveReport(tmp_path, StudyMeta(name="demo"), clock=lambda: now[0])
-    written = []
-
-    def slow(folder, records, meta):
-        written.append((len(records), meta.status))
-        now[0] += 1.5
-
-    monkeypatch.setattr("hybridnas.report.report.write_report", slow)
-    assert not live.update(study[:1])
-    now[0] = 25.0
-    assert live.update(study[:2])
-    assert not live.update(study[:3])
-    now[0] += 1.5 / 0.03 + 1
-    assert not live.update(study[:2])  # nothing new
-    assert live.update(study[:3])
-    assert written == [(2, "running"), (3, "running")]
 
 
 def test_the_units_of_the_sections_are_those_of_the_objectives():
