@@ -50,7 +50,7 @@ def scores(points: Mapping[K, Point]) -> dict[K, float]:
 
 
 def crowding(points: Mapping[K, Point]) -> dict[K, float]:
-    """Return how far apart each point's neighbours are, summed over the objectives; infinite at the ends."""
+    """Return how far apart each point's neighbors are, summed over the objectives; infinite at the ends."""
     found = dict.fromkeys(points, 0.0)
     for axis in range(len(next(iter(points.values()), ()))):
         line = sorted(points, key=lambda key: points[key][axis])

@@ -81,7 +81,7 @@ class Axis:
 
 
 def curves_svg(series: Sequence[Series], name: str = "curves", marks: Sequence[float] = ()) -> str:
-    """Draw losses over training tokens: labelled series in color on top, all others faint; empty without points.
+    """Draw losses over training tokens: labeled series in color on top, all others faint; empty without points.
 
     ``marks``: token counts at which a dashed line stands.
     """
@@ -165,9 +165,9 @@ def _curve(ax: Axes, line: Series, name: str) -> None:
 
 
 def _zoom(ax: Axes, close: Sequence[Series], end: float) -> None:
-    """Show the last third of the budget, at the scale of what is labelled: there the order is decided."""
-    labelled = [line for line in close if line.label] or list(close)
-    losses = [loss for line in labelled for tokens, loss in line.points if tokens > 0.7 * end]
+    """Show the last third of the budget, at the scale of what is labeled: there the order is decided."""
+    labeled = [line for line in close if line.label] or list(close)
+    losses = [loss for line in labeled for tokens, loss in line.points if tokens > 0.7 * end]
     low, high = min(losses), max(losses)
     margin = 0.08 * (high - low or 1)
     if ax.get_xscale() == "log":
@@ -204,11 +204,11 @@ def token_ticks(ax: Axes) -> None:
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _end_labels(ax: Axes, labelled: Sequence[Series]) -> None:
+def _end_labels(ax: Axes, labeled: Sequence[Series]) -> None:
     """Write each label beside the end of its curve, pushed apart where ends are close."""
     low, high = ax.get_ylim()
     gap = 0.055
-    ordered = sorted((line for line in labelled if line.points), key=lambda line: line.points[-1][1])
+    ordered = sorted((line for line in labeled if line.points), key=lambda line: line.points[-1][1])
     wanted = [((line.points[-1][1] - low) / (high - low), line) for line in ordered]
     places: list[float] = []
     for height, _ in wanted:
@@ -266,11 +266,11 @@ def _frame_scatter(ax: Axes, axis: Axis, drawn: Sequence[Series]) -> None:
     _point_labels(ax, [line for line in drawn if line.label])
 
 
-def _point_labels(ax: Axes, labelled: Sequence[Series]) -> None:
+def _point_labels(ax: Axes, labeled: Sequence[Series]) -> None:
     """Write labels beside their points, to the inner side, pushed apart where points are close."""
     (left, _), (right, _) = ax.transAxes.transform([(0, 0), (1, 0)])
     sides: dict[bool, list[tuple[float, float, Series]]] = {True: [], False: []}
-    for line in labelled:
+    for line in labeled:
         x, y = ax.transData.transform(line.points[-1])
         sides[bool(x > left + 0.55 * (right - left))].append((float(y), float(x), line))
     inches = 72 / ax.figure.dpi  # points per pixel

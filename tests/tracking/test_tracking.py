@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import hybridnas
+from hybridnas.cli import run as run_command
 from hybridnas.config import flatten
 from hybridnas.errors import CheckpointError
 from hybridnas.study.callbacks import StudyEnded, StudyStarted, TrialEnded, TrialMeasured, TrialStarted
@@ -415,3 +416,19 @@ def test_a_training_that_failed_or_was_stopped_says_so(tmp_path, corpus, error, 
     with pytest.raises(error), Tracking() as tracking:
         hybridnas.fit(arch, data=data, tokens=256, folder=tmp_path, callbacks=[tracking, Raises()], **TINY)
     assert [kept[0] for kept in snapshot(tmp_path).values()] == [status]
+
+
+def test_a_refused_command_leaves_a_finished_run_that_compare_still_finds(tmp_path, corpus, capsys):
+    folder = tmp_path / "runs" / "g"
+    command = ["train", "preset=moe_mamba", "preset.d_model=16", "preset.n_blocks=1", "preset.n_experts=2", "data=text",
+               f"data.path={corpus}", "train.batch_size=2", "train.seq_len=32", "train.valid_tokens=64",
+               f"out={folder}"]  # fmt: skip
+    assert run_command([*command, "train.tokens=256"]) == 0
+    before = snapshot(folder)
+    assert [kept[0] for kept in before.values()] == ["FINISHED"]
+    assert run_command([*command, "train.tokens=512"]) == 2
+    assert snapshot(folder) == before
+    capsys.readouterr()
+    assert run_command(["compare", "study=g", f"runs={tmp_path / 'runs'}", f"out={tmp_path / 'compared'}"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert (lines[1][0], lines[1][-1]) == ("moe_mamba", "complete")
