@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -200,10 +201,10 @@ class Search:
 
         folder = session.folder.trial(best.number)
         if self.config.storage is not None and not (folder / NEWEST).exists():
-            again = f"python -m hybridnas.replay study={session.folder.name} runs={self.config.runs}"
+            asked = (f"study={session.folder.name}", f"runs={self.config.runs}", f"trial={best.number}")
+            again = shlex.join(["python", "-m", "hybridnas.replay", *asked])
             self.callbacks.on_note(
-                f"the winner was trained in another folder, where its weights are; to have them here: "
-                f"{again} trial={best.number}"
+                f"the winner was trained in another folder, where its weights are; to have them here: {again}"
             )
             return None
         card = card_facts(best, session.folder.name, self.config)

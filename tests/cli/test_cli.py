@@ -27,7 +27,7 @@ from hybridnas.train.config import TrainConfig
 
 SURFACE = {  # a setting more or less is a decision: change this table with it
     "search": "action against confirm confirm_seeds confirm_top device heartbeat launch max_active_params "
-    "max_latency_ms max_params max_state_bytes minutes n_trials nodes objectives progress pruner runs sampler seed "
+    "max_latency_ms max_params max_state_bytes minutes n_trials nodes objectives pruner runs sampler seed "
     "state_length storage study tracking worker workers",
     "train": "arch device impl max_seconds out pattern recipe tracking train",
     "describe": "arch block device out pattern seq_len",

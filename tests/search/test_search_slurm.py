@@ -61,7 +61,7 @@ def test_nodes_must_be_some(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 2
-    assert "nodes=0 must be 1 or more" in done.stderr
+    assert "nodes=0 must be >= 1" in done.stderr
 
 
 def test_several_nodes_need_a_database(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def write_script(config: SearchConfig, given: Sequence[str], nodes: int, *, pyth
         study=config.name,
         nodes=nodes,
         last=nodes - 1,
-        job=f"hybridnas-{config.name}",
+        job=shlex.quote(f"hybridnas-{config.name}"),
         submit=submit,
         output=shlex.quote(str(folder / "slurm-%A_%a.log")),
         where=where,
