@@ -176,7 +176,7 @@ def _pareto(given: ReportInput) -> Section | None:
         axis = Axis(_axis_label(name, given), log=name in ("params", "flops_per_token"), in_bytes=name == "state_bytes")
         panels.append((axis, series))
     lines = [[(objectives_of(r)[name], objectives_of(r)[names[0]]) for r in best] for name in names[1:]]
-    svg = scatter_svg(panels, "pareto", ylabel=OBJECTIVES[names[0]].words, joined=lines)
+    svg = scatter_svg(panels, "pareto", ylabel=OBJECTIVES[names[0]].label, joined=lines)
     columns = [("trial", False), ("architecture", True), *((_axis_label(name, given), False) for name in names)]
     rows = [
         {
@@ -202,7 +202,7 @@ def _pareto(given: ReportInput) -> Section | None:
 
 def _axis_label(name: str, given: ReportInput) -> str:
     length = given.meta.state_length or given.meta.seq_len
-    return OBJECTIVES[name].words + (f" of {length:,} tokens" if name == "state_bytes" and length else "")
+    return OBJECTIVES[name].label + (f" of {length:,} tokens" if name == "state_bytes" and length else "")
 
 
 def _figure(name: str, value: float) -> str:

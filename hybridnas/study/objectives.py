@@ -19,11 +19,11 @@ TRAINED, COUNTED, MEASURED = "trained", "counted", "measured"  # where a value c
 
 @dataclass(frozen=True)
 class Objective:
-    """One thing to look for: where its value comes from, whether more is better, and its words for people."""
+    """One objective: where its value comes from, its label, and whether more is better."""
 
     name: str
     kind: str  # TRAINED | COUNTED | MEASURED
-    words: str
+    label: str  # of an axis or a column, with its unit
     maximize: bool = False
 
     def turned(self, value: float) -> float:
