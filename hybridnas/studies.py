@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,22 @@ from typing import TYPE_CHECKING, Any
 from hybridnas.errors import ConfigError, StudyError, suggest
 from hybridnas.study.callbacks import StudyCallback
 from hybridnas.study.folder import FORMAT, REPORT, read_study
-from hybridnas.study.records import StudyMeta, TrialRecord, load_records, reference_of, trial_folder
+from hybridnas.study.records import (
+    COMPLETE,
+    DUPLICATE,
+    PRUNED,
+    StudyMeta,
+    TrialRecord,
+    load_records,
+    reference_of,
+    trial_folder,
+)
 
 if TYPE_CHECKING:
     from hybridnas.arch.arch import Arch
     from hybridnas.arch.model import HybridLM
     from hybridnas.config import FrozenConfig
+    from hybridnas.data.tokenizers import Tokenizer
     from hybridnas.search.config import SearchConfig
     from hybridnas.search.runner import SearchSummary
     from hybridnas.train.callbacks import Callback
@@ -186,6 +197,20 @@ class Study:
         """Write the best trial's model as a folder that :func:`hybridnas.load` reads; returns the folder."""
         return self.best.export(folder)
 
+    def tokenizer(self) -> Tokenizer | None:
+        """Return the study's tokenizer, from ``best/``, which needs no corpus, else from the data; None without text.
+
+        Raises DataError for data that is no longer there.
+        """
+        from hybridnas.data import open_source, source_config
+        from hybridnas.export.layout import CONFIG, TOKENIZER_FILES
+        from hybridnas.export.load import load_tokenizer
+
+        exported = self.path / "best"
+        if (exported / CONFIG).is_file() and (exported / TOKENIZER_FILES[0]).is_file():
+            return load_tokenizer(exported)
+        return open_source(source_config(self.config.data)).tokenizer
+
     def __repr__(self) -> str:
         return f"Study({str(self.path)!r}, trials={len(self.records)})"
 
@@ -253,10 +278,16 @@ class Trial:
             facts = json.loads((exported / "config.json").read_text(encoding="utf-8"))
             if facts.get("fingerprint") == self.record.fingerprint:
                 return load(exported, device=device)
+        if self.state not in (COMPLETE, PRUNED, DUPLICATE):
+            raise StudyError(
+                f"trial {self.number} of study {self.study.name!r} has no model: {self.state}, {self.record.reason}",
+                field="trial",
+                got=self.number,
+            )
+        asked = (f"study={self.study.name}", f"runs={self.study.path.parent}", f"trial={self.number}")
         raise StudyError(
-            f"the weights of trial {self.number} of study {self.study.name!r} were not kept; python -m "
-            f"hybridnas.replay study={self.study.name} runs={self.study.path.parent} trial={self.number} trains it "
-            f"again to the bit",
+            f"the weights of trial {self.number} of study {self.study.name!r} were not kept; "
+            f"{shlex.join(['python', '-m', 'hybridnas.replay', *asked])} trains it again to the bit",
             field="trial",
             got=self.number,
         )
@@ -267,7 +298,7 @@ class Trial:
         from hybridnas.export.trials import card_facts
 
         card = card_facts(self.record, self.study.name, self.study.config)
-        return export(self.model(), Path(folder).expanduser(), card=card)
+        return export(self.model(), Path(folder).expanduser(), tokenizer=self.study.tokenizer(), card=card)
 
     def row(self) -> dict[str, Any]:
         """Return the trial as one row of a table."""
