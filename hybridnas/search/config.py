@@ -175,7 +175,10 @@ class SearchConfig(FrozenConfig):
         if len(self.objectives) > 1 and self.pruner == "hyperband":
             raise ConfigError(
                 "search pruner=hyperband cannot prune by several objectives, Optuna takes no reports of them; "
-                "choose pruner=halving, or none"
+                "choose pruner=halving, or none",
+                field="pruner",
+                got=self.pruner,
+                allowed=("halving", "none"),
             )
 
     @property

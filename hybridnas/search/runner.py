@@ -111,7 +111,7 @@ class Search:
 
     def _run(self, session: Session) -> SearchSummary:
         folder = session.folder.path
-        callbacks = self.callbacks = Callbacks([*self._given, JournalExport(session.plan)])
+        callbacks = self.callbacks = Callbacks([*self._given, _Log(), JournalExport(session.plan)])
         listener = _Emitter(callbacks, folder)
         loop = Loop(session.plan, session.store, session.trainer, listener, elapsed=lambda: self.elapsed)
         callbacks.on_study_start(
@@ -265,6 +265,17 @@ class _Emitter(Listener):
 
     def note(self, text: str) -> None:
         self.callbacks.on_note(text)
+
+
+class _Log(StudyCallback):
+    """Writes what a search says to the logger ``hybridnas.search``."""
+
+    def on_trial_end(self, event: TrialEnded) -> None:
+        record = event.record
+        log.info("trial %d %s: %s %s", record.number, record.name, record.state, dict(record.objectives))
+
+    def on_note(self, text: str) -> None:
+        log.info(text)
 
 
 class _Notes(StudyCallback):

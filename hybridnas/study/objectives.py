@@ -55,18 +55,27 @@ DEFAULT = ("val_loss",)
 
 def read_objectives(names: Sequence[str]) -> tuple[Objective, ...]:
     """Return the objectives of these names; raises ConfigError for unknown ones, twins, and no trained one."""
+    known = tuple(OBJECTIVES)
     for name in names:
         if name not in OBJECTIVES:
             raise ConfigError(
-                f"search objectives has no {name!r}{suggest(str(name), OBJECTIVES)}; allowed: {', '.join(OBJECTIVES)}"
+                f"search objectives has no {name!r}{suggest(str(name), OBJECTIVES)}; allowed: {', '.join(OBJECTIVES)}",
+                field="objectives",
+                got=name,
+                allowed=known,
             )
         if list(names).count(name) > 1:
-            raise ConfigError(f"search objectives names {name!r} twice; name each once")
+            raise ConfigError(
+                f"search objectives names {name!r} twice; name each once", field="objectives", got=name, allowed=known
+            )
     found = tuple(OBJECTIVES[name] for name in names)
     if not any(one.kind == TRAINED for one in found):
         raise ConfigError(
             f"search objectives={list(names)} needs val_loss or accuracy: "
-            f"without one nothing is learned from training, and the smallest model wins"
+            f"without one nothing is learned from training, and the smallest model wins",
+            field="objectives",
+            got=tuple(names),
+            allowed=("val_loss", "accuracy"),
         )
     return found
 
