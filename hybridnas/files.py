@@ -1,13 +1,18 @@
-"""Files that are whole or absent: written beside their place, synced, and moved into it."""
+"""Files that are whole or absent: written beside their place, synced, and moved into it; locks; the cache's place."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+_POLL_SECONDS = 0.05  # between tries on Windows, whose locks cannot be waited for
 _UMASK = os.umask(0)  # can only be read by setting it, which other threads would see: so once, at import
 os.umask(_UMASK)
 
@@ -44,3 +49,39 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically; not-a-number and infinity are refused, because JSON has none."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def lock_file(file: IO[Any], *, wait: bool = True, shared: bool = False) -> bool:
+    """Lock an open file until it is closed; False where another process holds it and ``wait`` is False.
+
+    ``shared``: beside other shared holders (on Windows alone, as one of its own). Raises OSError on a file system
+    without locks.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        while True:
+            try:
+                file.seek(0)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                return True
+            except PermissionError:
+                if not wait:
+                    return False
+                time.sleep(_POLL_SECONDS)
+    else:
+        import fcntl
+
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True, shared: bool = False) -> Iterator[bool]:
+    """Hold the lock at ``path`` for a block and leave its file; yields False where another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        yield lock_file(file, wait=wait, shared=shared)

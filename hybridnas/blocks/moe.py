@@ -31,7 +31,10 @@ class Moe(Block):
     """Routed feed-forward experts (Switch 2101.03961; Expert Choice 2202.09368; shared expert 2401.06066).
 
     A token beyond an expert's capacity gets 0 from it: only the residual (and the shared expert) carries it on.
-    Capacity counts the whole batch, first come first served in (B, L) order, and by default limits training alone.
+    Capacity counts the whole batch and by default limits training alone. Slots go to tokens in (B, L) order, as in
+    Switch, so drops fall on the last sequences of a batch; which sequences are last is drawn anew at every step. With
+    ``top_k`` of 2 and more a token's choices are served together, where GShard and ST-MoE serve all first choices
+    first. Accumulation splits the batch: each smaller pass has its own capacity and its own drops.
     """
 
     float32 = ("routed.router.weight",)

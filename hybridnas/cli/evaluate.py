@@ -47,6 +47,10 @@ class Settings(Command):
     precision: str = option(
         "auto", "of matrix products; auto: bfloat16 on a GPU, else float32", choices=("auto", "float32", "bfloat16")
     )
+    allow_noncausal: bool = option(
+        False,
+        "measure a model whose layers see later tokens (expert_choice): its loss is no language model's [yes/no]",
+    )
     tracking: str | None = option(
         None, "with suite=: MLflow tracking URI; none: sqlite in the suite's folder; off: no MLflow"
     )
@@ -90,6 +94,7 @@ def run(settings: Settings) -> Done:
         seq_len=source.context(settings.seq_len, facts.get("seq_len") or 256),
         device=device,
         precision=settings.precision,
+        allow_noncausal=settings.allow_noncausal,
     )
     seconds = time.perf_counter() - began
     rows = [["loss [nats per token]", f"{score.loss:.4f}"]]
@@ -100,6 +105,8 @@ def run(settings: Settings) -> Done:
     rows.append([f"tokens/s on {device}", f"{score.tokens / seconds:,.0f}"])
     if isinstance(facts.get("valid_loss"), float):
         rows.append(["loss recorded in training", f"{facts['valid_loss']:.4f}"])
+    if not model.arch.causal:
+        show.line("this model sees later tokens: the loss depends on the batch and is no language model's")
     show.table("Validation", ["figure", "value"], rows)
     found = {name: getattr(score, name) for name in ("loss", "bits_per_byte", "accuracy", "tokens")}
     about = {"pattern": str(model.arch.pattern), "fingerprint": model.arch.fingerprint(), "data": source.describe()}

@@ -78,12 +78,14 @@ def run(settings: Settings) -> Done:
     assert arch is not None
 
     from hybridnas.cli.progress import progress
+    from hybridnas.train.distributed import leads
     from hybridnas.train.loop import identity
     from hybridnas.train.loop import run as train
     from hybridnas.train.tracking import Tracking
 
     folder = settings.out or Path(_folder(settings, identity(arch, source, config)))
-    _announce(arch, source.describe(), config, folder)
+    if leads():
+        _announce(arch, source.describe(), config, folder)
     preset = settings.preset["name"] if settings.preset else None
     labels = {} if preset is None else {"preset": preset}
     with Tracking(settings.tracking, tags=labels) as tracking:
@@ -98,6 +100,8 @@ def run(settings: Settings) -> Done:
             labels=labels,
             callbacks=[progress(), tracking],
         )
+        if not leads():
+            return Done({})
         _table(result.evals)
         if result.status == "failed":
             raise TrainingError(f"{folder}: {result.reason}")

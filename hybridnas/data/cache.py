@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridnas.errors import DataError
+from hybridnas.files import lock_file
 
 
 @contextlib.contextmanager
@@ -40,18 +41,10 @@ def lock(path: Path) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / f"{path.name}.lock").open("a") as handle:
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            yield
-            return
-        for leftover in path.parent.glob(f"{path.name}.tmp-*"):  # of a builder that was killed: we hold its lock
-            remove(leftover)
+        with contextlib.suppress(OSError):
+            lock_file(handle)
+            for leftover in path.parent.glob(f"{path.name}.tmp-*"):  # of a builder that was killed: we hold its lock
+                remove(leftover)
         yield
 
 

@@ -52,7 +52,11 @@ class RoutedShape:
         return min(float(self.n_experts), self.capacity_factor * self.top_k)
 
     def cost(self) -> Cost:
-        """Return parameters, active parameters and FLOPs: router, and experts_per_token experts of which none drops."""
+        """Return parameters, active parameters and FLOPs: router, and experts_per_token experts of which none drops.
+
+        FLOPs are those of the tokens. An implementation that pads every expert to its capacity executes up to
+        ``capacity_factor`` times as many.
+        """
         matrices = self.d_in * self.d_first + self.d_expert * self.d_out
         expert = matrices + (self.d_first + self.d_out if self.bias else 0)
         router = self.d_in * self.n_experts

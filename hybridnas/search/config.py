@@ -41,7 +41,7 @@ class Budget(FrozenConfig):
     seq_len: int = option(256, "context [tokens]", ge=1)
     batch_size: int = option(16, "sequences per step [count]", ge=1)
     tokens_per_active_param: float = option(20.0, "training tokens of an unpruned trial [per active parameter]", gt=0)
-    lr: float = option(3e-3, "peak learning rate [1]", gt=0)
+    lr: float = option(TrainConfig().lr, "peak learning rate [1]", gt=0)
     weight_decay: float = option(0.1, "decoupled weight decay [1]", ge=0)
     rungs: int = option(3, "rungs of the pruner, the last one the full run [count]", ge=1)
     reduction: int = option(3, "one in so many goes on from a rung to the next [count]", ge=2)

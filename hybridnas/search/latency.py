@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from hybridnas.arch.arch import Arch
 from hybridnas.errors import StudyError
-from hybridnas.files import write_json
+from hybridnas.files import locked, write_json
 from hybridnas.hardware import describe_machine, pick_device
 from hybridnas.search.lines import received, send
 from hybridnas.search.storage.folder_store import LEASES
-from hybridnas.study.locks import locked
 
 if TYPE_CHECKING:
     from hybridnas.arch.model import HybridLM

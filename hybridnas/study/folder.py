@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridnas.errors import StudyError
-from hybridnas.files import write_json
-from hybridnas.study.locks import lock_file, locked
+from hybridnas.files import lock_file, locked, write_json
 
 FORMAT = 2
 READABLE = (1, 2)  # 1: version 0.1, whose truth about unfinished trials was Optuna's journal

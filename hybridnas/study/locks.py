@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-_POLL_SECONDS = 0.05  # between tries on Windows, whose locks cannot be waited for
+from hybridnas.files import lock_file
 
 
 class FileLock:
@@ -77,34 +75,6 @@ class FileLock:
             return {}
 
 
-def lock_file(file: IO[Any], *, wait: bool = True, shared: bool = False) -> bool:
-    """Lock an open file until it is closed; False where another process holds it and ``wait`` is False.
-
-    ``shared``: beside other shared holders (on Windows alone, as one of its own). Raises OSError on a file system
-    without locks.
-    """
-    if sys.platform == "win32":
-        import msvcrt
-
-        while True:
-            try:
-                file.seek(0)
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-                return True
-            except PermissionError:
-                if not wait:
-                    return False
-                time.sleep(_POLL_SECONDS)
-    else:
-        import fcntl
-
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            return False
-        return True
-
-
 def is_held(path: Path) -> bool:
     """Whether a process holds the lock at ``path``; nothing is changed."""
     if not path.exists():
@@ -114,11 +84,3 @@ def is_held(path: Path) -> bool:
             return not lock_file(file, wait=False, shared=True)
     except OSError:
         return False
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True, shared: bool = False) -> Iterator[bool]:
-    """Hold the lock at ``path`` for a block and leave its file; yields False where another process holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        yield lock_file(file, wait=wait, shared=shared)

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 from hybridnas.arch.arch import Arch
 from hybridnas.data import Source, open_source, source_config
 from hybridnas.errors import MatchError
+from hybridnas.files import locked
 from hybridnas.search.sampling.candidates import Fixed
 from hybridnas.search.table import Row, Table, TableSpec
 from hybridnas.search_spaces.enumerate import every_choice
 from hybridnas.search_spaces.space import Scale, Space
-from hybridnas.study.locks import locked
 from hybridnas.train.callbacks import Callback, Run
 from hybridnas.train.experiment import Cell, CellResult, Experiment
 from hybridnas.train.records import Eval, TrainResult

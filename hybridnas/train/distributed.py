@@ -140,6 +140,11 @@ def local_rank(group: Group) -> int:
     return int(os.environ.get("LOCAL_RANK", group.rank))
 
 
+def leads() -> bool:
+    """Whether this process prints and writes for its run: rank 0 of torchrun's, or one that torchrun did not start."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def own_device(device: torch.device, rank: int) -> torch.device:
     """Return the device of a rank on its host, made the current one."""
     if device.type != "cuda":

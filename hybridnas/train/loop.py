@@ -22,8 +22,8 @@ from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
 from hybridnas.data.source import Source, check_vocab
 from hybridnas.errors import NonFiniteInputError, TrainingDiverged, TrainingError
+from hybridnas.files import locked
 from hybridnas.hardware import describe_machine, pick_device
-from hybridnas.study.locks import locked
 from hybridnas.train import checkpoint, distributed
 from hybridnas.train.callbacks import Callback, CallbackList, Run
 from hybridnas.train.config import TrainConfig

@@ -17,10 +17,10 @@ from hybridnas.arch.model import HybridLM
 from hybridnas.cli.compose import compose
 from hybridnas.cli.search import search_config
 from hybridnas.errors import ConfigError, StudyError
+from hybridnas.files import locked
 from hybridnas.report.callbacks import ConsoleLines
 from hybridnas.search import latency as measure
 from hybridnas.studies import Study
-from hybridnas.study.locks import locked
 from hybridnas.study.records import TrialRecord
 
 

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hybridnas.errors import StudyError
+from hybridnas.files import locked
 from hybridnas.search.storage.store import Held
-from hybridnas.study.locks import FileLock, is_held, locked
+from hybridnas.study.locks import FileLock, is_held
 from hybridnas.study.records import RESULT, RUNNING, TrialRecord, read_record, trial_folder, write_record
 
 LEASES = ".leases"
