@@ -145,12 +145,12 @@ class FrozenConfig:
         try:
             return read_text(text, _hints(cls)[name], _choices(field))
         except ValueError:
-            words = words_of(_hints(cls)[name])
+            expected = type_text(_hints(cls)[name])
             raise ConfigError(
-                f"{where or cls.label()} {name}={text!r} is not {words}",
+                f"{where or cls.label()} {name}={text!r} is not {expected}",
                 field=_dotted(cls, name),
                 got=text,
-                allowed=words,
+                allowed=expected,
             ) from None
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class FrozenConfig:
 
     @classmethod
     def label(cls) -> str:
-        """Return the words by which errors name this config, e.g. ``Mamba.Config``."""
+        """Return the name of this config in errors, e.g. ``Mamba.Config``."""
         return cls.__qualname__
 
 
@@ -230,8 +230,8 @@ def parse_value(value: Any, hint: Any, where: str) -> Any:
     try:
         return read_text(value, hint)
     except ValueError:
-        words = words_of(hint)
-        raise ConfigError(f"{where}={value!r} is not {words}", field=where, got=value, allowed=words) from None
+        expected = type_text(hint)
+        raise ConfigError(f"{where}={value!r} is not {expected}", field=where, got=value, allowed=expected) from None
 
 
 def spell(value: Any, hint: Any = Any) -> str:
@@ -295,7 +295,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in node.items()}
 
 
-def allowed_words(field: dataclasses.Field[Any]) -> str:
+def allowed_text(field: dataclasses.Field[Any]) -> str:
     """Return a field's allowed values in a few characters for a help text, such as ``>= 1`` or ``a | b``."""
     if field.metadata.get("choices"):
         return " | ".join(map(str, field.metadata["choices"]))
@@ -343,9 +343,9 @@ def _read(config: type[FrozenConfig], field: dataclasses.Field[Any], given: Any)
             str(error), field=_dotted(config, nested.rstrip(".")), got=error.got, allowed=error.allowed
         ) from None
     except (ValueError, TypeError):
-        words = words_of(hint)
+        expected = type_text(hint)
         raise ConfigError(
-            f"{where} must be {words}, got {type(given).__name__}", field=name, got=given, allowed=words
+            f"{where} must be {expected}, got {type(given).__name__}", field=name, got=given, allowed=expected
         ) from None
     for item in value if isinstance(value, tuple) else (value,):
         _check(field, item, where, name)
@@ -493,7 +493,7 @@ def _converted(value: Any, hint: Any) -> Any:
     raise TypeError(value)
 
 
-def words_of(hint: Any) -> str:
+def type_text(hint: Any) -> str:
     """Return a type in plain words, as errors and help texts name it."""
     names = {
         Path: "a path",
@@ -503,22 +503,22 @@ def words_of(hint: Any) -> str:
         str: "text",
         types.NoneType: "none",
     }
-    words = []
+    kinds = []
     for member in _members(hint):
         origin, items = typing.get_origin(member), typing.get_args(member)
         if origin is typing.Literal:
-            words.append(f"one of {', '.join(map(str, items))}")
+            kinds.append(f"one of {', '.join(map(str, items))}")
         elif isinstance(member, type) and issubclass(member, enum.Enum):
-            words.append(f"one of {', '.join(str(entry.value) for entry in member)}")
+            kinds.append(f"one of {', '.join(str(entry.value) for entry in member)}")
         elif origin in (tuple, list):
-            words.append(
-                f"a list of {words_of(items[0]).removeprefix('an ').removeprefix('a ')}" if items else "a list"
+            kinds.append(
+                f"a list of {type_text(items[0]).removeprefix('an ').removeprefix('a ')}" if items else "a list"
             )
         elif origin is not None and _is_mapping(member):
-            words.append("a mapping")
+            kinds.append("a mapping")
         else:
-            words.append(names.get(member, getattr(member, "__name__", str(member))))
-    return " or ".join(words)
+            kinds.append(names.get(member, getattr(member, "__name__", str(member))))
+    return " or ".join(kinds)
 
 
 def _number(text: str, kind: type) -> Any:

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterable
 from pathlib import Path
 
-from hybridnas.config import FrozenConfig, allowed_words
+from hybridnas.config import FrozenConfig, allowed_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,7 +92,7 @@ def fields_table(config: type[FrozenConfig], prefix: str = "", skip: Iterable[st
                 code(f"{prefix}{field.name}"),
                 field.metadata.get("doc", ""),
                 default_of(field),
-                code(allowed_words(field)),
+                code(allowed_text(field)),
                 "choice" if "group" in field.metadata else type_name(config.type_of(field.name)),
             )
         )

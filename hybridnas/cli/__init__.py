@@ -81,8 +81,8 @@ def _guarded(command: str, overrides: list[str]) -> tuple[int, dict[str, Any]]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: be quiet at exit, too
         return 0, {}
     except HybridNASError as error:
-        told = {"field": error.field, "got": error.got, "allowed": error.allowed}
-        return 2, _failed(type(error).__name__, str(error), told)
+        facts = {"field": error.field, "got": error.got, "allowed": error.allowed}
+        return 2, _failed(type(error).__name__, str(error), facts)
     except OSError as error:  # the machine's refusal: a full disk, a folder without permission
         where = f"{error.filename}: " if error.filename else ""
         return 2, _failed(type(error).__name__, f"{where}{error.strerror or error}", {})
@@ -98,8 +98,8 @@ def _failed(kind: str, message: str, facts: Mapping[str, Any]) -> dict[str, Any]
 
 def _wants_json(overrides: list[str]) -> bool:
     """Whether the last ``json=`` says yes; a value that is neither is refused with the other settings."""
-    said = [item.partition("=")[2].lower() for item in overrides if item.lstrip("+").startswith("json=")]
-    return bool(said) and said[-1] in ("true", "yes", "on")
+    given = [item.partition("=")[2].lower() for item in overrides if item.lstrip("+").startswith("json=")]
+    return bool(given) and given[-1] in ("true", "yes", "on")
 
 
 def _json_ready(value: Any) -> Any:

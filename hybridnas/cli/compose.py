@@ -25,7 +25,7 @@ from hybridnas.cli.sections import (
     read_choices,
     section_class,
 )
-from hybridnas.config import FrozenConfig, plain, read_text, spell, words_of
+from hybridnas.config import FrozenConfig, plain, read_text, spell, type_text
 from hybridnas.errors import ConfigError, suggest
 
 # Commands whose first argument may stand without its key: 'bench scan' is 'bench suite=scan'.
@@ -223,8 +223,10 @@ def _set(command: str, settings: type[FrozenConfig], values: dict[str, Any], key
     except KeyError:
         raise no_setting(command, key, list(known_settings(settings, values))) from None
     except ValueError:
-        words = words_of(hint)
-        raise ConfigError(f"{command} {key}={text!r} is not {words}", field=key, got=text, allowed=words) from None
+        expected = type_text(hint)
+        raise ConfigError(
+            f"{command} {key}={text!r} is not {expected}", field=key, got=text, allowed=expected
+        ) from None
     node: Any = values
     for name in path[:-1]:
         inner = node.get(name)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hybridnas.cli import show
 from hybridnas.cli.command import ARCH, DEVICE, PATTERN, Command, Done, group
 from hybridnas.cli.wanted import wanted_arch
-from hybridnas.config import allowed_words, option, spell
+from hybridnas.config import allowed_text, option, spell
 from hybridnas.units import human
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _block(name: str) -> dict[str, Any]:
     for field in dataclasses.fields(block.Config):
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         default = "given by the model" if needed else spell(getattr(block.Config(d_model=64), field.name))
-        found.append((field.name, default, allowed_words(field), field.metadata["doc"]))
+        found.append((field.name, default, allowed_text(field), field.metadata["doc"]))
     title = f"{letter} {block.name}: set as arch.{letter}.NAME=VALUE, or in a pattern as {letter}{{NAME=VALUE}}"
     show.table(title, ["setting", "default", "allowed", "meaning"], found, left=(0, 1, 2, 3))
     fields = [dict(zip(("name", "default", "allowed", "meaning"), row, strict=True)) for row in found]

@@ -10,7 +10,7 @@ from typing import Any
 from hybridnas.cli.command import Command, groups_of, settings_class
 from hybridnas.cli.compose import compose, fitting_experiments
 from hybridnas.cli.sections import choices_of, entries
-from hybridnas.config import allowed_words, plain, spell
+from hybridnas.config import allowed_text, plain, spell
 
 ENVIRONMENT = {  # every variable that the package reads
     "HYBRIDNAS_CACHE": "folder of tokenized data and compiled kernels; else hybridnas in XDG_CACHE_HOME or ~/.cache",
@@ -48,7 +48,7 @@ def help_text(command: str, summary: str, overrides: Sequence[str] = ()) -> str:
         lines.append("settings and their defaults:")
     for field in dataclasses.fields(settings):
         if field.name not in (*groups, "train"):
-            lines += _setting(field.name, values[field.name], field.metadata["doc"], allowed_words(field))
+            lines += _setting(field.name, values[field.name], field.metadata["doc"], allowed_text(field))
     for name in settings.field_names():
         section = values.get(name)
         if name == "experiment" or (section is None and name in groups) or (name not in groups and name != "train"):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hybridnas.config import FrozenConfig, allowed_words, plain, read_free, read_yaml, split_list, unquoted
+from hybridnas.config import FrozenConfig, allowed_text, plain, read_free, read_yaml, split_list, unquoted
 from hybridnas.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -165,7 +165,7 @@ def entries(section: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any,
                 continue
             default = field.default_factory() if callable(field.default_factory) else field.default
             default = None if default is dataclasses.MISSING else default
-            yield field.name, plain(values.get(field.name, default)), field.metadata["doc"], allowed_words(field)
+            yield field.name, plain(values.get(field.name, default)), field.metadata["doc"], allowed_text(field)
     elif section == "preset" and "name" in values:
         from hybridnas.arch.presets import preset_arguments
 
