@@ -34,8 +34,8 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "compare": "baseline out run runs study uri",
     "export": "out runs study trial",
     "generate": "device echo max_new_tokens model prompt runs seed stop_at_end study temperature top_k",
-    "evaluate": "allow_noncausal arch batch_size device lengths max_gib model out pattern patterns precision seed seq_len tracking "
-    "valid_tokens",
+    "evaluate": "allow_noncausal arch batch_size device lengths max_gib model out pattern patterns precision seed "
+    "seq_len tracking valid_tokens",
     "replay": "device out runs study trial",
     "bench": "keep_memory minutes out part patience quick repeats space suite threads tiny",
 }
