@@ -52,9 +52,6 @@ def run(argv: Sequence[str]) -> int:
 
         print(f"hybridnas: unknown command {command!r}{suggest(command, COMMANDS)}", file=sys.stderr)
         return 2
-    # A thread that waits for its partner spins, by default for milliseconds: on a machine that does anything else
-    # beside us, small models trained 25 times slower. A short spin costs nothing on a quiet one.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if not _wants_json(overrides):
         return _guarded(command, overrides)[0]
     with contextlib.redirect_stdout(sys.stderr):
