@@ -145,12 +145,12 @@ def test_torchrun_starts_the_ranks_of_a_script_with_a_module_of_its_own(corpus, 
     script = tmp_path / "own.py"
     script.write_text(
         f"""
-import torch, hybridnas
+import os, torch, hybridnas
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Embedding(256, 8), torch.nn.Linear(8, 256))
 data = {{"kind": "text", "path": {str(corpus)!r}, "tokenizer": "bytes"}}
 result = hybridnas.fit(model, data, devices=2, folder={str(tmp_path / "run")!r}, device="cpu", **{SETTINGS!r})
-print(result.status, len(result.evals))
+os.write(1, f"{{result.status}} {{len(result.evals)}}\\n".encode())  # whole lines, whichever rank is first
 """
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
