@@ -130,7 +130,7 @@ class Study:
 
         ``callbacks`` get the search's events besides the study's own ones, which write leaderboard, report, journal
         and MLflow; ``training`` are trainer callbacks for every training of this process. KeyboardInterrupt ends a
-        search cleanly: the summary says ``ended="interrupted"``.
+        search cleanly: the summary has ``ended="interrupted"``.
 
         Raises StudyError for a folder that is busy, damaged, of another study or of version 0.1.
         """
@@ -344,7 +344,7 @@ def stored_config(folder: Path) -> SearchConfig:
 
 
 def stored_meta(folder: Path) -> StudyMeta:
-    """Return what the report says about a study on disk besides its trials."""
+    """Return what the report shows of a study on disk besides its trials."""
     stored = read_study(folder)
     meta = stored.get("meta")
     if isinstance(meta, Mapping):

@@ -41,7 +41,7 @@ def run(settings: Settings) -> Done:
         out=settings.out,
         device=settings.device,
         callbacks=[progress()],
-        news=show.line,
+        note=show.line,
     )
     rows = [[f"{tokens:,}", f"{old:.17g}", f"{new:.17g}", f"{new - old:+.2g}"] for tokens, old, new in again.pairs]
     show.table("Validation loss [nats per token]", ["tokens", "recorded", "again", "difference"], rows)

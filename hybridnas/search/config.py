@@ -1,4 +1,4 @@
-"""What a search is told: at which size, for how long, with which sampler."""
+"""Settings of a search: its budget (sizes, lengths, limits), sampler, pruner, objectives, storage and workers."""
 
 from __future__ import annotations
 

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 def chosen(records: Sequence[TrialRecord], top: int) -> list[TrialRecord]:
-    """Return who is confirmed: the best ``top`` that were drawn, and every baseline that was trained to the end."""
+    """Return which trials are confirmed: the best ``top`` that were drawn, and every preset trained to the end."""
     best = [record for record in front(records) if record.preset is None]
     best += sorted(filter(eligible, records), key=lambda record: (score(record), record.number))
     drawn = list({record.number: record for record in best if record.preset is None}.values())[:top]
-    yardsticks = [record for record in records if record.preset is not None and record.state == COMPLETE]
+    presets = [record for record in records if record.preset is not None and record.state == COMPLETE]
     already = [record for record in records if record.confirmed]
-    return list({record.number: record for record in (*yardsticks, *drawn, *already)}.values())
+    return list({record.number: record for record in (*presets, *drawn, *already)}.values())
 
 
 def fresh_seeds(seed: int, count: int) -> list[int]:
@@ -43,7 +43,7 @@ def confirm(
     save: Callable[[TrialRecord], None],
     note: Callable[[str], None],
 ) -> None:
-    """Train whoever is chosen with every fresh seed, seed by seed; ``save`` takes each record as it grows.
+    """Train the chosen trials with every fresh seed, seed by seed; ``save`` takes each record as it grows.
 
     What was trained before is not trained again. A run that fails leaves None: its architecture cannot win.
     """

@@ -51,7 +51,7 @@ class History(Mapping[int, TrialRecord]):
         return (self._records[number] for number in reversed(self._numbers))
 
     def put(self, record: TrialRecord) -> bool:
-        """Take a record, new or changed; returns whether it says anything new."""
+        """Take a record, new or changed; returns whether anything is new."""
         number = record.number
         old = self._records.get(number)
         if old == record:

@@ -150,7 +150,7 @@ def speeds(model: HybridLM, setting: Setting) -> dict[str, float]:
 
         def write() -> float:
             decode = Decoder(model, state)
-            decode(ids_B)  # makes room in the caches, once for all tokens that follow
+            decode(ids_B)  # enlarges the caches, once for all tokens that follow
             return _timed(lambda: [decode(ids_B) for _ in range(_WRITTEN)], wait)
 
         writing = _median(write)
@@ -166,7 +166,7 @@ def _timed(call: Callable[[], Any], wait: Callable[[], None]) -> float:
 
 
 def _median(once: Callable[[], float]) -> float:
-    """Return the median of what a call says that it took [s], after a warm-up."""
+    """Return the median of the times that a call returns [s], after a warm-up."""
     began = time.perf_counter()
     while time.perf_counter() - began < _WARM_SECONDS:
         once()

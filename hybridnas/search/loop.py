@@ -39,7 +39,7 @@ WAIT_SECONDS = 0.2  # between looks at what other workers have finished
 
 
 class Listener:
-    """What the loop says while it runs; the methods do nothing."""
+    """Receives the events of the loop; the methods do nothing."""
 
     def started(self, record: TrialRecord, tokens: int, why: str) -> None:
         """A trial begins to train in this process."""

@@ -49,7 +49,7 @@ def replay(
     out: Path | None = None,
     device: str = "auto",
     callbacks: Iterable[Callback] = (),
-    news: Callable[[str], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Replay:
     """Train a trial's architecture again with the study's seed, data and settings, up to where the trial ended.
 
@@ -71,8 +71,8 @@ def replay(
             f"study {study} was searched on other data than {source.describe()!r} is now: its losses cannot come out "
             f"again; bring back the files that it read"
         )
-    if news is not None:
-        news(
+    if note is not None:
+        note(
             f"trial {number}, {record.pattern}, {record.tokens:,} tokens; recorded on {meta.get('machine', 'unknown')}"
         )
     budget = Budget.from_dict(identity["budget"])

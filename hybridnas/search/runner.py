@@ -103,7 +103,7 @@ class Search:
             folder = Path(self.config.runs).expanduser() / self.config.name
             raise StudyError(
                 f"study folder {folder}: {error.filename or 'a file'} cannot be written or read "
-                f"({error.strerror or error}); make room or permission and run the same command again, "
+                f"({error.strerror or error}); free space or change permissions and run the same command again, "
                 f"nothing already recorded is lost",
                 field="runs",
                 got=str(error.filename or folder),
@@ -249,7 +249,7 @@ class Search:
 
 
 class _Emitter(Listener):
-    """Hands what the loop says to the callbacks."""
+    """Hands the events of the loop to the callbacks."""
 
     def __init__(self, callbacks: StudyCallback, folder: Path) -> None:
         self.callbacks, self.folder = callbacks, folder
@@ -268,7 +268,7 @@ class _Emitter(Listener):
 
 
 class _Log(StudyCallback):
-    """Writes what a search says to the logger ``hybridnas.search``."""
+    """Writes the notes of a search, and one line for each trial, to the logger ``hybridnas.search``."""
 
     def on_trial_end(self, event: TrialEnded) -> None:
         record = event.record

@@ -39,7 +39,7 @@ log = logging.getLogger("hybridnas.search")
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a search is told, read and checked before any folder is made."""
+    """The settings of a search, read and checked before any folder is made."""
 
     config: SearchConfig
     space: Space
@@ -151,9 +151,9 @@ def _enter(folder: StudyFolder, config: SearchConfig, orders: Orders | None, ela
     stored = folder.open(config.identity(), facts, shared=config.worker != "off")
     if stored.get("storage", place) != place:
         folder.close()
-        words = "give storage=URL or storage=env" if place == "folder" else "leave storage= out"
+        advice = "give storage=URL or storage=env" if place == "folder" else "leave storage= out"
         raise StudyError(
-            f"study folder {folder.path} is of a study whose records lie in the {stored['storage']}; {words}, or "
+            f"study folder {folder.path} is of a study whose records lie in the {stored['storage']}; {advice}, or "
             f"choose study=NEWNAME",
             field="storage",
             got=place,

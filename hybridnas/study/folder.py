@@ -49,7 +49,7 @@ class StudyFolder:
     def open(self, identity: Mapping[str, Any], facts: Mapping[str, Any], *, shared: bool = False) -> dict[str, Any]:
         """Create or reopen the folder; raises StudyError when it is busy or holds a study of something else.
 
-        ``shared``: other workers, each its own command, may be in it, too; nobody else may.
+        ``shared``: other workers, each its own command, may be in it, too; no other process may.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ class StudyFolder:
         return next((self.path / "trials").iterdir(), None) is not None
 
     def add_facts(self, meta: dict[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Write facts that are known only after opening; raises StudyError when a stored one says otherwise."""
+        """Write facts that are known only after opening; raises StudyError when a stored one differs."""
         for name, value in facts.items():
             if meta.get(name, value) != value:
                 raise StudyError(
@@ -222,7 +222,7 @@ class Difference:
 def first_difference(stored: Any, asked: Any, where: str = "") -> Difference:
     """Return the first setting, the deepest one, in which stored settings differ from those that are asked for."""
     if isinstance(stored, Mapping) and isinstance(asked, Mapping):
-        for key in sorted({**stored, **asked}, key="name".__ne__):  # what things are called says most, so it is first
+        for key in sorted({**stored, **asked}, key="name".__ne__):  # a name tells most, so it comes first
             place = f"{where}.{key}" if where else str(key)
             if key not in stored or key not in asked:
                 return Difference(place, stored.get(key), asked.get(key))

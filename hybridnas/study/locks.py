@@ -17,7 +17,7 @@ from hybridnas.files import lock_file
 
 
 class FileLock:
-    """A lock on a path. The file exists while somebody holds the lock, or after its holder has died."""
+    """A lock on a path. The file exists while it is held, or after its holder has died."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -102,10 +102,10 @@ def excess(limits: Mapping[str, float], values: Mapping[str, float]) -> dict[str
 
 
 def violation(limits: Mapping[str, float], values: Mapping[str, float]) -> str | None:
-    """Return the sentence that says which limits are passed, or None."""
+    """Return which limits are passed, as a sentence, or None."""
     over = [name for name, amount in excess(limits, values).items() if amount > 0]
-    words = [f"{LIMITS[name]}={values[LIMITS[name]]:,.6g} is above {name}={limits[name]:,.6g}" for name in over]
-    return " and ".join(words) or None
+    found = [f"{LIMITS[name]}={values[LIMITS[name]]:,.6g} is above {name}={limits[name]:,.6g}" for name in over]
+    return " and ".join(found) or None
 
 
 def of_eval(names: Sequence[str], known: Mapping[str, float], entry: Mapping[str, Any]) -> dict[str, float]:

@@ -54,7 +54,7 @@ class TrialRecord:
     duplicate_of: int | None = None  # number of the trial whose result is reused
     objectives: Mapping[str, float] = field(default_factory=dict)  # asked for, in their order and directions
     figures: Mapping[str, float] = field(default_factory=dict)  # measured here, and state_bytes as asked for
-    violation: str | None = None  # which limit a baseline passes: it is trained as a yardstick and cannot win
+    violation: str | None = None  # which limit a preset passes: it is trained for comparison and cannot win
     confirmed: Mapping[str, float | None] = field(default_factory=dict)  # fresh seed -> result at full length
     legs: Sequence[Sequence[float]] = field(
         default_factory=list
@@ -114,7 +114,7 @@ def reference_of(study: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyMeta:
-    """What the report says about a study besides its trials; everything but the name may stay unknown."""
+    """What the report shows of a study besides its trials; everything but the name may stay unknown."""
 
     name: str
     space: str = ""
@@ -184,8 +184,12 @@ def read_record(folder: Path | str) -> TrialRecord:
     except FileNotFoundError:
         raise StudyError(f"{path} is missing; the trial has not finished") from None
     except (OSError, ValueError, TypeError, AttributeError, StudyError) as error:
-        words = "it is not whole JSON" if isinstance(error, ValueError) else str(error)
-        raise StudyError(f"{path} cannot be read ({words}); delete it to have the trial run again") from None
+        why = "it is not whole JSON" if isinstance(error, ValueError) else str(error)
+        raise StudyError(
+            f"{path} cannot be read ({why}); put back a copy of it, without one the study goes on without this trial",
+            field="record",
+            got=str(path),
+        ) from None
     return record if record.curve else dataclasses.replace(record, curve=read_curve(folder))
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import hybridnas
 from hybridnas.arch.presets import DEFAULT_BASELINES as BASELINES
 from hybridnas.cli import run as run_cli
-from hybridnas.errors import ConfigError
+from hybridnas.errors import ConfigError, StudyError
 from hybridnas.search.replay import replay
 from hybridnas.search.storage.database import Database, database_url, read_database
 from hybridnas.search.storage.folder_store import LEASES
@@ -181,6 +182,9 @@ def test_no_password_is_in_any_file_or_word(survived, server, capsys, tmp_path, 
     assert (tmp_path / "told/mlflow.db").is_file()
     assert "storage=postgresql+psycopg://***@127.0.0.1" in (tmp_path / "told/study.json").read_text()
     assert_untold(tmp_path, done.stdout + done.stderr)
+    with pytest.raises(StudyError) as caught:  # its records lie in the database
+        hybridnas.load_study(tmp_path / "told").run()
+    assert (caught.value.field, caught.value.got, caught.value.allowed) == ("storage", "folder", "database")
 
 
 def test_a_database_that_refuses_or_is_not_there_is_one_sentence_without_the_password(server, tmp_path, capsys):

@@ -284,7 +284,9 @@ def test_workers_that_cannot_start_are_not_started_for_ever(tmp_path, tiny, caps
     broken = {**os.environ, "PYTHONPATH": "/absent", "PYTHONHOME": "/absent"}
     monkeypatch.setattr(workers, "environment", lambda config, number: broken)
     assert run_cli(["search", "budget=smoke", f"runs={tmp_path}", "study=demo", *tiny, "n_trials=1", "workers=2"]) == 2
-    assert re.search(r"StudyError: workers cannot start \(.*\); the last one said: .* \(see ", capsys.readouterr().err)
+    assert re.search(
+        r"StudyError: workers cannot start \(.*\); their log ends with: .* \(see ", capsys.readouterr().err
+    )
 
 
 def test_a_shared_folder_is_joined_without_a_parent_and_its_last_worker_reports(tmp_path, tiny):

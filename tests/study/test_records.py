@@ -47,7 +47,7 @@ def test_a_damaged_record_is_skipped_with_one_sentence_and_the_others_stay(tmp_p
     assert len(warnings) == 1
     assert words in warnings[0]
     assert "0001" in warnings[0]
-    with pytest.raises(StudyError, match="delete it to have the trial run again"):
+    with pytest.raises(StudyError, match="put back a copy of it"):
         read_record(broken.parent)
 
 

@@ -18,7 +18,7 @@ Scores = Mapping[int, Mapping[int, float]]  # rung -> candidate -> score; all ru
 def next_promotion(scores_by_rung: Scores, reduction: int, skip: Collection[int] = ()) -> int | None:
     """Return the candidate to train on next, from the highest rung that has one, or None.
 
-    Every rung is a key, also where nothing has reached it yet; nobody is promoted from the last. ``skip``: candidates
+    Every rung is a key, also where nothing has reached it yet; none is promoted from the last. ``skip``: candidates
     that count in their rungs but cannot be promoted: those that train at this moment, or have failed since.
     """
     rungs = sorted(scores_by_rung)
@@ -48,13 +48,13 @@ def may_return(scores_by_rung: Scores, reduction: int, to_come: int) -> list[int
     """Return the paused candidates that could still be promoted when ``to_come`` candidates will yet be drawn.
 
     Best chance first: at each rung, those whose rank would be among the best ``1/reduction`` even if all that may yet
-    arrive there did, and were worse. All others are lost for good, so nobody needs their checkpoints.
+    arrive there did, and were worse. No other can be promoted any more, so their checkpoints are not needed.
     """
     found: list[tuple[float, int]] = []
     for rung, above in pairwise(sorted(scores_by_rung)):
         scores = scores_by_rung[rung]
-        room = (len(scores) + to_come) // reduction
-        hopeful = [number for number in ranked(scores)[:room] if number not in scores_by_rung[above]]
-        found += [(place / room, number) for place, number in enumerate(hopeful)]
+        places = (len(scores) + to_come) // reduction
+        hopeful = [number for number in ranked(scores)[:places] if number not in scores_by_rung[above]]
+        found += [(place / places, number) for place, number in enumerate(hopeful)]
         to_come += len(hopeful)  # they may reach the next rung, too
     return [number for _, number in sorted(found)]

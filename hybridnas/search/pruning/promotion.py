@@ -48,6 +48,6 @@ class Ladder:
         return next(iter(halving.ranked(highest)), None)
 
     def hopeful(self, history: History) -> list[int]:
-        """Return the paused candidates whose checkpoints are worth their room, at most KEPT_PAUSED."""
+        """Return the paused candidates whose checkpoints are worth keeping, at most KEPT_PAUSED."""
         to_come = max(0, self.n_trials - history.finished)
         return halving.may_return(history.scores, self.reduction, to_come)[:KEPT_PAUSED]

@@ -90,7 +90,7 @@ class OptunaView:
         """Return a record as a trial of Optuna; a failed one for None.
 
         ``at``: training tokens of the intermediate values, by default the rungs. ``live``: a trial that trains is shown
-        as running also where it was paused before; a sampler is better told what it had reached then.
+        as running also where it was paused before; a sampler is given what it had reached then.
         """
         import optuna
         from optuna.trial import TrialState

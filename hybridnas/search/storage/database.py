@@ -418,12 +418,12 @@ class SqlStore:
         return held
 
     def close(self) -> None:
-        """Give back what is not finished, so that no worker waits for this one's silence."""
+        """Give back what is not finished, so that no worker waits until this one's heartbeat runs out."""
         self._stop.set()
         self._heart.join()
         self.database.patience = 0.0
         for number in list(self._held):
-            with contextlib.suppress(Exception):  # the database is away: then silence says it
+            with contextlib.suppress(Exception):  # the database is away: then the heartbeat runs out
                 self.release(number)
         self.local.close()
         self.database.close()
@@ -475,14 +475,14 @@ def rows(connection: Connection, sql: str, values: Mapping[str, Any]) -> list[An
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether an error says that the server is away."""
+    """Whether an error means that the server is away."""
     from sqlalchemy.exc import InterfaceError, OperationalError
 
     return isinstance(error, (OperationalError, InterfaceError))
 
 
 def reason(error: BaseException, url: str) -> str:
-    """Return the first line of what a database said, without the password."""
+    """Return the first line of a database error, without the password."""
     from urllib.parse import unquote
 
     while error.__cause__ is not None:

@@ -121,12 +121,12 @@ class FolderStore:
 
 
 def lease(folder: Path, number: int) -> Path:
-    """Return the file whose lock says that a process works on the trial."""
+    """Return the file whose lock is held while a process works on the trial."""
     return folder / LEASES / f"trial-{number:04d}"
 
 
 def _where(path: Path) -> str:
-    """Return who holds a lease in words, empty where nobody does."""
+    """Return which process holds a lease, as text; empty where none does."""
     if not is_held(path):
         return ""
     note = FileLock(path).note()

@@ -1,11 +1,10 @@
-"""Joining a study that others began: its settings come from where it lies, and ours may say nothing else."""
+"""Joining a study that others began: its settings come from where it lies, and ours may not differ from them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+from hybridnas.config import flatten, plain
 from hybridnas.errors import StudyError
 from hybridnas.search.config import Budget, SearchConfig
 from hybridnas.search.storage.database import Database, database_url
@@ -17,7 +16,7 @@ OWN = ("study", "runs", "tracking", "device", "worker", "heartbeat", "storage") 
 def joined(asked: SearchConfig, usual: SearchConfig) -> SearchConfig:
     """Return the settings with which to work on the stored study that ``asked`` names.
 
-    ``usual`` are the settings of a command that says nothing: where ``asked`` differs from them, the stored study must
+    ``usual`` are the settings of a command without arguments: where ``asked`` differs from them, the stored study must
     agree. Raises StudyError with the difference, or where there is no such study.
     """
     url = database_url(asked.storage)
@@ -30,9 +29,9 @@ def joined(asked: SearchConfig, usual: SearchConfig) -> SearchConfig:
         finally:
             database.close()
     identity = card["identity"]
-    stored = dict(_flat(identity))
-    ordinary = dict(_flat(usual.identity()))
-    for key, value in _flat(asked.identity()):
+    stored = flatten(identity)
+    ordinary = flatten(plain(usual.identity()))
+    for key, value in flatten(plain(asked.identity())).items():
         if value != ordinary.get(key) and value != stored.get(key):
             raise StudyError(
                 f"study {asked.name!r} has {key}={stored.get(key)!r}, this worker was given {value!r}; leave the "
@@ -46,11 +45,3 @@ def joined(asked: SearchConfig, usual: SearchConfig) -> SearchConfig:
     rest = {key: value for key, value in identity.items() if key != "budget"}
     own = {key: getattr(asked, key) for key in OWN}
     return SearchConfig.from_dict({**rest, **own, "budget": budget})
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, list(value) if isinstance(value, tuple) else value

@@ -2,7 +2,7 @@
 
 A store keeps one record for each trial. Of several workers, one at a time decides what comes next (:meth:`deciding`)
 and begins a trial: it writes a record in state RUNNING, and holds the trial until its record is final. A trial whose
-record is RUNNING and that nobody holds was interrupted; any worker may take it over.
+record is RUNNING and that no process holds was interrupted; any worker may take it over.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from hybridnas.study.records import TrialRecord
 
 
 class _Sender(Listener):
-    """Sends what the loop says to the parent, which reads records from the store itself."""
+    """Sends the events of the loop to the parent, which reads records from the store itself."""
 
     def __init__(self, answers: IO[str]) -> None:
         self.answers = answers

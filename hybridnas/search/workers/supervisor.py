@@ -166,7 +166,9 @@ class Supervisor:
             self.stillborn += not worker.ready
             if self.stillborn >= STILLBORN:
                 last = worker.log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing"]
-                self._fail(StudyError(f"workers cannot start ({how}); the last one said: {last[0]} (see {worker.log})"))
+                self._fail(
+                    StudyError(f"workers cannot start ({how}); their log ends with: {last[0]} (see {worker.log})")
+                )
                 return
             self.callbacks.on_note(
                 f"worker {worker.number} died ({how}); another takes its place and goes on from its trial's checkpoint"
@@ -208,7 +210,7 @@ class Supervisor:
 
 
 def threads_each(workers: int) -> int:
-    """Return how many threads a worker computes with: the processor divided, or what OMP_NUM_THREADS says if less."""
+    """Return how many threads a worker computes with: the processor divided, or OMP_NUM_THREADS if less."""
     from hybridnas.hardware import usable_cores
 
     cores = usable_cores()
