@@ -43,8 +43,8 @@ def scores(points: Mapping[K, Point]) -> dict[K, float]:
     """
     found: dict[K, float] = {}
     for rank, front in enumerate(fronts(points)):
-        lonely = crowding({key: points[key] for key in front})
-        for place, key in enumerate(sorted(front, key=lambda key: -lonely[key])):
+        distance = crowding({key: points[key] for key in front})
+        for place, key in enumerate(sorted(front, key=lambda key: -distance[key])):
             found[key] = rank + place / (len(front) + 1)
     return {key: found[key] for key in points}
 

@@ -84,7 +84,7 @@ def _calls(form: Form, shortest: float, clock: Callable[[], float], settle: Call
 
 
 def _sample(form: Form, calls: int, clock: Callable[[], float], settle: Callable[[], None] | None) -> float:
-    said = 0.0
+    reported = 0.0
     own = False
     if settle is not None:
         settle()
@@ -92,10 +92,10 @@ def _sample(form: Form, calls: int, clock: Callable[[], float], settle: Callable
     for _ in range(calls):
         seconds = form.run()
         if seconds is not None:
-            own, said = True, said + seconds
+            own, reported = True, reported + seconds
     if settle is not None:
         settle()
-    return (said if own else clock() - began) / calls
+    return (reported if own else clock() - began) / calls
 
 
 def ratios(of: Sequence[float], over: Sequence[float]) -> list[float]:

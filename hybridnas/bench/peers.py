@@ -37,7 +37,7 @@ def load(module: str) -> Any:
 
 
 def load_quietly(module: str) -> Any:
-    """Return a module of transformers, whose advice to install CUDA packages is no news to a benchmark."""
+    """Return a module of transformers, without its advice to install CUDA packages."""
     load("transformers.utils.logging").set_verbosity_error()
     return load(module)
 

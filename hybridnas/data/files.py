@@ -96,11 +96,11 @@ class FileCorpus:
                 yield raw
 
     def _stamp(self) -> str:
-        told = [self._settings()]
+        listed = [self._settings()]
         for path, _ in self.files:
             stat = path.stat()
-            told.append([str(path.absolute()), stat.st_size, stat.st_mtime_ns])
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+            listed.append([str(path.absolute()), stat.st_size, stat.st_mtime_ns])
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def _settings(self) -> list[Any]:
         config = self._config

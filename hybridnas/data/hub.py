@@ -43,8 +43,8 @@ def spool(config: DataConfig) -> Path:
             building = temporary(folder)
             building.mkdir(parents=True)
             try:
-                told = _stream(config, building / file.name, limit)
-                write_json(building / "meta.json", {**told, "dataset": key})
+                counts = _stream(config, building / file.name, limit)
+                write_json(building / "meta.json", {**counts, "dataset": key})
                 publish_folder(building, folder)
             finally:
                 remove(building)

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what was fetched before needs no network, and a missing network is said at once."""
+"""The Hugging Face hub: what was fetched before needs no network, and a missing network is an error at once."""
 
 from __future__ import annotations
 

@@ -92,18 +92,18 @@ def load_shards(folder: Path) -> Shards | None:
     dtype = np.dtype(meta["dtype"])
     sides = {}
     for name in SPLITS:
-        told = meta["splits"][name]
+        counts = meta["splits"][name]
         ids = np.asarray(np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r"))
-        sides[name] = Split(ids, int(told["bytes"]), int(told["documents"]))
+        sides[name] = Split(ids, int(counts["bytes"]), int(counts["documents"]))
     return Shards(sides["train"], sides["valid"], load_tokenizer(folder), str(meta["fingerprint"]))
 
 
 def _files_agree(folder: Path, meta: dict[str, Any]) -> bool:
-    for name, told in meta["files"].items():
+    for name, stored in meta["files"].items():
         file = folder / name
-        if not file.is_file() or file.stat().st_size != told["size"]:
+        if not file.is_file() or file.stat().st_size != stored["size"]:
             return False
-        if told["size"] <= CHECKED_BYTES and _sha256(file) != told["sha256"]:
+        if stored["size"] <= CHECKED_BYTES and _sha256(file) != stored["sha256"]:
             return False
     return True
 
@@ -176,7 +176,7 @@ def _write_ids(
     tokenizer: Tokenizer,
     dtype: np.dtype[Any],
 ) -> dict[str, dict[str, int]]:
-    told = {name: {"tokens": 0, "bytes": 0, "documents": 0} for name in SPLITS}
+    totals = {name: {"tokens": 0, "bytes": 0, "documents": 0} for name in SPLITS}
     end: Ids = np.array([tokenizer.separator], dtype=dtype)
     done, first = 0, 0
     with (
@@ -189,14 +189,14 @@ def _write_ids(
             for index, (document, ids) in enumerate(zip(documents, encoded, strict=True), start=first):
                 name, handle = ("valid", valid) if held_out[index] else ("train", train)
                 handle.write(ids.astype(dtype, copy=False).tobytes() + end.tobytes())
-                counts = told[name]
+                counts = totals[name]
                 counts["tokens"] += len(ids) + 1
                 counts["bytes"] += len(document) + 1
                 counts["documents"] += 1
                 done += len(document)
             first += len(documents)
             report(done)
-    return told
+    return totals
 
 
 def _batches(documents: Iterator[bytes]) -> Iterator[list[bytes]]:

@@ -161,7 +161,7 @@ class FastTokenizer(Tokenizer):
 
 
 class StreamDecoder:
-    """Text of ids that arrive one by one: prints whole characters only, and nothing is lost or said twice.
+    """Text of ids that arrive one by one: prints whole characters only, and nothing is lost or printed twice.
 
     The pieces of ``push`` and the rest from ``finish`` join to ``tokenizer.decode`` of all ids.
     """

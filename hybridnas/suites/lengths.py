@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 TOKENS_PER_LENGTH = 1 << 22  # read at one length, unless that is fewer than LEAST or more than MOST examples
 LEAST, MOST = 8, 512  # examples
 CHUNK_TOKENS = 1 << 15  # of all sequences of a batch together: what is held at a time
-PATIENCE = 300.0  # seconds that one length may take; what would take longer is said, not run
+PATIENCE = 300.0  # seconds that one length may take; what would take longer is reported, not run
 _IDS = 1 << 20  # ids that exist at a time: beside the state, the text itself is all that grows with the length
 _MASK = 1 << 26  # places of attention's mask, a chunk's queries times all keys, that exist at a time
 _CACHE_COPIES = 3  # keys and values as they were, as they become, and one layer's mask and scores

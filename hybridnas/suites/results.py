@@ -187,10 +187,10 @@ def table(rows: Sequence[Row], suite: Suite) -> tuple[list[str], list[list[str]]
         cells = [*(_shown(own.get(c), suite) for c in columns), *mean, *("-" for _ in others)]
         lines.append([model, *cells, _words(by_model[model], suite)])
     for row in suite.published:
-        said = [_printed(row.values.get(c), suite) for c in columns]
+        cells = [_printed(row.values.get(c), suite) for c in columns]
         more = [f"{row.values[c]:g}" if c in row.values else "-" for c in others]
         mean = [_printed(row.values.get("average"), suite)] if average else []
-        lines.append([f"{row.model} [published]", *said, *mean, *more, f"{row.source}; {row.settings}"])
+        lines.append([f"{row.model} [published]", *cells, *mean, *more, f"{row.source}; {row.settings}"])
     return ["model", *columns, *average, *others, "settings"], lines
 
 
@@ -201,8 +201,8 @@ def length_table(rows: Sequence[LengthRow], suite: Suite) -> tuple[list[str], li
     lines = []
     for model, task, seed in dict.fromkeys((row.model, row.task, row.seed) for row in rows):
         own = {row.length: row for row in rows if (row.model, row.task, row.seed) == (model, task, seed)}
-        said = [length_words(own[length]) if length in own else "-" for length in lengths]
-        lines.append([model, *said, f"ours: {task}, seed {seed}"])
+        cells = [length_words(own[length]) if length in own else "-" for length in lengths]
+        lines.append([model, *cells, f"ours: {task}, seed {seed}"])
     for row in suite.published:
         figures = [f"{row.values[name]:g}" if name in row.values else "-" for name in names]
         lines.append([f"{row.model} [published]", *figures, f"{row.source}; {row.settings}"])
@@ -256,8 +256,8 @@ def _words(rows: Sequence[Row], suite: Suite) -> str:
     rates = sorted({row.lr for row in chosen})
     seeds = len({row.seed for row in chosen})
     failed = sum(row.status == "failed" for row in rows)
-    said = f"ours: lr {'/'.join(f'{rate:g}' for rate in rates) or '-'}, {seeds} seed{'s' * (seeds != 1)}"
-    return said + (f", {failed} of {len(rows)} runs failed" if failed else "")
+    source = f"ours: lr {'/'.join(f'{rate:g}' for rate in rates) or '-'}, {seeds} seed{'s' * (seeds != 1)}"
+    return source + (f", {failed} of {len(rows)} runs failed" if failed else "")
 
 
 def _of(value: float | None) -> float:

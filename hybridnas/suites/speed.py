@@ -35,7 +35,7 @@ def points(curves: Sequence[CurveRow], row: Row) -> list[tuple[float, float]]:
 
 
 def table(rows: Sequence[Row], curves: Sequence[CurveRow], suite: Suite) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows of text: final losses and the share of the baseline's steps, all seeds told."""
+    """Return columns and rows of text: final losses and the share of the baseline's steps, one entry for each seed."""
     found = shares(rows, curves, suite)
     chosen = [row for row in choose(rows, suite) if row.chosen and row.valid_loss is not None]
     lines = []

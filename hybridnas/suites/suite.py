@@ -39,9 +39,9 @@ class Task:
     @property
     def digest(self) -> str:
         """Eight hex digits of all that makes two trainings comparable: data and schedule."""
-        said = {"data": dict(self.data), "train": dict(self.train), "per_active": self.tokens_per_active}
-        said |= {"measurements": self.measurements} if self.measurements else {}
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
+        identity = {"data": dict(self.data), "train": dict(self.train), "per_active": self.tokens_per_active}
+        identity |= {"measurements": self.measurements} if self.measurements else {}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True, kw_only=True)
