@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -70,8 +71,10 @@ def lock_file(file: IO[Any], *, wait: bool = True, shared: bool = False) -> bool
                     return False
                 time.sleep(_POLL_SECONDS)
     else:
-        import fcntl
-
+        try:
+            import fcntl
+        except ImportError as error:  # a Python without it, as on WebAssembly
+            raise OSError(errno.ENOSYS, "this system has no file locks") from error
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
