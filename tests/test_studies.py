@@ -256,3 +256,16 @@ def test_records_of_version_0_1_keep_what_they_say():
         assert {key: values[key] for key in stored[record.number] if key != "curve"} == {
             key: value for key, value in stored[record.number].items() if key != "curve"
         }
+
+
+def test_events_of_workers_reach_the_callbacks_of_the_command(settings):
+    events = Events()
+    made = hybridnas.create_study("mamba_moe", name="two", **{**settings, "n_trials": 6, "workers": 2})
+    assert made.run([events]).ended == "completed"
+    assert (events.names[0], events.names[-1]) == ("study_start", "study_end completed")
+    assert sorted(record.number for record in events.ended) == [trial.number for trial in made.trials]
+    assert events.names.count("trial_eval") == sum(
+        len(trial.curve) for trial in made.trials if not trial.record.duplicate_of
+    )
+    trained = [trial for trial in made.trials if trial.state in ("COMPLETE", "PRUNED")]
+    assert events.names.count("trial_start") >= len(trained) == 6

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hybridnas.config import MAX_SEED, FrozenConfig, option
 from hybridnas.data.source import source_config
-from hybridnas.errors import ConfigError
+from hybridnas.errors import ConfigError, suggest
 from hybridnas.study.objectives import LIMITS, read_objectives, wants_hardware
 from hybridnas.train.config import TrainConfig
 
@@ -22,6 +22,21 @@ PRUNERS = ("halving", "hyperband", "none")
 USUAL_SAMPLER = "evolution"  # fewest tokens to the best 1 % of the table: python -m hybridnas.bench samplers
 # Of a budget, what may change when a study goes on.
 LIMITS_OF_A_CALL = ("n_trials", "minutes", "max_tokens", "name", "confirm", "confirm_top", "confirm_seeds")
+
+
+def check_sampler(name: str, objectives: Sequence[str]) -> None:
+    """Raise ConfigError for an unknown sampler, and for evolution with several objectives."""
+    if name not in SAMPLERS:
+        raise ConfigError(
+            f"search sampler={name!r} is unknown{suggest(name, SAMPLERS)}", field="sampler", got=name, allowed=SAMPLERS
+        )
+    if name == "evolution" and len(objectives) > 1:
+        raise ConfigError(
+            "search sampler=evolution looks for one objective; with several take nsga2 or tpe",
+            field="sampler",
+            got=name,
+            allowed=("nsga2", "tpe"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +187,7 @@ class SearchConfig(FrozenConfig):
         read_objectives(self.objectives)
         if self.sampler == "auto":
             object.__setattr__(self, "sampler", USUAL_SAMPLER if len(self.objectives) == 1 else "tpe")
+        check_sampler(self.sampler, self.objectives)
         if len(self.objectives) > 1 and self.pruner == "hyperband":
             raise ConfigError(
                 "search pruner=hyperband cannot prune by several objectives, Optuna takes no reports of them; "

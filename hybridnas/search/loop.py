@@ -264,20 +264,21 @@ class Loop:
         """Raise where nothing has worked so far: then it is the settings, not the candidates."""
         if not self.give_up or len(self.history) < HOPELESS or last.state not in (FAIL, INFEASIBLE):
             return
-        states = {record.state for record in self.history.values()}
-        if not states <= {FAIL, INFEASIBLE}:
+        ended = [record for record in self.history.ordered() if record.state != RUNNING]
+        states = {record.state for record in ended}
+        if len(ended) < HOPELESS or not states <= {FAIL, INFEASIBLE}:
             return
         if FAIL in states:
-            why = next(record.reason for record in self.history.newest() if record.state == FAIL)
+            why = next(record.reason for record in reversed(ended) if record.state == FAIL)
             raise TrainingError(
-                f"the first {len(self.history)} trials all failed, the last one because: {why}; "
+                f"the first {len(ended)} trials all failed, the last one because: {why}; "
                 f"change the budget (a lower budget.lr, a smaller budget.batch_size) and choose study=NEWNAME",
                 field="budget",
                 got=why,
             )
-        if self.plan.presets or len(self.history) >= MAX_DRAWS_PER_TRIAL:
+        if self.plan.presets or len(ended) >= MAX_DRAWS_PER_TRIAL:
             raise MatchError(
-                f"the first {len(self.history)} candidates are all infeasible, the last one because: {last.reason}; "
+                f"the first {len(ended)} candidates are all infeasible, the last one because: {last.reason}; "
                 f"change the budget (budget.active_params, budget.multiple) or the space, and choose study=NEWNAME",
                 field="budget",
                 got=last.reason,

@@ -89,6 +89,7 @@ def test_crowding_is_the_sum_of_the_gaps_around_a_point():
         (["confirm_top=0"], "confirm_top", 0),
         (["confirm=maybe"], "confirm", "maybe"),
         (["objectives=[val_loss,params]", "pruner=hyperband"], "pruner", "hyperband"),
+        (["objectives=[val_loss,params]", "pruner=halving", "sampler=evolution"], "sampler", "evolution"),
     ],
 )
 def test_nonsense_is_refused_before_a_folder_is_made(tmp_path, tiny, settings, field, got):

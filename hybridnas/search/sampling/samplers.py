@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hybridnas.errors import ConfigError, suggest
-from hybridnas.search.config import SAMPLERS
+from hybridnas.search.config import check_sampler
 
 if TYPE_CHECKING:
     from hybridnas.search.plan import Plan
@@ -20,18 +19,8 @@ def make_sampler(plan: Plan) -> Sampler:
     Raises ConfigError for an unknown name, several objectives with evolution, or a package that is missing.
     """
     name, candidates, seed = plan.sampler, plan.candidates, plan.seed
-    if name not in SAMPLERS:
-        raise ConfigError(
-            f"search sampler={name!r} is unknown{suggest(name, SAMPLERS)}", field="sampler", got=name, allowed=SAMPLERS
-        )
+    check_sampler(name, plan.objectives)
     if name == "evolution":
-        if len(plan.objectives) > 1:
-            raise ConfigError(
-                "search sampler=evolution looks for one objective; with several take nsga2 or tpe",
-                field="sampler",
-                got=name,
-                allowed=("nsga2", "tpe"),
-            )
         from hybridnas.search.sampling.evolution import Evolution
 
         return Evolution(candidates, seed)
