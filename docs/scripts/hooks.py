@@ -35,14 +35,20 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def _code(path: str) -> str:
+    """Return a Python file of the repository as a fenced block."""
+    return f"```python\n{(ROOT / path).read_text(encoding='utf-8').rstrip()}\n```"
+
+
 def _links(text: str, depth: str) -> str:
     """Return Markdown of the repository's root with its links into ``docs/`` made relative to the site."""
     return text.replace("](docs/", f"]({depth}")
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Put drawings in the place of ``{{ import_matrix }}``, ``{{ rungs }}`` and ``{{ draw PATTERN }}``."""
+    """Put drawings and code in the place of ``{{ import_matrix }}``, ``{{ rungs }}``, ``{{ draw X }}``, ``{{ file X }}``."""
     markdown = markdown.replace("{{ import_matrix }}", diagram.import_matrix()).replace("{{ rungs }}", diagram.rungs())
+    markdown = re.sub(r"\{\{ file (\S+) \}\}", lambda match: _code(match[1]), markdown)
     return re.sub(r"\{\{ draw (\S+) \}\}", lambda match: diagram.drawing(match[1]), markdown)
 
 
