@@ -46,7 +46,7 @@ def _links(text: str, depth: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Put drawings and code in the place of ``{{ import_matrix }}``, ``{{ rungs }}``, ``{{ draw X }}``, ``{{ file X }}``."""
+    """Put drawings and files where ``{{ import_matrix }}``, ``{{ rungs }}``, ``{{ draw X }}``, ``{{ file X }}`` are."""
     markdown = markdown.replace("{{ import_matrix }}", diagram.import_matrix()).replace("{{ rungs }}", diagram.rungs())
     markdown = re.sub(r"\{\{ file (\S+) \}\}", lambda match: _code(match[1]), markdown)
     return re.sub(r"\{\{ draw (\S+) \}\}", lambda match: diagram.drawing(match[1]), markdown)
