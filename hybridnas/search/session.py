@@ -221,8 +221,12 @@ def _meta(
 
 def _command() -> str:
     """Return the command that runs this process; empty where it is no command of ours, such as a notebook."""
-    arguments = [shlex.quote(str(masked(argument))) for argument in sys.argv[1:]]
-    return " ".join(["python -m hybridnas.search", *arguments])
+    program, arguments = Path(sys.argv[0]), sys.argv[1:]
+    if program.stem == "hybridnas" or program.parts[-2:] == ("hybridnas", "__main__.py"):
+        arguments = arguments[1:]  # hybridnas search ...
+    elif program.parts[-3:] != ("hybridnas", "search", "__main__.py"):
+        return ""
+    return " ".join(["python -m hybridnas.search", *(shlex.quote(str(masked(argument))) for argument in arguments)])
 
 
 def _versions() -> dict[str, str]:
