@@ -92,7 +92,7 @@ def fields_table(config: type[FrozenConfig], prefix: str = "", skip: Iterable[st
                 code(f"{prefix}{field.name}"),
                 field.metadata.get("doc", ""),
                 default_of(field),
-                code(allowed_text(field)),
+                code(allowed_text(field).replace(" | ", ", ").replace("9.22337e+18", "2^63 - 1")),
                 "choice" if "group" in field.metadata else type_name(config.type_of(field.name)),
             )
         )
