@@ -313,6 +313,12 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Path):
         return str(value)
+    if type(value) in (int, float, bool):
+        return value
+    if isinstance(value, numbers.Integral):  # NumPy's numbers
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
     return value.value if isinstance(value, enum.Enum) else value
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import numbers
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hybridnas.arch.pattern import Parallel, Pattern, Slot, parse
-from hybridnas.config import FrozenConfig, option
+from hybridnas.config import FrozenConfig, option, plain
 from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError, suggest
 from hybridnas.layers.block import BlockConfig
@@ -330,4 +331,13 @@ def _distribute(pattern: Pattern, fields: Mapping[str, Any]) -> BlockFields:
                 allowed="a mapping",
             )
         given[key] = overlay(given[key], _current(key, value))
-    return tuple((letter, tuple(sorted(own.items()))) for letter, own in sorted(given.items()) if own)
+    return tuple(
+        (letter, tuple((key, _number(value)) for key, value in sorted(own.items())))
+        for letter, own in sorted(given.items())
+        if own
+    )
+
+
+def _number(value: Any) -> Any:
+    """Return NumPy's numbers as Python's, which JSON has; other values as they are."""
+    return plain(value) if isinstance(value, numbers.Number) else value

@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.pattern import parse
+from hybridnas.arch.presets import preset
 from hybridnas.cost import Cost
 from hybridnas.draw.table import describe_layers
 from hybridnas.errors import ConfigError
@@ -268,3 +270,12 @@ def test_a_renamed_field_is_read_by_its_former_name_and_keeps_its_fingerprint(ar
 )
 def test_fingerprints_are_those_of_version_0_1(pattern, fields, fingerprint):
     assert small(pattern, **fields).fingerprint() == fingerprint
+
+
+def test_numpys_numbers_are_those_of_python_wherever_a_size_is_given():
+    sizes = {"d_model": np.int64(32), "vocab_size": np.int32(64), "n_experts": np.int64(4)}
+    arch = Arch.from_pattern("ME", **sizes, E={"capacity_factor": np.float32(1.5)})
+    assert Arch.from_dict(json.loads(json.dumps(arch.to_dict()))) == arch
+    plain = Arch.from_pattern("ME", d_model=32, vocab_size=64, n_experts=4, E={"capacity_factor": 1.5})
+    assert (arch, arch.fingerprint()) == (plain, plain.fingerprint())
+    assert preset("mamba", d_model=np.int64(64), n_blocks=np.int64(2)) == preset("mamba", d_model=64, n_blocks=2)

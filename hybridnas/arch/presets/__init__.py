@@ -9,11 +9,12 @@ authors' code and is the default of the blocks.
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hybridnas.config import FrozenConfig, option
+from hybridnas.config import FrozenConfig, option, plain
 from hybridnas.errors import ConfigError, suggest
 from hybridnas.registry import Registry
 
@@ -113,14 +114,15 @@ def preset(name: str, **overrides: Any) -> Arch:
     entry = PRESETS.get(name)
     own = preset_arguments(name)
     for key, value in overrides.items():
-        if key in own and value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if key in own and value is not None and not (whole and value >= 1):
             raise ConfigError(
                 f"preset {name!r} {key}={value!r} must be a whole number of at least 1",
                 field=f"preset.{key}",
                 got=value,
                 allowed=">= 1",
             )
-    arch = entry.build(**{key: value for key, value in overrides.items() if key in own})
+    arch = entry.build(**{key: plain(value) for key, value in overrides.items() if key in own})
     rest = {key: value for key, value in overrides.items() if key not in own}
     if not rest:
         return arch
