@@ -409,6 +409,14 @@ def _experiment(client: Any, artifact_location: str | None) -> str:
             found = client.get_experiment_by_name(EXPERIMENT)  # another process made it in between
             if found is None:
                 raise
+    if found.lifecycle_stage == "deleted":
+        raise StudyError(
+            f"the experiment {EXPERIMENT!r} was deleted in MLflow; bring it back with "
+            f"'mlflow experiments restore --experiment-id {found.experiment_id}', or record elsewhere (tracking=URI)",
+            field="tracking",
+            got="deleted",
+            allowed="active",
+        )
     return str(found.experiment_id)
 
 

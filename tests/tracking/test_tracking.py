@@ -169,6 +169,20 @@ def test_a_database_that_is_no_database_costs_one_warning(tmp_path, caplog):
     assert "file is not a database" in caplog.text
 
 
+def test_a_deleted_experiment_costs_one_warning_that_says_how_to_restore_it(tmp_path, caplog):
+    record_one(tmp_path, 0, shared=False)
+    client, _ = runs_of(tmp_path / "s1")
+    experiment = client.get_experiment_by_name("hybridnas").experiment_id
+    client.delete_experiment(experiment)
+    with caplog.at_level(logging.WARNING, "hybridnas"), open_tracker(None, tmp_path / "s1", "s1", {}) as tracker:
+        tracker.start_trial(1, {}, TAGS)
+    assert tracker.off
+    assert len(caplog.records) == 1
+    assert f"mlflow experiments restore --experiment-id {experiment}" in caplog.text
+    client.restore_experiment(experiment)
+    record_one(tmp_path, 1, shared=False)
+
+
 def test_off_starts_nothing(tmp_path):
     with open_tracker("off", tmp_path, "s", {}) as tracker:
         tracker.start_trial(0, {}, TAGS)
