@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridnas.cli import show
 from hybridnas.cli.command import ARCH, DEVICE, PATTERN, Command, Done, group
-from hybridnas.cli.wanted import wanted_arch
+from hybridnas.cli.wanted import NONCAUSAL, wanted_arch
 from hybridnas.config import allowed_text, option, spell
 from hybridnas.units import human
 
@@ -45,6 +45,8 @@ def run(settings: Settings) -> Done:
         return Done({"presets": _presets(settings.seq_len)})
     found = {**facts(arch, settings.seq_len), "layers": _layers(arch, settings.seq_len)}
     found["implementations"] = _kernels(arch, settings.device)
+    if not arch.causal:
+        show.line(NONCAUSAL)
     if settings.out is not None:
         from hybridnas.draw.svg import draw_svg
 
@@ -58,6 +60,7 @@ def facts(arch: Arch, seq_len: int) -> dict[str, Any]:
     return {
         "pattern": str(arch.pattern),
         "fingerprint": arch.fingerprint(),
+        "causal": arch.causal,
         "d_model": arch.d_model,
         "vocab_size": arch.vocab_size,
         "seq_len": seq_len,

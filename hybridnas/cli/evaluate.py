@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridnas.cli import show
 from hybridnas.cli.command import ARCH, DEVICE, Command, Done, group
-from hybridnas.cli.wanted import model_folder, wanted_arch
+from hybridnas.cli.wanted import NONCAUSAL, model_folder, wanted_arch
 from hybridnas.config import option
 from hybridnas.errors import ConfigError
 
@@ -106,7 +106,7 @@ def run(settings: Settings) -> Done:
     if isinstance(facts.get("valid_loss"), float):
         rows.append(["loss recorded in training", f"{facts['valid_loss']:.4f}"])
     if not model.arch.causal:
-        show.line("this model sees later tokens: the loss depends on the batch and is no language model's")
+        show.line(NONCAUSAL)
     show.table("Validation", ["figure", "value"], rows)
     found = {name: getattr(score, name) for name in ("loss", "bits_per_byte", "accuracy", "tokens")}
     about = {"pattern": str(model.arch.pattern), "fingerprint": model.arch.fingerprint(), "data": source.describe()}

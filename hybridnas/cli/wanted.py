@@ -12,6 +12,8 @@ from hybridnas.errors import ConfigError, StudyError
 if TYPE_CHECKING:
     from hybridnas.arch.arch import Arch
 
+NONCAUSAL = "this model sees later tokens: its loss depends on the batch and is no language model's"
+
 
 def wanted_arch(
     preset: Mapping[str, Any] | None, pattern: str | None, arch: Mapping[str, Any], vocab_size: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -65,7 +66,8 @@ def replay(
         record = read_record(trial_folder(study, number))
     arch = rebuild(study, number)
     identity = meta["identity"]
-    source = open_source(source_config(identity["data"]))
+    with _standing_in(meta.get("directory")):
+        source = open_source(source_config(identity["data"]))
     if meta.get("data_fingerprint") not in (None, source.fingerprint):
         raise StudyError(
             f"study {study} was searched on other data than {source.describe()!r} is now: its losses cannot come out "
@@ -90,6 +92,18 @@ def replay(
             callbacks=[end, *callbacks],
         )
     return Replay(record, result.evals, folder)
+
+
+@contextlib.contextmanager
+def _standing_in(directory: str | None) -> Iterator[None]:
+    """Change to the folder in which the study was begun, where it still exists: its data's paths may be relative."""
+    before = Path.cwd()
+    if directory is not None and Path(directory).is_dir():
+        os.chdir(directory)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 @contextlib.contextmanager

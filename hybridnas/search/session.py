@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridnas.data import open_source, source_config
-from hybridnas.errors import StudyError
+from hybridnas.errors import ConfigError, StudyError
 from hybridnas.hardware import describe_machine, pick_device
 from hybridnas.search.config import SearchConfig
 from hybridnas.search.plan import Plan
@@ -31,6 +31,7 @@ from hybridnas.tracking.secrets import masked
 from hybridnas.train.callbacks import Callback
 
 if TYPE_CHECKING:
+    from hybridnas.arch.arch import Arch
     from hybridnas.data import Source, SourceConfig
     from hybridnas.search.workers.orders import Orders
 
@@ -126,7 +127,7 @@ def make_plan(settings: Settings, source: Source) -> Plan:
     config, space, budget = settings.config, settings.space, settings.config.budget
     scale = budget.scale(source.vocab_size)
     return Plan(
-        candidates=Candidates(space, scale, settings.table.require if settings.table is not None else None),
+        candidates=Candidates(space, scale, settings.table.require if settings.table is not None else _trainable),
         rungs=budget.rung_tokens(space.target(scale)),
         reduction=budget.reduction,
         n_trials=budget.n_trials,
@@ -143,11 +144,26 @@ def make_plan(settings: Settings, source: Source) -> Plan:
     )
 
 
+def _trainable(arch: Arch) -> None:
+    """Raise ConfigError for an architecture that sees later tokens: a search has no setting that would allow it."""
+    from hybridnas.train.objective import why_noncausal
+
+    reason = why_noncausal(arch)
+    if reason is not None:
+        raise ConfigError(reason, field="space", got=str(arch.pattern), allowed="causal blocks")
+
+
 def _enter(folder: StudyFolder, config: SearchConfig, orders: Orders | None, elapsed: float) -> dict[str, Any]:
     if orders is not None:
         return folder.join(orders.token)
     place = "folder" if config.storage is None else "database"
-    facts = {"machine": describe_machine(), "command": _command(), "versions": _versions(), "storage": place}
+    facts = {
+        "machine": describe_machine(),
+        "command": _command(),
+        "directory": str(Path.cwd()),
+        "versions": _versions(),
+        "storage": place,
+    }
     stored = folder.open(config.identity(), facts, shared=config.worker != "off")
     if stored.get("storage", place) != place:
         folder.close()

@@ -134,15 +134,25 @@ def check_causal(arch: Arch, allowed: bool) -> None:
     Predicting a token from a vector that has seen it is no language modelling: such losses depend on what else is in
     the batch, and compare with no causal model's.
     """
+    reason = None if allowed else why_noncausal(arch)
+    if reason is not None:
+        raise ConfigError(
+            f"{reason}, or allow_noncausal=True (train.allow_noncausal=true on train's command line)",
+            field="allow_noncausal",
+            got=False,
+            allowed=True,
+        )
+
+
+def why_noncausal(arch: Arch) -> str | None:
+    """Return the sentence that names the first layer that sees later tokens; None where there is none."""
     for node in arch.nodes:
-        if not node.config.causal and not allowed:
-            raise ConfigError(
+        if not node.config.causal:
+            return (
                 f"{node.where} is not causal: its outputs depend on later tokens of the batch, so its loss is no "
-                f"language model's; use a causal setting (for moe: router='switch'), or allow_noncausal=True",
-                field="allow_noncausal",
-                got=False,
-                allowed=True,
+                f"language model's; use a causal setting (for moe: router='switch')"
             )
+    return None
 
 
 def make_heads(source: Source, model: nn.Module, seed: int) -> nn.ModuleDict:

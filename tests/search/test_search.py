@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import math
+from pathlib import Path
 
 import pytest
 
@@ -190,6 +191,28 @@ def test_brute_force_tries_every_combination_once(tmp_path, tiny):
     drawn = [json.dumps(dict(record.choices)) for record in summary.records]
     assert len(drawn) == len(set(drawn)) == 5
     assert summary.ended == "exhausted"
+
+
+def test_a_candidate_that_sees_later_tokens_is_infeasible_and_the_others_are_trained(tmp_path, tiny):
+    candidates = "space.candidates=[{name: seer, motif: ME, router: expert_choice},{name: good, motif: ME}]"
+    summary = run(tmp_path, [*tiny, *LISTED[:-1], candidates, "sampler=bruteforce", "space.baselines=[]", "n_trials=5"])
+    seer, good = summary.records
+    assert (seer.state, good.state) == ("INFEASIBLE", "COMPLETE")
+    assert "is not causal" in seer.reason
+    assert summary.best.number == good.number
+
+
+def test_a_trial_is_replayed_from_another_folder_though_its_data_had_a_relative_path(tmp_path, tiny, monkeypatch):
+    begun, elsewhere = tmp_path / "begun", tmp_path / "elsewhere"
+    for folder in (begun, elsewhere):
+        folder.mkdir()
+    (begun / "words.txt").write_text("state space expert mamba token router layer\n" * 400)
+    (elsewhere / "words.txt").write_text("another text altogether, of other words\n" * 400)
+    monkeypatch.chdir(begun)
+    summary = run(tmp_path / "runs", [*tiny, "data.path=words.txt", "n_trials=1"])
+    monkeypatch.chdir(elsewhere)
+    assert replay(summary.folder, 0).identical
+    assert Path.cwd() == elsewhere
 
 
 def test_infeasible_draws_are_recorded_with_their_reason(tmp_path, tiny):

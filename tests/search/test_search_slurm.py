@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ def test_the_script_is_an_array_of_one_worker_a_node_that_bash_can_read(tmp_path
     assert {"space=hybrid", "budget=smoke"} <= set(command)
     assert {"study=demo", f"runs={tmp_path}/runs", "worker=create"} <= set(command)
     assert not [item for item in command if item.startswith(("launch", "nodes"))]
+    assert f"\ncd {shlex.quote(str(tmp_path))} " in script  # sbatch may be called in any folder
     bash = subprocess.run(["bash", "-n", str(tmp_path / "runs" / "demo" / "slurm.sh")], capture_output=True, text=True)
     assert (bash.returncode, bash.stderr) == (0, "")
 

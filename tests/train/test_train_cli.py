@@ -122,7 +122,9 @@ def test_a_model_that_sees_later_tokens_is_measured_only_when_that_is_asked_for(
     with pytest.raises(ConfigError) as caught:
         train(*corpus, *seer, "out=runs/seer")
     assert caught.value.field == "allow_noncausal"
+    capsys.readouterr()
     assert train(*corpus, *seer, "out=runs/seer", "train.allow_noncausal=true") == 0
+    assert "sees later tokens" in capsys.readouterr().out
     measure = ["model=runs/seer/model", *corpus, "device=cpu", "valid_tokens=64", "seq_len=32"]
     assert run_cli(["evaluate", *measure]) == 2
     assert run_cli(["evaluate", *measure, "allow_noncausal=true"]) == 0

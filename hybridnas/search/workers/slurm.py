@@ -30,6 +30,7 @@ _TEMPLATE = """\
 #SBATCH --output={output}
 
 set -euo pipefail
+cd {here}  # relative paths, search_spaces/ and experiments/ are meant from here
 {where}
 export OMP_NUM_THREADS="${{SLURM_CPUS_PER_TASK:-1}}"
 
@@ -85,6 +86,7 @@ def write_script(config: SearchConfig, given: Sequence[str], nodes: int, *, pyth
         job=shlex.quote(f"hybridnas-{config.name}"),
         submit=submit,
         output=shlex.quote(str(folder / "slurm-%A_%a.log")),
+        here=shlex.quote(str(Path.cwd())),
         where=where,
         python=shlex.quote(python),
         settings=" \\\n".join(f"    {shlex.quote(item)}" for item in settings),
