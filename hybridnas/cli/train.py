@@ -78,7 +78,7 @@ def run(settings: Settings) -> Done:
     assert arch is not None
 
     from hybridnas.cli.progress import progress
-    from hybridnas.train.distributed import leads
+    from hybridnas.train.distributed import end_follower, leads
     from hybridnas.train.loop import identity
     from hybridnas.train.loop import run as train
     from hybridnas.train.tracking import Tracking
@@ -101,7 +101,7 @@ def run(settings: Settings) -> Done:
             callbacks=[progress(), tracking],
         )
         if not leads():
-            return Done({})
+            end_follower()
         _table(result.evals)
         if result.status == "failed":
             raise TrainingError(f"{folder}: {result.reason}")

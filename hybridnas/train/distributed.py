@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,9 @@ class Group:
         """Return a context in which backward passes only add to this rank's own gradients."""
         return contextlib.nullcontext()
 
+    def leave(self) -> None:
+        """Wait for all ranks at the end of a run that none of them has left early."""
+
     def sum_figures(self, sums: dict[str, Tensor]) -> None:
         """Sum scalars over the ranks, in place."""
 
@@ -97,6 +100,9 @@ class Ranks(Group):
     def accumulating(self) -> AbstractContextManager[object]:
         assert self._parallel is not None
         return self._parallel.no_sync()
+
+    def leave(self) -> None:
+        self._dist.barrier()
 
     def sum_figures(self, sums: dict[str, Tensor]) -> None:
         names = sorted(sums)
@@ -143,6 +149,17 @@ def local_rank(group: Group) -> int:
 def leads() -> bool:
     """Whether this process prints and writes for its run: rank 0 of torchrun's, or one that torchrun did not start."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def end_follower() -> NoReturn:
+    """End this rank of torchrun's at once: rank 0 has work left.
+
+    torch 2.13 keeps gloo's threads after ``destroy_process_group``, and an interpreter that exits with them aborts now
+    and then; torchrun would then end rank 0, too.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def own_device(device: torch.device, rank: int) -> torch.device:
@@ -215,7 +232,9 @@ def start(config: TrainConfig, device: torch.device, job: dict[str, Any], folder
         _await(meeting, workers)
         meet(meeting, device, 0, config.devices)
         try:
-            yield Ranks(device)
+            ranks = Ranks(device)
+            yield ranks
+            ranks.leave()
             sound = True
         finally:
             dist.destroy_process_group()

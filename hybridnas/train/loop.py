@@ -86,9 +86,13 @@ def run(
     if distributed.launched():
         with distributed.join(config, target) as group:
             job = job.on(distributed.own_device(target, distributed.local_rank(group)))
-            if not group.first:
-                return _follow(job, group)
-            return _lead(job, lambda: contextlib.nullcontext(group), watchers, max_seconds, keep_checkpoint)
+            if group.first:
+                result = _lead(job, lambda: contextlib.nullcontext(group), watchers, max_seconds, keep_checkpoint)
+            else:
+                result = _follow(job, group)
+            if result.final or result.status != "failed":  # else this rank alone has stopped: the others wait elsewhere
+                group.leave()
+            return result
     job = job.on(distributed.own_device(target, 0))
     start = functools.partial(distributed.start, config, job.device, job.for_ranks(), job.folder)
     return _lead(job, start, watchers, max_seconds, keep_checkpoint)

@@ -24,6 +24,7 @@ def main() -> int:
     meeting = Path(job["meeting"])
     (meeting / str(job["rank"])).touch()
     meet(meeting, device, job["rank"], config.devices)
+    ranks = Ranks(device)
     follow(
         Arch.from_dict(job["arch"]),
         open_source(source_config(job["data"])),
@@ -31,8 +32,9 @@ def main() -> int:
         folder=None if job["folder"] is None else Path(job["folder"]),
         device=device,
         impl=job["impl"],
-        group=Ranks(device),
+        group=ranks,
     )
+    ranks.leave()
     dist.destroy_process_group()
     return 0
 

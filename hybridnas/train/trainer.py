@@ -111,6 +111,12 @@ class Trainer:
         self.run.step = self.state.step
         if self.group.size > 1:
             self._forward = self.group.parallel(self._objective)
+        try:
+            return self._train(interrupted, max_seconds)
+        finally:
+            self._forward = self._objective
+
+    def _train(self, interrupted: threading.Event, max_seconds: float | None) -> Outcome:
         if self.group.first:
             self.callbacks.on_start(self.run)
         for value in self.evals:

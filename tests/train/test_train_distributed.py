@@ -151,12 +151,14 @@ model = torch.nn.Sequential(torch.nn.Embedding(256, 8), torch.nn.Linear(8, 256))
 data = {{"kind": "text", "path": {str(corpus)!r}, "tokenizer": "bytes"}}
 result = hybridnas.fit(model, data, devices=2, folder={str(tmp_path / "run")!r}, device="cpu", **{SETTINGS!r})
 os.write(1, f"{{result.status}} {{len(result.evals)}}\\n".encode())  # whole lines, whichever rank is first
+os._exit(0)  # see distributed.end_follower
 """
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["completed 2"] * 2  # every rank has the result, rank 0 has the folder
+    assert read_run(tmp_path / "run")["status"] == "completed"
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(256, 8), torch.nn.Linear(8, 256))
     data = {"kind": "text", "path": str(corpus), "tokenizer": "bytes"}
