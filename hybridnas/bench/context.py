@@ -30,7 +30,7 @@ class BenchConfig(FrozenConfig):
     """Settings of the command."""
 
     suite: str = option("all", "which suites: all, or names joined by ','")
-    out: str | None = option(None, "JSON file for everything that was measured; plots lie beside it")
+    out: Path | None = option(None, "JSON file for everything that was measured; plots lie beside it")
     quick: bool = option(False, "fewer rounds, and slow peers at shorter lengths")
     threads: int | None = option(None, "threads of every form; none: torch's own number [count]", ge=1)
     tiny: bool = option(False, "shapes so small that figures mean nothing: a check that every suite runs")
@@ -44,8 +44,13 @@ class BenchConfig(FrozenConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.out is not None and not self.out.endswith(".json"):
-            raise ConfigError(f"bench out={self.out!r} is a JSON file; give it a name that ends in .json")
+        if self.out is not None and self.out.suffix != ".json":
+            raise ConfigError(
+                f"bench out={str(self.out)!r} is a JSON file; give it a name that ends in .json",
+                field="out",
+                got=str(self.out),
+                allowed="*.json",
+            )
 
     @classmethod
     def label(cls) -> str:
@@ -57,7 +62,7 @@ class BenchConfig(FrozenConfig):
 
     def beside(self, suffix: str) -> Path | None:
         """Return a file beside ``out``: results.json and '-lengths.svg' make results-lengths.svg."""
-        return None if self.out is None else Path(self.out[: -len(".json")] + suffix)
+        return None if self.out is None else self.out.with_name(self.out.stem + suffix)
 
 
 def provenance(argv: list[str], threads: int | None = None) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hybridnas.bench.context import BenchConfig
@@ -39,9 +38,9 @@ def run(settings: Settings) -> Done:
     for result in results:
         body |= result.facts
     if settings.out:
-        write_json(Path(settings.out), body)
+        write_json(settings.out, body)
         show.line(f"written: {settings.out} ({', '.join(names)})")
-    return Done({**body, "out": settings.out})
+    return Done({**body, "out": None if settings.out is None else str(settings.out)})
 
 
 def _print(result: Any) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hybridnas.cli import show
 from hybridnas.cli.command import ARCH, DEVICE, PATTERN, TRACKING, Command, Done, group
 from hybridnas.cli.describe import facts
-from hybridnas.cli.wanted import NONCAUSAL, wanted_arch
+from hybridnas.cli.wanted import wanted_arch
 from hybridnas.config import option
 from hybridnas.errors import ConfigError, TrainingError
 from hybridnas.units import human
@@ -172,8 +172,6 @@ def _announce(arch: Arch, data: str, config: TrainConfig, folder: Path) -> None:
         f"model: {arch.pattern}, d_model {arch.d_model}, {human(cost.params)} parameters, "
         f"{human(cost.active_params)} active, fingerprint {arch.short}"
     )
-    if not arch.causal:
-        show.line(NONCAUSAL)
     show.line(f"data: {data}")
     show.line(
         f"training: {config.steps:,} steps of {config.step_tokens:,} tokens, "

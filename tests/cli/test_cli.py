@@ -359,11 +359,11 @@ def test_the_home_folder_is_one_place_in_every_path(tmp_path, monkeypatch):
     for command in COMMANDS:
         settings = settings_class(command)
         for field in dataclasses.fields(settings):
-            if "Path" in str(settings.type_of(field.name)):
+            if "Path" in str(settings.type_of(field.name)) or field.name in ("out", "runs"):
                 value = getattr(read_settings(command, [f"{field.name}=~/x.json"]), field.name)
                 assert value == tmp_path / "x.json", (command, field.name)
                 found += 1
-    assert found >= 12
+    assert found >= 13
 
 
 def test_the_last_of_two_settings_counts():
@@ -615,3 +615,12 @@ def test_describe_lists_the_settings_of_a_block(name, capsys):
 def test_a_setting_far_from_all_others_is_answered_with_all_of_them(capsys):
     assert run(["train", "preset=mamba", "train.optimizer=muon"]) == 2
     assert "did you mean" not in capsys.readouterr().err
+
+
+def test_describe_says_of_a_model_that_sees_later_tokens_that_it_does(capsys):
+    experts = ["describe", "pattern=ME", "arch.d_model=16", "arch.n_experts=2"]
+    for router, causal in (("expert_choice", False), ("switch", True)):
+        assert run([*experts, f"arch.E.router={router}"]) == 0
+        assert ("sees later tokens" in capsys.readouterr().out) is not causal
+        assert run([*experts, f"arch.E.router={router}", "json=true"]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["causal"] is causal
