@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridnas.bench import peers
+from hybridnas.bench.suites import SUITES
 from hybridnas.config import FrozenConfig, option
 from hybridnas.errors import ConfigError
 
@@ -29,7 +30,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 class BenchConfig(FrozenConfig):
     """Settings of the command."""
 
-    suite: str = option("all", "which suites: all, or names joined by ','")
+    suite: str = option("all", f"which suites: all, or names joined by ',': {', '.join(SUITES)}")
     out: Path | None = option(None, "JSON file for everything that was measured; plots lie beside it")
     quick: bool = option(False, "fewer rounds, and slow peers at shorter lengths")
     threads: int | None = option(None, "threads of every form; none: torch's own number [count]", ge=1)

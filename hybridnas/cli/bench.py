@@ -44,8 +44,8 @@ def run(settings: Settings) -> Done:
 
 
 def _print(result: Any) -> None:
-    from hybridnas.bench import SUITES
     from hybridnas.bench.result import ratio_rows, timed_rows
+    from hybridnas.bench.suites import SUITES
 
     show.line(f"{result.suite}: {SUITES[result.suite]} ({result.seconds:.0f} s)")
     rows = timed_rows(result)
