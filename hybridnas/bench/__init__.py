@@ -10,9 +10,8 @@ import importlib
 import time
 from collections.abc import Callable
 
-from hybridnas.bench.context import BenchConfig, keep_freed_memory, release_memory
+from hybridnas.bench.context import SUITES, BenchConfig, keep_freed_memory, release_memory
 from hybridnas.bench.result import Result
-from hybridnas.bench.suites import SUITES
 from hybridnas.errors import ConfigError, suggest
 
 

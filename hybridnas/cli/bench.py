@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from hybridnas.bench.context import BenchConfig
+from hybridnas.bench.context import SUITES, BenchConfig
 from hybridnas.cli import show
 from hybridnas.cli.command import Command, Done
 
@@ -45,7 +45,6 @@ def run(settings: Settings) -> Done:
 
 def _print(result: Any) -> None:
     from hybridnas.bench.result import ratio_rows, timed_rows
-    from hybridnas.bench.suites import SUITES
 
     show.line(f"{result.suite}: {SUITES[result.suite]} ({result.seconds:.0f} s)")
     rows = timed_rows(result)

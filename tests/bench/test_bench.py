@@ -8,10 +8,10 @@ import torch
 
 from hybridnas.bench import child, chosen, floor, method, models, peers, plain
 from hybridnas.bench import run as run_suites
-from hybridnas.bench.context import BenchConfig, provenance
+from hybridnas.bench.context import SUITES, BenchConfig, provenance
 from hybridnas.bench.method import Form, Spread, measure, ratios
 from hybridnas.bench.result import Result, goal_rows, met_text, ratio_rows, ratio_text, seconds_text, timed_rows
-from hybridnas.bench.suites import SUITES, gpu, lengths, roofline, scan
+from hybridnas.bench.suites import gpu, lengths, roofline, scan
 from hybridnas.cli.bench import run as run_command
 from hybridnas.cli.compose import read_settings
 from hybridnas.cli.help import help_text
