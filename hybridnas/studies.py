@@ -137,8 +137,10 @@ class Study:
         from hybridnas.report.callbacks import ReportFiles
         from hybridnas.search.runner import Search
         from hybridnas.tracking.study import StudyTracking
+        from hybridnas.train.callbacks import Callback, checked_callbacks
 
-        own = [*callbacks, ReportFiles(), StudyTracking()]
+        own = [*checked_callbacks(callbacks, StudyCallback), ReportFiles(), StudyTracking()]
+        training = checked_callbacks(training, Callback, "training")
         return Search(self.config, own, training=training, reference_callbacks=[ReportFiles()]).run()
 
     @property

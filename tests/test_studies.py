@@ -207,6 +207,22 @@ def test_settings_are_checked_when_a_study_is_made(given, field, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("field", ["space", "budget", "data"])
+def test_what_is_neither_name_nor_mapping_is_refused(field):
+    with pytest.raises(ConfigError) as caught:
+        hybridnas.create_study(**{field: None})
+    assert (caught.value.field, caught.value.got) == (field, "NoneType")
+
+
+@pytest.mark.parametrize("given", [{"callbacks": StudyCallback()}, {"callbacks": [print]}, {"training": [print]}])
+def test_callbacks_that_are_none_are_refused_and_no_study_begins(given, settings, tmp_path):
+    study = hybridnas.create_study(name="refused", **{**settings, "runs": str(tmp_path)})
+    with pytest.raises(ConfigError) as caught:
+        study.run(**given)
+    assert caught.value.field == next(iter(given))
+    assert not study.path.exists()
+
+
 def test_names_mappings_and_configs_describe_the_same_study(settings, tmp_path, monkeypatch):
     from hybridnas.data import source_config
     from hybridnas.search.config import Budget

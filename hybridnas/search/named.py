@@ -15,7 +15,7 @@ BUDGETS = Path(__file__).resolve().parents[1] / "conf" / "budget"
 
 def named_space(given: str | Mapping[str, Any]) -> dict[str, Any]:
     """Return a space's settings: those of that name, or the ones that are given; raises ConfigError."""
-    return space_settings(given) if isinstance(given, str) else dict(given)
+    return space_settings(given) if isinstance(given, str) else _mapping(given, "space")
 
 
 def named_budget(given: str | Mapping[str, Any] | FrozenConfig) -> dict[str, Any]:
@@ -29,14 +29,27 @@ def named_budget(given: str | Mapping[str, Any] | FrozenConfig) -> dict[str, Any
                 allowed=tuple(list_budgets()),
             )
         return {"name": given, **read_yaml(BUDGETS / f"{given}.yaml")}
-    return given.to_dict() if isinstance(given, FrozenConfig) else dict(given)
+    return _mapping(given, "budget")
 
 
 def named_data(given: str | Mapping[str, Any] | FrozenConfig) -> dict[str, Any]:
     """Return the data's settings: those of a kind of data, or the ones that are given."""
     if isinstance(given, str):
         return {"kind": given}
-    return given.to_dict() if isinstance(given, FrozenConfig) else dict(given)
+    return _mapping(given, "data")
+
+
+def _mapping(given: object, field: str) -> dict[str, Any]:
+    if isinstance(given, FrozenConfig):
+        return given.to_dict()
+    if isinstance(given, Mapping):
+        return dict(given)
+    raise ConfigError(
+        f"{field} takes a name, settings as a mapping or a config, got {type(given).__name__}",
+        field=field,
+        got=type(given).__name__,
+        allowed="str, mapping or config",
+    )
 
 
 def list_budgets() -> list[str]:

@@ -12,7 +12,7 @@ import logging
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ log = logging.getLogger("hybridnas.search")
 class SearchSummary:
     """What a search call did: all records so far, the best of them, where everything lies, and why it ended."""
 
-    records: list[TrialRecord]
+    records: list[TrialRecord] = field(repr=False)  # a notebook shows the summary, not every curve
     best: TrialRecord | None
     folder: Path
     exported: Path | None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from hybridnas.errors import ConfigError
 from hybridnas.train.records import Eval, TrainResult
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from hybridnas.arch.arch import Arch
     from hybridnas.data.source import Source
     from hybridnas.train.config import TrainConfig
+
+C = TypeVar("C")
 
 
 class Action(IntEnum):
@@ -117,11 +119,27 @@ class EarlyStopping(Callback):
         return Action.STOP if since >= self.patience else Action.CONTINUE
 
 
+def checked_callbacks(callbacks: Iterable[C], kind: type[C], field: str = "callbacks") -> tuple[C, ...]:
+    """Return the callbacks as a tuple; raises ConfigError for one that is none, before anything has begun."""
+    wrong = [callbacks] if isinstance(callbacks, kind) or not isinstance(callbacks, Iterable) else None
+    given = () if wrong is not None else tuple(callbacks)
+    wrong = wrong or [item for item in given if not isinstance(item, kind)]
+    if wrong:
+        got = repr(wrong[0]) if isinstance(wrong[0], type) else type(wrong[0]).__name__
+        raise ConfigError(
+            f"{field} takes a list of {kind.__name__} instances, got {got}",
+            field=field,
+            got=got,
+            allowed=f"list of {kind.__name__}",
+        )
+    return given
+
+
 class CallbackList(Callback):
     """Several callbacks as one, called in order."""
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
-        self.callbacks: Sequence[Callback] = tuple(callbacks)
+        self.callbacks: Sequence[Callback] = checked_callbacks(callbacks, Callback)
 
     def on_start(self, run: Run) -> None:
         for callback in self.callbacks:

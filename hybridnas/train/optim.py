@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from hybridnas.errors import ConfigError
 from hybridnas.train.config import TrainConfig
 
 
@@ -54,6 +55,13 @@ def no_decay_names(model: nn.Module) -> set[str]:
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Return AdamW over the decayed and the spared group, or over one group with ``decay_all``; fused kernels."""
     parameters = named_parameters(model)
+    if not parameters:
+        raise ConfigError(
+            "the model has no trainable parameters; give it some, or unfreeze them by requires_grad_(True)",
+            field="model",
+            got=0,
+            allowed="at least one parameter that requires a gradient",
+        )
     spared = set() if config.decay_all else no_decay_names(model)
     groups = [
         {"params": [p for name, p in parameters.items() if name not in spared], "weight_decay": config.weight_decay},

@@ -160,6 +160,23 @@ def test_what_is_neither_module_nor_architecture_is_refused(model):
     assert caught.value.got == type(model).__name__
 
 
+def test_a_model_with_nothing_to_train_is_refused():
+    for model in (nn.Identity(), Bigram().requires_grad_(False)):
+        with pytest.raises(ConfigError) as caught:
+            hybridnas.fit(model, Counting(), tokens=64, **SMALL)
+        assert (caught.value.field, caught.value.got) == ("model", 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "got"), [(Callback(), "Callback"), ([print], "builtin_function_or_method"), (3, "int")]
+)
+def test_callbacks_that_are_none_are_refused_before_anything_is_written(given, got, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        hybridnas.fit(Bigram(), Counting(), tokens=64, callbacks=given, folder=tmp_path / "run", **SMALL)
+    assert (caught.value.field, caught.value.got) == ("callbacks", got)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_task_that_is_read_through_a_head_needs_a_model_with_one():
     model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 16))
     with pytest.raises(DataError) as caught:
