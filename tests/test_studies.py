@@ -12,7 +12,7 @@ import pytest
 import hybridnas
 from hybridnas.errors import ConfigError, StudyError
 from hybridnas.study.callbacks import StudyCallback
-from hybridnas.study.records import load_records
+from hybridnas.study.records import load_records, reference_of
 
 SIZES = {
     **{"d_model": 16, "depth": 2, "n_experts": 2, "multiple": 1, "seq_len": 32, "batch_size": 4, "minutes": None},
@@ -285,3 +285,9 @@ def test_events_of_workers_reach_the_callbacks_of_the_command(settings):
     )
     trained = [trial for trial in made.trials if trial.state in ("COMPLETE", "PRUNED")]
     assert events.names.count("trial_start") >= len(trained) == 6
+
+
+def test_a_study_whose_space_has_no_reference_is_compared_with_none():
+    assert reference_of({"identity": {"space": {"letters": ["M"]}}, "meta": {"reference": None}}) is None
+    assert reference_of({"identity": {"space": {"letters": ["M"]}}, "meta": {"reference": "mamba"}}) == "mamba"
+    assert reference_of({"identity": {"space": {"letters": ["M"]}}}) == "moe_mamba"  # of version 0.1

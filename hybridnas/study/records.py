@@ -107,7 +107,10 @@ class TrialRecord:
 def reference_of(study: Mapping[str, Any]) -> str | None:
     """Return the preset that a study (its ``study.json``) compares with; None: it compares with none."""
     space = study.get("identity", {}).get("space", {})
+    meta = study.get("meta")
     named = space if isinstance(space, Mapping) and "reference" in space else study
+    if named is study and isinstance(meta, Mapping) and "reference" in meta:
+        named = meta  # a space without a reference has no such key
     found = named.get("reference", DEFAULT_REFERENCE)
     return None if found is None else str(found)
 
