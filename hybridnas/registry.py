@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 B = TypeVar("B", bound="type[Any]")
+_OWN = __name__.partition(".")[0]
 _PACKAGE = Path(__file__).resolve().parent
 _log = logging.getLogger("hybridnas.registry")
 
@@ -50,10 +51,16 @@ class Registry(Generic[T]):
         self._package = package
         self._groups = groups
         self._entries: dict[str, T] = {}
+        self._package_imported = package is None
         self._filled = package is None and not groups
 
-    def add(self, key: str, value: T) -> None:
-        """Put a value under a new key; a key that is taken raises ConfigError."""
+    def add(self, key: str, value: T, origin: str = _OWN) -> None:
+        """Put a value under a new key; a key that is taken raises ConfigError.
+
+        ``origin``: the module that registers it. One outside this package is held against every name of ours at once.
+        """
+        if origin.partition(".")[0] != _OWN:
+            self._fill_package()
         if key in self._entries:
             raise ConfigError(
                 f"{self.kind} {key!r} is already registered by {self._entries[key]!r}; choose another name",
@@ -99,14 +106,23 @@ class Registry(Generic[T]):
             return
         self._filled = True  # set first: the files looked up below may ask this registry themselves
         try:
-            if self._package is not None:
-                _import_all(self._package)
+            self._fill_package()
         except BaseException:
             self._filled = False  # a file of ours that fails is reported again at the next lookup
             raise
         for group in self._groups:
             for point in _entry_points().select(group=group):
                 self._load(point)
+
+    def _fill_package(self) -> None:
+        if self._package is None or self._package_imported:
+            return
+        self._package_imported = True
+        try:
+            _import_all(self._package)
+        except BaseException:
+            self._package_imported = False
+            raise
 
     def _load(self, point: EntryPoint) -> None:
         """Load one entry point; whatever goes wrong inside another package is kept as a failure."""
@@ -164,7 +180,7 @@ def register_block(letter: str, *, name: str, aliases: tuple[str, ...] = ()) -> 
                     field="aliases",
                     got=alias,
                 )
-        BLOCKS.add(letter, cls)
+        BLOCKS.add(letter, cls, cls.__module__)
         cls.letter = letter
         cls.name = name
         cls.Config.block_name = name

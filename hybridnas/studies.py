@@ -61,6 +61,7 @@ def create_study(
     """
     from hybridnas.search.config import Budget, SearchConfig
     from hybridnas.search.named import named_budget, named_data, named_space
+    from hybridnas.search_spaces.space import Space
 
     own, sizes = set(SearchConfig.field_names()) - {"space", "data", "budget", "study"}, set(Budget.field_names())
     for key in settings:
@@ -81,6 +82,7 @@ def create_study(
             "study": name,
         }
     )
+    Space.from_mapping(config.space)  # a wrong space is refused here, and not when it is run
     return Study.of(config)
 
 

@@ -190,3 +190,26 @@ def test_a_broken_entry_point_is_a_warning_and_an_error_when_it_is_asked_for(sit
         "torn True",
         "True",
     ]
+
+
+def test_a_name_of_ours_is_refused_when_somebody_registers_it_again(tmp_path):
+    code = """
+        import hybridnas
+        from hybridnas.errors import ConfigError
+
+        def mamba(): ...
+
+        class Mine: ...
+
+        for register, what in (
+            (hybridnas.register_preset(), mamba),
+            (hybridnas.register_preset(), lambda: None),
+            (hybridnas.register_block("M", name="mine"), Mine),
+        ):
+            try:
+                register(what)
+            except ConfigError as error:
+                print(error.got)
+        print("mamba" in hybridnas.list_presets(), hybridnas.list_blocks()["M"])
+    """
+    assert python(tmp_path, code) == ["mamba", "<lambda>", "M", "True mamba"]

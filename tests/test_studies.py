@@ -291,3 +291,9 @@ def test_a_study_whose_space_has_no_reference_is_compared_with_none():
     assert reference_of({"identity": {"space": {"letters": ["M"]}}, "meta": {"reference": None}}) is None
     assert reference_of({"identity": {"space": {"letters": ["M"]}}, "meta": {"reference": "mamba"}}) == "mamba"
     assert reference_of({"identity": {"space": {"letters": ["M"]}}}) == "moe_mamba"  # of version 0.1
+
+
+def test_a_wrong_space_is_refused_when_the_study_is_made():
+    with pytest.raises(ConfigError) as found:
+        hybridnas.create_study(space={"lettrs": ["M", "A"]}, budget="smoke")
+    assert found.value.got == "lettrs"

@@ -154,7 +154,7 @@ def register_source(kind: str, *, config: type[SourceConfig]) -> Callable[[O], O
     """Decorate what opens a source of this kind: a function of its config, or a Source class made from it."""
 
     def decorate(opener: O) -> O:
-        SOURCES.add(kind, SourceKind(config, opener))
+        SOURCES.add(kind, SourceKind(config, opener), opener.__module__)
         return opener
 
     return decorate
@@ -190,5 +190,8 @@ def check_vocab(source_vocab: int, model_vocab: int) -> None:
     if source_vocab > model_vocab:
         raise DataError(
             f"the data has {source_vocab:,} different tokens but the model only vocab_size={model_vocab:,}; "
-            f"build the model with vocab_size={source_vocab} or choose a tokenizer with a smaller vocabulary"
+            f"build the model with vocab_size={source_vocab} or choose a tokenizer with a smaller vocabulary",
+            field="vocab_size",
+            got=model_vocab,
+            allowed=f">= {source_vocab}",
         )

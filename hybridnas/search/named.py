@@ -15,7 +15,7 @@ BUDGETS = Path(__file__).resolve().parents[1] / "conf" / "budget"
 
 def named_space(given: str | Mapping[str, Any]) -> dict[str, Any]:
     """Return a space's settings: those of that name, or the ones that are given; raises ConfigError."""
-    return space_settings(given) if isinstance(given, str) else _mapping(given, "space")
+    return space_settings(given) if isinstance(given, str) else {"name": "space", **_mapping(given, "space")}
 
 
 def named_budget(given: str | Mapping[str, Any] | FrozenConfig) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def evaluate(
     """
     if isinstance(model, HybridLM):
         check_causal(model.arch, allow_noncausal)
-    objective = Objective(model, heads)
+    objective = Objective(model, heads, vocab_size=source.vocab_size)
     around = autocast(precision, device)
     with evaluating(objective):
         parts = {

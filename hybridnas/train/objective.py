@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
-from hybridnas.data.source import Batch, Source
+from hybridnas.data.source import Batch, Source, check_vocab
 from hybridnas.errors import ConfigError, DataError
 from hybridnas.hardware import Impl
 from hybridnas.kernels.cross_entropy import TokenScores, cross_entropy, linear_cross_entropy, token_scores
@@ -33,9 +33,18 @@ class Loss(NamedTuple):
 class Objective(nn.Module):
     """A model and its task's heads, as one module from a batch to a loss: what an optimizer and DDP see."""
 
-    def __init__(self, model: nn.Module, heads: nn.ModuleDict | None = None, *, compile_model: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        heads: nn.ModuleDict | None = None,
+        *,
+        vocab_size: int | None = None,
+        compile_model: bool = False,
+    ) -> None:
+        """``vocab_size``: of the data, which a module that is no HybridLM must have logits for."""
         super().__init__()
         self.model = model
+        self.vocab_size = vocab_size
         self.heads = heads if heads is not None else nn.ModuleDict()
         own: Callable[[Tensor], Any] = model.hidden if isinstance(model, HybridLM) else model
         compiled = torch.compile(own) if compile_model else own
@@ -101,6 +110,8 @@ class Objective(nn.Module):
                 got=tuple(logits_BLV.shape),
                 allowed="(B, L, V)",
             )
+        if self.vocab_size is not None:
+            check_vocab(self.vocab_size, logits_BLV.shape[-1])
         return logits_BLV
 
 

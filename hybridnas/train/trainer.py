@@ -79,7 +79,7 @@ class Trainer:
         self.identity = identity
         self.callbacks = CallbackList(callbacks)
         self.group = group or Group()
-        objective = Objective(model, heads, compile_model=run.config.compile)
+        objective = Objective(model, heads, vocab_size=self.source.vocab_size, compile_model=run.config.compile)
         self.optimizer = optim.make_optimizer(objective, run.config)
         self.state = Position()
         self._objective = objective

@@ -294,3 +294,10 @@ def test_a_model_that_sees_later_tokens_is_refused_unless_allowed(seer, tmp_path
     assert result.status == "completed"
     assert "sees later tokens" in caplog.text
     assert json.loads((tmp_path / "run" / "run.json").read_text())["train"]["allow_noncausal"] is True
+
+
+def test_a_module_without_logits_for_every_token_of_the_data_is_refused():
+    small = nn.Sequential(nn.Embedding(256, 8), nn.Linear(8, 50))
+    with pytest.raises(DataError) as found:
+        hybridnas.fit(small, data="stdlib", tokens=512, seq_len=64, batch_size=2)
+    assert (found.value.field, found.value.got, found.value.allowed) == ("vocab_size", 50, ">= 256")

@@ -83,11 +83,17 @@ def register_preset(*paper: PaperModel) -> Callable[[Callable[..., Arch]], Calla
 
     The first line of its docstring is its summary in lists. Its arguments are whole numbers of at least 1, or None for
     a size that is derived from the others; ``d_model``, ``n_blocks`` (repeats of the motif) and ``vocab_size`` let a
-    search scale it. Raises ConfigError for a name that is taken.
+    search scale it. Raises ConfigError for a name that is taken or is none, such as a lambda's.
     """
 
     def decorate(build: Callable[..., Arch]) -> Callable[..., Arch]:
-        PRESETS.add(build.__name__, Preset(build.__name__, build, paper))
+        if not build.__name__.isidentifier():
+            raise ConfigError(
+                f"a preset is a named function, got {build.__name__!r}; define it with def",
+                field="preset",
+                got=build.__name__,
+            )
+        PRESETS.add(build.__name__, Preset(build.__name__, build, paper), build.__module__)
         return build
 
     return decorate
