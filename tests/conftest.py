@@ -17,31 +17,44 @@ from hypothesis import HealthCheck, settings
 settings.register_profile(
     "hybridnas", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
-settings.load_profile("hybridnas")
+settings.register_profile("ci", settings.get_profile("hybridnas"), derandomize=True)  # the same examples every time
+settings.load_profile("ci" if os.environ.get("CI") else "hybridnas")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background ignores Ctrl-C; the tests send it
 
 # Triton has no wheel for macOS and Windows; these files import it
 collect_ignore_glob = [] if find_spec("triton") else ["kernels/test_triton_*.py"]
 
-# Seconds to minutes each: handed out first, so that no process is left alone with one of them at the end.
-SLOW_FIRST = (
+# Files whose tests start processes, seconds to minutes each: marked slow, and handed out first, so that no process is
+# left alone with one of them at the end.
+SLOW_FILES = (
     "test_readme.py",
+    "test_pages.py",
+    "test_examples.py",
     "test_search_workers.py",
     "test_search_postgres.py",
-    "test_train_distributed.py",
     "test_search_chaos.py",
     "test_search_resume.py",
     "test_search_objectives.py",
-    "test_suites_command.py",
     "test_search_confirm.py",
-    "test_search.py",
-    "test_samplers.py",
+    "test_search_promotion.py",
+    "test_train_distributed.py",
     "test_train_cli.py",
+    "test_suites_command.py",
+    "test_kernel_build.py",
+    "test_triton_compile.py",
+    "test_bench_samplers.py",
+    "test_plugins.py",
+    "test_samplers.py",
+    "test_json.py",
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m "not slow" is applied
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what this session cannot run; files that take long come first, the others stay in their order."""
+    for item in items:
+        if item.path.name in SLOW_FILES:
+            item.add_marker("slow")
     absent = set() if os.environ.get("TRITON_INTERPRET") == "1" else {"interpreter"}
     if any("gpu" in item.keywords for item in items):
         import torch
@@ -51,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
-    place = {name: number for number, name in enumerate(SLOW_FIRST)}
+    place = {name: number for number, name in enumerate(SLOW_FILES)}
     slow = {item.path for item in items if "slow" in item.keywords}
     items.sort(key=lambda item: place.get(item.path.name, len(place) + (item.path not in slow)))
 

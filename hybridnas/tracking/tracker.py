@@ -87,7 +87,8 @@ class BackgroundTracker:
 
     def ready(self, timeout: float = FLUSH_SECONDS) -> bool:
         """Wait until the tracker is open; False when tracking is off."""
-        self._opened.wait(timeout)
+        if not self.off:
+            self._opened.wait(timeout)
         return self._opened.is_set() and not self.off
 
     def annotate(self, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:

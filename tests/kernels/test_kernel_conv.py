@@ -66,7 +66,9 @@ def test_outputs_and_gradients_agree_with_the_float64_form(
     for name, expected in true.items():
         scale = expected.abs().max().item() if expected.numel() else 0.0
         error = (got[name].double() - expected).abs().max().item() if expected.numel() else 0.0
-        assert error <= 1e-5 * scale + 1e-12, f"{name} is {error} off"
+        # A sum over batch and length may cancel to nothing: its float32 rounding is that of its terms, of size one.
+        rounding = 2.0**-24 * batch * length if name in ("weight", "bias") else 0.0
+        assert error <= 1e-5 * scale + rounding + 1e-12, f"{name} is {error} off"
 
 
 def test_the_reference_is_causal_and_puts_the_last_tap_on_the_present():
