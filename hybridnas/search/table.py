@@ -255,7 +255,23 @@ class TableSource(Source):
             )
 
 
-class TableTrainer:
+class LookupTrainer:
+    """What trainers that look scores up have in common: no checkpoints, and so nothing to keep, count or remove."""
+
+    def measured(self, number: int) -> Sequence[int]:
+        return ()
+
+    def kept(self, number: int) -> bool:
+        return True
+
+    def tidy(self, plan: Plan, history: History) -> None:
+        pass
+
+    def progress(self, number: int) -> str:
+        return ""
+
+
+class TableTrainer(LookupTrainer):
     """Gives a search the scores of a table in place of training."""
 
     def __init__(self, source: TableSource, rungs: Sequence[int], folder: Path | None = None) -> None:
@@ -270,18 +286,6 @@ class TableTrainer:
                 allowed=source.table.points,
             )
         self.source, self.rungs, self.folder = source, tuple(rungs), folder or Path()
-
-    def measured(self, number: int) -> Sequence[int]:
-        return ()
-
-    def kept(self, number: int) -> bool:
-        return True
-
-    def tidy(self, plan: Plan, history: History) -> None:
-        pass
-
-    def progress(self, number: int) -> str:
-        return ""
 
     def figures(self, arch: Arch) -> dict[str, float]:
         raise ConfigError(

@@ -16,7 +16,7 @@ from hybridnas.search.loop import Listener, Loop
 from hybridnas.search.plan import Plan
 from hybridnas.search.sampling.candidates import Candidates
 from hybridnas.search.storage.store import MemoryStore
-from hybridnas.search.table import looked_up
+from hybridnas.search.table import LookupTrainer, looked_up
 from hybridnas.study.callbacks import COMPLETED
 from hybridnas.study.records import COMPLETE, TrialRecord
 from hybridnas.train.callbacks import Action
@@ -107,23 +107,11 @@ class _Recorder(Listener):
             self.course.found.append((history.finished, history.trained_tokens, record.valid_loss))
 
 
-class _Scores:
+class _Scores(LookupTrainer):
     """A trainer that looks losses up."""
 
     def __init__(self, scores: Scores, rungs: Sequence[int]) -> None:
         self.scores, self.rungs = scores, tuple(rungs)
-
-    def measured(self, number: int) -> Sequence[int]:
-        return ()
-
-    def kept(self, number: int) -> bool:
-        return True
-
-    def tidy(self, plan: Plan, history: History) -> None:
-        pass
-
-    def progress(self, number: int) -> str:
-        return ""
 
     def figures(self, arch: Arch) -> dict[str, float]:
         return {}
