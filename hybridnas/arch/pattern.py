@@ -14,7 +14,7 @@ A parsed pattern is expanded: ``parse("(ME)x2") == parse("MEME")``, and ``str`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias, Union
@@ -97,6 +97,22 @@ class Pattern:
             if isinstance(layer, Slot)
             else "[" + ",".join("".join(slot.letter for slot in branch) for branch in layer.branches) + "]"
             for layer in self.layers
+        )
+
+    def with_args(self, args_of: Callable[[int, Slot], Mapping[str, Any]]) -> Pattern:
+        """Return the pattern with what ``args_of(layer, slot)`` names set on each slot; a slot's own arguments win."""
+
+        def filled(index: int, slot: Slot) -> Slot:
+            added = {key: _text(value) for key, value in args_of(index, slot).items()}
+            return Slot(slot.letter, tuple(sorted({**added, **dict(slot.args)}.items())), slot.share)
+
+        return Pattern(
+            tuple(
+                Parallel(tuple(tuple(filled(index, slot) for slot in branch) for branch in layer.branches))
+                if isinstance(layer, Parallel)
+                else filled(index, layer)
+                for index, layer in enumerate(self.layers)
+            )
         )
 
     @classmethod
@@ -358,3 +374,8 @@ def _unify_shared(layers: Sequence[Layer], text: str) -> tuple[Layer, ...]:
         else Parallel(tuple(sorted((tuple(unify(slot) for slot in branch) for branch in layer.branches), key=str)))
         for layer in layers
     )
+
+
+def _text(value: Any) -> str:
+    """Return a value as an argument spells it."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -35,6 +35,8 @@ class AttentionState(NamedTuple):
 class Attention(Block):
     """Softmax attention with one fused QKV matrix (Vaswani 2017; grouped queries: Ainslie 2023; rotary: Su 2021)."""
 
+    role = "attention"
+
     @dataclass(frozen=True, kw_only=True)
     class Config(BlockConfig):
         """Fields of the attention block."""

@@ -26,6 +26,8 @@ from hybridnas.registry import register_block
 class Mlp(Block):
     """Position-wise feed-forward network (Vaswani 2017; gated form: Shazeer 2020)."""
 
+    role = "feed_forward"
+
     @dataclass(frozen=True, kw_only=True)
     class Config(BlockConfig):
         """Fields of the feed-forward block."""

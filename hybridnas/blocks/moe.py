@@ -38,6 +38,7 @@ class Moe(Block):
     """
 
     float32 = ("routed.router.weight",)
+    role = "feed_forward"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(BlockConfig):

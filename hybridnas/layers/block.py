@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ T = TypeVar("T")
 # What a block carries from token to token: any tuple of tensors, plain or a NamedTuple, each with the batch first.
 # A block without a state has the empty tuple.
 State = tuple[Tensor, ...]
+Role: TypeAlias = Literal["attention", "mixer", "feed_forward"]
 
 
 def exportable(kind: type[T]) -> type[T]:
@@ -72,6 +73,7 @@ class BlockConfig(FrozenConfig):
 
     block_name: ClassVar[str] = "block"  # set by register_block, for messages
     widths: ClassVar[tuple[str, ...]] = ("d_expert", "d_ff", "d_inner")  # fields that size the block, where it has them
+    state_sizes: ClassVar[tuple[str, ...]] = ("d_state",)  # fields that size the state, where it has them
     renamed: ClassVar[Mapping[str, str]] = {}  # former name of a field -> its name, still read and part of fingerprints
 
     d_model: int = option(doc="width of the residual stream [channels]", ge=1)
@@ -110,6 +112,7 @@ class Block(nn.Module, ABC):
     name: ClassVar[str]  # set by register_block
     float32: ClassVar[tuple[str, ...]] = ()  # parameters never narrower than float32, whatever the model's dtype
     no_decay: ClassVar[tuple[str, ...]] = ()  # matrices that weight decay leaves alone
+    role: ClassVar[Role] = "mixer"  # whether it mixes tokens, by attention or another way, or treats each by itself
 
     def __init__(self, config: Any, *, impl: Impl = Impl.AUTO) -> None:
         super().__init__()

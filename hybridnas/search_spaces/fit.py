@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from hybridnas.arch.arch import Arch
-from hybridnas.arch.match import match, widths_of
-from hybridnas.arch.pattern import Pattern
-from hybridnas.errors import MatchError
+from hybridnas.arch.match import MAX_WIDTH, match, widths_of
+from hybridnas.arch.pattern import Pattern, Slot
+from hybridnas.errors import ConfigError, MatchError
 from hybridnas.registry import BLOCKS
 
 TOLERANCE = 0.02  # a candidate farther from the target than this is not a fair comparison [fraction]
+STATE_TOLERANCE = 0.05  # the same for the state's bytes, which come in larger steps [fraction]
+_HALVINGS = 40  # of the interval of sizes; widths are whole numbers up to 2 ** 20
+_STEPS = 16  # sizes tried around one that a block refuses
 _FIRST = ("d_expert", "d_ff")  # widths that give way first: experts and MLPs
 
 
@@ -40,6 +45,96 @@ def fit(arch: Arch, target: int, multiple: int = 8, share: float | None = None) 
         if not (outer and inner):
             raise
         return _close_enough(match(arch, active_params=target, free=free, multiple=multiple), target)
+
+
+def spread(arch: Arch, target: int, ratios: Sequence[float], multiple: int = 8) -> Arch:
+    """Return the architecture with the widths of expert and MLP layers at given proportions, active parameters kept.
+
+    ``ratios`` has one number per layer; each width is the nearest multiple of ``multiple`` to its layer's ratio times
+    one common width. Slots that pin their width keep it. Raises MatchError.
+    """
+
+    def at(common: float) -> Arch:
+        def args(layer: int, slot: Slot) -> dict[str, int]:
+            width = multiple * max(1, round(common * ratios[layer] / multiple))
+            return {name: width for name in widths_of(slot.letter) if name in _FIRST}
+
+        return arch.replace(pattern=arch.pattern.with_args(args))
+
+    least, most = multiple / max(ratios), MAX_WIDTH / max(ratios)
+    return _close_enough(_nearest(at, least, most, lambda found: found.cost().active_params, target), target)
+
+
+def with_state(arch: Arch, target: int, seq_len: int, *, tolerance: float = STATE_TOLERANCE) -> Arch:
+    """Return the architecture with the sizes of its blocks' states scaled so that one sequence carries ``target``.
+
+    All fields that its blocks declare as ``state_sizes`` take one common factor of their present sizes, rounded to
+    whole numbers; ``target`` is in bytes, at ``seq_len`` tokens. Raises MatchError where nothing can be scaled or the
+    nearest is farther from the target than ``tolerance`` [fraction].
+    """
+    sizes = {
+        (node.slot.letter, name): node.config.canonical()[name]
+        for node in arch.nodes
+        for name in type(node.config).state_sizes
+        if name in type(node.config).field_names() and name not in dict(node.slot.args)
+    }
+    if not sizes:
+        raise MatchError(
+            f"pattern '{arch.pattern}' has no block whose state can be sized, so that state_bytes cannot be made equal",
+            field="space.equal",
+            got=str(arch.pattern),
+            allowed=[
+                x
+                for x in BLOCKS
+                if any(n in BLOCKS.get(x).Config.field_names() for n in BLOCKS.get(x).Config.state_sizes)
+            ],
+        )
+
+    def at(factor: float) -> Arch:
+        fields: dict[str, dict[str, int]] = {}
+        for (letter, name), size in sizes.items():
+            fields.setdefault(letter, {})[name] = max(1, round(factor * size))
+        return arch.replace(**fields)
+
+    found = _nearest(at, 1 / max(sizes.values()), 4096.0, lambda one: one.cost(seq_len).state_bytes, target)
+    got = found.cost(seq_len).state_bytes
+    if abs(got - target) > tolerance * target:
+        raise MatchError(
+            f"pattern '{arch.pattern}' comes no nearer to {target:,} state bytes at {seq_len:,} tokens than {got:,} "
+            f"({(got - target) / target:+.1%}); leave out letters whose state grows with the length, or set "
+            f"space.state_bytes",
+            field="space.equal",
+            got=got,
+            allowed=target,
+        )
+    return found
+
+
+def _nearest(at: Callable[[float], Arch], low: float, high: float, measure: Callable[[Arch], int], target: int) -> Arch:
+    """Return the architecture of ``at(x)``, low <= x <= high, whose measure, rising with x, is nearest to the target.
+
+    Sizes that a block refuses (a head that does not divide, for example) are passed over.
+    """
+    tried: dict[int, Arch] = {}
+
+    def cost(x: float) -> int | None:
+        try:
+            arch = at(x)
+        except ConfigError:
+            return None
+        got = measure(arch)
+        tried.setdefault(got, arch)
+        return got
+
+    for _ in range(_HALVINGS):
+        middle = (low * high) ** 0.5
+        got = next((c for c in (cost(middle * (1 + step / 64)) for step in range(_STEPS)) if c is not None), None)
+        if got == target:
+            break
+        low, high = (middle, high) if got is not None and got < target else (low, middle)
+    if not tried:
+        at((low * high) ** 0.5)  # raises the block's own reason
+    return tried[min(tried, key=lambda got: (abs(got - target), got))]
 
 
 def share_free(pattern: Pattern) -> bool:

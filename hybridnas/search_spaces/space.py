@@ -26,7 +26,7 @@ from hybridnas.config import FrozenConfig, option
 from hybridnas.errors import ConfigError, MatchError, PatternError, suggest
 from hybridnas.registry import BLOCKS
 from hybridnas.search_spaces.choice import Choice, Chooser, read_choice
-from hybridnas.search_spaces.fit import fit, share_free
+from hybridnas.search_spaces.fit import STATE_TOLERANCE, fit, share_free, spread, with_state
 from hybridnas.search_spaces.listing import space_file, space_settings
 from hybridnas.search_spaces.placement import PLACEMENTS, place
 
@@ -80,6 +80,12 @@ class Space(FrozenConfig, ABC):
     baselines: tuple[str, ...] = option(
         DEFAULT_BASELINES, "presets trained first, at the same active parameters [names]"
     )
+    equal: tuple[str, ...] = option(
+        (), "what else is made equal to the reference's: the state of a sequence [names]", choices=("state_bytes",)
+    )
+    state_bytes: int | None = option(
+        None, "state for equal: [state_bytes], at the budget's seq_len; none: the reference's [bytes]", ge=1
+    )
     match: bool = option(True, "whether candidates are matched to the target's active parameters [yes/no]")
     table: Mapping[str, Any] = option(
         {}, "results of all candidates, if known; read by the package tabular, opaque here [mapping]"
@@ -132,7 +138,29 @@ class Space(FrozenConfig, ABC):
         """Draw one candidate's choices and build nothing, to know them before an architecture is made."""
 
     def _matched(self, arch: Arch, scale: Scale, share: float | None = None) -> Arch:
-        return fit(arch, self.target(scale), scale.multiple, share) if self.match else arch
+        state = self._state_target(scale) if "state_bytes" in self.equal else None
+        if state is not None:
+            arch = with_state(arch, state, scale.seq_len)
+        if not self.match:
+            return arch
+        found = fit(arch, self.target(scale), scale.multiple, share)
+        got = found.cost(scale.seq_len).state_bytes
+        if state is not None and abs(got - state) > STATE_TOLERANCE * state:
+            raise MatchError(
+                f"pattern '{found.pattern}' cannot have the target's active parameters and its state: sizing the "
+                f"mixers moves the state from {state:,} to {got:,} bytes; add an MLP or experts, which have no state",
+                field="space.equal",
+                got=got,
+                allowed=state,
+            )
+        return found
+
+    def _state_target(self, scale: Scale) -> int:
+        if self.state_bytes is not None:
+            return self.state_bytes
+        if self.reference is None:
+            self._refuse("state_bytes", None, ">= 1", "has no reference whose state is the measure; give state_bytes")
+        return scaled_preset(self.reference, scale).cost(scale.seq_len).state_bytes
 
     def _check_names(self, key: str, values: Iterable[Any], allowed: Iterable[str]) -> None:
         names = tuple(allowed)
@@ -161,6 +189,10 @@ class _PatternSpace(Space):
     """What the two shapes share that draw a pattern, and then values for fields of its blocks."""
 
     requires: tuple[str, ...] = option((), "letters of which a pattern needs at least one [letters]")
+    min_attention: int = option(0, "attention layers that a pattern needs at least, windowed ones too [count]", ge=0)
+    max_mixers: int | None = option(
+        None, "different letters beside attention, MLP and experts that a pattern may have at most [count]", ge=0
+    )
     split: Choice | None = option(None, "share of active parameters in mixers beside experts or MLPs [fractions]")
     fields: Mapping[str, Choice] = option({}, "choices of block fields, by field or LETTER.field [mapping]")
 
@@ -192,7 +224,15 @@ class _PatternSpace(Space):
         choices: dict[str, Any] = {}
         pattern, fields, share = self._choices(chooser, scale, choices)
         arch = Arch.from_pattern(pattern, d_model=scale.d_model, vocab_size=scale.vocab_size, **fields)
-        return Proposal(self._matched(arch, scale, share), choices)
+        arch = self._matched(arch, scale, share)
+        ratios = self._width_ratios(choices, scale)
+        if self.match and len(set(ratios)) > 1:
+            arch = spread(arch, self.target(scale), ratios, scale.multiple)
+        return Proposal(arch, choices)
+
+    def _width_ratios(self, choices: Mapping[str, Any], scale: Scale) -> list[float]:
+        """Return the drawn proportions of the layers' expert and MLP widths, one per layer; none: no proportions."""
+        return []
 
     def choose(self, chooser: Chooser, scale: Scale) -> None:
         with contextlib.suppress(MatchError):  # of a letter that is required and missing; propose reports it
@@ -204,6 +244,7 @@ class _PatternSpace(Space):
         """Return pattern, block fields by letter, and the mixers' share; every choice is put into ``choices``."""
         pattern = self._pattern(chooser, scale, choices)
         letters = {slot.letter for slot in pattern.slots}
+        self._check_rules(pattern)
         missing = [letter for letter in self.requires if letter not in letters]
         if missing:
             raise MatchError(
@@ -213,7 +254,7 @@ class _PatternSpace(Space):
                 allowed=self.requires,
             )
         fields: dict[str, dict[str, Any]] = {}
-        for key, choice in self.fields.items():
+        for key, choice in self._common().items():
             letter, dot, name = key.rpartition(".")
             owners = [x for x in letters if block_field(x, name) and (not dot or x == letter)]
             if owners:
@@ -224,6 +265,32 @@ class _PatternSpace(Space):
         if self.split is not None and share_free(pattern):
             choices["split"] = share = self.split.draw(chooser, "split")
         return pattern, fields, share
+
+    def _common(self) -> Mapping[str, Choice]:
+        """Return the choices of block fields that hold for the whole pattern."""
+        return self.fields
+
+    def _check_rules(self, pattern: Pattern) -> None:
+        """Raise MatchError for a pattern that has too little attention or too many kinds of mixers."""
+        role = {slot.letter: BLOCKS.get(slot.letter).role for slot in pattern.slots}
+        attention = sum(role[slot.letter] == "attention" for slot in pattern.slots)
+        if attention < self.min_attention:
+            raise MatchError(
+                f"pattern '{pattern}' has {attention} attention layers, and space {self.name!r} sets "
+                f"min_attention={self.min_attention}",
+                field="space.min_attention",
+                got=attention,
+                allowed=f">= {self.min_attention}",
+            )
+        mixers = sorted(letter for letter in role if role[letter] == "mixer")
+        if self.max_mixers is not None and len(mixers) > self.max_mixers:
+            raise MatchError(
+                f"pattern '{pattern}' has {len(mixers)} kinds of mixers ({', '.join(mixers)}), and space "
+                f"{self.name!r} sets max_mixers={self.max_mixers}",
+                field="space.max_mixers",
+                got=tuple(mixers),
+                allowed=f"<= {self.max_mixers}",
+            )
 
     @abstractmethod
     def _pattern(self, chooser: Chooser, scale: Scale, choices: dict[str, Any]) -> Pattern:
@@ -236,9 +303,26 @@ class LetterSpace(_PatternSpace):
 
     letters: tuple[str, ...] = option(doc="what a slot of the motif may hold [pattern pieces]")
     motif_length: tuple[int, ...] = option((), "lengths of the motif that is cycled to the depth [slots]", ge=1)
+    per_slot: tuple[str, ...] = option((), "choices of block fields drawn for each slot of the motif apart [names]")
+    width_ratio: Choice | None = option(
+        None, "drawn for each slot: its expert or MLP width relative to the others' [numbers]"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for key in self.per_slot:
+            if key not in self.fields:
+                problem = f"per_slot names {key!r}, which has no choices; add {key}: [...]"
+                self._refuse("per_slot", key, tuple(self.fields), problem)
+            widths = [x for x in BLOCKS if key.rpartition(".")[2] in ("d_expert", "d_ff") and self.match]
+            if widths:
+                problem = f"per_slot names {key!r}, which matching sets; use width_ratio: [0.5, 1, 2], or match: false"
+                self._refuse("per_slot", key, "fields that matching leaves alone", problem)
+        if self.width_ratio is not None:
+            for value in self.width_ratio.ends:
+                if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+                    problem = f"width_ratio has {value!r}, which must be a number above 0"
+                    self._refuse("width_ratio", value, "> 0", problem)
         if not self.motif_length:
             problem = "has letters, so it needs motif_length, e.g. motif_length: [2, 4]"
             self._refuse("motif_length", self.motif_length, "whole numbers of 1 or more", problem)
@@ -252,7 +336,26 @@ class LetterSpace(_PatternSpace):
     def _pattern(self, chooser: Chooser, scale: Scale, choices: dict[str, Any]) -> Pattern:
         length = _drawn(chooser, "motif_length", self.lengths(scale), choices)
         pieces = [_drawn(chooser, f"slot{i}", self.letters, choices) for i in range(length)]
-        return _cycle(pieces, scale.depth)
+        motif = parse("".join(pieces))
+        values: list[dict[tuple[str, str], Any]] = [{} for _ in pieces]  # of each slot: (letter, field) -> value
+        for i, letters in enumerate({slot.letter for slot in parse(piece).slots} for piece in pieces):
+            for key in self.per_slot:
+                letter, dot, name = key.rpartition(".")
+                owners = [(x, field) for x in letters if (not dot or x == letter) and (field := block_field(x, name))]
+                if owners:
+                    choices[f"{key}.{i}"] = value = self.fields[key].draw(chooser, f"{key}.{i}")
+                    values[i].update(dict.fromkeys(owners, value))
+            if self.width_ratio is not None and any(BLOCKS.get(x).role == "feed_forward" for x in letters):
+                choices[f"width_ratio.{i}"] = self.width_ratio.draw(chooser, f"width_ratio.{i}")
+        motif = motif.with_args(lambda i, slot: {f: v for (x, f), v in values[i].items() if x == slot.letter})
+        return _cycle([str(layer) for layer in motif.layers], scale.depth)
+
+    def _common(self) -> Mapping[str, Choice]:
+        return {key: choice for key, choice in self.fields.items() if key not in self.per_slot}
+
+    def _width_ratios(self, choices: Mapping[str, Any], scale: Scale) -> list[float]:
+        length = choices["motif_length"]
+        return [float(choices.get(f"width_ratio.{i % length}", 1.0)) for i in range(scale.depth)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,8 +485,9 @@ def _from_mapping(values: Mapping[str, Any]) -> Space:
         own["fields"] = {
             key: read_choice(value, f"space {name!r} {key}", f"space.{key}") for key, value in rest.items()
         }
-    if "split" in own:
-        own["split"] = read_choice(own["split"], f"space {name!r} split", "space.split")
+    for key in ("split", "width_ratio"):
+        if key in own:
+            own[key] = read_choice(own[key], f"space {name!r} {key}", f"space.{key}")
     if "candidates" in own:
         own["candidates"] = tuple(_candidate(name, index, entry) for index, entry in enumerate(own["candidates"]))
     return shape.from_dict(own)

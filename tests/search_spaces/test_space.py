@@ -468,3 +468,101 @@ def load_mapping(name):
     from hybridnas.config import read_yaml
 
     return {"name": name, **read_yaml(Path(sys.modules[Space.__module__].__file__).parent / f"{name}.yaml")}
+
+
+def test_a_slot_can_have_sizes_of_its_own():
+    drawn = space(
+        letters=["E", "A"],
+        motif_length=[2],
+        per_slot=["E.top_k", "n_heads"],
+        **{"E.top_k": [1, 2, 4], "n_heads": [1, 2, 4], "E.router": "top_k"},
+    )
+    chooser = optuna.trial.FixedTrial(
+        {"slot0": "E", "slot1": "A", "E.top_k.0": 4, "n_heads.1": 2} | {"n_heads.0": 1, "E.top_k.1": 1}
+    )
+    proposal = drawn.propose(chooser, SCALE)
+    assert str(proposal.arch.pattern).startswith("(E{top_k=4}A{n_heads=2})x2")
+    assert proposal.choices["E.top_k.0"] == 4
+    assert "E.top_k.1" not in proposal.choices  # attention has none
+    assert abs(proposal.arch.cost().active_params / drawn.target(SCALE) - 1) <= TOLERANCE
+
+
+@limits(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**9))
+def test_widths_of_slots_keep_their_proportions_and_the_target(seed):
+    drawn = space(letters=["M", "E", "F"], motif_length=[4], width_ratio=[0.5, 1, 2], n_experts=4)
+    scale = SCALE.replace(d_model=64, multiple=1)
+    proposal = proposed(drawn, Dice(seed), scale)
+    if isinstance(proposal, str):
+        return
+    assert abs(proposal.arch.cost().active_params / drawn.target(scale) - 1) <= TOLERANCE
+    widths = {node.layer: node.config.hidden for node in proposal.arch.nodes if node.slot.letter in ("E", "F")}
+    common = {
+        letter: {
+            round(widths[node.layer] / proposal.choices[f"width_ratio.{node.layer % 4}"])
+            for node in proposal.arch.nodes
+            if node.slot.letter == letter
+        }
+        for letter in ("E", "F")
+    }
+    ratios = {proposal.choices[f"width_ratio.{layer % 4}"] for layer in widths}
+    if len(ratios) > 1:
+        assert max(common["E"] | common["F"]) - min(common["E"] | common["F"]) <= 2  # roundings of halves
+
+
+def test_rules_in_words_are_kept_by_every_proposal():
+    drawn = space(letters=["M", "N", "A", "F"], motif_length=[4], min_attention=1, max_mixers=1)
+    patterns = [proposed(drawn, Dice(seed), SCALE) for seed in range(60)]
+    kept = [proposal for proposal in patterns if not isinstance(proposal, str)]
+    assert kept
+    for proposal in kept:
+        letters = {slot.letter for slot in proposal.arch.pattern.slots}
+        assert "A" in letters
+        assert len(letters & {"M", "N"}) <= 1
+    with pytest.raises(MatchError) as found:
+        drawn.propose(optuna.trial.FixedTrial({f"slot{i}": "MNAF"[i] for i in range(4)}), SCALE)
+    assert found.value.field == "space.max_mixers"
+    assert found.value.got == ("M", "N")
+    with pytest.raises(MatchError) as found:
+        drawn.propose(optuna.trial.FixedTrial({f"slot{i}": "MFMF"[i] for i in range(4)}), SCALE)
+    assert (found.value.field, found.value.got) == ("space.min_attention", 0)
+
+
+@pytest.mark.parametrize(
+    "letter", [x for x in BLOCKS if set(BLOCKS.get(x).Config.state_sizes) & set(BLOCKS.get(x).Config.field_names())]
+)
+def test_candidates_can_carry_equally_many_bytes(letter):
+    drawn = space(candidates=[{"motif": f"{letter}F"}], equal=["state_bytes"], state_bytes=20_000)
+    scale = Scale(d_model=64, depth=4, multiple=1, seq_len=64)
+    cost = drawn.propose(Dice(0), scale).arch.cost(scale.seq_len)
+    assert cost.state_bytes == pytest.approx(20_000, rel=0.05)
+    assert cost.active_params == pytest.approx(drawn.target(scale), rel=TOLERANCE)
+
+
+def test_a_state_that_cannot_be_made_equal_is_refused():
+    attention = space(candidates=[{"motif": "AF"}], equal=["state_bytes"])
+    with pytest.raises(MatchError) as found:
+        attention.propose(Dice(0), SCALE)
+    assert found.value.field == "space.equal"
+    assert "M" in found.value.allowed
+    alone = space(candidates=[{"motif": "M"}], equal=["state_bytes"], state_bytes=60_000)
+    with pytest.raises(MatchError) as found:
+        alone.propose(Dice(0), SCALE.replace(active_params=200_000))
+    assert found.value.field == "space.equal"
+    assert found.value.allowed == 60_000
+
+
+@pytest.mark.parametrize(
+    ("keys", "field"),
+    [
+        ({"per_slot": ["n_heads"]}, "space.per_slot"),
+        ({"per_slot": ["d_expert"], "d_expert": [8, 16]}, "space.per_slot"),
+        ({"width_ratio": [0, 1]}, "space.width_ratio"),
+        ({"equal": ["latency"]}, "space.equal"),
+        ({"min_attention": -1}, "space.min_attention"),
+    ],
+)
+def test_rules_that_mean_nothing_are_refused(keys, field):
+    with pytest.raises(ConfigError) as found:
+        space(**LETTERS, **keys)
+    assert found.value.field == field
