@@ -12,6 +12,7 @@ from torch import Tensor
 import hybridnas
 import hybridnas.kernels.causal_conv1d as conv
 import hybridnas.kernels.cross_entropy as loss
+import hybridnas.kernels.gated_delta as recurrence
 import hybridnas.kernels.mamba_step as step
 import hybridnas.kernels.moe_dispatch as moe
 import hybridnas.kernels.rmsnorm as norms
@@ -23,6 +24,7 @@ from hybridnas.hardware import Impl
 from hybridnas.kernels._dispatch import Operation
 from hybridnas.kernels.causal_conv1d import causal_conv1d
 from hybridnas.kernels.cross_entropy import cross_entropy, linear_cross_entropy, token_scores
+from hybridnas.kernels.gated_delta import gated_delta
 from hybridnas.kernels.mamba_step import Norm, Weights, mamba_step
 from hybridnas.kernels.moe_dispatch import Experts, expert_choice, token_choice
 from hybridnas.kernels.rmsnorm import add_norm, layer_norm, rms_norm
@@ -62,6 +64,12 @@ def _scan(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
 def _ssd(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
     ids = integers(3, batch, length).sort(1).values
     return ssd(**v, dt_softplus=True, seq_idx=ids, chunk_size=4, return_final_state=True, impl=impl)
+
+
+def _gated_delta(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
+    ids = integers(3, batch, length).sort(1).values
+    given = {**v, "log_decay": -v["log_decay"].square()}
+    return gated_delta(**given, seq_idx=ids, chunk_size=4, return_final_state=True, impl=impl)
 
 
 def _conv(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
@@ -110,6 +118,12 @@ def _ssd_shapes(batch: int, length: int) -> dict[str, tuple[int, ...]]:
     return {**shapes, "dt_bias": (HEADS,), "initial_state": (batch, HEADS, WIDTH, N)}
 
 
+def _gated_delta_shapes(batch: int, length: int) -> dict[str, tuple[int, ...]]:
+    narrow, wide = (batch, length, GROUPS, N), (batch, length, HEADS, WIDTH)
+    shapes = {"q": narrow, "k": narrow, "v": wide, "log_decay": (*wide[:3], N), "beta": wide[:3]}
+    return {**shapes, "initial_state": (batch, HEADS, N, WIDTH)}
+
+
 def _update_shapes(batch: int, length: int) -> dict[str, tuple[int, ...]]:
     given = _scan_shapes(batch, 1)
     given["state"] = given.pop("initial_state")
@@ -146,6 +160,12 @@ OPS = {
         differentiable=False,
     ),
     "ssd": Op(duality.OPERATION, _ssd_shapes, _ssd, lambda b, n: [(b, n, HEADS, WIDTH), (b, HEADS, WIDTH, N)]),
+    "gated_delta": Op(
+        recurrence.OPERATION,
+        _gated_delta_shapes,
+        _gated_delta,
+        lambda b, n: [(b, n, HEADS, WIDTH), (b, HEADS, N, WIDTH)],
+    ),
     "rms_norm": Op(
         norms.OPERATION,
         lambda b, n: {"x": (b, n, D), "weight": (D,)},
@@ -282,7 +302,10 @@ def test_empty_inputs_give_empty_outputs_and_gradients_of_every_inputs_shape(nam
     assert all(g.isfinite().all() for g in gradients.values())
 
 
-@pytest.mark.parametrize(("name", "impl"), [case for case in CASES if case.values[0] in ("selective_scan", "ssd")])
+STATEFUL = ("selective_scan", "ssd", "gated_delta")
+
+
+@pytest.mark.parametrize(("name", "impl"), [case for case in CASES if case.values[0] in STATEFUL])
 def test_a_scan_of_no_steps_hands_its_state_and_its_gradient_through(name, impl):
     values = {n: torch.randn(s, dtype=torch.float32).requires_grad_() for n, s in OPS[name].shapes(2, 0).items()}
     _, final = OPS[name].call(values, 2, 0, impl)

@@ -1,0 +1,116 @@
+"""Gated linear recurrences in matrix products: quadratic inside a chunk, one state from chunk to chunk.
+
+Shapes: B batch, H value heads, N chunks, T steps of a chunk, K channels of a key, V channels of a value.
+
+With P_ij the decay from step j to step i, and S the state before a chunk, the values that the delta rule writes solve
+(I + diag(beta) tril(P * k k^T, -1)) E = diag(beta) (V - K' S), K' the keys times the decay from the chunk's start: a
+triangular system, solved once for [diag(beta) V, diag(beta) K'] in all chunks. No decay is the quotient of two others,
+nor the exponential of a difference of sums: each is the exponential of a sum of its own steps, so that nothing
+overflows and steps that forget everything leave the digits of others.
+
+Sources: the chunked delta rule, Yang et al. 2024, arXiv 2406.06484, section 3; with decays arXiv 2412.06464, section
+3.3; by channel, arXiv 2312.06635, section 4.3.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridnas.kernels.gated_delta.reference import Inputs, gated_delta_reference
+
+
+def gated_delta_eager(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Return o (B, L, H, V) in v's dtype and the final state (B, H, K, V), differentiable by autograd."""
+    length = inputs.q.shape[1]
+    if length <= 1:  # one step is the recurrence itself
+        return gated_delta_reference(inputs)
+    steps = 1 << (min(inputs.chunk_size, length) - 1).bit_length()
+    q, k, v = (_chunks(t, steps) for t in inputs.by_head())
+    log = inputs.log_decay_by_step()
+    through = None
+    if log is None:
+        scores = (q @ k.transpose(-1, -2)).tril()
+        reads = (k @ k.transpose(-1, -2)).tril(-1) if inputs.beta is not None else None
+        from_start_q, from_start_k, to_end_k = q, k, k
+    else:
+        log = _chunks(log if log.dim() == 4 else log[..., None], steps)  # (B, H, N, T, 1 or K)
+        from_start, to_end = log.cumsum(-2).exp(), _sums_to_end(log).exp()
+        through = from_start[..., -1, :, None]
+        if log.shape[-1] == 1:
+            within = _within(log.squeeze(-1))
+            scores = (q @ k.transpose(-1, -2)) * within
+            reads = ((k @ k.transpose(-1, -2)) * within).tril(-1) if inputs.beta is not None else None
+        else:
+            scores = _scores(q, k, log)
+            reads = _scores(k, k, log).tril(-1) if inputs.beta is not None else None
+        from_start_q, from_start_k, to_end_k = q * from_start, k * from_start, k * to_end
+    S = inputs.start()
+    before, written = [], v
+    through_N = [None] * v.shape[2] if through is None else list(through.unbind(2))
+    writes = to_end_k.transpose(-1, -2)
+    if reads is None:
+        added = (writes @ v).unbind(2)
+        for keep, added_BHKV in zip(through_N, added, strict=True):
+            before.append(S)
+            S = S + added_BHKV if keep is None else torch.addcmul(added_BHKV, keep, S)
+    else:
+        assert inputs.beta is not None
+        beta = _chunks(inputs.beta.to(inputs.dtype)[..., None], steps)
+        right = torch.cat([v, from_start_k], -1) * beta
+        solved = torch.linalg.solve_triangular(reads * beta, right, upper=False, unitriangular=True)
+        values, keys = solved.split([v.shape[-1], k.shape[-1]], -1)
+        parts = []
+        for keep, to_end_BHKT, u, w in zip(through_N, writes.unbind(2), values.unbind(2), keys.unbind(2), strict=True):
+            before.append(S)
+            parts.append(u - w @ S)
+            added_BHKV = to_end_BHKT @ parts[-1]
+            S = S + added_BHKV if keep is None else torch.addcmul(added_BHKV, keep, S)
+        written = torch.stack(parts, 2)
+    o = from_start_q @ torch.stack(before, 2) + scores @ written
+    o_BLHV = o.flatten(2, 3).transpose(1, 2)[:, :length]
+    return o_BLHV.to(inputs.v.dtype), S
+
+
+def _chunks(tensor_BLHX: Tensor, steps: int) -> Tensor:
+    """Return (B, H, N, T, X) with zeros for what the last chunk lacks: steps that decay and write nothing."""
+    missing = -tensor_BLHX.shape[1] % steps
+    if missing:
+        tensor_BLHX = F.pad(tensor_BLHX, (0, 0, 0, 0, 0, missing))
+    batch, length, heads, width = tensor_BLHX.shape
+    return tensor_BLHX.reshape(batch, length // steps, steps, heads, width).permute(0, 3, 1, 2, 4)
+
+
+def _sums_to_end(log: Tensor) -> Tensor:
+    """Return for each step the sum of the steps after it, (..., T, X) as ``log``."""
+    return F.pad(log[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
+
+
+def _within(log: Tensor) -> Tensor:
+    """Return the decay from step j to step i, (..., T, T) for ``log`` (..., T), zero where j is later."""
+    steps = log.shape[-1]
+    future_TT = torch.ones(steps, steps, dtype=torch.bool, device=log.device).triu()
+    within = log[..., :, None].expand(*log.shape, steps).masked_fill(future_TT, 0.0).cumsum(-2)
+    # masked before exp, never after, so that neither the value nor the gradient can become inf * 0
+    return within.masked_fill(future_TT.triu(1), float("-inf")).exp()
+
+
+def _scores(q: Tensor, k: Tensor, log: Tensor) -> Tensor:
+    """Return sum over k of q_ik k_jk (decay of channel k from j to i), (..., T, T), zero where j is later.
+
+    T is a power of two. Two neighboring blocks of steps join at a time: what the later one reads of the earlier is a
+    matrix product of queries that decay from the boundary and keys that decay to it.
+    """
+    steps = q.shape[-2]
+    scores = (q * k).sum(-1)[..., None, None]  # (..., blocks, 1, 1)
+    width = 1
+    while width < steps:
+        halves = (*q.shape[:-2], steps // (2 * width), 2, width, q.shape[-1])
+        late_q, early_k = q.reshape(halves).select(-3, 1), k.reshape(halves).select(-3, 0)
+        early_log, late_log = log.reshape(halves).unbind(-3)
+        across = (late_q * late_log.cumsum(-2).exp()) @ (early_k * _sums_to_end(early_log).exp()).transpose(-1, -2)
+        early, late = scores.reshape(*halves[:-3], 2, width, width).unbind(-3)
+        scores = torch.cat([F.pad(early, (0, width)), torch.cat([across, late], -1)], -2)
+        width *= 2
+    return scores.squeeze(-3)

@@ -1,0 +1,213 @@
+"""Gated linear recurrences against their float64 recurrence, in every form."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hybridnas.errors import KernelInputError, KernelUnavailableError
+from hybridnas.kernels.gated_delta import OPERATION, describe, gated_delta
+
+FORMS = ["torch"]
+DECAYS = {"none": None, "fixed": "H", "head": "BLH", "channel": "BLHK"}
+recurrence = partial(gated_delta, return_final_state=True)
+
+
+def inputs(
+    batch, length, groups, share, size, width, *, decay="head", delta=True, initial=True, strength=1.0, seed=0,
+    dtype=torch.float64,
+):  # fmt: skip
+    make = torch.Generator().manual_seed(seed)
+    sizes = {"B": batch, "L": length, "G": groups, "H": groups * share, "K": size, "V": width}
+
+    def normal(letters):
+        return torch.randn([sizes[letter] for letter in letters], generator=make).to(dtype)
+
+    # keys of length one and beta up to two, so that I - beta k k^T never grows the state
+    values = {"q": normal("BLGK"), "k": torch.nn.functional.normalize(normal("BLGK"), dim=-1), "v": normal("BLHV")}
+    if DECAYS[decay]:
+        values["log_decay"] = -strength * torch.exp(normal(DECAYS[decay]) - 1)
+    if delta:
+        values["beta"] = 2 * torch.sigmoid(normal("BLH"))
+    if initial:
+        values["initial_state"] = normal("BHKV")
+    return {name: v.requires_grad_() for name, v in values.items()}
+
+
+def run(function, values, **others):
+    outputs = function(**values, **others)
+    make = torch.Generator().manual_seed(7)
+    grads = [torch.randn(o.shape, generator=make).to(o.dtype) for o in outputs]
+    gradients = torch.autograd.grad(outputs, list(values.values()), grads)
+    return dict(zip(("o", "final", *values), (*outputs, *gradients), strict=True))
+
+
+def compare(form, shape, options, *, ids=None, chunk=64, tolerance=1e-5):
+    true = run(recurrence, inputs(*shape, **options), seq_idx=ids, impl="reference")
+    dtypes = {torch.float32: tolerance} | ({torch.float64: 1e-11} if form == "torch" else {})
+    for dtype, allowed in dtypes.items():
+        got = run(recurrence, inputs(*shape, **options, dtype=dtype), seq_idx=ids, chunk_size=chunk, impl=form)
+        for name, expected in true.items():
+            assert got[name].isfinite().all(), name
+            error = (got[name].double() - expected).abs().max().item() if expected.numel() else 0.0
+            assert error <= allowed * expected.abs().max().item() + 1e-12, f"{name} in {dtype} is {error} off"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    batch=st.integers(1, 3),
+    length=st.sampled_from([1, 2, 3, 7, 16, 17, 40]),
+    groups=st.integers(1, 2),
+    share=st.integers(1, 3),
+    size=st.sampled_from([1, 5, 16]),
+    width=st.sampled_from([1, 3, 8]),
+    chunk=st.sampled_from([1, 4, 7, 16, 64]),
+    options=st.fixed_dictionaries(
+        {"decay": st.sampled_from(list(DECAYS)), "delta": st.booleans(), "initial": st.booleans()}
+    ),
+    seed=st.integers(0, 999),
+    documents=st.booleans(),
+)
+def test_outputs_and_gradients_agree_with_the_float64_recurrence(
+    form, batch, length, groups, share, size, width, chunk, options, seed, documents
+):
+    ids = None
+    if documents:
+        ids = torch.randint(0, 5, (batch, length), generator=torch.Generator().manual_seed(3)).sort(1).values
+    compare(form, (batch, length, groups, share, size, width), {**options, "seed": seed}, ids=ids, chunk=chunk)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("length", [63, 64, 65, 200])
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("delta", [False, True], ids=["plain", "delta"])
+def test_lengths_around_a_chunk_agree_with_the_float64_recurrence(form, length, decay, delta):
+    compare(form, (1, length, 1, 2, 16, 8), {"decay": decay, "delta": delta})
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("decay", ["fixed", "head", "channel"])
+@pytest.mark.parametrize("delta", [False, True], ids=["plain", "delta"])
+@pytest.mark.parametrize("strength", [50.0, 3000.0])
+def test_strong_decays_are_exact_and_have_finite_gradients(form, decay, delta, strength):
+    compare(form, (1, 64, 1, 2, 16, 8), {"decay": decay, "delta": delta, "strength": strength})
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("delta", [False, True], ids=["plain", "delta"])
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_one_step_that_forgets_leaves_the_digits_of_the_others(form, decay, delta):
+    values = inputs(1, 64, 1, 1, 8, 4, decay=decay, delta=delta, initial=False, dtype=torch.float32)
+    with torch.no_grad():
+        values["log_decay"][:, 5] = -1e6
+    whole = recurrence(**values, impl=form)[0]
+    after = recurrence(**{n: v[:, 5:] for n, v in values.items()}, impl=form)[0]
+    torch.testing.assert_close(whole[:, 5:], after, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_minus_infinity_forgets_as_a_document_boundary_does(form):
+    values = {n: v.detach() for n, v in inputs(1, 20, 1, 2, 8, 4, decay="channel", dtype=torch.float32).items()}
+    ids = (torch.arange(20) >= 9).long()[None]
+    cut = dict(values, log_decay=values["log_decay"].clone())
+    cut["log_decay"][:, 9] = float("-inf")
+    torch.testing.assert_close(recurrence(**cut, impl=form)[0], recurrence(**values, seq_idx=ids, impl=form)[0])
+
+
+def test_the_torch_form_passes_gradcheck():
+    values = inputs(1, 7, 1, 2, 3, 2, decay="channel")
+    names, ids = list(values), torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+
+    def chunked(*tensors):
+        return recurrence(**dict(zip(names, tensors, strict=True)), seq_idx=ids, chunk_size=4, impl="torch")
+
+    assert torch.autograd.gradcheck(chunked, tuple(values.values()))
+
+
+@pytest.mark.parametrize("form", ["auto", *FORMS])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_pieces_through_the_state_are_the_whole(form, decay):
+    values = {n: v.detach() for n, v in inputs(2, 50, 2, 2, 4, 8, decay=decay, dtype=torch.float32).items()}
+    whole, final = recurrence(**values, chunk_size=16, impl=form)
+    state, parts = values.pop("initial_state"), []
+    for piece in (slice(0, 20), slice(20, 21), slice(21, 50)):
+        part = {n: v if v.dim() == 1 else v[:, piece] for n, v in values.items()}
+        o, state = recurrence(**part, initial_state=state, chunk_size=16, impl=form)
+        parts.append(o)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_bfloat16_inputs_give_bfloat16_outputs_a_float32_state_and_bfloat16_gradients(form, decay):
+    values = inputs(1, 20, 1, 2, 8, 4, decay=decay, initial=False, dtype=torch.bfloat16)
+    got = run(recurrence, values, impl=form)
+    assert got.pop("final").dtype == torch.float32
+    assert {t.dtype for t in got.values()} == {torch.bfloat16}
+    wide = {n: v.detach().double().requires_grad_() for n, v in values.items()}
+    for name, expected in run(recurrence, wide, impl="reference").items():
+        if name in got:
+            assert (got[name].double() - expected).abs().max() <= 2e-2 * expected.abs().max()
+
+
+def test_the_scale_of_the_queries_defaults_to_the_root_of_the_key_channels():
+    values = {n: v.detach() for n, v in inputs(1, 5, 1, 1, 16, 4).items()}
+    torch.testing.assert_close(gated_delta(**values), gated_delta(**values, scale=0.25))
+    torch.testing.assert_close(gated_delta(**values, scale=1.0), 4 * gated_delta(**values))
+
+
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_the_recurrences_equal_transformers_chunked_forms_in_outputs_and_gradients(decay):
+    module = {"head": "qwen3_next", "channel": "kimi_linear"}[decay]
+    hugging = pytest.importorskip(f"transformers.models.{module}.modeling_{module}")
+    name = {"head": "torch_chunk_gated_delta_rule", "channel": "chunk_kimi_delta_attention"}[decay]
+    theirs = getattr(hugging, name)
+
+    def transposed(q, k, v, log_decay, beta, initial_state):
+        return theirs(q, k, v, g=log_decay, beta=beta, initial_state=initial_state, output_final_state=True)
+
+    shape = (2, 70, 2, 1, 16, 8)
+    expected = run(transposed, inputs(*shape, decay=decay, dtype=torch.float32))
+    for form in FORMS:
+        got = run(recurrence, inputs(*shape, decay=decay, dtype=torch.float32), impl=form)
+        for name, true in expected.items():
+            assert (got[name] - true).abs().max() <= 1e-5 * true.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "got", "allowed"),
+    [
+        ({"q": torch.zeros(1, 4, 6)}, (1, 4, 6), "(B, L, G, K)"),
+        ({"q": torch.zeros(1, 4, 2, 0), "k": torch.zeros(1, 4, 2, 0)}, 0, ">= 1"),
+        ({"k": torch.zeros(1, 4, 2, 5)}, (1, 4, 2, 5), (1, 4, 2, 3)),
+        ({"v": torch.zeros(1, 4, 6)}, (1, 4, 6), "(B, L, H, V)"),
+        ({"q": torch.zeros(1, 4, 3, 3), "k": torch.zeros(1, 4, 3, 3)}, 3, [1, 2, 4]),
+        ({"log_decay": torch.zeros(3)}, (3,), (4,)),
+        ({"log_decay": torch.zeros(1, 4, 3)}, (1, 4, 3), (1, 4, 4)),
+        ({"log_decay": torch.zeros(1, 4)}, (1, 4), "(H,), (B, L, H) or (B, L, H, K)"),
+        ({"log_decay": torch.zeros(1, 4, 4, 2)}, (1, 4, 4, 2), (1, 4, 4, 3)),
+        ({"beta": torch.zeros(1, 4, 1)}, (1, 4, 1), (1, 4, 4)),
+        ({"initial_state": torch.zeros(1, 4, 6, 3)}, (1, 4, 6, 3), (1, 4, 3, 6)),
+        ({"seq_idx": torch.zeros(1, 4)}, torch.float32, "integers"),
+        ({"chunk_size": 0}, 0, ">= 1"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_what_was_expected_and_got(changes, got, allowed):
+    values = {n: v.detach().float() for n, v in inputs(1, 4, 2, 2, 3, 6).items()}
+    with pytest.raises(KernelInputError) as refused:
+        gated_delta(**(values | changes))
+    assert (refused.value.field, refused.value.got, refused.value.allowed) == (next(iter(changes)), got, allowed)
+
+
+def test_a_requested_implementation_runs_or_raises():
+    values = {n: v.detach() for n, v in inputs(1, 4, 2, 2, 3, 6).items()}
+    with pytest.raises(KernelUnavailableError) as refused:
+        gated_delta(**values, impl="native")
+    assert (refused.value.field, refused.value.got) == ("impl", "native")
+    assert refused.value.allowed == ["auto", "reference", "torch"]
+    assert describe("cpu", torch.float64).startswith("torch: chunked matrix products")
+    assert OPERATION.name == "gated_delta"
