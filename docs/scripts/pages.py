@@ -188,31 +188,34 @@ def blocks() -> str:
 
 
 def presets() -> str:
-    """Return the page of presets with exact counts and drawings."""
-    from hybridnas.arch.presets import PRESETS, list_presets, preset, preset_arguments
+    """Return the page of presets with exact counts, one section for each family, its smallest model drawn."""
+    from hybridnas.arch.presets import ACTIVE, PRESETS, families, preset, preset_arguments
     from hybridnas.draw.svg import svg_text
 
     parts = [
         "# Presets\n",
         "Published architectures, exact to the integer; parameters without embedding and head, "
-        "FLOPs and state at a context of 1,024. Each scales by its "
-        "paper's rules: `preset=moe_mamba preset.d_model=128 preset.n_blocks=4`.\n",
+        "FLOPs and state at a context of 1,024. Each scales by its family's rules: "
+        "`preset=qwen3_next preset.d_model=64 preset.n_blocks=8`. Widths, heads and states follow `d_model`, attention "
+        "keeps its share of the layers; `n_blocks` counts layers as the source does. "
+        "`python -m hybridnas.describe` prints them side by side.\n",
     ]
     rows = []
-    for name in list_presets():
-        arch = preset(name)
-        cost = arch.cost(seq_len=1024)
-        rows.append(
-            (
-                f"[`{name}`](#{name})",
-                code(arch.pattern),
-                f"{cost.params:,}",
-                f"{cost.active_params:,}",
-                f"{cost.embedding_params:,}",
-                f"{cost.flops_per_token:,.0f}",
-                f"{cost.state_bytes:,}",
+    for names in families().values():
+        for name in names:
+            arch = preset(name)
+            cost = arch.cost(seq_len=1024)
+            rows.append(
+                (
+                    f"[`{name}`](#{name})",
+                    code(arch.pattern),
+                    f"{cost.params:,}",
+                    f"{cost.active_params:,}",
+                    f"{cost.embedding_params:,}",
+                    f"{cost.flops_per_token:,.0f}",
+                    f"{cost.state_bytes:,}",
+                )
             )
-        )
     head = (
         "preset",
         "pattern",
@@ -223,19 +226,30 @@ def presets() -> str:
         "state at 1,024 [bytes]",
     )
     parts.append(table(head, rows))
-    for name in list_presets():
-        entry = PRESETS.get(name)
-        sizes = ", ".join(
-            f"`{key}={'null' if value is None else value}`" for key, value in preset_arguments(name).items()
-        )
-        parts.append(f"## {name}\n\n{entry.summary}\n\nSizes: {sizes}.\n")
-        for row in getattr(entry, "paper", ()):
-            parts.append(
-                f"- Printed (version {row.version} of the paper): {row.params} parameters, {row.active_params} active, "
-                f"loss {row.loss}; recipe: {row.recipe.source}, {row.recipe.steps:,} steps of "
-                f"{row.recipe.batch_size} x {row.recipe.seq_len} tokens, learning rate {row.recipe.lr:g}.\n"
+    for family, names in families().items():
+        parts.append(f"## Family {family}\n\n{PRESETS.get(names[0]).about}\n")
+        parts.append(f'<div class="diagram drawing" markdown="0">{svg_text(preset(names[0]))}</div>\n')
+        for name in names:
+            entry = PRESETS.get(name)
+            sizes = ", ".join(
+                f"`{key}={'null' if value is None else value}`" for key, value in preset_arguments(name).items()
             )
-        parts.append(f'\n<div class="diagram drawing" markdown="0">{svg_text(preset(name))}</div>\n')
+            parts.append(f"### {name}\n\n{entry.summary}\n\nSizes: {sizes}.\n")
+            if (release := entry.release) is not None:
+                active = f", {release.active_params} active ({ACTIVE[release.convention]})" * bool(
+                    release.active_params
+                )
+                stated = f" Its makers state {release.params}{active}." if release.params else ""
+                parts.append(
+                    f"- {release.total:,} parameters with embedding and head, counted by {release.counted}.{stated} "
+                    f"Source: {release.source}.\n"
+                )
+            for row in entry.paper:
+                parts.append(
+                    f"- Printed (version {row.version} of the paper): {row.params} parameters, {row.active_params} "
+                    f"active, loss {row.loss}; recipe: {row.recipe.source}, {row.recipe.steps:,} steps of "
+                    f"{row.recipe.batch_size} x {row.recipe.seq_len} tokens, learning rate {row.recipe.lr:g}.\n"
+                )
     return "\n".join(parts)
 
 

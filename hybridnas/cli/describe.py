@@ -12,10 +12,13 @@ from hybridnas.cli import show
 from hybridnas.cli.command import ARCH, DEVICE, PATTERN, Command, Done, group
 from hybridnas.cli.wanted import NONCAUSAL, wanted_arch
 from hybridnas.config import allowed_text, option, spell
-from hybridnas.units import human
+from hybridnas.errors import ConfigError, suggest
+from hybridnas.units import human, human_bytes
 
 if TYPE_CHECKING:
     from hybridnas.arch.arch import Arch
+
+STATE_LENGTHS = (4096, 131072)  # contexts at which presets are compared [tokens]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,7 @@ class Settings(Command):
     experiment: Mapping[str, Any] | None = group(None, "settings from a file")
     pattern: str | None = option(None, PATTERN)
     block: str | None = option(None, "lists the settings of a block by its letter or name, e.g. E or moe")
+    presets: str = option("all", "which presets stand side by side: all, or families and names, e.g. granite,jamba")
     arch: Mapping[str, Any] = option({}, ARCH)
     seq_len: int = option(1024, "length at which FLOPs and state are stated [tokens]", ge=1)
     out: Path | None = option(None, "draws the architecture: FILE.svg, .png or .pdf")
@@ -37,13 +41,16 @@ class Settings(Command):
 
 
 def run(settings: Settings) -> Done:
-    """Describe ``preset=`` or ``pattern=`` layer by layer; without either, all presets beside the paper's figures."""
+    """Describe ``preset=`` or ``pattern=`` layer by layer; without either, presets side by side."""
     if settings.block is not None:
         return Done(_block(settings.block))
     arch = wanted_arch(settings.preset, settings.pattern, settings.arch)
     if arch is None:
-        return Done({"presets": _presets(settings.seq_len)})
+        return Done({"presets": _presets(settings.presets, settings.seq_len)})
     found = {**facts(arch, settings.seq_len), "layers": _layers(arch, settings.seq_len)}
+    show.line(_active_text(found["active"]))
+    if settings.preset is not None:
+        found["published"] = _published(settings.preset["name"])
     found["implementations"] = _kernels(arch, settings.device)
     if not arch.causal:
         show.line(NONCAUSAL)
@@ -65,7 +72,41 @@ def facts(arch: Arch, seq_len: int) -> dict[str, Any]:
         "vocab_size": arch.vocab_size,
         "seq_len": seq_len,
         "cost": asdict(arch.cost(seq_len)),
+        "active": active_counts(arch),
     }
+
+
+def active_counts(arch: Arch) -> dict[str, int]:
+    """Return the active parameters by each convention in use (keys of ``presets.ACTIVE``) [count per token]."""
+    cost = arch.cost()
+    matrix = arch.d_model * arch.vocab_size
+    return {
+        "neither": cost.active_params,
+        "one": cost.active_params + matrix,
+        "both": cost.active_params + cost.embedding_params,
+    }
+
+
+def _active_text(active: Mapping[str, int]) -> str:
+    from hybridnas.arch.presets import ACTIVE
+
+    return "active parameters: " + ", ".join(f"{count:,} {ACTIVE[key]}" for key, count in active.items())
+
+
+def _published(name: str) -> dict[str, Any] | None:
+    """Print what is published of a preset's release, and return it; None for a preset that is none."""
+    from hybridnas.arch.presets import ACTIVE, PRESETS
+
+    release = PRESETS.get(name).release
+    if release is None:
+        return None
+    stated = f"{release.params} parameters" if release.params else "no figure"
+    if release.active_params:
+        stated += f", {release.active_params} active ({ACTIVE[release.convention]})"
+    show.line(f"released: {release.title}, {release.total:,} parameters ({release.counted})")
+    show.line(f"its makers state: {stated}; source: {release.source}")
+    keys = ("title", "source", "total", "counted", "params", "active_params", "convention")
+    return {key: getattr(release, key) for key in keys}
 
 
 def _block(name: str) -> dict[str, Any]:
@@ -86,16 +127,31 @@ def _block(name: str) -> dict[str, Any]:
     return {"letter": letter, "block": block.name, "fields": fields}
 
 
-def _presets(seq_len: int) -> list[dict[str, Any]]:
-    from hybridnas.arch.presets import PRESETS, preset
+def _presets(chosen: str, seq_len: int) -> list[dict[str, Any]]:
+    """Print presets side by side, one family after the other, and return their facts."""
+    from hybridnas.arch.presets import PRESETS, families, preset
 
+    known = families()
+    names = [name for group in known.values() for name in group]
+    if chosen != "all":
+        wanted = [part.strip() for part in chosen.split(",")]
+        for part in wanted:
+            if part not in known and part not in PRESETS:
+                raise ConfigError(
+                    f"describe presets={part} is neither a family nor a preset{suggest(part, [*known, *names])}",
+                    field="presets",
+                    got=part,
+                    allowed=("all", *known, *names),
+                )
+        names = [name for name in names if name in wanted or PRESETS.get(name).family in wanted]
     found, rows = [], []
-    for name in PRESETS:
-        arch = preset(name)
+    for name in names:
+        arch, entry = preset(name), PRESETS.get(name)
         cost = arch.cost(seq_len)
-        papers = PRESETS.get(name).paper
-        printed = f"{papers[0].params} / {papers[0].active_params}" if papers else "-"
-        found.append({"preset": name, **facts(arch, seq_len)})
+        stated: Any = entry.release or next(iter(entry.paper), None)
+        states = {length: arch.cost(length).state_bytes for length in STATE_LENGTHS}
+        own = {"preset": name, "family": entry.family, **facts(arch, seq_len), "state_bytes": states}
+        found.append({**own, "published": asdict(entry.release) if entry.release else None})
         rows.append(
             [
                 name,
@@ -103,13 +159,15 @@ def _presets(seq_len: int) -> list[dict[str, Any]]:
                 str(arch.d_model),
                 f"{cost.params:,}",
                 f"{cost.active_params:,}",
-                printed,
+                f"{cost.params + cost.embedding_params:,}",
+                " / ".join(filter(None, (stated.params, stated.active_params))) if stated else "",
                 human(cost.flops_per_token),
-                human(cost.state_bytes),
+                *(human_bytes(states[length]) for length in STATE_LENGTHS),
             ]
         )
-    columns = ["preset", "pattern", "d_model", "params", "active", "paper", "FLOPs/token", f"state@{seq_len} [B]"]
-    show.table("Presets (parameters without embedding and head)", columns, rows, left=(0, 1))
+    columns = ["preset", "pattern", "d_model", "params", "active", "with embedding and head", "published"]
+    columns += ["FLOPs/token", *(f"state at {length // 1024}k" for length in STATE_LENGTHS)]
+    show.table("Presets (params and active without embedding and head)", columns, rows, left=(0, 1))
     return found
 
 

@@ -30,7 +30,7 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "max_latency_ms max_params max_state_bytes minutes n_trials nodes objectives pruner runs sampler seed "
     "state_length storage study tracking worker workers",
     "train": "arch device impl max_seconds out pattern recipe tracking train",
-    "describe": "arch block device out pattern seq_len",
+    "describe": "arch block device out pattern presets seq_len",
     "compare": "baseline out run runs study uri",
     "export": "out runs study trial",
     "generate": "device echo max_new_tokens model prompt runs seed stop_at_end study temperature top_k",
@@ -231,6 +231,10 @@ SENTENCES = [  # golden sentences: the style of all
     (["describe", "pattern=(MX)x2", LIGHT], "PatternError: pattern '(MX)x2' has unknown letter 'X' at character 3"),
     (["describe", "pattern=ME", "d_model=64"], "describe has no setting 'd_model'; did you mean 'arch.d_model'?"),
     (["describe", "preset=mambo"], "describe preset=mambo is unknown; did you mean 'mamba'? (options: "),
+    (
+        ["describe", "presets=granit"],
+        "describe presets=granit is neither a family nor a preset; did you mean 'granite'?",
+    ),
     (["search", "data=README.md"], "data=README.md is unknown; did you mean data=text data.path=README.md?"),
     (["train", "preset=mamba", "train.lr=-1"], "ConfigError: train lr=-1.0 must be > 0\n"),
     (["replay", "study=nope", "trial=0"], "StudyError: no study in runs/nope"),
@@ -567,6 +571,28 @@ def test_describe_without_anything_lists_the_presets(capsys):
     rows = {line.split("\t")[0]: line.split("\t") for line in capsys.readouterr().out.splitlines()}
     assert rows["moe_mamba"][3:5] == ["416,358,400", "26,288,128"]
     assert rows["mamba"][3:5] == ["27,131,904", "27,131,904"]
+    header = rows["preset"]
+    shown = dict(zip(header, rows["mixtral"], strict=True))
+    assert (shown["pattern"], shown["published"]) == ("(AE)x32", "46.7B / 12.9B")
+    assert (shown["state at 4k"], shown["state at 128k"]) == ("1 GiB", "32 GiB")
+
+
+def test_describe_compares_the_families_and_presets_that_are_named(capsys):
+    assert run(["describe", "presets=granite,mixtral", "json=true"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["presets"]
+    assert [one["preset"] for one in found][-2:] == ["granite_h_small", "mixtral"]
+    mixtral = found[-1]
+    assert mixtral["state_bytes"] == {"4096": 2**30, "131072": 2**35}
+    assert mixtral["active"] == {"neither": 12_617_781_248, "one": 12_748_853_248, "both": 12_879_925_248}
+    assert (mixtral["published"]["total"], mixtral["published"]["convention"]) == (46_702_792_704, "both")
+
+
+def test_describe_names_the_convention_of_a_published_figure(capsys):
+    assert run(["describe", "preset=nemotron_3_nano"]) == 0
+    out = capsys.readouterr().out
+    assert "3,227,751,872 with one of the two matrices, 3,580,073,408 with embedding and head\n" in out
+    assert "released: Nemotron-3-Nano-30B-A3B, 31,577,937,344 parameters (transformers NemotronHForCausalLM)\n" in out
+    assert "its makers state: 31.6B parameters, 3.2B active (with one of the two matrices); source: arXiv" in out
 
 
 def test_a_drawing_is_written(tmp_path, capsys):

@@ -1,18 +1,21 @@
 """Presets: published architectures as functions of a few sizes, with published counts, losses and training settings.
 
-One file here is one family; it registers its presets with :func:`register_preset` and is found by itself. A preset's
-keyword arguments are its sizes; what is not given is derived by the paper's rules, so that every preset scales. What
-the printed counts of MoE-Mamba do not pin down (LayerNorm, no final norm, untied head, relu, biases) comes from the
-authors' code and is the default of the blocks.
+One file here is one family and is found by itself. It registers a table of released models with one function of their
+sizes (:func:`register_family`), or functions of their own (:func:`register_preset`). A preset's keyword arguments are
+its sizes; what is not given is derived by the family's rules (``hybridnas.arch.scaling``), so that every preset scales.
+``n_blocks`` counts layers as the source does: a mixer and its feed-forward where the source calls both one layer, one
+sub-layer in Nemotron-H. What the printed counts of MoE-Mamba do not pin down (LayerNorm, no final norm, untied head,
+relu, biases) comes from the authors' code and is the default of the blocks.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hybridnas.config import FrozenConfig, option, plain
 from hybridnas.errors import ConfigError, suggest
@@ -22,6 +25,11 @@ if TYPE_CHECKING:  # names of presets are listed without torch
     from hybridnas.arch.arch import Arch
 
 GPT2_VOCAB = 50257
+# Fields that most released models have in common.
+RMSNORM: Mapping[str, Any] = {"norm": "rmsnorm", "final_norm": True}
+SWIGLU: Mapping[str, Any] = {"activation": "silu", "gated": True, "bias": False}
+# Experts that drop no token, initialized as if alone.
+DROPLESS: Mapping[str, Any] = {"capacity_factor": None, "init_over_experts": False}
 DEFAULT_REFERENCE = "moe_mamba"  # the preset that a study compares with unless its space names another, or none
 DEFAULT_BASELINES = (DEFAULT_REFERENCE, "mamba", "mamba_mlp", "transformer", "transformer_moe")
 
@@ -61,18 +69,58 @@ class PaperModel:
     recipe: Recipe
 
 
+# How the parameters that one token uses are counted; ours is "neither". A tied pair is one matrix and counts once.
+ACTIVE = {
+    "neither": "without embedding and head",
+    "both": "with embedding and head",
+    "one": "with one of the two matrices",
+    "unclear": "by a convention that the rounded figure does not tell",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """A released model: its sizes and what is published of it. The table of a family adds the sizes it has alone."""
+
+    name: str  # of the preset
+    title: str  # what its makers call it
+    source: str  # where its sizes are from
+    total: int  # weights of all layers, embedding and head (a tied pair once); no buffers, no extra heads [count]
+    counted: str  # how ``total`` was got
+    params: str = ""  # the makers' own figure
+    active_params: str = ""  # the makers' own figure, where it differs
+    convention: str = "unclear"  # which of ACTIVE that figure follows
+    d_model: int
+    n_blocks: int
+    vocab_size: int
+    n_experts: int = 0
+
+
+R = TypeVar("R", bound=Release)
+
+
 @dataclass(frozen=True)
 class Preset:
-    """A registered preset: the function, and the published rows of this model, its own first."""
+    """A registered preset: the function, its family, and what is published: a release, or rows of a paper's tables."""
 
     name: str
     build: Callable[..., Arch]
-    paper: tuple[PaperModel, ...]
+    paper: tuple[PaperModel, ...] = ()
+    release: Release | None = None
+    family: str = ""  # file that registers it
 
     @property
     def summary(self) -> str:
-        """First line of the function's docstring, for lists."""
-        return (inspect.getdoc(self.build) or self.name).splitlines()[0]
+        """The release's title and the first line of the function's docstring, for lists."""
+        build = self.build.func if isinstance(self.build, functools.partial) else self.build
+        line = (inspect.getdoc(build) or self.name).splitlines()[0]
+        return line if self.release is None else f"{self.release.title}: {line}"
+
+    @property
+    def about(self) -> str:
+        """What the file of its family says of it."""
+        build = self.build.func if isinstance(self.build, functools.partial) else self.build
+        return inspect.getdoc(inspect.getmodule(build)) or self.summary
 
 
 PRESETS: Registry[Preset] = Registry("preset", "hybridnas.arch.presets", groups=("hybridnas.presets",))
@@ -93,7 +141,27 @@ def register_preset(*paper: PaperModel) -> Callable[[Callable[..., Arch]], Calla
                 field="preset",
                 got=build.__name__,
             )
-        PRESETS.add(build.__name__, Preset(build.__name__, build, paper), build.__module__)
+        family = build.__module__.rpartition(".")[2]
+        PRESETS.add(build.__name__, Preset(build.__name__, build, paper, family=family), build.__module__)
+        return build
+
+    return decorate
+
+
+def register_family(*releases: R) -> Callable[[Callable[..., Arch]], Callable[..., Arch]]:
+    """Decorator: make every release a preset of its name, built by one function of a release and keyword sizes.
+
+    The function's keyword arguments are sizes of :class:`Release` (``d_model``, ``n_blocks``, ``vocab_size``,
+    ``n_experts``), the release's own unless given. A release of 0 experts has no argument ``n_experts``.
+    """
+
+    def decorate(build: Callable[..., Arch]) -> Callable[..., Arch]:
+        for release in releases:
+            open_sizes = [p.name for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
+            sizes = {name: getattr(release, name) for name in open_sizes}
+            made = functools.partial(build, release, **sizes)
+            family = build.__module__.rpartition(".")[2]
+            PRESETS.add(release.name, Preset(release.name, made, (), release, family), build.__module__)
         return build
 
     return decorate
@@ -106,9 +174,29 @@ def repeated(motif: str, repeats: int, **fields: Any) -> Arch:
     return Arch.from_pattern(f"({motif})x{repeats}", **fields)
 
 
+def layered(layers: Iterable[str], **fields: Any) -> Arch:
+    """Return the architecture of these layers, pieces of a pattern, with the fields of :meth:`Arch.from_pattern`.
+
+    Fields of a letter that no layer has, as a shallow model may lack one, are left out.
+    """
+    from hybridnas.arch.arch import Arch
+
+    pattern = "".join(layers)
+    return Arch.from_pattern(pattern, **{key: value for key, value in fields.items() if len(key) > 1 or key in pattern})
+
+
 def list_presets() -> list[str]:
     """Return the names of all presets; imports no torch."""
     return list(PRESETS)
+
+
+def families() -> dict[str, list[str]]:
+    """Return family (the file that registers it) -> names of its presets, smaller releases first; imports no torch."""
+    found: dict[str, list[str]] = {}
+    entries = (PRESETS.get(name) for name in PRESETS)
+    for entry in sorted(entries, key=lambda x: (x.family, x.release.total if x.release else 0, x.name)):
+        found.setdefault(entry.family, []).append(entry.name)
+    return found
 
 
 def preset(name: str, **overrides: Any) -> Arch:
@@ -148,8 +236,12 @@ def preset(name: str, **overrides: Any) -> Arch:
 
 def preset_arguments(name: str) -> dict[str, int | None]:
     """Return the preset's own arguments with their defaults; None is derived from the others."""
-    parameters = inspect.signature(PRESETS.get(name).build).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters}
+    entry = PRESETS.get(name)
+    parameters = inspect.signature(entry.build).parameters.values()
+    dense = entry.release is not None and not entry.release.n_experts
+    return {
+        parameter.name: parameter.default for parameter in parameters if not (dense and parameter.name == "n_experts")
+    }
 
 
 def recipe(name: str, version: int | None = None) -> Recipe:
@@ -159,7 +251,8 @@ def recipe(name: str, version: int | None = None) -> Recipe:
         if version in (None, row.version):
             return row.recipe
     known = ", ".join(str(row.version) for row in rows) or "none"
-    raise ConfigError(f"preset {name!r} has no recipe of version {version} of the paper; it has: {known}")
+    wanted = "" if version is None else f" of version {version} of the paper"
+    raise ConfigError(f"preset {name!r} has no recipe{wanted}; it has: {known}")
 
 
 def _fields_of(arch: Arch) -> set[str]:

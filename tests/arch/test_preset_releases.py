@@ -1,0 +1,171 @@
+"""Released models as presets: integers against transformers' classes, counting traps, and how the recipes scale."""
+
+import pytest
+import torch
+from released import RELEASED, transformers_model
+
+from hybridnas.arch import scaling
+from hybridnas.arch.model import HybridLM
+from hybridnas.arch.presets import ACTIVE, PRESETS, families, preset, preset_arguments
+from hybridnas.cli.describe import active_counts
+
+RELEASES = {name: PRESETS.get(name).release for name in PRESETS if PRESETS.get(name).release is not None}
+SMALL = {"d_model": 32, "n_blocks": 4, "vocab_size": 64}
+
+
+def small(name):
+    experts = {"n_experts": 4} if "n_experts" in preset_arguments(name) else {}
+    return preset(name, **SMALL, **experts)
+
+
+def total(arch):
+    cost = arch.cost()
+    return cost.params + cost.embedding_params
+
+
+def places(arch, letter):
+    return [index for index, found in enumerate(arch.pattern.letters) if found == letter]
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_a_release_has_exactly_its_number_of_parameters(name):
+    assert total(preset(name)) == RELEASES[name].total
+
+
+@pytest.mark.parametrize("name", [name for name in RELEASED if name in RELEASES])
+def test_transformers_counts_the_same_from_the_released_configuration(name):
+    pytest.importorskip("transformers")
+    assert sum(p.numel() for p in transformers_model(name).parameters()) == RELEASES[name].total
+
+
+def test_only_models_without_a_class_of_transformers_are_counted_by_a_formula():
+    without = {name for name, release in RELEASES.items() if not release.counted.startswith("transformers ")}
+    assert without == set(RELEASES) - set(RELEASED) == {"openmoe_base", "openmoe_8b", "samba_421m", "samba_1_3b"}
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_a_release_names_its_source_and_how_it_was_counted(name):
+    release = RELEASES[name]
+    assert release.source
+    assert release.counted
+    assert release.convention in ACTIVE
+
+
+@pytest.mark.parametrize("name", [name for name, release in RELEASES.items() if release.convention != "unclear"])
+def test_the_makers_active_figure_follows_the_stated_convention(name):
+    release = RELEASES[name]
+    digits = release.active_params.rstrip("B").partition(".")[2]
+    count = active_counts(preset(name))[release.convention]
+    assert f"{count / 1e9:.{len(digits)}f}B" == release.active_params
+
+
+def test_active_parameters_have_three_conventions():
+    assert active_counts(preset("nemotron_3_nano")) == {
+        "neither": 2_875_430_336,
+        "one": 3_227_751_872,
+        "both": 3_580_073_408,
+    }
+    tied = active_counts(preset("granite_h_small"))
+    assert tied["one"] == tied["both"] == tied["neither"] + 100352 * 4096
+
+
+def test_correction_biases_of_routers_are_buffers_and_not_counted():
+    model = transformers_model("nemotron_3_nano")
+    buffers = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert sum(buffer.numel() for buffer in buffers) == 23 * 128
+    assert sum(p.numel() for p in model.parameters()) == total(preset("nemotron_3_nano"))
+
+
+def test_openmoe_has_an_extra_mlp_after_its_experts():
+    assert preset("openmoe_base").pattern.letters == "AFAFAFAEF" * 3
+    assert preset("openmoe_8b").pattern.letters == ("AF" * 5 + "AEF") * 4
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_a_scaled_release_trains_and_generates(name):
+    torch.manual_seed(0)
+    arch = small(name)
+    model = HybridLM(arch)
+    assert sum(p.numel() for p in model.parameters()) == total(arch)
+    ids = torch.randint(64, (2, 24))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(ids, labels=ids).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    assert model.eval().generate(ids[:, :5], max_new_tokens=3).shape == (2, 8)
+
+
+@pytest.mark.parametrize("name", RELEASES)
+@pytest.mark.parametrize("n_blocks", [1, 2, 3, 5, 8, 13])
+@pytest.mark.parametrize("d_model", [24, 64, 200])
+def test_every_release_has_an_architecture_of_any_width_and_depth(name, n_blocks, d_model):
+    layers = len(preset(name).pattern) / RELEASES[name].n_blocks
+    arch = preset(name, n_blocks=n_blocks, d_model=d_model)
+    assert arch.d_model == d_model
+    assert abs(len(arch.pattern) - layers * n_blocks) <= 1
+    mixers = set(preset(name).pattern.letters) - set("EF")
+    assert n_blocks < 2 or "A" not in mixers or "A" in arch.pattern.letters
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_half_the_width_is_about_a_quarter_of_the_weights(name):
+    whole = preset(name)
+    half = preset(name, d_model=whole.d_model // 2)
+    assert 0.2 < half.cost().params / whole.cost().params < 0.36
+    assert 0.2 < half.cost().active_params / whole.cost().active_params < 0.36
+
+
+@pytest.mark.parametrize(
+    ("name", "n_blocks", "letter", "expected"),
+    [
+        ("granite_h_tiny", 40, "A", [10, 30, 50, 70]),
+        ("granite_h_tiny", 20, "A", [10, 30]),
+        ("bamba", 16, "A", [10, 24]),
+        ("samba_421m", 6, "A", [2, 6, 10]),
+        ("nemotron_h", 26, "A", [7, 18]),
+        ("openmoe_8b", 3, "E", [5]),
+    ],
+)
+def test_few_layers_keep_their_share_and_their_places(name, n_blocks, letter, expected):
+    assert places(preset(name, n_blocks=n_blocks), letter) == expected
+
+
+def test_attention_follows_a_mixer_in_a_nemotron_of_any_depth():
+    for n_blocks in range(3, 60):
+        letters = preset("nemotron_h", n_blocks=n_blocks).pattern.letters
+        assert len(letters) == n_blocks
+        assert all(letters[index - 1] == "N" for index, letter in enumerate(letters) if letter == "A")
+
+
+def test_fewer_experts_are_as_wide_together():
+    whole, few = (list(preset("granite_h_small", n_experts=n).nodes)[1].config for n in (72, 16))
+    assert (whole.top_k, few.top_k) == (10, 4)
+    assert whole.top_k * whole.d_expert == few.top_k * few.d_expert == 7680
+    assert scaling.routing(2, 64, 1, 1.0)["top_k"] == 1
+
+
+def test_heads_keep_their_width_and_their_queries_per_key():
+    assert scaling.attention_heads(32, 8, 128, 1) == {"n_heads": 32, "n_kv_heads": 8, "head_dim": 128}
+    assert scaling.attention_heads(32, 8, 128, 0.25) == {"n_heads": 8, "n_kv_heads": 2, "head_dim": 128}
+    assert scaling.attention_heads(16, 2, 256, 1 / 32) == {"n_heads": 8, "n_kv_heads": 1, "head_dim": 16}
+    assert scaling.recurrent_heads(128, 64, 0.25, groups=8) == (32, 64, 2)
+    assert scaling.recurrent_heads(24, 128, 1 / 48, groups=1) == (1, 64, 1)
+    assert [scaling.state_size(128, d) for d in (32, 64, 256, 768)] == [16, 16, 64, 128]
+
+
+@pytest.mark.parametrize(("smaller", "larger"), [("mamba2_130m", "mamba2_1_3b"), ("mamba_130m", "mamba_790m")])
+def test_a_family_of_one_rule_gives_one_release_from_another(smaller, larger):
+    sizes = {"d_model": RELEASES[smaller].d_model, "n_blocks": RELEASES[smaller].n_blocks}
+    assert preset(larger, **sizes).fingerprint() == preset(smaller).fingerprint()
+
+
+def test_families_list_every_preset_once_smaller_releases_first():
+    found = families()
+    assert sorted(name for group in found.values() for name in group) == sorted(PRESETS)
+    assert found["granite"][0] == "granite_h_350m"
+    assert found["granite"][-1] == "granite_h_small"

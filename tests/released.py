@@ -1,0 +1,206 @@
+"""Configurations of released models, as transformers' classes take them: what the presets are held against.
+
+Written from the models' own config.json files, papers and recipes, not from ``hybridnas/arch/presets``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _mamba(d_model: int, layers: int) -> dict[str, Any]:
+    return {"hidden_size": d_model, "num_hidden_layers": layers, "vocab_size": 50280, "state_size": 16, "expand": 2}
+
+
+def _mamba2(d_model: int, layers: int) -> dict[str, Any]:
+    shape = {"hidden_size": d_model, "num_hidden_layers": layers, "num_heads": 2 * d_model // 64, "head_dim": 64}
+    return {**shape, "vocab_size": 50288, "state_size": 128, "n_groups": 1, "tie_word_embeddings": True}
+
+
+def _nemotron(d_model: int, pattern: str, mamba: tuple[int, int], heads: int, d_ff: int = 1, **more: Any) -> Any:
+    return {
+        "hidden_size": d_model,
+        "hybrid_override_pattern": pattern,
+        "mamba_num_heads": mamba[0],
+        "mamba_head_dim": mamba[1],
+        "n_groups": 8,
+        "ssm_state_size": 128,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": d_ff,
+        "vocab_size": 131072,
+        **more,
+    }
+
+
+def _granite(d_model: int, mamba: tuple[int, int], heads: tuple[int, int], shared: int, **more: Any) -> dict[str, Any]:
+    attention, depth = more.pop("attention", (5, 15, 25, 35)), more.pop("depth", 40)
+    experts = {"num_local_experts": 0, "num_experts_per_tok": 0, "intermediate_size": 1, **more}
+    return {
+        "hidden_size": d_model,
+        "num_hidden_layers": depth,
+        "layers_block_type": [_kind(i in attention) for i in range(depth)],
+        "mamba_n_heads": mamba[0],
+        "mamba_d_head": mamba[1],
+        "mamba_d_state": 128,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "shared_intermediate_size": shared,
+        "vocab_size": 100352,
+        "tie_word_embeddings": True,
+        **experts,
+    }
+
+
+def _kind(full: bool, other: str = "linear_attention") -> str:
+    return "full_attention" if full else other
+
+
+def _falcon(
+    d_model: int, layers: int, ff: int, heads: tuple[int, int, int], mamba: tuple[int, int, int], vocab: int
+) -> Any:
+    return {
+        "hidden_size": d_model,
+        "num_hidden_layers": layers,
+        "intermediate_size": ff,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "head_dim": heads[2],
+        "mamba_n_heads": mamba[0],
+        "mamba_d_head": mamba[1],
+        "mamba_d_ssm": mamba[0] * mamba[1],
+        "mamba_d_state": mamba[2],
+        "mamba_n_groups": 1,
+        "vocab_size": vocab,
+    }
+
+
+def _lfm2(d_model: int, ff: int, heads: int, attention: tuple[int, ...], layers: int = 16) -> dict[str, Any]:
+    return {
+        "hidden_size": d_model,
+        "num_hidden_layers": layers,
+        "intermediate_size": ff,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "full_attn_idxs": list(attention),
+        "vocab_size": 65536,
+    }
+
+
+_NEMOTRON_8B = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+_LFM2 = (2, 5, 8, 10, 12, 14)
+RELEASED: dict[str, tuple[str, dict[str, Any]]] = {  # preset -> class of the model, arguments of its configuration
+    "mixtral": ("Mixtral", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "mamba_130m": ("Mamba", _mamba(768, 24)),
+    "mamba_370m": ("Mamba", _mamba(1024, 48)),
+    "mamba_790m": ("Mamba", _mamba(1536, 48)),
+    "mamba_1_4b": ("Mamba", _mamba(2048, 48)),
+    "mamba_2_8b": ("Mamba", _mamba(2560, 64)),
+    "mamba2_130m": ("Mamba2", _mamba2(768, 24)),
+    "mamba2_370m": ("Mamba2", _mamba2(1024, 48)),
+    "mamba2_780m": ("Mamba2", _mamba2(1536, 48)),
+    "mamba2_1_3b": ("Mamba2", _mamba2(2048, 48)),
+    "mamba2_2_7b": ("Mamba2", _mamba2(2560, 64)),
+    "nemotron_h": ("NemotronH", _nemotron(4096, _NEMOTRON_8B, (128, 64), 32, 21504)),
+    "nemotron_h_4b": ("NemotronH", _nemotron(3072, _NEMOTRON_8B, (112, 64), 32, 12288)),
+    "nemotron_nano_9b_v2": (
+        "NemotronH",
+        _nemotron(4480, "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", (128, 80), 40, 15680),
+    ),
+    "nemotron_nano_12b_v2": (
+        "NemotronH",
+        _nemotron(5120, "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-", (128, 80), 40, 20480),
+    ),
+    "nemotron_3_nano_4b": (
+        "NemotronH",
+        _nemotron(3136, "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-", (96, 80), 40, 12544),
+    ),
+    "nemotron_3_nano": (
+        "NemotronH",
+        _nemotron(
+            2688,
+            "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+            (64, 64),
+            32,
+            num_key_value_heads=2,
+            n_routed_experts=128,
+            num_experts_per_tok=6,
+            moe_intermediate_size=1856,
+            n_shared_experts=1,
+            moe_shared_expert_intermediate_size=3712,
+            routed_scaling_factor=2.5,
+        ),
+    ),
+    "bamba": ("Bamba", {"attn_layer_indices": [9, 18, 27], "mamba_d_state": 128, "vocab_size": 128256}),
+    "granite_h_350m": (
+        "GraniteMoeHybrid",
+        _granite(768, (48, 32), (12, 4), 2048, depth=32, attention=(10, 13, 17, 27)),
+    ),
+    "granite_h_1b": ("GraniteMoeHybrid", _granite(1536, (48, 64), (12, 4), 4096)),
+    "granite_h_micro": ("GraniteMoeHybrid", _granite(2048, (64, 64), (32, 8), 8192)),
+    "granite_h_tiny": (
+        "GraniteMoeHybrid",
+        _granite(1536, (48, 64), (12, 4), 1024, num_local_experts=64, num_experts_per_tok=6, intermediate_size=512),
+    ),
+    "granite_h_small": (
+        "GraniteMoeHybrid",
+        _granite(4096, (128, 64), (32, 8), 1536, num_local_experts=72, num_experts_per_tok=10, intermediate_size=768),
+    ),
+    "jamba": ("Jamba", {}),
+    "falcon_h1_0_5b": ("FalconH1", _falcon(1024, 36, 2048, (8, 2, 64), (24, 64, 128), 32784)),
+    "falcon_h1_3b": ("FalconH1", _falcon(2560, 32, 6144, (10, 2, 128), (32, 128, 256), 65536)),
+    "falcon_h1_7b": ("FalconH1", _falcon(3072, 44, 12288, (12, 2, 128), (24, 128, 256), 130048)),
+    "qwen3_next": ("Qwen3Next", {}),
+    "qwen3_5_4b": (
+        "Qwen3_5",
+        {"hidden_size": 2560, "intermediate_size": 9216, "tie_word_embeddings": True},
+    ),
+    "qwen3_5_9b": ("Qwen3_5", {}),
+    "qwen3_5_35b_a3b": ("Qwen3_5Moe", {}),
+    "olmo_hybrid": ("OlmoHybrid", {}),
+    "kimi_linear": (
+        "KimiLinear",
+        {"layer_types": [_kind(i + 1 in (4, 8, 12, 16, 20, 24, 27)) for i in range(27)]},
+    ),
+    "minimax_text_01": (
+        "MiniMax",
+        {
+            "hidden_size": 6144,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "intermediate_size": 9216,
+            "num_local_experts": 32,
+            "vocab_size": 200064,
+            "layer_types": [_kind(i % 8 == 7) for i in range(80)],
+        },
+    ),
+    "lfm2_350m": ("Lfm2", _lfm2(1024, 6656, 16, _LFM2)),
+    "lfm2_700m": ("Lfm2", _lfm2(1536, 10240, 24, _LFM2)),
+    "lfm2_1_2b": ("Lfm2", _lfm2(2048, 12288, 32, _LFM2)),
+    "lfm2_2_6b": (
+        "Lfm2",
+        {
+            **_lfm2(2048, 10752, 32, (2, 5, 9, 13, 17, 21, 24, 27), 30),
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
+    "lfm2_8b_a1b": (
+        "Lfm2Moe",
+        {"num_hidden_layers": 24, "layer_types": [_kind(i in (2, 6, 10, 14, 18, 21), "conv") for i in range(24)]},
+    ),
+}
+
+
+def transformers_model(name: str, **changed: Any) -> Any:
+    """Return transformers' causal language model of a release on the meta device, some arguments changed."""
+    import torch
+    import transformers
+
+    kind, arguments = RELEASED[name]
+    text = "Text" if kind.startswith("Qwen3_5") else ""
+    config = getattr(transformers, f"{kind}{text}Config")(**{**arguments, **changed})
+    with torch.device("meta"):
+        return getattr(transformers, f"{kind}ForCausalLM")(config)
