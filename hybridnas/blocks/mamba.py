@@ -27,7 +27,7 @@ from hybridnas.kernels.mamba_step.reference import Norm, Weights
 from hybridnas.layers.block import NO_AUX, Aux, Block, BlockConfig, BlockOutput, State, Variant, exportable
 from hybridnas.layers.experts import RoutedExperts, RoutedShape
 from hybridnas.layers.mode import has_hooks, is_plain_eager
-from hybridnas.layers.norms import LayerNorm, RMSNorm
+from hybridnas.layers.norms import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
 from hybridnas.layers.short_conv import ShortConvolution
 from hybridnas.registry import register_block
 
@@ -420,11 +420,12 @@ def _parts(text: str | bool, allowed: tuple[str, ...], label: str, field: str) -
 
 def _step_norm(norm: nn.Module) -> Norm | None:
     """Return a norm as ``mamba_step`` takes it, or None where the module is not that alone."""
-    if not isinstance(norm, (LayerNorm, RMSNorm)) or has_hooks(norm):
+    if not isinstance(norm, (LayerNorm, RMSNorm, ZeroCenteredRMSNorm)) or has_hooks(norm):
         return None
     if isinstance(norm, LayerNorm):
         return Norm("layernorm", norm.weight, norm.bias, norm.eps)
-    return Norm("rmsnorm", norm.weight, None, norm.eps or 0.0)
+    factor = norm.weight if isinstance(norm, RMSNorm) else 1 + norm.weight
+    return Norm("rmsnorm", factor, None, norm.eps or 0.0)
 
 
 def _merge(auxes: dict[str, Aux]) -> Aux:

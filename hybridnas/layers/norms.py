@@ -1,4 +1,4 @@
-"""Norms as modules: RMSNorm and LayerNorm through our kernels, and Mamba-2's gated RMSNorm.
+"""Norms as modules: RMSNorm, zero-centered RMSNorm and LayerNorm through our kernels, and Mamba-2's gated RMSNorm.
 
 Shapes: B batch, L length, D features, I inner width.
 """
@@ -27,6 +27,27 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps or 0.0, impl=self.impl)
 
 
+class ZeroCenteredRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * (1 + weight), computed in float32 or wider (Gemma, Qwen3-Next).
+
+    The weight starts at 0, so that weight decay, where it reaches norms, pulls the factor towards 1 instead of 0.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-5, *, impl: Impl = Impl.AUTO) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+        self.impl = OPERATION.nearest(impl)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)  # 1 + weight in bfloat16 would lose small weights
+        return rms_norm(x.to(wide), 1 + self.weight.to(wide), self.eps, impl=self.impl).to(x.dtype)
+
+    def reset_parameters(self) -> None:
+        """Set the weight to 0, which is a factor of 1."""
+        nn.init.zeros_(self.weight)
+
+
 class LayerNorm(nn.LayerNorm):
     """(x - mean) / sqrt(var + eps) * weight + bias (Ba, Kiros and Hinton 2016); parameters as torch's own."""
 
@@ -38,7 +59,11 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps, impl=self.impl)
 
 
-NORMS: dict[str, Callable[..., nn.Module]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "layernorm": LayerNorm,
+    "rmsnorm": RMSNorm,
+    "rmsnorm_zero": ZeroCenteredRMSNorm,
+}
 
 
 class GatedRMSNorm(nn.Module):
@@ -64,10 +89,13 @@ def one_row(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     Its numbers are the module's; a module of another class, with hooks, or of a named implementation is returned as
     it is.
     """
-    if not isinstance(norm, (RMSNorm, LayerNorm)) or has_hooks(norm) or norm.impl is not Impl.AUTO:
+    known = (RMSNorm, ZeroCenteredRMSNorm, LayerNorm)
+    if not isinstance(norm, known) or has_hooks(norm) or norm.impl is not Impl.AUTO:
         return norm
-    size, weight, eps = norm.normalized_shape, norm.weight, norm.eps or 0.0
+    weight, eps = norm.weight, norm.eps or 0.0
+    size = weight.shape
     if isinstance(norm, LayerNorm):
         bias = norm.bias
         return lambda x_BD: F.layer_norm(x_BD, size, weight, bias, eps) if x_BD.dtype == weight.dtype else norm(x_BD)
-    return lambda x_BD: F.rms_norm(x_BD, size, weight, eps) if x_BD.dtype == torch.float32 else norm(x_BD)
+    factor = weight if isinstance(norm, RMSNorm) else 1 + weight.float()
+    return lambda x_BD: F.rms_norm(x_BD, size, factor, eps) if x_BD.dtype == torch.float32 else norm(x_BD)
