@@ -19,13 +19,14 @@ from hybridnas.arch.pattern import Parallel, Pattern, Slot, parse
 from hybridnas.config import FrozenConfig, option, plain
 from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError, suggest
-from hybridnas.layers.block import BlockConfig
+from hybridnas.layers.block import AROUND, BlockConfig
 from hybridnas.registry import BLOCKS
 
 if TYPE_CHECKING:
     import networkx as nx
 
 FACTORS = {"expand": "d_inner"}  # two fields that set one width: a factor of d_model, and the width itself
+_FIRST_FIELDS = ("d_model", "vocab_size", "norm", "norm_eps", "final_norm", "tie_embeddings", "init_scale")
 BlockFields = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]  # letter -> its fields, sorted and hashable
 
 
@@ -35,15 +36,33 @@ class ModelConfig(FrozenConfig):
 
     d_model: int = option(doc="width of the residual stream [channels]", ge=1)
     vocab_size: int = option(doc="rows of the embedding and columns of the head [tokens]", ge=1)
-    norm: str = option("layernorm", "norm before each sub-layer", choices=("layernorm", "rmsnorm"))
+    norm: str = option(
+        "layernorm",
+        "kind of all norms around sub-layers; rmsnorm_zero: weights 1 + w",
+        choices=("layernorm", "rmsnorm", "rmsnorm_zero"),
+    )
     norm_eps: float = option(1e-5, "added to the variance inside the norm [1]", gt=0)
     final_norm: bool = option(False, "whether there is a norm before the head [yes/no]")
     tie_embeddings: bool = option(False, "whether head and embedding share one matrix [yes/no]")
     init_scale: float = option(0.1, "s of the truncated normal with std sqrt(s / fan_in) [1]", gt=0)
+    embedding_multiplier: float = option(1.0, "factor on the embedding's vectors [1]", gt=0)
+    logits_multiplier: float = option(1.0, "factor on the logits (Granite: 1 / logits_scaling) [1]", gt=0)
+    final_softcap: float | None = option(None, "c of logits c * tanh(logits / c); none: not capped [1]", gt=0)
+    n_meta_tokens: int = option(0, "learned vectors that every sequence starts with [tokens]", ge=0)
 
     @classmethod
     def label(cls) -> str:
         return "architecture"
+
+    def canonical(self) -> dict[str, Any]:
+        """Return the model's part of a fingerprint: the fields of version 0.1, and later ones off their defaults.
+
+        So a later version's new field leaves old fingerprints as they are.
+        """
+        defaults = {item.name: item.default for item in dataclasses.fields(self)}
+        return {
+            name: value for name, value in self.to_dict().items() if name in _FIRST_FIELDS or value != defaults[name]
+        }
 
     @property
     def norm_params(self) -> int:
@@ -66,6 +85,16 @@ class Node:
     def where(self) -> str:
         """Words by which errors and tables name the node."""
         return f"layer {self.layer} ({self.slot.letter} {BLOCKS.get(self.slot.letter).name})"
+
+    @property
+    def norm_before(self) -> bool:
+        """Whether the block reads the layer's norm: within a branch the first block does."""
+        return self.position == 0 and self.config.norm_position != "post"
+
+    @property
+    def norm_after(self) -> bool:
+        """Whether the block's output has a norm of its own."""
+        return self.config.norm_position in ("post", "sandwich")
 
 
 @dataclass(frozen=True)
@@ -114,12 +143,12 @@ class Arch:
         layers = []
         for index, layer in enumerate(self.pattern.layers):
             branches = layer.branches if isinstance(layer, Parallel) else ((layer,),)
-            layers.append(
-                tuple(
-                    tuple(self._node(index, b, position, slot, configs) for position, slot in enumerate(branch))
-                    for b, branch in enumerate(branches)
-                )
+            nodes = tuple(
+                tuple(self._node(index, b, position, slot, configs) for position, slot in enumerate(branch))
+                for b, branch in enumerate(branches)
             )
+            _check_one_stream(nodes)
+            layers.append(nodes)
         return tuple(layers)
 
     def _node(self, layer: int, branch: int, position: int, slot: Slot, configs: dict[Slot, BlockConfig]) -> Node:
@@ -168,22 +197,45 @@ class Arch:
     def cost(self, seq_len: int = 1024, dtype_bytes: int = 4) -> Cost:
         """Return what the model costs at a sequence length, without building it; exact against the built module.
 
-        Parameters exclude embedding and head (the papers' convention); FLOPs include the head's matmul.
+        Parameters exclude embedding and head (the papers' convention), and meta tokens with them, which are learned
+        input vectors like rows of the embedding. FLOPs include the head's matmul. With meta tokens the work of all
+        ``n_meta_tokens + seq_len`` positions is divided by the ``seq_len`` tokens, and the state has read both.
         """
         d, vocab = self.d_model, self.vocab_size
-        norms = self.model.norm_params * (len(self.pattern) + self.model.final_norm)
+        norms = self.model.norm_params * self.n_norms
         total = Cost(
             params=norms,
             active_params=norms,
-            embedding_params=d * vocab * (1 if self.model.tie_embeddings else 2),
+            embedding_params=d * vocab * (1 if self.model.tie_embeddings else 2) + d * self.model.n_meta_tokens,
             flops_per_token=2.0 * d * vocab,
         )
         seen: set[str] = set()
         for node in self.nodes:
-            cost = node.config.cost(seq_len, dtype_bytes)
-            total += cost.without_params() if node.module in seen else cost
+            total += self.node_cost(node, seq_len, dtype_bytes, first_use=node.module not in seen)
             seen.add(node.module)
         return total
+
+    @property
+    def n_norms(self) -> int:
+        """Norms around the blocks, and the one before the head [count]."""
+        before = sum(any(node.norm_before for branch in layer for node in branch) for layer in self.layers)
+        return before + sum(node.norm_after for node in self.nodes) + self.model.final_norm
+
+    def node_cost(self, node: Node, seq_len: int, dtype_bytes: int = 4, *, first_use: bool = True) -> Cost:
+        """Return the cost of one block at its place, its Canon layer included; the weights of a shared one count once.
+
+        ``first_use``: whether the node is the first of those that share its weights.
+        """
+        config, meta = node.config, self.model.n_meta_tokens
+        cost = config.cost(seq_len + meta, dtype_bytes)
+        if not first_use:
+            cost = cost.without_params()
+        if config.canon:
+            weights, state = config.canon_params, (config.canon - 1) * config.d_model * dtype_bytes
+            cost += Cost(params=weights, active_params=weights, flops_per_token=2.0 * weights, state_bytes=state)
+        if meta:
+            cost = dataclasses.replace(cost, flops_per_token=cost.flops_per_token * (seq_len + meta) / seq_len)
+        return cost
 
     def graph(self) -> nx.DiGraph:
         """Return the architecture as a networkx DiGraph: nodes ``embed``, blocks, sums and ``head``; a view to analyze.
@@ -211,7 +263,7 @@ class Arch:
         layers = []
         for layer in self.layers:
             # A sum has no order: branches are sorted by what they compute and where else their modules are used.
-            branches = [[(node.slot.letter, _changed(node.config), node.module) for node in branch] for branch in layer]
+            branches = [[(node.slot.letter, _changed(node), node.module) for node in branch] for branch in layer]
             branches.sort(
                 key=lambda branch: json.dumps([[*node[:2], uses[node[2]]] for node in branch], sort_keys=True)
             )
@@ -224,7 +276,7 @@ class Arch:
                     for branch in branches
                 ]
             )
-        return {"version": 1, "model": self.model.to_dict(), "layers": layers}
+        return {"version": 1, "model": self.model.canonical(), "layers": layers}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values from which :meth:`from_dict` makes the same architecture, ready for JSON."""
@@ -269,18 +321,37 @@ def _current(letter: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {block_field(letter, key) or key: value for key, value in fields.items()}
 
 
-def _changed(config: BlockConfig) -> dict[str, Any]:
+def _changed(node: Node) -> dict[str, Any]:
     """Return the fields that differ from their defaults, by their first names, as a fingerprint has them.
 
     So a later version's new or renamed field leaves old fingerprints as they are.
     """
+    config = node.config
     defaults = {item.name: item.default for item in dataclasses.fields(config)}
     first = {name: former for former, name in config.renamed.items()}
+    values = {**config.canonical(), **{name: getattr(config, name) for name in AROUND}}
+    if node.position > 0:  # reads what stands before it in its branch: of the norms, only the one after it is its own
+        values["norm_position"] = "post" if node.norm_after else "pre"
     return {
-        first.get(key, key): value
-        for key, value in config.canonical().items()
-        if value != defaults.get(key, dataclasses.MISSING)
+        first.get(key, key): value for key, value in values.items() if value != defaults.get(key, dataclasses.MISSING)
     }
+
+
+def _check_one_stream(layer: tuple[tuple[Node, ...], ...]) -> None:
+    """Raise ConfigError where the blocks of a layer differ in what happens to the residual stream that they add to."""
+    first, *others = (node for branch in layer for node in branch)
+    for node in others:
+        for name in ("stream_multiplier", "norm_position"):
+            values = getattr(first.config, name), getattr(node.config, name)
+            if values[0] != values[1] and (name != "norm_position" or "stream" in values):
+                raise ConfigError(
+                    f"{first.where} has {name}={values[0]} beside {node.slot.letter} "
+                    f"{BLOCKS.get(node.slot.letter).name} {name}={values[1]}, but the blocks of a parallel layer add "
+                    f"to one residual stream; give both the same {name}",
+                    field=name,
+                    got=values,
+                    allowed="one value for the layer",
+                )
 
 
 def _letters(pattern: Pattern) -> list[str]:

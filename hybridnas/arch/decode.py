@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from hybridnas.arch.layer import Around, ResidualLayer, scaled
 from hybridnas.layers.block import State
 from hybridnas.layers.mode import has_hooks
 from hybridnas.layers.norms import one_row
 
 if TYPE_CHECKING:
-    from hybridnas.arch.model import HybridLM, LMState, ResidualLayer
+    from hybridnas.arch.model import HybridLM, LMState
 
 _Step = Callable[[Tensor], Tensor]
 
@@ -29,28 +31,38 @@ class Decoder:
 
     def __init__(self, model: HybridLM, state: LMState) -> None:
         given = iter(state)
+        config = model.arch.model
         self._embedding, self._head = model.embedding, model.head
+        self._factors = config.embedding_multiplier, config.logits_multiplier
         self._steps = [_step_of(layer, given) for layer in cast("Iterable[ResidualLayer]", model.layers)]
         if model.final_norm is not None:
             self._steps.append(one_row(model.final_norm))
 
     def __call__(self, ids_B: Tensor) -> Tensor:
         """Return the logits (B, V) after one more token (B,) of each sequence."""
-        x_BD: Tensor = self._embedding(ids_B)
+        x_BD: Tensor = scaled(self._embedding(ids_B), self._factors[0])
         for step in self._steps:
             x_BD = step(x_BD)
-        logits_BV: Tensor = self._head(x_BD)
+        logits_BV: Tensor = self._head(scaled(x_BD, self._factors[1]))
         return logits_BV
 
 
 def _step_of(layer: ResidualLayer, given: Iterator[State]) -> _Step:
-    blocks = list(layer.blocks())
-    states = [next(given) for _ in blocks]
-    if len(blocks) == 1 and not has_hooks(layer, blocks[0]):
+    blocks, around = list(layer.blocks()), layer.around_of(0, 0)
+    count = len(blocks) + sum(cast(Around, own).canon is not None for own in layer.around.values())
+    states = [next(given) for _ in range(count)]
+    if len(blocks) > 1 or has_hooks(layer, blocks[0]):
+        return _Forward(layer, states)
+    if layer.plain:
+        assert layer.norm is not None
         step = blocks[0].one_token(layer.norm, states[0])
-        if step is not None:
-            return step
-    return _Forward(layer, states)
+    elif around is not None and has_hooks(*around.modules()):
+        step = None
+    else:
+        handed = _Handed()
+        inner = blocks[0].one_token(handed, states[-1])
+        step = None if inner is None else _Surrounded(layer, handed, inner, states)
+    return _Forward(layer, states) if step is None else step
 
 
 class _Forward:
@@ -65,3 +77,42 @@ class _Forward:
         self._states = following
         first: Tensor = x_BLD[:, 0]
         return first
+
+
+class _Handed(nn.Module):
+    """Stands for the norm of a block's ``one_token``: gives the block what it is to read, whatever the stream is."""
+
+    read_BD: Tensor
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        return self.read_BD
+
+
+class _Surrounded:
+    """A layer of one block with options around it, the block by its own ``one_token``.
+
+    A block's step gives x + block(norm(x)). Over x = 0, with the block's input handed in for norm(x), that is the
+    block alone, exactly.
+    """
+
+    def __init__(self, layer: ResidualLayer, handed: _Handed, step: _Step, states: list[State]) -> None:
+        self._layer, self._handed, self._step = layer, handed, step
+        self._around = layer.around_of(0, 0)
+        self._norm = None if layer.norm is None else one_row(layer.norm)
+        after = None if self._around is None else self._around.norm
+        self._norm_after = None if after is None else one_row(after)
+        self._canon_BKD = states[0][0] if len(states) > 1 else None
+
+    def __call__(self, x_BD: Tensor) -> Tensor:
+        layer, around = self._layer, self._around
+        normed_BD = x_BD if self._norm is None else self._norm(x_BD)
+        stream_BD = scaled(normed_BD if layer.adds_to_normed else x_BD, layer.stream_multiplier)
+        read_BD = normed_BD if layer.reads_norm[0] else x_BD
+        if around is not None:
+            read_BLD, self._canon_BKD = around.before(read_BD[:, None], self._canon_BKD)
+            read_BD = read_BLD[:, 0]
+        self._handed.read_BD = read_BD
+        y_BD = self._step(torch.zeros_like(x_BD))
+        if self._norm_after is not None:
+            y_BD = self._norm_after(y_BD)
+        return stream_BD + (y_BD if around is None else scaled(y_BD, around.out_multiplier))

@@ -117,6 +117,7 @@ class _Line:
         # One entry per kind of slot: a motif of 118 layers is as quick as one of two.
         modules = {node.module: (node.slot.letter, node.slot.args) for node in arch.nodes}
         self.kinds = Counter(modules.values())
+        self.uses = Counter((node.slot.letter, node.slot.args) for node in arch.nodes)
         self.owners = {letter for letter, _ in self.kinds if any(_has(letter, field) for field in free)}
         self.movers = self._movers()
         self.ratios = self._ratios(ratio)
@@ -217,13 +218,13 @@ class _Line:
         total = 0
         if only is None:
             norms = self.arch.model.norm_params // self.arch.d_model * d_model
-            total = norms * (len(self.arch.pattern) + self.arch.model.final_norm)
+            total = norms * self.arch.n_norms
         given = self._fields_at(sizes)
         for (letter, args), count in self.kinds.items():
             if only is None or letter in only:
                 values = overlay({"d_model": d_model, **given.get(letter, {})}, dict(args))
                 config: BlockConfig = BLOCKS.get(letter).Config.from_dict(values, parse=True)
-                total += count * config.cost(1).active_params
+                total += count * config.cost(1).active_params + self.uses[letter, args] * config.canon_params
         return total
 
     def _fields_at(self, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""HybridLM: the language model that an architecture describes. ``x + block(norm(x))`` per layer, embedding and head.
+"""HybridLM: the language model that an architecture describes: embedding, residual layers, head.
 
 Shapes: B batch, L length, D d_model, V vocabulary.
 """
@@ -16,18 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridnas.arch.arch import Arch, ModelConfig, Node
+from hybridnas.arch.arch import Arch
 from hybridnas.arch.decode import Decoder
+from hybridnas.arch.layer import ResidualLayer, make_norm, scaled
 from hybridnas.errors import ConfigError, TrainingError
 from hybridnas.hardware import Impl
 from hybridnas.kernels import cross_entropy as loss_kernel
 from hybridnas.kernels import rmsnorm as norm_kernel
-from hybridnas.layers.block import Aux, Block, BlockOutput, State, exportable, truncated_normal_
+from hybridnas.layers.block import Aux, Block, State, exportable, truncated_normal_
+from hybridnas.layers.canon import Canon
 from hybridnas.layers.mode import evaluating
-from hybridnas.layers.norms import NORMS
 from hybridnas.registry import BLOCKS
 
-LMState = tuple[State, ...]  # one block state per node, in the order of execution
+# One state per block in the order of execution; where a block has a Canon layer, that one's state before the block's.
+LMState = tuple[State, ...]
 # The package that reads and writes folders of models. It builds models, so it lies above this one: looked up when it
 # is needed, as the registry looks up blocks.
 _FOLDERS = "hybridnas.export"
@@ -68,7 +70,12 @@ class HybridLM(nn.Module):
     ``sqrt(init_scale / d_model)``. A tied matrix is drawn as a head is, so that the first logits are small at every
     width; the first layer's norm scales what it reads. (Where the blocks add next to nothing to the residual, as
     routed experts alone do at first, a tied model with a final norm predicts the token that it has just read.)
+
+    Meta tokens (``n_meta_tokens``) are learned vectors that every sequence starts with. An empty state has read them
+    already, so that states of all kinds go on from there; there are no logits for them.
     """
+
+    no_decay = ("meta_tokens",)  # read as embeddings are
 
     def __init__(
         self,
@@ -95,10 +102,21 @@ class HybridLM(nn.Module):
                     modules[node.module] = block
             self.layers = nn.ModuleList(ResidualLayer(layer, modules, config, self.impl) for layer in arch.layers)
             self.final_norm: nn.Module | None = make_norm(config, self.impl) if config.final_norm else None
-            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            sizes = config.d_model, config.vocab_size
+            cap = config.final_softcap
+            self.head = nn.Linear(*sizes, bias=False) if cap is None else SoftcappedHead(*sizes, cap)
             # The MoE-Mamba code draws the embedding with fan_in = 1 and cuts it at 2 * scale.
-            truncated_normal_(self.embedding.weight, config.d_model if config.tie_embeddings else 1, config.init_scale)
+            embedding_fan_in = config.d_model if config.tie_embeddings else 1
+            truncated_normal_(self.embedding.weight, embedding_fan_in, config.init_scale)
             truncated_normal_(self.head.weight, config.d_model, config.init_scale)
+            # Drawn last: with and without these, all other weights are those of the seed.
+            self.meta_tokens: nn.Parameter | None = None
+            if config.n_meta_tokens:
+                self.meta_tokens = nn.Parameter(torch.empty(config.n_meta_tokens, config.d_model))
+                truncated_normal_(self.meta_tokens, embedding_fan_in, config.init_scale)
+            for module in self.modules():
+                if isinstance(module, Canon):
+                    module.reset_parameters()
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
             self.register_load_state_dict_pre_hook(_refuse_untied)  # type: ignore[no-untyped-call]
@@ -120,9 +138,22 @@ class HybridLM(nn.Module):
 
     def hidden(self, ids_BL: Tensor, state: LMState | None = None) -> LMHidden:
         """Return what the head reads, for a loss that computes logits chunk by chunk; otherwise as ``forward``."""
+        config = self.arch.model
         if state is not None:
             self._need_causal()
-        x_BLD = self._embedded(ids_BL)
+        x_BLD = scaled(self._embedded(ids_BL), config.embedding_multiplier)
+        if self.meta_tokens is None or state is not None:
+            x_BLD, following, aux = self._through_layers(x_BLD, state)
+        else:
+            meta_BMD = self.meta_tokens.to(x_BLD.dtype).expand(x_BLD.shape[0], -1, -1)
+            x_BLD, following, aux = self._through_layers(torch.cat([meta_BMD, x_BLD], dim=1), state)
+            x_BLD = x_BLD[:, config.n_meta_tokens :]
+        if self.final_norm is not None:
+            x_BLD = self.final_norm(x_BLD)
+        # The head is linear: scaling what it reads scales the logits, also where a loss computes them in chunks.
+        return LMHidden(scaled(x_BLD, config.logits_multiplier), following, aux)
+
+    def _through_layers(self, x_BLD: Tensor, state: LMState | None) -> LMHidden:
         given = iter(state) if state is not None else None
         following: list[State] = []
         losses: dict[str, list[Tensor]] = defaultdict(list)
@@ -133,17 +164,24 @@ class HybridLM(nn.Module):
                 for name, loss in aux.losses.items():
                     losses[name].append(loss)
                 stats.update({f"{where}.{name}": value for name, value in aux.stats.items()})
-        if self.final_norm is not None:
-            x_BLD = self.final_norm(x_BLD)
         # The mean over the layers that report a loss, as in the MoE-Mamba code: its weight is one per model.
         mean = {name: torch.stack(values).mean() for name, values in losses.items()}
         return LMHidden(x_BLD, tuple(following) if state is not None else None, Aux(mean, stats))
 
     def init_state(self, batch_size: int = 1) -> LMState:
-        """Return the state of ``batch_size`` sequences of which nothing has been read yet."""
+        """Return the state of ``batch_size`` sequences of which nothing but the meta tokens has been read yet."""
         self._need_causal()
         weight = self.embedding.weight
-        return tuple(block.init_state(batch_size, device=weight.device, dtype=weight.dtype) for block in self.blocks())
+        empty = tuple(
+            state
+            for layer in cast("Iterable[ResidualLayer]", self.layers)
+            for state in layer.init_states(batch_size, device=weight.device, dtype=weight.dtype)
+        )
+        if self.meta_tokens is None:
+            return empty
+        following = self._through_layers(self.meta_tokens.expand(batch_size, -1, -1), empty).state
+        assert following is not None
+        return following
 
     @torch.no_grad()
     def generate(
@@ -311,54 +349,15 @@ class HybridLM(nn.Module):
                 )
 
 
-class ResidualLayer(nn.Module):
-    """``x + sum of branches of norm(x)``; the blocks of a branch are applied one after another."""
+class SoftcappedHead(nn.Linear):
+    """A linear head whose logits are ``cap * tanh(logits / cap)`` (Gemma 2, RecurrentGemma)."""
 
-    def __init__(
-        self,
-        branches: tuple[tuple[Node, ...], ...],
-        modules: dict[str, Block],
-        config: ModelConfig,
-        impl: Impl = Impl.AUTO,
-    ) -> None:
-        super().__init__()
-        self.norm = make_norm(config, impl)
-        self.branches = nn.ModuleList(nn.ModuleList(modules[node.module] for node in branch) for branch in branches)
-        letters = [node.slot.letter for branch in branches for node in branch]
-        self.names = [
-            f"layer{branches[0][0].layer:02d}.{letter}{'' if letters.count(letter) == 1 else place}"
-            for place, letter in enumerate(letters)
-        ]
+    def __init__(self, d_model: int, vocab_size: int, cap: float) -> None:
+        super().__init__(d_model, vocab_size, bias=False)
+        self.cap = cap
 
-    def forward(
-        self, x_BLD: Tensor, given: Iterator[State] | None, following: list[State]
-    ) -> tuple[Tensor, list[tuple[str, Aux]]]:
-        normed_BLD = self.norm(x_BLD)
-        auxes: list[tuple[str, Aux]] = []
-        names = iter(self.names)
-        for branch in self.branches:
-            y_BLD = normed_BLD
-            assert isinstance(branch, nn.ModuleList)
-            for block in branch:
-                output: BlockOutput = block(y_BLD, next(given) if given is not None else None)
-                y_BLD = output.y_BLD
-                if output.state is not None:
-                    following.append(output.state)
-                auxes.append((next(names), output.aux))
-            x_BLD = x_BLD + y_BLD
-        return x_BLD, auxes
-
-    def blocks(self) -> Iterator[Block]:
-        for branch in self.branches:
-            assert isinstance(branch, nn.ModuleList)
-            for block in branch:
-                assert isinstance(block, Block)
-                yield block
-
-
-def make_norm(config: ModelConfig, impl: Impl = Impl.AUTO) -> nn.Module:
-    """Return the norm that the architecture asks for."""
-    return NORMS[config.norm](config.d_model, eps=config.norm_eps, impl=impl)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cap * torch.tanh(super().forward(x) / self.cap)
 
 
 def sample(

@@ -184,8 +184,20 @@ class _Page:
         for line in lines:
             self._text(0.3, y - 0.02, line, 8.5, color=_SOFT)
             y += 0.2
-        foot = f"each layer: x + block({self.arch.model.norm}(x))    {self.arch.short}"
+        foot = f"each layer: {self._layer_words()}    {self.arch.short}"
         self._text(0.3, self.height - 0.2, foot, 7, color=_SOFT)
+
+    def _layer_words(self) -> str:
+        """Return what a layer computes, where all layers have their norm at one place."""
+        norm = self.arch.model.norm
+        forms = {
+            "pre": f"x + block({norm}(x))",
+            "post": f"x + {norm}(block(x))",
+            "sandwich": f"x + {norm}(block({norm}(x)))",
+            "stream": f"n + block(n), n = {norm}(x)",
+        }
+        places = {node.config.norm_position for node in self.arch.nodes}
+        return " or ".join(forms[place] for place in forms if place in places)
 
     def _column(self, index: int, column: list[_Row]) -> tuple[float, float, float]:
         """Paint one column; return the x of its stream, and where the stream enters and leaves it."""

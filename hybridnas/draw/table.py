@@ -41,19 +41,20 @@ def describe_layers(arch: Arch, seq_len: int = 1024, dtype_bytes: int = 4) -> Ta
     seen: set[str] = set()
     embedding = arch.d_model * arch.vocab_size
     rows = [Row((), "", "embedding", f"{arch.vocab_size:,} tokens", Cost(embedding_params=embedding))]
+    if arch.model.n_meta_tokens:
+        meta = arch.model.n_meta_tokens
+        rows.append(Row((), "", "meta tokens", f"{meta:,} tokens", Cost(embedding_params=meta * arch.d_model)))
     for leaf in arch.pattern.motif.leaves():
         first = [node for branch in arch.layers[leaf.layers[0]] for node in branch]
         costs = [Cost() for _ in first]
         for layer in leaf.layers:
             for place, node in enumerate(node for branch in arch.layers[layer] for node in branch):
-                cost = node.config.cost(seq_len, dtype_bytes)
-                costs[place] += cost.without_params() if node.module in seen else cost
+                costs[place] += arch.node_cost(node, seq_len, dtype_bytes, first_use=node.module not in seen)
                 seen.add(node.module)
         for node, cost in zip(first, costs, strict=True):
             rows.append(Row(leaf.layers, node.slot.letter, _name(arch, node), main_sizes(node), cost))
-    count = len(arch.pattern) + arch.model.final_norm
-    norms = arch.model.norm_params * count
-    rows.append(Row((), "", "norms", f"{count} {arch.model.norm}", Cost(params=norms, active_params=norms)))
+    norms = arch.model.norm_params * arch.n_norms
+    rows.append(Row((), "", "norms", f"{arch.n_norms} {arch.model.norm}", Cost(params=norms, active_params=norms)))
     head = Cost(embedding_params=0 if arch.model.tie_embeddings else embedding, flops_per_token=2.0 * embedding)
     rows.append(
         Row(

@@ -20,6 +20,9 @@ from hybridnas.config import FrozenConfig, option
 from hybridnas.cost import Cost
 from hybridnas.hardware import Impl
 
+NORM_POSITIONS = ("pre", "post", "sandwich", "stream")
+# Options of the layer around a block, which the block itself does not read.
+AROUND = ("norm_position", "in_multiplier", "out_multiplier", "stream_multiplier", "canon")
 S = TypeVar("S", bound="tuple[Tensor, ...]")
 T = TypeVar("T")
 # What a block carries from token to token: any tuple of tensors, plain or a NamedTuple, each with the batch first.
@@ -69,7 +72,10 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig(FrozenConfig):
-    """Fields of a block; subclasses add theirs and declare their cost."""
+    """Fields of a block; subclasses add theirs and declare their cost.
+
+    Those beside ``d_model`` say what the layer does around the block; neither the block nor its ``cost`` looks at them.
+    """
 
     block_name: ClassVar[str] = "block"  # set by register_block, for messages
     widths: ClassVar[tuple[str, ...]] = ("d_expert", "d_ff", "d_inner")  # fields that size the block, where it has them
@@ -77,10 +83,27 @@ class BlockConfig(FrozenConfig):
     renamed: ClassVar[Mapping[str, str]] = {}  # former name of a field -> its name, still read and part of fingerprints
 
     d_model: int = option(doc="width of the residual stream [channels]", ge=1)
+    norm_position: str = option(
+        "pre",
+        "where the layer's norm stands: pre x + block(norm(x)), post x + norm(block(x)), sandwich "
+        "x + norm(block(norm(x))), stream n + block(n) with n = norm(x)",
+        choices=NORM_POSITIONS,
+    )
+    in_multiplier: float = option(1.0, "factor on what the block reads, after the norm [1]", gt=0)
+    out_multiplier: float = option(1.0, "factor on what the block adds to the residual stream [1]", gt=0)
+    stream_multiplier: float = option(1.0, "factor on the residual stream that the block adds to [1]", gt=0)
+    canon: int = option(
+        0, "taps of a residual causal convolution over what the block reads (Canon layer); 0: none [tokens]", ge=0
+    )
 
     @classmethod
     def label(cls) -> str:
         return cls.block_name
+
+    @property
+    def canon_params(self) -> int:
+        """Weights of the block's Canon layer, and half of its FLOPs a token [count]."""
+        return self.canon * self.d_model
 
     @property
     def causal(self) -> bool:

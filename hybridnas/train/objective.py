@@ -57,12 +57,13 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> Loss:
         """Return the loss of a batch, differentiable."""
         if not isinstance(self.model, HybridLM):
-            logits_BLV = self._logits(batch)
-            total = cross_entropy(logits_BLV, batch.targets_BL, mask=batch.mask_BL, reduction="sum")
-            return Loss(total, {}, {})
+            return Loss(self._cross_entropy(self._logits(batch), batch, "sum"), {}, {})
         hidden = self._read(batch.inputs_BL)
         x_BLD = self._through_head(hidden.x_BLD, batch)
-        total = cross_entropy_sum(x_BLD, self.model.head.weight, batch, self.model.loss_impl)
+        if self._linear_head:
+            total = cross_entropy_sum(x_BLD, self.model.head.weight, batch, self.model.loss_impl)
+        else:
+            total = self._cross_entropy(self.model.head(x_BLD), batch, "sum")
         return Loss(total, hidden.aux.losses, hidden.aux.stats)
 
     @torch.no_grad()
@@ -70,13 +71,25 @@ class Objective(nn.Module):
         """Return each place's loss and whether its likeliest token is right; 0 and False where it does not count."""
         if isinstance(self.model, HybridLM):
             x_BLD = self._through_head(self.model.hidden(batch.inputs_BL).x_BLD, batch)
-            head_VD, impl = self.model.head.weight, self.model.loss_impl
-            return token_scores(x_BLD, head_VD, batch.targets_BL, mask=batch.mask_BL, impl=impl)
-        logits_BLV = self._logits(batch)
+            if self._linear_head:
+                head_VD, impl = self.model.head.weight, self.model.loss_impl
+                return token_scores(x_BLD, head_VD, batch.targets_BL, mask=batch.mask_BL, impl=impl)
+            logits_BLV = self.model.head(x_BLD)
+        else:
+            logits_BLV = self._logits(batch)
         mask_BL = torch.ones_like(batch.targets_BL, dtype=torch.bool) if batch.mask_BL is None else batch.mask_BL
-        loss_BL = cross_entropy(logits_BLV, batch.targets_BL, mask=batch.mask_BL, reduction="none")
+        loss_BL = self._cross_entropy(logits_BLV, batch, "none")
         correct_BL = (logits_BLV.argmax(dim=-1) == batch.targets_BL) & mask_BL
         return TokenScores(loss_BL, torch.logsumexp(logits_BLV.float(), dim=-1), correct_BL)
+
+    @property
+    def _linear_head(self) -> bool:
+        """Whether logits are the head's matrix times what it reads, so that a loss may take them in chunks."""
+        return isinstance(self.model, HybridLM) and self.model.arch.model.final_softcap is None
+
+    def _cross_entropy(self, logits_BLV: Tensor, batch: Batch, reduction: str) -> Tensor:
+        impl = self.model.loss_impl if isinstance(self.model, HybridLM) else Impl.AUTO
+        return cross_entropy(logits_BLV, batch.targets_BL, mask=batch.mask_BL, reduction=reduction, impl=impl)
 
     def _through_head(self, x_BLD: Tensor, batch: Batch) -> Tensor:
         if batch.head is None:

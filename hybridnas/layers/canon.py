@@ -1,0 +1,46 @@
+"""Canon layer: a residual, depthwise, causal convolution of a few taps beside any mixer.
+
+Shapes: B batch, L length, D channels, K taps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hybridnas.hardware import Impl
+from hybridnas.kernels.causal_conv1d import causal_conv1d
+
+
+class Canon(nn.Module):
+    """x_t + sum_k weight_k x_(t - K + 1 + k), each channel by itself (Allen-Zhu 2025, arXiv 2512.17351, section 3).
+
+    Without activation and bias, as the paper advises. With two taps it holds RWKV's token shift as a special case.
+    """
+
+    def __init__(self, channels: int, taps: int, *, impl: Impl = Impl.AUTO) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, taps))
+        self.impl = impl
+
+    def forward(self, x_BLD: Tensor, state_BKD: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return (B, L, D), and with a state of the K - 1 inputs before x the one after it, else None."""
+        found = causal_conv1d(
+            x_BLD,
+            self.weight,
+            initial_state=None if state_BKD is None else state_BKD.to(x_BLD.dtype),
+            return_final_state=state_BKD is not None,
+            impl=self.impl,
+        )
+        mixed_BLD, after_BKD = found if isinstance(found, tuple) else (found, None)
+        return x_BLD + mixed_BLD, after_BKD
+
+    def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return zeros (B, K - 1, D): nothing has been read yet."""
+        channels, taps = self.weight.shape
+        return torch.zeros(batch_size, taps - 1, channels, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw as the authors' code does: uniform within K ** -0.5, torch's rule for a depthwise convolution."""
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
