@@ -318,6 +318,7 @@ ONCE = {  # what can be differentiated once
     "selective_scan": ("auto", "torch", "native"),
     "selective_state_update": ("native",),
     "causal_conv1d": ("auto", "native"),
+    "gated_delta": ("auto", "native"),
     "rms_norm": ("auto", "torch"),
     "add_norm": ("auto", "torch"),
     "cross_entropy": ("torch",),

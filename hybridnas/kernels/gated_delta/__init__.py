@@ -1,7 +1,8 @@
 """Gated linear recurrences with or without the delta rule: linear attention, RetNet, GLA, (Gated) DeltaNet, KDA.
 
 Shapes: B batch, L length, G groups of heads that share queries and keys, H value heads, K channels of a key, V channels
-of a value. ``reference.py`` is the specification, ``eager.py`` computes in torch's matrix products.
+of a value. ``reference.py`` is the specification, ``eager.py`` computes in torch's matrix products, ``native.py`` with
+``recurrence.c`` step by step on a CPU.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ from torch import Tensor
 from hybridnas.hardware import Impl
 from hybridnas.kernels._dispatch import Operation, dtypes_of
 from hybridnas.kernels._inputs import full_precision, refused, require_seq_idx, require_tensor
+from hybridnas.kernels.gated_delta import native
 from hybridnas.kernels.gated_delta.eager import gated_delta_eager
+from hybridnas.kernels.gated_delta.native import MAX_KEY, gated_delta_native
 from hybridnas.kernels.gated_delta.reference import Inputs, gated_delta_reference
 
-OPERATION = Operation("gated_delta", "chunked matrix products")
+OPERATION = Operation(
+    "gated_delta", "chunked matrix products", native=native.compiled, native_available=native.available
+)
 describe = OPERATION.describe
 _NAME = OPERATION.name
 
@@ -42,7 +47,8 @@ def gated_delta(
     ``beta``: None or (B, L, H). ``scale`` is K ** -0.5 where it is None. States (B, H, K, V) are float32 whatever the
     inputs (float64 for float64). ``seq_idx`` (B, L) integers: the state restarts where it changes. All floating inputs
     are differentiable. With ``return_final_state``: (o, last state). ``chunk_size`` [steps] trades matrix products for
-    memory and does not change the result. ``impl``: see ``Impl``.
+    memory and does not change the result. ``impl``: see ``Impl``; native takes no float64 and
+    at most 256 key channels, and can be differentiated once.
 
     Raises KernelInputError for a wrong rank, shape, dtype or device, KernelUnavailableError for an implementation
     that cannot run here. Sources: Yang et al. 2024, arXiv 2412.06464, section 3.1 (decay by head), Kimi Team 2025,
@@ -50,11 +56,10 @@ def gated_delta(
     """
     inputs = Inputs(q, k, v, log_decay, beta, initial_state, seq_idx, scale, chunk_size)
     _check(inputs)
-    if q.shape[1] <= 1 and Impl.of(impl) is Impl.AUTO:
-        impl = Impl.TORCH  # one step is the recurrence itself, on every device
-    chosen = OPERATION.choose(impl, q.device, dtypes_of(*inputs.floating))
+    limit = f"takes at most {MAX_KEY} key channels K, got {q.shape[3]}" if q.shape[3] > MAX_KEY else ""
+    chosen = OPERATION.choose(impl, q.device, dtypes_of(*inputs.floating), native_limit=limit)
+    run = {Impl.REFERENCE: gated_delta_reference, Impl.NATIVE: gated_delta_native}.get(chosen, gated_delta_eager)
     with full_precision(q.device):
-        run = gated_delta_reference if chosen is Impl.REFERENCE else gated_delta_eager
         o_BLHV, final_BHKV = run(inputs)
     return (o_BLHV, final_BHKV) if return_final_state else o_BLHV
 

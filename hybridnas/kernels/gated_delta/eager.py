@@ -20,6 +20,8 @@ from torch import Tensor
 
 from hybridnas.kernels.gated_delta.reference import Inputs, gated_delta_reference
 
+_PRODUCTS = 8  # steps from which matrix products are faster than sums of products
+
 
 def gated_delta_eager(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return o (B, L, H, V) in v's dtype and the final state (B, H, K, V), differentiable by autograd."""
@@ -29,37 +31,29 @@ def gated_delta_eager(inputs: Inputs) -> tuple[Tensor, Tensor]:
     steps = 1 << (min(inputs.chunk_size, length) - 1).bit_length()
     q, k, v = (_chunks(t, steps) for t in inputs.by_head())
     log = inputs.log_decay_by_step()
+    readers = q[None] if inputs.beta is None else torch.stack([q, k])  # with the delta rule keys read the state too
     through = None
     if log is None:
-        scores = (q @ k.transpose(-1, -2)).tril()
-        reads = (k @ k.transpose(-1, -2)).tril(-1) if inputs.beta is not None else None
-        from_start_q, from_start_k, to_end_k = q, k, k
+        scores, from_start, to_end_k = readers @ k.transpose(-1, -2), readers, k
     else:
         log = _chunks(log if log.dim() == 4 else log[..., None], steps)  # (B, H, N, T, 1 or K)
-        from_start, to_end = log.cumsum(-2).exp(), _sums_to_end(log).exp()
-        through = from_start[..., -1, :, None]
-        if log.shape[-1] == 1:
-            within = _within(log.squeeze(-1))
-            scores = (q @ k.transpose(-1, -2)) * within
-            reads = ((k @ k.transpose(-1, -2)) * within).tril(-1) if inputs.beta is not None else None
-        else:
-            scores = _scores(q, k, log)
-            reads = _scores(k, k, log).tril(-1) if inputs.beta is not None else None
-        from_start_q, from_start_k, to_end_k = q * from_start, k * from_start, k * to_end
+        decay_from_start = log.cumsum(-2).exp()
+        through = decay_from_start[..., -1, :, None]
+        from_start, to_end_k = readers * decay_from_start, k * _sums_to_end(log).exp()
+        by_channel = log.shape[-1] > 1
+        scores = _scores(readers, k, log) if by_channel else (readers @ k.transpose(-1, -2)) * _within(log.squeeze(-1))
     S = inputs.start()
     before, written = [], v
     through_N = [None] * v.shape[2] if through is None else list(through.unbind(2))
     writes = to_end_k.transpose(-1, -2)
-    if reads is None:
-        added = (writes @ v).unbind(2)
-        for keep, added_BHKV in zip(through_N, added, strict=True):
+    if inputs.beta is None:
+        for keep, added_BHKV in zip(through_N, (writes @ v).unbind(2), strict=True):
             before.append(S)
             S = S + added_BHKV if keep is None else torch.addcmul(added_BHKV, keep, S)
     else:
-        assert inputs.beta is not None
         beta = _chunks(inputs.beta.to(inputs.dtype)[..., None], steps)
-        right = torch.cat([v, from_start_k], -1) * beta
-        solved = torch.linalg.solve_triangular(reads * beta, right, upper=False, unitriangular=True)
+        right = torch.cat([v, from_start[1]], -1) * beta
+        solved = torch.linalg.solve_triangular(scores[1].tril(-1) * beta, right, upper=False, unitriangular=True)
         values, keys = solved.split([v.shape[-1], k.shape[-1]], -1)
         parts = []
         for keep, to_end_BHKT, u, w in zip(through_N, writes.unbind(2), values.unbind(2), keys.unbind(2), strict=True):
@@ -68,7 +62,7 @@ def gated_delta_eager(inputs: Inputs) -> tuple[Tensor, Tensor]:
             added_BHKV = to_end_BHKT @ parts[-1]
             S = S + added_BHKV if keep is None else torch.addcmul(added_BHKV, keep, S)
         written = torch.stack(parts, 2)
-    o = from_start_q @ torch.stack(before, 2) + scores @ written
+    o = from_start[0] @ torch.stack(before, 2) + scores[0].tril() @ written
     o_BLHV = o.flatten(2, 3).transpose(1, 2)[:, :length]
     return o_BLHV.to(inputs.v.dtype), S
 
@@ -96,21 +90,26 @@ def _within(log: Tensor) -> Tensor:
     return within.masked_fill(future_TT.triu(1), float("-inf")).exp()
 
 
-def _scores(q: Tensor, k: Tensor, log: Tensor) -> Tensor:
-    """Return sum over k of q_ik k_jk (decay of channel k from j to i), (..., T, T), zero where j is later.
+def _scores(readers: Tensor, k: Tensor, log: Tensor) -> Tensor:
+    """Return sum over k of readers_ik k_jk (decay of channel k from j to i), (..., T, T), zero where j is later.
 
     T is a power of two. Two neighboring blocks of steps join at a time: what the later one reads of the earlier is a
-    matrix product of queries that decay from the boundary and keys that decay to it.
+    product of readers that decay from the boundary and keys that decay to it.
     """
-    steps = q.shape[-2]
-    scores = (q * k).sum(-1)[..., None, None]  # (..., blocks, 1, 1)
+    steps, size = k.shape[-2:]
+    scores = (readers * k).sum(-1)[..., None, None]  # (..., blocks, 1, 1)
     width = 1
     while width < steps:
-        halves = (*q.shape[:-2], steps // (2 * width), 2, width, q.shape[-1])
-        late_q, early_k = q.reshape(halves).select(-3, 1), k.reshape(halves).select(-3, 0)
-        early_log, late_log = log.reshape(halves).unbind(-3)
-        across = (late_q * late_log.cumsum(-2).exp()) @ (early_k * _sums_to_end(early_log).exp()).transpose(-1, -2)
-        early, late = scores.reshape(*halves[:-3], 2, width, width).unbind(-3)
-        scores = torch.cat([F.pad(early, (0, width)), torch.cat([across, late], -1)], -2)
+        halves = (steps // (2 * width), 2, width, size)
+        early_k = k.reshape(*k.shape[:-2], *halves).select(-3, 0)
+        early_log, late_log = log.reshape(*k.shape[:-2], *halves).unbind(-3)
+        late = readers.reshape(*readers.shape[:-2], *halves).select(-3, 1) * late_log.cumsum(-2).exp()
+        early = early_k * _sums_to_end(early_log).exp()
+        if width < _PRODUCTS:
+            across = (late.unsqueeze(-2) * early.unsqueeze(-3)).sum(-1)
+        else:
+            across = late @ early.transpose(-1, -2)
+        before, after = scores.reshape(*across.shape[:-2], 2, width, width).unbind(-3)
+        scores = torch.cat([F.pad(before, (0, width)), torch.cat([across, after], -1)], -2)
         width *= 2
     return scores.squeeze(-3)
