@@ -27,6 +27,10 @@ class Settings(Command):
     max_new_tokens: int = option(200, "most tokens to draw [count]", ge=0)
     temperature: float = option(0.8, "0 takes the likeliest token each time, 1 draws as the model says [1]", ge=0)
     top_k: int | None = option(40, "draw among this many likeliest tokens; null: among all [count]", ge=1)
+    top_p: float | None = option(
+        None, "draw among the fewest likeliest tokens of this total probability; null: among all [0 to 1]", gt=0, le=1
+    )
+    eos_token_id: tuple[int, ...] = option((), "token numbers that end the text, as [0,5] [tokens]", ge=0)
     seed: int = option(0, "seed of the draws", ge=0, le=2**63 - 1)
     stop_at_end: bool = option(True, "stop where the model ends the document [yes/no]")
     echo: bool = option(True, "print the prompt before its continuation [yes/no]")
@@ -72,6 +76,8 @@ def run(settings: Settings) -> Done:
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_k=settings.top_k,
+            top_p=settings.top_p,
+            eos_token_id=settings.eos_token_id,
             seed=settings.seed,
             stop_at_end=settings.stop_at_end,
         )

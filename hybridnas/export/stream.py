@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,23 +21,27 @@ def stream_text(
     max_new_tokens: int = 200,
     temperature: float = 0.8,
     top_k: int | None = 40,
+    top_p: float | None = None,
+    eos_token_id: Sequence[int] = (),
     seed: int = 0,
     stop_at_end: bool = True,
 ) -> int:
     """Sample a continuation, hand each piece of text to ``write`` as soon as it is certain, return the tokens drawn.
 
-    An empty prompt starts a new document. ``stop_at_end``: end where the model ends the document.
+    An empty prompt starts a new document. The text ends before the first token of ``eos_token_id``, and with
+    ``stop_at_end`` where the model ends the document; ``top_k`` and ``top_p`` are those of :meth:`HybridLM.generate`.
     Raises ConfigError for a model that is not causal or settings out of range, ExportError for a foreign tokenizer.
     """
     check_tokenizer(model, tokenizer)
     decoder = StreamDecoder(tokenizer)
+    ends = [*eos_token_id, *([tokenizer.separator] if stop_at_end else ())]
     drawn = 0
 
     def on_token(ids_B: Tensor) -> bool:
         nonlocal drawn
         token = int(ids_B[0])
         drawn += 1
-        if stop_at_end and token == tokenizer.separator:
+        if token in ends:
             return True
         # A vocabulary rounded up to a round number has ids that stand for nothing.
         text = decoder.push(token) if token < tokenizer.vocab_size else decoder.finish() + "\ufffd"
@@ -47,7 +51,16 @@ def stream_text(
 
     ids = tokenizer.encode(prompt) or [tokenizer.separator]
     ids_BL = torch.tensor([ids], device=model.embedding.weight.device)
-    model.generate(ids_BL, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, on_token=on_token)
+    model.generate(
+        ids_BL,
+        max_new_tokens,
+        eos_token_id=ends or None,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        on_token=on_token,
+    )
     rest = decoder.finish()
     if rest:
         write(rest)

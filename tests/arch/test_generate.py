@@ -16,6 +16,7 @@ from hybridnas.cli.generate import Settings, run
 from hybridnas.data.tokenizers import ByteTokenizer, Tokenizer, train_bpe
 from hybridnas.errors import ConfigError, ExportError
 from hybridnas.export.folder import export
+from hybridnas.export.load import load
 from hybridnas.export.stream import stream_text
 
 
@@ -169,11 +170,32 @@ def test_a_model_that_is_not_causal_says_so_in_one_sentence(tmp_path: Path, caps
     assert capsys.readouterr().out == ""
 
 
+def test_the_command_draws_as_the_model_does_with_the_same_settings(best: Path) -> None:
+    model, tokenizer = load(best), ByteTokenizer()
+    ids = tokenizer.encode("def ")
+    drawn = {"temperature": 1.0, "top_p": 0.3, "seed": 3}
+    whole = model.generate(torch.tensor([ids]), 12, **drawn)[0].tolist()[len(ids) :]
+    plain = {**drawn, "top_k": None, "stop_at_end": False}
+    assert run(settings(best, **plain)).found["text"] == tokenizer.decode(whole)
+    assert run(settings(best, **{**plain, "top_p": None})).found["text"] != tokenizer.decode(whole)
+    end = whole[5]
+    ended = run(settings(best, **plain, eos_token_id=[end, 255])).found
+    assert ended["text"] == tokenizer.decode(whole[: whole.index(end)])
+    assert ended["tokens"] == whole.index(end) + 1
+
+
+def test_an_end_token_that_the_model_does_not_have_is_named(best: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run(settings(best, eos_token_id=256))
+    assert (caught.value.field, caught.value.got, caught.value.allowed) == ("eos_token_id", 256, "0 to 255")
+
+
 @pytest.mark.parametrize(
     ("field", "got", "allowed"),
     [
         ("temperature", -1.0, ">= 0"),
         ("top_k", 0, ">= 1"),
+        ("top_p", 1.5, "<= 1"),
         ("max_new_tokens", "many", "an integer"),
         ("seed", 2**63, "<= 9223372036854775807"),
         ("model", None, None),
