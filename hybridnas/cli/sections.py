@@ -16,11 +16,7 @@ from hybridnas.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 OPEN = ("arch", "preset", "space")
-# Groups that are folders of YAML files; a user's own file wins over the package's.
-FOLDERS = {
-    "experiment": (PACKAGE / "experiments", Path("experiments")),
-    "budget": (PACKAGE / "conf" / "budget",),
-}
+EXPERIMENTS = (PACKAGE / "experiments", Path("experiments"))  # a user's own file wins over the package's
 
 
 def section_class(section: str, values: Mapping[str, Any]) -> type[FrozenConfig] | None:
@@ -63,12 +59,16 @@ def choices_of(group: str) -> list[str]:
         from hybridnas.search_spaces.listing import list_spaces
 
         return list_spaces()
-    return sorted(files_of(group))
+    if group == "budget":
+        from hybridnas.search.named import list_budgets
+
+        return list_budgets()
+    return sorted(experiment_files())
 
 
-def files_of(group: str) -> dict[str, Path]:
-    """Return choice -> file of a group of YAML files."""
-    return {path.stem: path for folder in FOLDERS[group] for path in sorted(folder.glob("*.yaml"))}
+def experiment_files() -> dict[str, Path]:
+    """Return experiment -> file."""
+    return {path.stem: path for folder in EXPERIMENTS for path in sorted(folder.glob("*.yaml"))}
 
 
 def choice_of(group: str, name: str) -> dict[str, Any]:
@@ -89,8 +89,11 @@ def choice_of(group: str, name: str) -> dict[str, Any]:
         from hybridnas.search_spaces.listing import space_settings
 
         return space_settings(name)
-    values = read_yaml(files_of(group)[name])
-    return values if group == "experiment" else {"name": name, **values}
+    if group == "budget":
+        from hybridnas.search.named import named_budget
+
+        return named_budget(name)
+    return read_yaml(experiment_files()[name])
 
 
 def hint_of(section: str, path: list[str], values: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -1,1 +1,1 @@
-"""Hydra's configuration: one primary YAML per command, and the groups budget and data."""
+"""The package's budgets as YAML files, one for each choice of ``budget=NAME``."""

@@ -19,7 +19,7 @@ from hybridnas.cli import COMMANDS, main, run
 from hybridnas.cli.command import groups_of, settings_class
 from hybridnas.cli.compose import command_line, compose, read_settings
 from hybridnas.cli.help import ENVIRONMENT, help_text
-from hybridnas.cli.sections import FOLDERS, PACKAGE, choice_of, choices_of, files_of
+from hybridnas.cli.sections import EXPERIMENTS, PACKAGE, choice_of, choices_of
 from hybridnas.config import read_yaml
 from hybridnas.errors import ConfigError
 from hybridnas.search.config import Budget
@@ -75,12 +75,19 @@ def test_commands_modules_and_entry_points_are_the_same_set():
 
 def test_the_files_of_hydra_hold_choices_that_their_dataclass_reads():
     assert [path.name for path in (PACKAGE / "conf").iterdir() if path.suffix == ".yaml"] == []
-    for name, path in files_of("budget").items():
+    for name in choices_of("budget"):
         assert Budget.from_dict(choice_of("budget", name)).name == name
-        assert read_yaml(path)["name"] == name
+        assert read_yaml(PACKAGE / "conf" / "budget" / f"{name}.yaml")["name"] == name
     for group in ("data", "suite", "preset"):
         for name in choices_of(group):
             assert set(choice_of(group, name)) <= {"kind", "name", "parts"}
+
+
+def test_a_command_and_python_read_budgets_by_one_function(monkeypatch):
+    monkeypatch.setattr("hybridnas.search.named.list_budgets", lambda: ["own"])
+    monkeypatch.setattr("hybridnas.search.named.named_budget", lambda name: {"name": name, "d_model": 24, "depth": 3})
+    assert choices_of("budget") == ["own"]
+    assert compose("search", ["budget=own"])["budget"]["d_model"] == 24
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -462,7 +469,7 @@ def test_the_experiments_of_the_package_compose_from_any_folder(name, tmp_path, 
     config = compose("search", [f"experiment={name}"])
     assert config["sampler"] == "bruteforce"
     assert Space.from_mapping(config["space"]).name == name
-    assert FOLDERS["experiment"][0] == PACKAGE / "experiments"
+    assert EXPERIMENTS[0] == PACKAGE / "experiments"
 
 
 # Text as it may be typed; what would read as null or as a list is refused instead, see test_config.py.

@@ -8,7 +8,7 @@ import pytest
 
 from hybridnas.cli import run as run_cli
 from hybridnas.cli.compose import compose, read_settings
-from hybridnas.cli.sections import PACKAGE, files_of
+from hybridnas.cli.sections import PACKAGE, experiment_files
 from hybridnas.suites.suite import SuiteConfig
 
 
@@ -109,4 +109,4 @@ def test_the_recipes_of_the_package_compose_from_any_folder(tmp_path, monkeypatc
         config = compose("evaluate", [f"experiment={name}"])
         assert SuiteConfig.from_dict(config["suite"]).suite().name == suite
         assert config["suite"]["out"] == f"experiments/results/{name}.csv"
-        assert files_of("experiment")[name].parent == PACKAGE / "experiments"
+        assert experiment_files()[name].parent == PACKAGE / "experiments"
