@@ -54,8 +54,8 @@ def option(
 ) -> Any:
     """Declare a config field: its default, its one-line meaning with unit, and the values it allows.
 
-    ``aliases`` are further spellings of choices, ``kinds`` the kinds of data that have the field (none: all). Bounds of
-    a tuple's field hold for each of its items.
+    ``aliases`` are further spellings of choices, or of words that mean something special in a field of text; ``kinds``
+    the kinds of data that have the field (none: all). Bounds of a tuple's field hold for each of its items.
     """
     if not doc:
         raise TypeError("option() needs a one-line doc with the field's meaning and unit")
@@ -337,9 +337,11 @@ def _read(config: type[FrozenConfig], field: dataclasses.Field[Any], given: Any)
     """Return a field's value as its type has it; raises ConfigError."""
     hint = _hints(config)[field.name]
     name, where = _dotted(config, field.name), f"{config.label()} {field.name}={given!r}"
-    choices = _choices(field)
+    choices, aliases = _choices(field), field.metadata.get("aliases") or {}
     if isinstance(given, (str, bool)) and choices:
-        given = _chosen(given, choices, field.metadata.get("aliases") or {})
+        given = _chosen(given, choices, aliases)
+    elif isinstance(given, (str, bool)):
+        given = aliases.get(str(given).lower(), given)
     try:
         value = given if _fits(given, hint) else _converted(given, hint)
     except ConfigError as error:  # of a nested config
@@ -349,7 +351,7 @@ def _read(config: type[FrozenConfig], field: dataclasses.Field[Any], given: Any)
             str(error), field=_dotted(config, nested.rstrip(".")), got=error.got, allowed=error.allowed
         ) from None
     except (ValueError, TypeError):
-        expected = type_text(hint)
+        expected = ", ".join([type_text(hint), *(repr(word) for word in aliases.values())])
         raise ConfigError(
             f"{where} must be {expected}, got {type(given).__name__}", field=name, got=given, allowed=expected
         ) from None

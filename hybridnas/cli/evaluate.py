@@ -52,7 +52,9 @@ class Settings(Command):
         "measure a model whose layers see later tokens (expert_choice): its loss is no language model's [yes/no]",
     )
     tracking: str | None = option(
-        None, "with suite=: MLflow tracking URI; none: sqlite in the suite's folder; off: no MLflow"
+        None,
+        "with suite=: MLflow tracking URI; none: sqlite in the suite's folder; off: no MLflow [URI]",
+        aliases={"false": "off"},
     )
 
     @classmethod

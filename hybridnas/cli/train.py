@@ -44,7 +44,7 @@ class Settings(Command):
     )
     device: str = option("auto", DEVICE)
     impl: str = option("auto", "implementation of the kernels")
-    tracking: str | None = option(None, TRACKING)
+    tracking: str | None = option(None, TRACKING, aliases={"false": "off"})
     max_seconds: float | None = option(
         None, "save and stop after this long; the same command goes on; none: no limit [s]", gt=0
     )

@@ -162,7 +162,11 @@ class SearchConfig(FrozenConfig):
     max_active_params: float | None = option(None, "most active parameters of a candidate [count]; none: any", gt=0)
     max_state_bytes: float | None = option(None, "most state of one sequence [bytes]; none: no limit", gt=0)
     max_latency_ms: float | None = option(None, "longest time to generate a token here [ms]; none: no limit", gt=0)
-    tracking: str | None = option(None, "MLflow tracking URI; none: sqlite in the study folder; off: no MLflow [URI]")
+    tracking: str | None = option(
+        None,
+        "MLflow tracking URI; none: sqlite in the study folder; off: no MLflow [URI]",
+        aliases={"false": "off"},
+    )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     workers: int = option(1, "processes on this host that train trials side by side [count]", ge=1)
     worker: str = option(
