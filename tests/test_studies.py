@@ -176,7 +176,7 @@ def test_a_trial_without_weights_says_so(study):
 
 def test_another_study_in_the_folder_is_refused_and_changes_nothing(study, settings):
     made, _ = study
-    before = contents(made.path)
+    before, holder = contents(made.path), (made.path / ".lock").read_text()
     events = Events()
     other = hybridnas.create_study("mamba_moe", name="whole", **{**settings, "seed": 5})
     with pytest.raises(StudyError) as caught:
@@ -184,6 +184,7 @@ def test_another_study_in_the_folder_is_refused_and_changes_nothing(study, setti
     assert (caught.value.field, caught.value.got, caught.value.allowed) == ("seed", 5, 0)
     assert events.names == []
     assert contents(made.path) == before
+    assert (made.path / ".lock").read_text() == holder
 
 
 @pytest.mark.parametrize(
@@ -197,6 +198,7 @@ def test_another_study_in_the_folder_is_refused_and_changes_nothing(study, setti
         ({"seed": -1}, "seed"),
         ({"sampler": "evolutoin"}, "sampler"),
         ({"objectives": ["val_los"]}, "objectives"),
+        ({"tracking": True}, "tracking"),
     ],
 )
 def test_settings_are_checked_when_a_study_is_made(given, field, tmp_path, monkeypatch):
@@ -205,6 +207,14 @@ def test_settings_are_checked_when_a_study_is_made(given, field, tmp_path, monke
         hybridnas.create_study(**given)
     assert str(caught.value.field).endswith(field)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_tracking_may_be_written_as_false_and_true_is_refused_with_the_word_for_it():
+    assert hybridnas.create_study(tracking=False).config.tracking == "off"
+    with pytest.raises(ConfigError) as caught:
+        hybridnas.create_study(tracking=True)
+    assert (caught.value.field, caught.value.got) == ("tracking", True)
+    assert caught.value.allowed == "text or none, 'off'"
 
 
 @pytest.mark.parametrize("field", ["space", "budget", "data"])

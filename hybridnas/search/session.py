@@ -97,7 +97,7 @@ def open_session(
     """
     config, space = settings.config, settings.space
     folder = StudyFolder(Path(config.runs).expanduser(), config.name)
-    stored = _enter(folder, config, orders, elapsed())
+    stored = _enter(folder, config, orders)
     store: RecordStore | None = None
     try:
         source = settings.table or open_source(settings.data)
@@ -106,15 +106,18 @@ def open_session(
         plan = make_plan(settings, source)
         target = space.target(plan.candidates.scale)
         worker = 0 if orders is None else orders.worker + 1
-        store = _store(config, folder, stored, worker, note)
+        limits = _limits(config, elapsed()) if orders is None and config.worker == "off" else None
+        store = _store(config, folder, stored, worker, limits, note)
         trainer: Trainer
         if settings.table is not None:
-            trainer = TableTrainer(settings.table, plan.rungs)
+            trainer = TableTrainer(settings.table, plan.rungs, folder.path)
         else:
             trainer = CellTrainer(folder.path, config, source, target, callbacks)
         meta = _meta(config, space, folder, stored, source, target)
-        if orders is None:
-            folder.keep(meta=dataclasses.asdict(meta))
+        if orders is None:  # nothing can be refused any more: what this call may change is written now
+            folder.keep(meta=dataclasses.asdict(meta), **({} if limits is None else {"limits": limits}))
+            if config.worker == "off":
+                folder.admit_workers()
         yield Session(config, space, folder, meta, config.identity(), source, target, plan, store, trainer)
     finally:
         if store is not None:
@@ -153,7 +156,7 @@ def _trainable(arch: Arch) -> None:
         raise ConfigError(reason, field="space", got=str(arch.pattern), allowed="causal blocks")
 
 
-def _enter(folder: StudyFolder, config: SearchConfig, orders: Orders | None, elapsed: float) -> dict[str, Any]:
+def _enter(folder: StudyFolder, config: SearchConfig, orders: Orders | None) -> dict[str, Any]:
     if orders is not None:
         return folder.join(orders.token)
     place = "folder" if config.storage is None else "database"
@@ -175,7 +178,7 @@ def _enter(folder: StudyFolder, config: SearchConfig, orders: Orders | None, ela
             got=place,
             allowed=stored["storage"],
         )
-    return folder.keep(limits=_limits(config, elapsed)) if config.worker == "off" else stored
+    return stored
 
 
 def _limits(config: SearchConfig, elapsed: float) -> dict[str, Any]:
@@ -185,7 +188,12 @@ def _limits(config: SearchConfig, elapsed: float) -> dict[str, Any]:
 
 
 def _store(
-    config: SearchConfig, folder: StudyFolder, stored: Mapping[str, Any], worker: int, note: Callable[[str], None]
+    config: SearchConfig,
+    folder: StudyFolder,
+    stored: Mapping[str, Any],
+    worker: int,
+    limits: Mapping[str, Any] | None,
+    note: Callable[[str], None],
 ) -> RecordStore:
     from hybridnas.search.storage.database import SqlStore, database_url
 
@@ -195,7 +203,6 @@ def _store(
     store = SqlStore(url, folder.path, config.heartbeat, worker, note=note, patient=worker > 0)
     try:
         if worker == 0:
-            limits = stored.get("limits") if config.worker == "off" else None
             store.agree(config.identity(), str(stored["data_fingerprint"]), limits)
     except BaseException:
         store.close()
@@ -232,6 +239,7 @@ def _meta(
         versions=stored.get("versions", {}),
         started=time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(stored.get("created"))),
         folder=str(folder.path),
+        from_table=isinstance(source, TableSource),
     )
 
 

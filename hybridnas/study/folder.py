@@ -74,6 +74,16 @@ class StudyFolder:
             raise StudyError(f"study {self.name!r} is no longer held by the command that started this worker")
         return read_study(self.path)
 
+    def admit_workers(self) -> None:
+        """Write into ``.lock`` who holds the folder, with the token that this command's workers show to :meth:`join`.
+
+        Called once everything has been checked, so that a command that is refused leaves the file as it was.
+        """
+        self.token = secrets.token_hex(16)
+        self._lock.truncate(0)
+        self._lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "token": self.token}))
+        self._lock.flush()
+
     def alone(self) -> bool:
         """Turn a shared hold into the only one; False, and nothing held, where other workers are still here."""
         if not lock_file(self._lock, wait=False):
@@ -174,11 +184,6 @@ class StudyFolder:
                 got=self.name,
             )
         self._lock = handle
-        if not shared:
-            self.token = secrets.token_hex(16)
-            handle.truncate(0)
-            handle.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "token": self.token}))
-            handle.flush()
 
 
 def read_study(path: Path) -> dict[str, Any]:

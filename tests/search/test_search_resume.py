@@ -85,9 +85,9 @@ def test_kill_9_in_a_trial_then_the_same_command(killed, capsys, tmp_path):
     assert {path.parent.name for path in before} == {"0000"}
     assert checkpoint.load(folder / "trials/0001").header["progress"]["step"] > 0
 
-    said = search(capsys, runs, settings)
-    assert "trial 1 was interrupted; going on from its checkpoint" in said
-    assert "resuming: 1 trials are finished, of 3" in said
+    printed = search(capsys, runs, settings)
+    assert "trial 1 was interrupted; going on from its checkpoint" in printed
+    assert "resuming: 1 trials are finished, of 3" in printed
     assert {path: snapshot(folder)[path] for path in before} == before
     assert (folder / "trials/0001/metrics.jsonl").read_bytes().startswith(half[: half.rfind(b"\n")])
     assert sorted(losses(folder)) == [0, 1, 2]
@@ -101,13 +101,13 @@ def test_kill_9_in_a_trial_then_the_same_command(killed, capsys, tmp_path):
 def test_the_same_command_with_more_trials_touches_no_finished_one(tmp_path, tiny, capsys):
     search(capsys, tmp_path, [*tiny, "n_trials=2"])
     before = snapshot(tmp_path / "demo")
-    said = search(capsys, tmp_path, [*tiny, "n_trials=7"])
+    printed = search(capsys, tmp_path, [*tiny, "n_trials=7"])
     after = snapshot(tmp_path / "demo")
     assert {path: after[path] for path in before} == before
     found = load_records(tmp_path / "demo")[0]
     assert [record.number for record in found] == list(range(len(found)))
     assert sum(record.state in ("COMPLETE", "PRUNED") for record in found) == 7
-    assert "resuming: 2 trials are finished, of 7" in said
+    assert "resuming: 2 trials are finished, of 7" in printed
     again = search(capsys, tmp_path, [*tiny, "n_trials=7"])
     assert snapshot(tmp_path / "demo") == after
     assert "all trials are finished" in again
@@ -140,8 +140,8 @@ def test_a_process_that_died_before_it_wrote_the_end_trains_nothing_twice(tmp_pa
     forget_the_end(tmp_path / "demo")
     before = snapshot(tmp_path / "demo")
     curve = (tmp_path / "demo/trials/0001/metrics.jsonl").read_bytes()
-    said = search(capsys, tmp_path, [*tiny, "n_trials=3"])
-    assert "trial 1 was interrupted" in said
+    printed = search(capsys, tmp_path, [*tiny, "n_trials=3"])
+    assert "trial 1 was interrupted" in printed
     after = snapshot(tmp_path / "demo")
     untouched = [path for path in before if path.parent.name == "0000" or path.name == "metrics.jsonl"]
     assert {path: after[path] for path in untouched} == {path: before[path] for path in untouched}
@@ -155,10 +155,10 @@ def test_two_searches_in_one_folder_at_once_are_refused(tmp_path, tiny, capsys):
     meta = read_study(tmp_path / "demo")
     holder.open(meta["identity"], {})
     try:
-        said = search(capsys, tmp_path, [*tiny, "n_trials=2"], code=2)
+        printed = search(capsys, tmp_path, [*tiny, "n_trials=2"], code=2)
     finally:
         holder.close()
-    assert said == (
+    assert printed == (
         "StudyError: study 'demo' is being written by another process; wait for it, or choose study=NEWNAME\n"
     )
     search(capsys, tmp_path, [*tiny, "n_trials=2"])
@@ -201,10 +201,10 @@ def test_the_journal_for_the_dashboard_is_made_from_the_records_and_can_be_lost(
 )
 def test_a_study_of_something_else_is_refused_with_the_difference(killed, capsys, settings, words):
     runs, own = killed
-    said = search(capsys, runs, [*own, *settings], code=2)
-    assert words in said
-    assert "choose study=NEWNAME, or the same settings to go on" in said
-    assert said.count("\n") == 1
+    printed = search(capsys, runs, [*own, *settings], code=2)
+    assert words in printed
+    assert "choose study=NEWNAME, or the same settings to go on" in printed
+    assert printed.count("\n") == 1
 
 
 def test_limits_words_and_folders_may_change_when_a_study_goes_on(tmp_path, tiny, capsys):
@@ -223,8 +223,10 @@ def test_other_data_under_the_same_path_is_refused(tmp_path, tiny, capsys):
     text.write_text("state space expert mamba token router layer\n" * 400)
     search(capsys, tmp_path, [*tiny, f"data.path={text}", "n_trials=1"])
     text.write_text("another text altogether, of other words\n" * 400)
-    said = search(capsys, tmp_path, [*tiny, f"data.path={text}", "n_trials=2"], code=2)
-    assert "was begun with another data fingerprint" in said
+    kept = {name: (tmp_path / "demo" / name).read_bytes() for name in ("study.json", ".lock")}
+    printed = search(capsys, tmp_path, [*tiny, f"data.path={text}", "n_trials=2"], code=2)
+    assert "was begun with another data fingerprint" in printed
+    assert {name: (tmp_path / "demo" / name).read_bytes() for name in kept} == kept
 
 
 def test_a_corrupted_checkpoint_of_an_interrupted_trial_is_named(tmp_path, tiny, capsys):
@@ -233,10 +235,10 @@ def test_a_corrupted_checkpoint_of_an_interrupted_trial_is_named(tmp_path, tiny,
     forget_the_end(folder)
     (folder / "trials/0001/checkpoint.safetensors").write_bytes(b"garbage")
     before = snapshot(folder)
-    said = search(capsys, tmp_path, [*tiny, "n_trials=2"], code=2)
-    assert said.startswith(f"CheckpointError: {folder}/trials/0001/checkpoint.safetensors")
-    assert "delete" in said
-    assert said.count("\n") == 1
+    printed = search(capsys, tmp_path, [*tiny, "n_trials=2"], code=2)
+    assert printed.startswith(f"CheckpointError: {folder}/trials/0001/checkpoint.safetensors")
+    assert "delete" in printed
+    assert printed.count("\n") == 1
     assert snapshot(folder) == before
 
 
@@ -252,8 +254,8 @@ def test_a_trial_whose_record_is_damaged_runs_again_to_the_same_numbers(tmp_path
     search(capsys, tmp_path, [*tiny, "n_trials=2"])
     before = losses(tmp_path / "demo")
     (tmp_path / "demo/trials/0001/result.json").write_text('{"number": 1, "sta')
-    said = search(capsys, tmp_path, [*tiny, "n_trials=6"])
-    assert "warning: skipped a trial" in said
+    printed = search(capsys, tmp_path, [*tiny, "n_trials=6"])
+    assert "warning: skipped a trial" in printed
     found = load_records(tmp_path / "demo")[0]
     again = next(record for record in found if record.preset == "mamba")
     assert again.points() == before[1]

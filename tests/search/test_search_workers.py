@@ -142,6 +142,7 @@ def test_a_workers_environment_says_its_threads(monkeypatch):
 def test_a_worker_without_its_commands_token_is_not_let_in(tmp_path):
     holder = StudyFolder(tmp_path, "demo")
     holder.open({}, {})
+    holder.admit_workers()
     assert StudyFolder(tmp_path, "demo").join(holder.token)["study"] == "demo"
     for token in ("", "guess"):
         with pytest.raises(StudyError, match="no longer held by the command that started this worker"):
@@ -236,8 +237,8 @@ def test_workers_of_a_killed_command_end_and_the_same_command_goes_on(orphaned, 
     assert not any(map(alive, left))
     begun = {p.parent.name for p in (runs / "demo/trials").glob("*/checkpoint.safetensors")}
     assert run_cli(["search", "budget=smoke", f"runs={runs}", "study=demo", *settings]) == 0
-    said = capsys.readouterr().out
-    assert said.count("was interrupted; going on from its checkpoint") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("was interrupted; going on from its checkpoint") == 2
     assert len(begun) == 2
     found = load_records(runs / "demo")[0]
     assert [record.state for record in found] == ["COMPLETE"] * 4
@@ -292,10 +293,10 @@ def test_workers_that_cannot_start_are_not_started_for_ever(tmp_path, tiny, caps
 def test_a_shared_folder_is_joined_without_a_parent_and_its_last_worker_reports(tmp_path, tiny):
     own = [*tiny, "budget.tokens_per_active_param=1", "n_trials=5", "worker=create"]
     both = [start(tmp_path, own), start(tmp_path, own)]
-    said = [process.communicate(timeout=900) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    printed = [process.communicate(timeout=900) for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
     assert [record.state for record in load_records(tmp_path / "demo")[0]] == ["COMPLETE"] * 5
-    assert sum("report: " in out for out, _ in said) >= 1
+    assert sum("report: " in out for out, _ in printed) >= 1
     meta = json.loads((tmp_path / "demo/study.json").read_text())
     assert meta["identity"]["seed"] == 0
     joined = subprocess.run(
