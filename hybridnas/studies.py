@@ -21,6 +21,7 @@ from hybridnas.errors import ConfigError, StudyError, suggest
 from hybridnas.study.callbacks import StudyCallback
 from hybridnas.study.folder import FORMAT, REPORT, read_study
 from hybridnas.study.records import (
+    ARCH,
     COMPLETE,
     DUPLICATE,
     PRUNED,
@@ -256,7 +257,7 @@ class Trial:
         """The architecture; raises StudyError for a trial that has none."""
         from hybridnas.arch.arch import Arch
 
-        path = self._folder() / "arch.json"
+        path = self._folder() / ARCH
         if not path.is_file():
             raise StudyError(
                 f"trial {self.number} of study {self.study.name!r} has no architecture: {self.state}, "
@@ -285,6 +286,13 @@ class Trial:
         if self.state not in (COMPLETE, PRUNED, DUPLICATE):
             raise StudyError(
                 f"trial {self.number} of study {self.study.name!r} has no model: {self.state}, {self.record.reason}",
+                field="trial",
+                got=self.number,
+            )
+        if (read_study(self.study.path)["identity"].get("space") or {}).get("table"):
+            raise StudyError(
+                f"trial {self.number} of study {self.study.name!r} has no weights: its score was looked up in a table; "
+                f"train its architecture, hybridnas.fit(study.best.arch, data=...)",
                 field="trial",
                 got=self.number,
             )

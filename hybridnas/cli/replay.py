@@ -45,8 +45,11 @@ def run(settings: Settings) -> Done:
     )
     rows = [[f"{tokens:,}", f"{old:.17g}", f"{new:.17g}", f"{new - old:+.2g}"] for tokens, old, new in again.pairs]
     show.table("Validation loss [nats per token]", ["tokens", "recorded", "again", "difference"], rows)
+    if again.result.status == "failed":
+        show.line(f"the rerun failed: {again.result.reason}")
     show.line("the same to the bit" if again.identical else "not the same to the bit; see the differences")
     show.line(f"weights: {again.folder}")
     losses = [{"tokens": tokens, "recorded": old, "again": new} for tokens, old, new in again.pairs]
     found = {"identical": again.identical, "losses": losses, "folder": str(again.folder)}
+    found |= {"status": again.result.status, "reason": again.result.reason}
     return Done(found, 0 if again.identical else 1)

@@ -20,6 +20,7 @@ from hybridnas.report.html import cell, difference, markup, render
 from hybridnas.report.sections import ReportInput, color_of, sections
 from hybridnas.study.objectives import objectives_of
 from hybridnas.study.records import (
+    ARCH,
     COMPLETE,
     DUPLICATE,
     FAIL,
@@ -115,6 +116,8 @@ def _searched(records: Sequence[TrialRecord], meta: StudyMeta) -> str:
     if meta.active_params:
         parts[0] += f", each matched to {human(meta.active_params)} active parameters"
     tokens = meta.tokens or (best.tokens if best else None)
+    if meta.from_table:
+        return f"{parts[0]}. Nothing was trained: {meta.data}."
     if tokens:
         active = meta.active_params or (best.cost.get("active_params") if best else None)
         ratio = f" ({tokens / active:.1f} per active parameter)" if active else ""
@@ -179,7 +182,7 @@ def _drawing(study_folder: Path, best: TrialRecord | None) -> tuple[Any, str]:
     """Return the winner's drawing, or why there is none."""
     if best is None:
         return "", ""
-    path = trial_folder(study_folder, best.number) / "arch.json"
+    path = trial_folder(study_folder, best.number) / ARCH
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -263,7 +266,7 @@ def _commands(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str
     study, best = shlex.quote(f"study={meta.name}"), winner(records)
     model, database = shlex.quote(f"model={meta.path}/best"), shlex.quote(f"sqlite:///{meta.path}/mlflow.db")
     found = [("search on, or start over in an empty folder", meta.command)] if meta.command else []
-    if best is not None:
+    if best is not None and not meta.from_table:
         found += [
             ("train the winner again: same seed, same data, same numbers on CPU",
              f"python -m hybridnas.replay {study} trial={best.number}"),
@@ -291,7 +294,7 @@ def _facts(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str, s
         ("data", meta.data),
         ("context and batch", f"{meta.seq_len} tokens, {meta.batch_size} sequences" if meta.seq_len else ""),
         ("sampler and pruner", " and ".join(part for part in (meta.sampler, meta.pruner) if part)),
-        ("trained in all", f"{human(trained)} tokens" if trained else ""),
+        ("looked up in all" if meta.from_table else "trained in all", f"{human(trained)} tokens" if trained else ""),
         ("seed", f"{meta.seed}; {meta.seeds_per_trial} for each trial"),
         ("started", meta.started),
         ("wall time", _duration(meta.seconds)),

@@ -132,8 +132,8 @@ class Loop:
         orphan = self._take_over()
         if orphan is not None:
             return orphan
-        if plan.pruner == "halving" and self._time_for(plan.ladder.remainder):
-            number = plan.ladder.next(history)
+        if plan.pruner == "halving" and self._time_for(plan.promotion.remainder):
+            number = plan.promotion.next(history)
             if number is not None:
                 return self._promote(history[number])
         if history.finished >= plan.n_trials:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hybridnas.search.pruning.promotion import Ladder
+from hybridnas.search.pruning.promotion import Promotion
 from hybridnas.search.sampling.candidates import Candidates, Sampler
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ class Plan:
     max_tokens: int | None = None  # no new candidate once so many were trained in all
 
     @functools.cached_property
-    def ladder(self) -> Ladder:
+    def promotion(self) -> Promotion:
         """Which candidate goes on past which rung, where the pruner is halving."""
-        return Ladder(self.rungs, self.reduction, self.n_trials)
+        return Promotion(self.rungs, self.reduction, self.n_trials)
 
     @functools.cached_property
     def view(self) -> OptunaView:

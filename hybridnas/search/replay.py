@@ -19,8 +19,8 @@ from hybridnas.search_spaces.space import Space
 from hybridnas.study.folder import read_study
 from hybridnas.study.records import FAIL, RESULT, TrialRecord, read_record, trial_folder
 from hybridnas.train.callbacks import Action, Callback, OnEval
-from hybridnas.train.loop import run as train_run
-from hybridnas.train.records import Eval, read_run
+from hybridnas.train.experiment import Cell, run_cell
+from hybridnas.train.records import Eval, TrainResult, read_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,13 @@ class Replay:
     """A trial run again: what was recorded, what came out, and where the weights lie."""
 
     record: TrialRecord
-    evals: list[Eval]
+    result: TrainResult
     folder: Path
+
+    @property
+    def evals(self) -> list[Eval]:
+        """The measurements of the rerun."""
+        return self.result.evals
 
     @property
     def pairs(self) -> list[tuple[int, float, float]]:
@@ -55,9 +60,17 @@ def replay(
     """Train a trial's architecture again with the study's seed, data and settings, up to where the trial ended.
 
     On a processor with the same number of threads the losses are the recorded ones to the bit; the weights end in
-    ``out``. Raises StudyError for a trial that was never trained, or for data that is not what the study read.
+    ``out``. A trial that failed fails again, and the result says why. Raises StudyError for a trial that was never
+    trained, or for data that is not what the study read.
     """
     meta = read_study(study)
+    if (meta["identity"].get("space") or {}).get("table"):
+        raise StudyError(
+            f"study {study} looked its scores up in a table and trained nothing, so nothing can be replayed; train an "
+            f"architecture of it with python -m hybridnas.train",
+            field="study",
+            got=str(study),
+        )
     if not (trial_folder(study, number) / RESULT).is_file():
         rebuild(study, number)  # raises with the trials that there are, unless this one is being trained
     record = read_record(trial_folder(study, number))
@@ -83,15 +96,16 @@ def replay(
     until = math.inf if record.state == FAIL else record.tokens
     end = OnEval(lambda value: Action.STOP if value.tokens >= until else Action.CONTINUE)
     with _threads_of(trial_folder(study, number)):
-        result = train_run(
-            arch,
-            source,
-            budget.train_config(target, identity["seed"]),
+        cell = Cell(
+            key=folder.name,
+            model=arch,
+            source=source,
+            config=budget.train_config(target, identity["seed"]),
             folder=folder,
             device=device,
-            callbacks=[end, *callbacks],
         )
-    return Replay(record, result.evals, folder)
+        result = run_cell(cell, callbacks=[end, *callbacks])
+    return Replay(record, result, folder)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ from hybridnas.study.callbacks import (
     TrialStarted,
 )
 from hybridnas.study.folder import REPORT
-from hybridnas.study.records import RUNNING, TrialRecord
+from hybridnas.study.records import ARCH, RUNNING, TrialRecord
 from hybridnas.train.callbacks import Callback
 
 log = logging.getLogger("hybridnas.search")
@@ -295,9 +295,9 @@ def shown(history: History) -> list[TrialRecord]:
 
 def rebuild(study: Path, number: int) -> Arch:
     """Return the architecture of a study's trial; raises StudyError when there is no such trial."""
-    path = study / "trials" / f"{number:04d}" / "arch.json"
+    path = study / "trials" / f"{number:04d}" / ARCH
     if not path.is_file():
-        have = sorted(int(p.parent.name) for p in (study / "trials").glob("*/arch.json"))
+        have = sorted(int(p.parent.name) for p in (study / "trials").glob(f"*/{ARCH}"))
         raise StudyError(
             f"study {study} has no trained trial {number}; trained: {', '.join(map(str, have)) or 'none'}",
             field="trial",

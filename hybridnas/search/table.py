@@ -28,10 +28,10 @@ from hybridnas.config import FrozenConfig, option
 from hybridnas.cost import Cost
 from hybridnas.data.source import Batch, Source
 from hybridnas.errors import ConfigError, MatchError, StudyError
-from hybridnas.files import write_text
+from hybridnas.files import write_json, write_text
 from hybridnas.search.config import Budget, SearchConfig
 from hybridnas.search_spaces.space import Space
-from hybridnas.study.records import TrialRecord
+from hybridnas.study.records import ARCH, TrialRecord, trial_folder
 from hybridnas.train.callbacks import Action
 from hybridnas.train.records import Eval, TrainResult
 
@@ -54,7 +54,7 @@ class TableSpec(FrozenConfig):
     data: Mapping[str, Any] = field(metadata={"doc": "the data's settings as a mapping"})
     budget: Budget = field(metadata={"doc": "size, length and rungs of every row"})
     seeds: int = option(2, "runs of each architecture in the best quarter, each of its own seed [count]", ge=1)
-    ladders: tuple[tuple[int, int], ...] = field(
+    further_rungs: tuple[tuple[int, int], ...] = field(
         default=(), metadata={"doc": "further (rungs, growth) whose token counts are measured, too"}
     )
 
@@ -72,13 +72,13 @@ class TableSpec(FrozenConfig):
             if not isinstance(given.get(key), Mapping):
                 raise ConfigError(f"space {space.name!r} table needs {key}, a mapping of settings")
         given["budget"] = Budget.from_dict({"name": space.name, **given["budget"]}, where=f"space {space.name!r} table")
-        given["ladders"] = tuple((int(rungs), int(growth)) for rungs, growth in given.get("ladders", ()))
+        given["further_rungs"] = tuple((int(rungs), int(growth)) for rungs, growth in given.get("further_rungs", ()))
         return cls.from_dict(given, where=f"space {space.name!r} table")
 
     def points(self, active_params: int) -> tuple[int, ...]:
-        """Return the training-token counts at which every row is measured: the rungs of all ladders."""
+        """Return the training-token counts at which every row is measured: the budget's rungs and the further ones."""
         counts = set(self.budget.rung_tokens(active_params))
-        for rungs, growth in self.ladders:
+        for rungs, growth in self.further_rungs:
             counts |= set(self.budget.replace(rungs=rungs, growth=growth).rung_tokens(active_params))
         return tuple(sorted(counts))
 
@@ -237,8 +237,7 @@ class TableSource(Source):
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def describe(self) -> str:
-        count = len(self.table.by_fingerprint)
-        return f"none; the scores of {count} architectures are looked up in {self.table.path}"
+        return f"scores of {len(self.table.by_fingerprint)} architectures, looked up in {self.table.path}"
 
     def train_batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> Batch:
         raise ConfigError("a search on a table trains nothing; train its winner with python -m hybridnas.train")
@@ -272,9 +271,9 @@ class LookupTrainer:
 
 
 class TableTrainer(LookupTrainer):
-    """Gives a search the scores of a table in place of training."""
+    """Gives a search the scores of a table in place of training; of a trial, its architecture is kept in its folder."""
 
-    def __init__(self, source: TableSource, rungs: Sequence[int], folder: Path | None = None) -> None:
+    def __init__(self, source: TableSource, rungs: Sequence[int], study: Path) -> None:
         missing = [point for point in rungs if point not in source.table.points]
         if missing:
             raise StudyError(
@@ -285,7 +284,7 @@ class TableTrainer(LookupTrainer):
                 got=missing[0],
                 allowed=source.table.points,
             )
-        self.source, self.rungs, self.folder = source, tuple(rungs), folder or Path()
+        self.source, self.rungs, self.study = source, tuple(rungs), study
 
     def figures(self, arch: Arch) -> dict[str, float]:
         raise ConfigError(
@@ -296,6 +295,9 @@ class TableTrainer(LookupTrainer):
     def train(self, record: TrialRecord, arch: Arch, on_eval: Callable[[Eval], Action]) -> TrainResult:
         """Return what training ``arch`` gave at the rungs; raises MatchError for one that the table does not have."""
         self.source.require(arch)
+        folder = trial_folder(self.study, record.number)
+        if not (folder / ARCH).exists():
+            write_json(folder / ARCH, arch.to_dict())
         row = self.source.table.by_fingerprint[arch.fingerprint()][0]
         speed = row.tokens_per_second
         longest = max(row.losses, default=1)
@@ -307,7 +309,7 @@ class TableTrainer(LookupTrainer):
             for point in self.rungs
             if point in row.losses
         ]
-        return looked_up(evals, self.rungs, on_eval, failed=row.failed, folder=self.folder)
+        return looked_up(evals, self.rungs, on_eval, failed=row.failed, folder=folder)
 
 
 def looked_up(

@@ -14,7 +14,7 @@ from hybridnas.search.config import SearchConfig
 from hybridnas.search.history import TRAINED, History
 from hybridnas.search.plan import Plan
 from hybridnas.study.objectives import eligible, score
-from hybridnas.study.records import TrialRecord, trial_folder
+from hybridnas.study.records import ARCH, TrialRecord, trial_folder
 from hybridnas.train import checkpoint
 from hybridnas.train.callbacks import Action, Callback, OnEval
 from hybridnas.train.experiment import Cell, run_cell
@@ -23,7 +23,6 @@ from hybridnas.train.records import Eval, TrainResult, read_evals
 if TYPE_CHECKING:
     from hybridnas.data import Source
 
-ARCH = "arch.json"
 KEPT_CHECKPOINTS = 3  # of the best trials besides the presets; others come back through replay
 
 
@@ -103,7 +102,7 @@ class CellTrainer:
         keep = {record.number for record in ranked[:kept]} | history.running
         keep |= {record.number for record in history.values() if record.preset}
         if plan.pruner == "halving":
-            keep |= set(plan.ladder.hopeful(history))
+            keep |= set(plan.promotion.may_return(history))
         for record in history.values():
             if record.state in TRAINED and record.number not in keep:
                 for path in self.folder(record.number).glob("checkpoint*"):

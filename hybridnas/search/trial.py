@@ -159,7 +159,7 @@ class TrialRun:
             return Action.CONTINUE
         if self.plan.pruner == "halving" and self.record.preset is None:
             self.look()
-            waits = not self.plan.ladder.goes_on(self.history, self.record.number, tokens, values)
+            waits = not self.plan.promotion.goes_on(self.history, self.record.number, tokens, values)
             return Action.PAUSE if waits else Action.CONTINUE
         if self.plan.pruner == "hyperband":
             return self._hyperband()

@@ -27,6 +27,7 @@ RUNNING = "RUNNING"  # trains now, or did when its process ended: then it goes o
 STATES = (COMPLETE, PRUNED, FAIL, DUPLICATE, INFEASIBLE, RUNNING)
 
 RESULT = "result.json"
+ARCH = "arch.json"  # the trial's architecture, in its folder
 CURVE = "metrics.jsonl"
 
 
@@ -140,6 +141,7 @@ class StudyMeta:
     started: str = ""  # ISO time
     seconds: float | None = None  # wall time so far
     status: str = "running"  # running | completed | interrupted
+    from_table: bool = False  # whether scores were looked up in a table, so that nothing was trained
     notes: Sequence[str] = ()  # sentences for the reader, e.g. of skipped records
     folder: str = ""  # as the user would type it; empty: runs/NAME
 

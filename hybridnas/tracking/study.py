@@ -14,7 +14,7 @@ from hybridnas.study.callbacks import (
     TrialMeasured,
     TrialStarted,
 )
-from hybridnas.study.records import COMPLETE, FAIL, PRUNED, trial_folder
+from hybridnas.study.records import ARCH, COMPLETE, FAIL, PRUNED, trial_folder
 from hybridnas.tracking import tracker as status
 from hybridnas.tracking.mlflow import open_tracker
 from hybridnas.tracking.tracker import BackgroundTracker, Tracker, record_params
@@ -60,7 +60,7 @@ class StudyTracking(StudyCallback):
         record = event.record
         if self._tracker is not None:
             trained = record.state in (COMPLETE, PRUNED, FAIL)
-            files = [trial_folder(event.folder, record.number) / "arch.json"] if trained else []
+            files = [trial_folder(event.folder, record.number) / ARCH] if trained else []
             self._tracker.end_trial(record.number, record.state, record, files)
 
     def on_study_end(self, event: StudyEnded) -> None:

@@ -52,13 +52,13 @@ def landscape(candidates, seed=0, noise=0.3):
     return scores
 
 
-LADDER = {"rungs": (100, 300, 900), "reduction": 3}
+RUNGS = {"rungs": (100, 300, 900), "reduction": 3}
 WHOLE = Limits(most=1e9)
 
 
 def courses(candidates, name, repeats=7, pruner="none"):
     scores = landscape(candidates)
-    return [simulate(scores, candidates, name, pruner, seed=seed, limits=WHOLE, **LADDER) for seed in range(repeats)]
+    return [simulate(scores, candidates, name, pruner, seed=seed, limits=WHOLE, **RUNGS) for seed in range(repeats)]
 
 
 @pytest.mark.parametrize("name", [name for name in DRAWING if name not in ("random", "gp")])
@@ -89,7 +89,7 @@ def test_the_same_seed_is_the_same_search_and_another_is_another(plain):
     scores = landscape(plain)
     for name in ("tpe", "evolution", "nsga2", "random"):
         one, same, other = (
-            simulate(scores, plain, name, "halving", seed=seed, limits=Limits(most=20_000), **LADDER)
+            simulate(scores, plain, name, "halving", seed=seed, limits=Limits(most=20_000), **RUNGS)
             for seed in (3, 3, 4)
         )
         assert one == same
@@ -98,10 +98,10 @@ def test_the_same_seed_is_the_same_search_and_another_is_another(plain):
 
 def test_a_promotion_costs_the_tokens_between_the_rungs(plain):
     name = next(iter(landscape(plain)))
-    alone = simulate({name: {100: 1.0, 300: 1.0, 900: 1.0}}, plain, "random", "none", seed=0, limits=WHOLE, **LADDER)
+    alone = simulate({name: {100: 1.0, 300: 1.0, 900: 1.0}}, plain, "random", "none", seed=0, limits=WHOLE, **RUNGS)
     assert (alone.trials, alone.tokens, alone.found) == (1, 900, [(1, 900, 1.0)])
     scores = {name: {100: float(i), 300: float(i), 900: float(i)} for i, name in enumerate(landscape(plain))}
-    course = simulate(scores, plain, "random", "halving", seed=1, limits=WHOLE, **LADDER)
+    course = simulate(scores, plain, "random", "halving", seed=1, limits=WHOLE, **RUNGS)
     full = [tokens for _, tokens, _ in course.found]
     reached = {100: course.trials, 900: len(full)}
     assert course.tokens == 100 * reached[100] + 200 * _at(course, 300) + 600 * reached[900]
@@ -300,7 +300,7 @@ def test_a_diverged_row_is_passed_by(plain):
     scores = {name: dict(curve) for name, curve in landscape(plain).items()}
     worst = min(scores, key=lambda name: scores[name][300])
     scores[worst].pop(900)
-    course = simulate(scores, plain, "random", "halving", seed=0, limits=WHOLE, **LADDER)
+    course = simulate(scores, plain, "random", "halving", seed=0, limits=WHOLE, **RUNGS)
     failed = [record for record in course.records if record.state == "FAIL"]
     assert {record.fingerprint for record in failed} <= {worst}
     assert len({record.fingerprint for record in course.records if record.state == "FAIL"}) == len(failed) <= 1
@@ -311,9 +311,9 @@ def test_a_diverged_row_is_passed_by(plain):
 def test_a_search_that_has_found_enough_ends_before_it_has_found_the_best(plain):
     scores = landscape(plain)
     good = sorted(curve[900] for curve in scores.values())[3]
-    whole = simulate(scores, plain, "random", "none", seed=0, limits=WHOLE, **LADDER)
+    whole = simulate(scores, plain, "random", "none", seed=0, limits=WHOLE, **RUNGS)
     limits = Limits(most=1e9, enough=3000, target=good)
-    short = simulate(scores, plain, "random", "none", seed=0, limits=limits, **LADDER)
+    short = simulate(scores, plain, "random", "none", seed=0, limits=limits, **RUNGS)
     assert whole.best_at() == min(curve[900] for curve in scores.values())
     assert short.found == whole.found[: len(short.found)]
     assert short.tokens == max(short.tokens_to(good), 3600)  # four full trainings of 900 are the first to pass 3,000

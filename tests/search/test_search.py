@@ -18,7 +18,7 @@ from hybridnas.report import callbacks as reporting
 from hybridnas.report.callbacks import ConsoleLines
 from hybridnas.search.config import Budget
 from hybridnas.search.pruning import hyperband
-from hybridnas.search.pruning.promotion import Ladder
+from hybridnas.search.pruning.promotion import Promotion
 from hybridnas.search.replay import replay
 from hybridnas.studies import Study
 from hybridnas.study import records
@@ -48,10 +48,10 @@ def run(folder, settings, news=None):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, tiny):
     """One search of eight trials: five baselines and three drawn ones."""
-    said = []
+    lines = []
     folder = tmp_path_factory.mktemp("runs")
-    summary = run(folder, [*tiny, "study=demo", "n_trials=8"], said.append)
-    return summary, said
+    summary = run(folder, [*tiny, "study=demo", "n_trials=8"], lines.append)
+    return summary, lines
 
 
 def test_trials_0_to_4_are_the_presets(study):
@@ -113,8 +113,8 @@ def test_report_leaderboard_and_model_are_left_behind(study):
 
 
 def test_the_news_say_what_is_compared(study):
-    _, said = study
-    text = "\n".join(said)
+    _, lines = study
+    text = "\n".join(lines)
     assert "every candidate has" in text
     assert "active parameters and trains for" in text
     assert "trial   0  moe_mamba  ME  loss" in text
@@ -239,13 +239,16 @@ def test_a_trial_that_crashes_is_a_failure_with_its_reason_and_the_search_goes_o
         return real(arch, source, config, folder=folder, **rest)
 
     monkeypatch.setattr(experiment, "train_run", sometimes)
-    said = []
-    summary = run(tmp_path, [*tiny, "n_trials=4"], said.append)
+    lines = []
+    summary = run(tmp_path, [*tiny, "n_trials=4"], lines.append)
     assert [record.state for record in summary.records] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert summary.records[1].reason.startswith("RuntimeError: the kernel gave up")
     assert "more words" in (summary.folder / "trials/0001/error.txt").read_text()
-    assert any("failed: RuntimeError: the kernel gave up" in line for line in said)
+    assert any("failed: RuntimeError: the kernel gave up" in line for line in lines)
     assert summary.records[1].valid_loss is None
+    again = replay(summary.folder, 1)  # by the same runner: a crash is a result here, too
+    assert (again.result.status, again.evals) == ("failed", [])
+    assert again.result.reason.startswith("RuntimeError: the kernel gave up")
 
 
 def test_a_trial_that_diverges_is_a_failure_with_its_reason(tmp_path, tiny, monkeypatch):
@@ -313,8 +316,8 @@ def test_the_rungs_are_whole_steps_and_multiples(tiny):
 def test_rungs_may_grow_by_another_factor_than_the_one_by_which_candidates_fall_away():
     budget = Budget(d_model=8, depth=2, seq_len=8, batch_size=2, rungs=3, reduction=3, growth=2)
     assert budget.rung_tokens(5000) == (25_008, 50_016, 100_032)
-    ladder = Ladder(budget.rung_tokens(5000), budget.reduction, 9)
-    assert (ladder.remainder, Ladder((16,), 3, 9).remainder) == (0.5, 1.0)
+    promotion = Promotion(budget.rung_tokens(5000), budget.reduction, 9)
+    assert (promotion.remainder, Promotion((16,), 3, 9).remainder) == (0.5, 1.0)
 
 
 def test_a_full_disk_ends_the_search_in_one_sentence_and_loses_nothing(tmp_path, tiny, monkeypatch):

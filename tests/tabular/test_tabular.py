@@ -6,10 +6,12 @@ import math
 
 import pytest
 
+import hybridnas
 from hybridnas.bench.suites.table import _part
 from hybridnas.cli.compose import compose
 from hybridnas.cli.search import search_config
 from hybridnas.errors import ConfigError, StudyError, TrainingError
+from hybridnas.search.replay import replay
 from hybridnas.search.table import Table, TableSpec, load_table
 from hybridnas.search_spaces.space import Space
 from hybridnas.studies import Study
@@ -32,18 +34,18 @@ def space_of(folder, corpus, **changes):
 def built(tmp_path_factory, corpus):
     """A table of the four patterns MM, FF, MF and FM, built once."""
     folder = tmp_path_factory.mktemp("table")
-    space, said = space_of(folder, corpus), []
-    return space, build(space, report=said.append, work=folder / "work"), said, folder
+    space, lines = space_of(folder, corpus), []
+    return space, build(space, report=lines.append, work=folder / "work"), lines, folder
 
 
 def test_every_architecture_is_trained_once_and_the_best_quarter_twice(built):
-    _, table, said, folder = built
+    _, table, lines, folder = built
     assert sorted(row.pattern for row in table.firsts()) == ["FF", "FM", "MF", "MM"]
     best = min(table.firsts(), key=lambda row: row.score)
     assert [row.fingerprint for row in table.rows if row.seed == 1] == [best.fingerprint]
     assert len(table.rows) == 5
-    assert said[0].startswith("4 architectures of ")
-    assert "loss" in said[-1]
+    assert lines[0].startswith("4 architectures of ")
+    assert "loss" in lines[-1]
     assert list((folder / "work").glob("small-*/")) == []
 
 
@@ -91,20 +93,20 @@ def test_a_table_that_was_cut_short_goes_on_and_equals_the_whole_one(built, corp
 
 def test_parts_share_the_work_and_the_second_seeds_wait_for_all(built, corpus, tmp_path):
     _, whole, _, _ = built
-    space, said = space_of(tmp_path, corpus), []
-    first = build(space, part=(0, 2), report=said.append, work=tmp_path / "work")
+    space, lines = space_of(tmp_path, corpus), []
+    first = build(space, part=(0, 2), report=lines.append, work=tmp_path / "work")
     assert len(first.rows) == 2
-    assert said[-1] == "2 architectures of other parts are not there yet; further seeds follow when they are"
+    assert lines[-1] == "2 architectures of other parts are not there yet; further seeds follow when they are"
     build(space, part=(1, 2), work=tmp_path / "work")
     table = build(space, part=(0, 2), work=tmp_path / "work")
     assert [row.losses for row in table.rows] == [row.losses for row in whole.rows]
 
 
 def test_the_minutes_end_a_build_between_two_trainings(corpus, tmp_path, monkeypatch):
-    space, said = space_of(tmp_path, corpus), []
-    table = build(space, minutes=1e-9, report=said.append, work=tmp_path / "work")
+    space, lines = space_of(tmp_path, corpus), []
+    table = build(space, minutes=1e-9, report=lines.append, work=tmp_path / "work")
     assert table.rows == []
-    assert said[-1] == "the minutes are used; the same command goes on"
+    assert lines[-1] == "the minutes are used; the same command goes on"
 
 
 @pytest.mark.parametrize("part", ["2/2", "x", "1", "0/0", "-1/2"])
@@ -142,7 +144,23 @@ def test_a_search_looks_up_instead_of_training(built, tmp_path, monkeypatch, pru
     assert summary.best.valid_loss <= min(record.valid_loss for record in done)
     assert summary.exported is None
     assert summary.report.is_file()
-    assert f"the scores of 4 architectures are looked up in {table.path}" in summary.report.read_text()
+    page = summary.report.read_text()
+    assert f"Nothing was trained: scores of 4 architectures, looked up in {table.path}." in page
+    assert "not drawn" not in page
+    assert "hybridnas.replay" not in page
+
+
+def test_a_trial_of_a_table_has_an_architecture_and_no_weights(built, tmp_path):
+    space, _, _, _ = built
+    summary = search(tmp_path, space, "n_trials=2")
+    best = hybridnas.load_study(summary.folder).best
+    assert best.arch.fingerprint() == best.record.fingerprint
+    with pytest.raises(StudyError, match="its score was looked up in a table") as caught:
+        best.model()
+    assert (caught.value.field, caught.value.got) == ("trial", best.number)
+    with pytest.raises(StudyError, match="looked its scores up in a table") as refused:
+        replay(summary.folder, best.number)
+    assert refused.value.field == "study"
 
 
 def test_a_search_on_a_table_resumes(built, tmp_path):

@@ -1,4 +1,4 @@
-"""Asynchronous successive halving that pauses and resumes: who goes on past a rung, who waits, who may be forgotten.
+"""Asynchronous successive halving with pause and resume: promotion, pausing, and which checkpoints are kept.
 
 Every function here is pure: scores by rung and candidate go in, a decision comes out. A rung is a number of training
 tokens (or any other rising integer); a score is better when it is smaller: a loss, or a rank where there are several
@@ -54,7 +54,7 @@ def may_return(scores_by_rung: Scores, reduction: int, to_come: int) -> list[int
     for rung, above in pairwise(sorted(scores_by_rung)):
         scores = scores_by_rung[rung]
         places = (len(scores) + to_come) // reduction
-        hopeful = [number for number in ranked(scores)[:places] if number not in scores_by_rung[above]]
-        found += [(place / places, number) for place, number in enumerate(hopeful)]
-        to_come += len(hopeful)  # they may reach the next rung, too
+        waiting = [number for number in ranked(scores)[:places] if number not in scores_by_rung[above]]
+        found += [(place / places, number) for place, number in enumerate(waiting)]
+        to_come += len(waiting)  # they may reach the next rung, too
     return [number for _, number in sorted(found)]

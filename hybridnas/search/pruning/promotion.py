@@ -16,7 +16,7 @@ KEPT_PAUSED = 64  # checkpoints of paused candidates, best chance first; a disk 
 
 
 @dataclass(frozen=True)
-class Ladder:
+class Promotion:
     """The rungs of a study and what is decided at them; all from its records, so any process decides alike."""
 
     rungs: tuple[int, ...]  # training tokens, rising
@@ -47,7 +47,7 @@ class Ladder:
         highest = next((scores[rung] for rung in reversed(self.rungs) if scores[rung]), {})
         return next(iter(halving.ranked(highest)), None)
 
-    def hopeful(self, history: History) -> list[int]:
+    def may_return(self, history: History) -> list[int]:
         """Return the paused candidates whose checkpoints are worth keeping, at most KEPT_PAUSED."""
         to_come = max(0, self.n_trials - history.finished)
         return halving.may_return(history.scores, self.reduction, to_come)[:KEPT_PAUSED]

@@ -32,7 +32,7 @@ from hybridnas.files import write_json
 from hybridnas.search.storage.folder_store import FolderStore
 from hybridnas.search.storage.store import Held, TrialLostError
 from hybridnas.study.folder import first_difference
-from hybridnas.study.records import RESULT, RUNNING, TrialRecord, trial_folder, write_record
+from hybridnas.study.records import ARCH, RESULT, RUNNING, TrialRecord, trial_folder, write_record
 from hybridnas.tracking.secrets import masked
 
 if TYPE_CHECKING:
@@ -298,7 +298,7 @@ class SqlStore:
             return  # nothing to show yet, and where the folder is shared its worker writes it
         write_record(folder, record)
         if arch is not None:
-            write_json(folder / "arch.json", json.loads(arch))
+            write_json(folder / ARCH, json.loads(arch))
 
     def next_number(self) -> int:
         found = self.database.run(
@@ -351,7 +351,7 @@ class SqlStore:
     def save(self, record: TrialRecord) -> None:
         number = record.number
         folder = trial_folder(self.folder, number)
-        arch = (folder / "arch.json").read_text() if (folder / "arch.json").is_file() else None
+        arch = (folder / ARCH).read_text() if (folder / ARCH).is_file() else None
         values = {
             "study": self.study,
             "number": number,
