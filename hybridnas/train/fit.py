@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from hybridnas.data.source import Source, SourceConfig
     from hybridnas.train.callbacks import Callback
     from hybridnas.train.records import TrainResult
+
+log = logging.getLogger("hybridnas.train")
 
 
 def fit(
@@ -42,6 +45,9 @@ def fit(
     architecture a GPU where there is one. ``labels`` are kept with the run to name it by, as ``{"preset": "mamba"}``
     does in comparisons. ``settings``: fields of :class:`hybridnas.TrainConfig` (``lr=``,
     ``batch_size=``, ``seq_len=``, ``eval_at=``, ``seed=`` ...).
+
+    A run that diverges raises nothing: its result has ``status="failed"``, the ``reason``, no model, and the
+    measurements made before, none where it ended before the first; a warning is logged.
 
     Raises ConfigError for settings or a model that cannot be trained, DataError for data that does not fit, and what
     :func:`hybridnas.train.run` raises.
@@ -72,7 +78,7 @@ def fit(
     if device is None:
         weight = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
         device = "auto" if weight is None else str(weight.device)
-    return run(
+    result = run(
         model,
         source,
         config,
@@ -83,3 +89,6 @@ def fit(
         impl=impl,
         labels=labels,
     )
+    if result.status == "failed":
+        log.warning("the run failed after %d measurements: %s", len(result.evals), result.reason)
+    return result

@@ -114,7 +114,12 @@ class Objective(nn.Module):
                 got=type(self.model).__name__,
                 allowed="HybridLM",
             )
-        logits_BLV = logits_of(self._read(batch.inputs_BL), self.model)
+        try:
+            output = self._read(batch.inputs_BL)
+        except IndexError as error:
+            vocab_size = self.vocab_size or int(batch.inputs_BL.max()) + 1
+            raise _too_small(self.model, batch.inputs_BL, vocab_size) or error from None
+        logits_BLV = logits_of(output, self.model)
         if logits_BLV.shape[:-1] != batch.inputs_BL.shape:
             raise ConfigError(
                 f"{type(self.model).__name__} must map ids {tuple(batch.inputs_BL.shape)} to logits (B, L, V), "
@@ -150,6 +155,21 @@ def logits_of(output: Any, model: nn.Module) -> Tensor:
             allowed="logits, an object with .logits, or a tuple",
         )
     return found
+
+
+def _too_small(model: nn.Module, ids_BL: Tensor, vocab_size: int) -> ConfigError | None:
+    """Return the error for a module with an embedding that is too small for these ids or their positions, or None."""
+    rows = {name: one.num_embeddings for name, one in model.named_modules() if isinstance(one, nn.Embedding)}
+    if not any(count < max(vocab_size, ids_BL.shape[1]) for count in rows.values()):
+        return None
+    listed = ", ".join(f"{name or 'the model'} {count}" for name, count in rows.items())
+    return ConfigError(
+        f"{type(model).__name__} cannot look up ids {tuple(ids_BL.shape)} of 0 to {vocab_size - 1}: an embedding of "
+        f"tokens needs {vocab_size} rows and one of positions {ids_BL.shape[1]}; it has {listed}",
+        field="model",
+        got=rows,
+        allowed=f">= {vocab_size}",
+    )
 
 
 def check_causal(arch: Arch, allowed: bool) -> None:

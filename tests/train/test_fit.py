@@ -301,3 +301,54 @@ def test_a_module_without_logits_for_every_token_of_the_data_is_refused():
     with pytest.raises(DataError) as found:
         hybridnas.fit(small, data="stdlib", tokens=512, seq_len=64, batch_size=2)
     assert (found.value.field, found.value.got, found.value.allowed) == ("vocab_size", 50, ">= 256")
+
+
+class Positions(nn.Module):
+    """A model with two embeddings, of tokens and of positions."""
+
+    def __init__(self, tokens, positions):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(tokens, 8), nn.Embedding(positions, 8)
+        self.head = nn.Linear(8, VOCAB)
+
+    def forward(self, ids):
+        return self.head(self.wte(ids) + self.wpe(torch.arange(ids.shape[1])))
+
+
+@pytest.mark.parametrize(("tokens", "positions"), [(VOCAB - 1, 16), (VOCAB, 15)])
+def test_a_module_whose_embedding_is_too_small_is_told_which_sizes_the_data_needs(tokens, positions):
+    with pytest.raises(ConfigError) as caught:
+        fit(Positions(tokens, positions), 8)
+    error = caught.value
+    assert (error.field, error.got, error.allowed) == ("model", {"wte": tokens, "wpe": positions}, f">= {VOCAB}")
+    assert f"needs {VOCAB} rows and one of positions 16" in str(error)
+
+
+def test_an_index_error_of_a_modules_own_stays_what_it_is():
+    class Broken(Bigram):
+        def forward(self, ids):
+            return [ids][1]
+
+    with pytest.raises(IndexError, match="list index out of range"):
+        fit(Broken(), 2)
+
+
+class Diverging(Bigram):
+    """Gives finite logits for some calls, then NaN."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, ids):
+        self.calls -= self.training
+        return super().forward(ids) if self.calls >= 0 else super().forward(ids) * math.nan
+
+
+@pytest.mark.parametrize(("steps", "measured"), [(1, []), (5, [2 * STEP, 4 * STEP])])
+def test_a_module_that_diverges_is_a_failed_result_with_what_was_measured_before(steps, measured, caplog):
+    result = fit(Diverging(steps), 8, eval_at=(2 * STEP, 4 * STEP, 6 * STEP))
+    assert (result.status, result.model, result.final) == ("failed", None, True)
+    assert [value.tokens for value in result.evals] == measured
+    assert f"not a finite number (step {steps + 1}, {(steps + 1) * STEP} tokens)" in result.reason
+    assert result.reason in caplog.text
