@@ -503,7 +503,26 @@ def _candidate(space: Any, index: int, entry: Any) -> Candidate:
             got=entry,
             allowed=kinds,
         )
-    fields = {str(key): value for key, value in entry.items() if key not in ("name", "split", given[0])}
+    fields: dict[str, Any] = {}
+    for key, value in entry.items():
+        if key in ("name", "split", given[0]):
+            continue
+        letter, dot, name = str(key).rpartition(".")
+        if name in ("d_model", "vocab_size") or (dot and (letter not in BLOCKS or not block_field(letter, name))):
+            known = BLOCKS.get(letter).Config.field_names() if letter in BLOCKS else tuple(BLOCKS)
+            whose = f"block {letter}" if letter in BLOCKS else "a candidate"
+            allowed = tuple(sorted({*known} - {"d_model"}))
+            raise ConfigError(
+                f"space {space!r} candidate {index} sets {key!r}, but {whose} has no such field here (width and "
+                f"vocabulary are the budget's and the data's); allowed: {', '.join(allowed)}",
+                field="space.candidates",
+                got=key,
+                allowed=allowed,
+            )
+        if dot:  # E.router is the field of one letter, as in a space with choices
+            fields[letter] = {**fields.get(letter, {}), name: value}
+        else:
+            fields[name] = {**fields.get(name, {}), **value} if isinstance(value, Mapping) else value
     return Candidate(str(entry.get("name", index)), given[0], str(entry[given[0]]), entry.get("split"), fields)
 
 

@@ -170,6 +170,16 @@ def test_candidates_are_a_list_of_names():
     assert len(list(every_choice(one, SCALE))) == 3
 
 
+def test_a_candidate_sets_the_fields_of_one_letter_as_a_space_with_choices_does():
+    one = {"motif": "ME", "n_experts": 4, "E.top_k": 2, "E.router": "top_k", "M.d_state": 8}
+    nested = {"motif": "ME", "n_experts": 4, "E": {"top_k": 2, "router": "top_k"}, "M": {"d_state": 8}}
+    mixed = {"motif": "ME", "n_experts": 4, "E": {"top_k": 2}, "E.router": "top_k", "M.d_state": 8}
+    archs = [space(candidates=[entry]).propose(Dice(0), SCALE).arch for entry in (one, nested, mixed)]
+    assert archs[0] == archs[1] == archs[2]
+    expert = list(archs[0].nodes)[1]
+    assert (expert.config.top_k, expert.config.router) == (2, "top_k")
+
+
 def test_a_space_without_matching_keeps_its_sizes():
     one = space(candidates=[{"pattern": "MF", "d_ff": 8}], match=False)
     arch = one.propose(Dice(0), SCALE).arch
@@ -402,6 +412,9 @@ def test_an_unknown_space_is_met_with_the_nearest():
         ({"candidates": [{"name": "a"}]}, "space.candidates", {"name": "a"}),
         ({"candidates": ["ME"]}, "space.candidates", "ME"),
         ({"candidates": [{"preset": "mambo"}]}, "space.candidates", "mambo"),
+        ({"candidates": [{"motif": "ME", "E.ruoter": "top_k"}]}, "space.candidates", "E.ruoter"),
+        ({"candidates": [{"motif": "ME", "Q.router": "top_k"}]}, "space.candidates", "Q.router"),
+        ({"candidates": [{"motif": "ME", "d_model": 64}]}, "space.candidates", "d_model"),
         ({"candidates": [{"name": "a", "motif": "M"}, {"name": "a", "motif": "E"}]}, "space.candidates", "a"),
         ({"candidates": [{"motif": "M"}], "n_experts": [4]}, "space.n_experts", "n_experts"),
         ({**LETTERS, "match": "maybe"}, "space.match", "maybe"),
