@@ -311,6 +311,7 @@ def test_lack_of_memory_fails_the_run_and_the_same_call_goes_on_when_there_is_mo
     result = run(tmp_path, settings(12), source=source)
     assert result.status == "failed"
     assert result.reason.startswith("out of memory in step 6; lower train.batch_size=4")
+    assert "experts with a capacity then drop tokens within each smaller pass" in result.reason
     again = run(tmp_path, settings(12))
     assert (again.status, again.evals[:2]) == ("completed", result.evals)
 
