@@ -163,3 +163,14 @@ def test_one_paper_is_named_by_its_presets_its_suite_and_defaults_alone():
 
 def test_the_package_says_that_it_is_typed():
     assert (PACKAGE / "py.typed").is_file()
+
+
+@needs_repository
+def test_the_version_is_that_of_the_changelogs_first_heading():
+    """A release in preparation is X.Y.Z.devN in pyproject.toml and "Unreleased (X.Y.Z)" in the changelog."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    version = re.search(r'^version = "([^"]+)"', text, re.MULTILINE)[1]
+    heading = re.search(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    release, _, preview = version.partition(".dev")
+    assert heading.startswith(f"Unreleased ({release})" if preview else release)
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
