@@ -83,16 +83,16 @@ class FileCorpus:
     def documents(self) -> Iterator[bytes]:
         """Yield the documents in order, none of them empty, up to the config's ``max_bytes`` in all."""
         bad = set(self.survey().bad)
-        room = self._config.max_bytes
+        left = self._config.max_bytes
         piece = min(max(self.survey().size // 256, PIECE_BYTES[0]), PIECE_BYTES[1]) if self.cut else None
         for file in self.files:
             if file.key in bad:
                 continue
             for raw in read_documents(file.path, self._config.text_field, piece_bytes=piece):
-                if room is not None and len(raw) >= room:
-                    yield raw[:room].decode("utf-8", "ignore").encode()  # never half a character
+                if left is not None and len(raw) >= left:
+                    yield raw[:left].decode("utf-8", "ignore").encode()  # never half a character
                     return
-                room = None if room is None else room - len(raw)
+                left = None if left is None else left - len(raw)
                 yield raw
 
     def _stamp(self) -> str:

@@ -124,7 +124,9 @@ def _whole_folder(target: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         kept = "; the earlier export there is untouched" if target.is_dir() else ""
-        raise ExportError(f"could not write {target} ({why}){kept}; make room there or choose another folder") from None
+        raise ExportError(
+            f"could not write {target} ({why}){kept}; free space there or choose another folder"
+        ) from None
     finally:
         if lock.held:
             shutil.rmtree(partial, ignore_errors=True)

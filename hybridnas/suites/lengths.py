@@ -90,8 +90,8 @@ def _accuracy(
     own = {"seq_len": length, "n_test_examples": count}
     source = open_source(config.replace(**{key: value for key, value in own.items() if key in names}))
     check_vocab(source.vocab_size, model.arch.vocab_size)
-    room = memory if memory is not None else free_memory(device)
-    fits = max(1, room // max(1, _CACHE_COPIES * state)) if grows(model) else count
+    free = memory if memory is not None else free_memory(device)
+    fits = max(1, free // max(1, _CACHE_COPIES * state)) if grows(model) else count
     batch_size = max(1, min(count, fits, _IDS // length, CHUNK_TOKENS // 256))
     right = places = read = 0
     for batch in source.valid_batches(count * length, batch_size, length):

@@ -174,8 +174,8 @@ def _curves(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> No
     if base is not None:
         ax.axhline(base, color=_FAINT, lw=0.9, ls="--")
     if seen:
-        room = 0.04 * (max(seen) - min(seen) or 1)
-        ax.set_ylim(min(seen) - room, max(seen) + room)
+        margin = 0.04 * (max(seen) - min(seen) or 1)
+        ax.set_ylim(min(seen) - margin, max(seen) + margin)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
     ax.set_xlabel("training tokens")
     ax.set_ylabel("validation loss [nats/token]")

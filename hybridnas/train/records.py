@@ -161,7 +161,7 @@ def disk_error(error: OSError, path: Path, what: str) -> TrainingError:
     why = "no space left on the disk" if error.errno == errno.ENOSPC else (error.strerror or str(error))
     return TrainingError(
         f"{path}: {what} could not be written ({why}); what was recorded before is kept: "
-        f"make room or permission and run the same command again to go on"
+        f"free space or change permissions and run the same command again to go on"
     )
 
 

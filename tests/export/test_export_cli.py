@@ -94,9 +94,9 @@ def test_the_best_completed_trial_is_exported(study: Path, capsys: pytest.Captur
     out = study.parent / "out"
     assert same(load(out, device="cpu"), 1)
     assert load_tokenizer(out).decode([104, 105]) == "hi"
-    said = capsys.readouterr().out
-    assert "trial 1, MF, loss 2.2500: reloaded with equal logits" in said
-    assert f"model:  {out}" in said
+    printed = capsys.readouterr().out
+    assert "trial 1, MF, loss 2.2500: reloaded with equal logits" in printed
+    assert f"model:  {out}" in printed
     facts = json.loads((out / "config.json").read_text())["training"]
     assert facts["study"] == "mine"
     assert facts["trial"] == 1

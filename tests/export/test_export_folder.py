@@ -274,7 +274,7 @@ def test_a_full_disk_leaves_the_earlier_export_intact(tmp_path: Path, monkeypatc
     monkeypatch.setattr(folder_module, "save_file", full)
     with pytest.raises(ExportError, match=r"best \(No space left on device\); the earlier export there is untouched"):
         export(small("AE"), target)
-    with pytest.raises(ExportError, match=r"new \(No space left on device\); make room there"):
+    with pytest.raises(ExportError, match=r"new \(No space left on device\); free space there"):
         export(small("AE"), tmp_path / "new")
     assert _contents(target) == before
     assert [path.name for path in tmp_path.iterdir()] == ["best"]

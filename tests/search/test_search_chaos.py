@@ -89,8 +89,8 @@ def test_a_study_survives_workers_and_parents_killed_at_random(tmp_path, tiny):
     log.close()
     seconds = time.monotonic() - begun
 
-    said = (tmp_path / "log").read_text()
-    retries = said.count("was interrupted; going on from its checkpoint")
+    printed = (tmp_path / "log").read_text()
+    retries = printed.count("was interrupted; going on from its checkpoint")
     found, warnings = load_records(folder, running=True)
     assert warnings == []
     assert {record.state for record in found} <= {"COMPLETE", "PRUNED", "FAIL", "INFEASIBLE", "DUPLICATE"}

@@ -1,4 +1,4 @@
-"""Several objectives: fronts and ranks, directions right everywhere, limits told without training, figures measured."""
+"""Several objectives: fronts, ranks and directions; limits that are checked without training; measured figures."""
 
 import csv
 import itertools
@@ -151,8 +151,8 @@ def test_the_leaderboard_marks_the_front(study):
 def test_limits_are_checked_without_training(tmp_path, tiny):
     loose = run(tmp_path / "a", [*tiny, "sampler=random", "n_trials=8"])
     limit = min(one.cost["params"] for one in loose.records if one.state == "COMPLETE") + 0.5
-    said = []
-    tight = run(tmp_path / "b", [*tiny, "sampler=random", "n_trials=6", f"max_params={limit}"], said.append)
+    lines = []
+    tight = run(tmp_path / "b", [*tiny, "sampler=random", "n_trials=6", f"max_params={limit}"], lines.append)
     out = [one for one in tight.records if one.state == "INFEASIBLE" and one.reason and "max_params" in one.reason]
     assert out
     for one in out:

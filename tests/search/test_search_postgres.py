@@ -1,4 +1,4 @@
-"""A study in a real PostgreSQL: workers join by its name alone, one dies, the server dies, and no password is told."""
+"""A study in a real PostgreSQL: workers join by its name alone, one dies, the server dies, no password is written."""
 
 import os
 import shutil
@@ -106,10 +106,10 @@ def states(server, name):
     return [record.state for record in finished] + ["RUNNING"] * len(running)
 
 
-def assert_untold(folder, said):
-    """Search every file that a study has left, and all that was said, for the password."""
+def assert_no_password(folder, printed):
+    """Search every file that a study has left, and all that was printed, for the password."""
     texts = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    for path, text in {**texts, "output": said.encode()}.items():
+    for path, text in {**texts, "output": printed.encode()}.items():
         for word in (PASSWORD.encode(), QUOTED.encode()):
             assert word not in text, path
 
@@ -135,30 +135,30 @@ def survived(server, tiny, tmp_path_factory):
 
 
 def test_one_of_two_workers_is_killed_and_the_other_ends_the_study(survived, server):
-    said = (survived / "second.log").read_text()
-    assert "was interrupted; going on from its checkpoint" in said
-    assert "all trials are finished" in said
+    printed = (survived / "second.log").read_text()
+    assert "was interrupted; going on from its checkpoint" in printed
+    assert "all trials are finished" in printed
     assert set(states(server, "shared")) <= {"COMPLETE", "PRUNED", "FAIL", "INFEASIBLE", "DUPLICATE"}
     found, warnings = load_records(survived / "b/shared")
     assert warnings == []
     assert sum(record.state in ("COMPLETE", "PRUNED") for record in found) == 7
     assert {record.preset for record in found[:5]} == set(BASELINES)
     assert (survived / "b/shared/report.html").is_file()
-    assert (survived / "b/shared/best").is_dir() or "its weights" in said
+    assert (survived / "b/shared/best").is_dir() or "its weights" in printed
 
 
 def test_a_trial_taken_over_has_the_scores_of_a_quiet_run(survived, tmp_path):
-    said = (survived / "second.log").read_text()
-    number = int(said.partition(" was interrupted")[0].rpartition(" ")[2])
+    printed = (survived / "second.log").read_text()
+    number = int(printed.partition(" was interrupted")[0].rpartition(" ")[2])
     assert replay(survived / "b/shared", number, out=tmp_path / "again").identical
 
 
 def test_status_reads_the_database_alone(survived, server, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HYBRIDNAS_STORAGE", server.url)
     assert run_cli(["search", "status", "study=shared", "storage=env", f"runs={tmp_path}"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("study shared: 7 of 7 trials are finished (")
-    assert "best so far: trial" in said
+    printed = capsys.readouterr().out
+    assert printed.startswith("study shared: 7 of 7 trials are finished (")
+    assert "best so far: trial" in printed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -167,23 +167,25 @@ def test_a_worker_with_other_settings_is_refused_with_the_difference(survived, s
     assert run_cli(["search", *own, "seed=3"]) == 2
     assert "study 'shared' has seed=0, this worker was given 3" in capsys.readouterr().err
     assert run_cli(["search", *own, "study=absent"]) == 2
-    said = capsys.readouterr().err
-    assert "has no study 'absent' (studies there: shared); start it with the same command without worker=true" in said
-    assert_untold(tmp_path, said)
+    printed = capsys.readouterr().err
+    assert (
+        "has no study 'absent' (studies there: shared); start it with the same command without worker=true" in printed
+    )
+    assert_no_password(tmp_path, printed)
 
 
 def test_no_password_is_in_any_file_or_word(survived, server, capsys, tmp_path, tiny):
-    said = (survived / "first.log").read_text() + (survived / "second.log").read_text()
-    assert_untold(survived, said)
-    settings = [sys.executable, "-m", "hybridnas.search", "budget=smoke", "study=told", f"runs={tmp_path}", *tiny]
+    printed = (survived / "first.log").read_text() + (survived / "second.log").read_text()
+    assert_no_password(survived, printed)
+    settings = [sys.executable, "-m", "hybridnas.search", "budget=smoke", "study=masked", f"runs={tmp_path}", *tiny]
     settings = [*settings, "n_trials=1", f"storage={server.url}", "tracking=null"]
     done = subprocess.run(settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "told/mlflow.db").is_file()
-    assert "storage=postgresql+psycopg://***@127.0.0.1" in (tmp_path / "told/study.json").read_text()
-    assert_untold(tmp_path, done.stdout + done.stderr)
+    assert (tmp_path / "masked/mlflow.db").is_file()
+    assert "storage=postgresql+psycopg://***@127.0.0.1" in (tmp_path / "masked/study.json").read_text()
+    assert_no_password(tmp_path, done.stdout + done.stderr)
     with pytest.raises(StudyError) as caught:  # its records lie in the database
-        hybridnas.load_study(tmp_path / "told").run()
+        hybridnas.load_study(tmp_path / "masked").run()
     assert (caught.value.field, caught.value.got, caught.value.allowed) == ("storage", "folder", "database")
 
 
@@ -191,11 +193,11 @@ def test_a_database_that_refuses_or_is_not_there_is_one_sentence_without_the_pas
     for url in (server.url.replace("nas:", "nobody:"), server.url.replace(str(server.port), str(free_port()))):
         own = [f"storage={url}", f"runs={tmp_path}", "study=x"]
         assert run_cli(["search", "status", *own]) == 2
-        said = capsys.readouterr().err
-        assert said.startswith("StudyError: storage postgresql+psycopg://***@127.0.0.1")
-        assert "cannot be opened: " in said
-        assert said.count("\n") == 1
-        assert_untold(tmp_path, said)
+        printed = capsys.readouterr().err
+        assert printed.startswith("StudyError: storage postgresql+psycopg://***@127.0.0.1")
+        assert "cannot be opened: " in printed
+        assert printed.count("\n") == 1
+        assert_no_password(tmp_path, printed)
 
 
 def test_a_database_killed_in_mid_search_costs_a_wait(server, tiny, tmp_path):
@@ -210,7 +212,7 @@ def test_a_database_killed_in_mid_search_costs_a_wait(server, tiny, tmp_path):
     assert "RUNNING" not in states(server, "outage")
     found = load_records(tmp_path / "outage")[0]
     assert [record.state for record in found[:4]].count("FAIL") == 0
-    assert_untold(tmp_path, (tmp_path / "log").read_text())
+    assert_no_password(tmp_path, (tmp_path / "log").read_text())
 
 
 def test_a_missing_driver_names_the_extra(monkeypatch):

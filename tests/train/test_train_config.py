@@ -1,4 +1,4 @@
-"""What a run is told: settings, the learning rate, which weights decay."""
+"""Settings of a run: values, the learning rate, which weights decay."""
 
 import json
 import math

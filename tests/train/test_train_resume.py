@@ -169,7 +169,7 @@ def test_a_watcher_sees_every_measurement_in_order_also_those_of_an_earlier_proc
     run(tmp_path, callbacks=[OnEval(lambda v: seen.append(v.step))])
     assert seen == [2, 4, 6, 8, 10, 12]
     seen.clear()
-    run(tmp_path, callbacks=[OnEval(lambda v: seen.append(v.step))])  # a finished run is only told again
+    run(tmp_path, callbacks=[OnEval(lambda v: seen.append(v.step))])  # a finished run is only reported again
     assert seen == [2, 4, 6, 8, 10, 12]
 
 

@@ -37,7 +37,7 @@ class DistractorRecallConfig(TaskConfig):
         self.require(
             self.slots >= shown,
             f"n_pairs={self.n_pairs} and n_distractors={self.n_distractors} do not fit into the first "
-            f"frac_context={self.frac_context} of seq_len={self.seq_len} tokens, with room for {self.slots} pairs; "
+            f"frac_context={self.frac_context} of seq_len={self.seq_len} tokens, which hold {self.slots} pairs; "
             f"raise seq_len or frac_context",
         )
         self.require(

@@ -9,7 +9,7 @@ Examples are filled up to ``seq_len`` on the left with a padding id, the highest
 The paper's sizes: 16 ids, 128 tokens, motifs of 3, 12,800 examples to train on; one at a time vocab_size 32, 64, 128,
 seq_len 256, 512, 1024, n_train_examples 6400, 3200, 1600, 800. ``train_on`` as in ``in_context_recall``. mad-lab draws
 the last key first and puts its pair at an even place; here it is drawn from the pairs that are there, and padding
-leaves room for the longest last pair rather than for the one drawn.
+leaves space for the longest last pair rather than for the one drawn.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class FuzzyRecall(Task):
     def make(self, draws: Draws, train: bool) -> Examples:
         config = self.config
         n_keys, n_values = config.plain_ids // 2, config.plain_ids - config.plain_ids // 2
-        room = config.seq_len - 2 * (config.k_motif_size + config.v_motif_size)  # a pair may start below this
-        pairs = -(-room // (2 if train else config.k_motif_size + 1))
+        latest = config.seq_len - 2 * (config.k_motif_size + config.v_motif_size)  # a pair may start below this
+        pairs = -(-latest // (2 if train else config.k_motif_size + 1))
         key_size_BP = np.full((len(draws), pairs), config.k_motif_size, dtype=np.int64)
         if train:
             key_size_BP = 1 + draws.below(config.k_motif_size, pairs)
@@ -90,7 +90,7 @@ class FuzzyRecall(Task):
         value_digits = [_part(hash_BP, place + 1, n_values - place) for place in range(config.v_motif_size)]
         size_BP = key_size_BP + value_size_BP
         ends_BP = np.cumsum(size_BP, axis=1)
-        placed_BP = ends_BP - size_BP < room
+        placed_BP = ends_BP - size_BP < latest
         n_placed_B1 = placed_BP.sum(axis=1, keepdims=True)
         asked_B1 = draws.below(n_placed_B1, 1)
         noise_BP = draws.chance(config.frac_noise, pairs)

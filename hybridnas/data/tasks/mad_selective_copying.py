@@ -70,17 +70,17 @@ class MadSelectiveCopying(Task):
         mask_BL[:, -count:] = True
         return Examples(inputs_BL, targets_BL, mask_BL)
 
-    def _places(self, draws: Draws, room: int) -> I64:
-        """Return (B, K) where the tokens stand among ``room`` places, rising."""
+    def _places(self, draws: Draws, length: int) -> I64:
+        """Return (B, K) where the tokens stand among ``length`` places, rising."""
         config = self.config
         count = config.n_tokens_to_copy
         if config.placing == "even":
             if config.blank_after_last:
-                return np.sort(draws.distinct(room, count), axis=1)
-            last_B1 = np.full((len(draws), 1), room - 1, dtype=np.int64)
-            return np.concatenate((np.sort(draws.distinct(room - 1, count - 1), axis=1), last_B1), axis=1)
+                return np.sort(draws.distinct(length, count), axis=1)
+            last_B1 = np.full((len(draws), 1), length - 1, dtype=np.int64)
+            return np.concatenate((np.sort(draws.distinct(length - 1, count - 1), axis=1), last_B1), axis=1)
         gaps = count + config.blank_after_last
-        gap_BN = draws.below(gaps, room - count)
+        gap_BN = draws.below(gaps, length - count)
         flat = gap_BN + np.arange(len(draws))[:, None] * gaps
         blanks_BG = np.bincount(flat.reshape(-1), minlength=len(draws) * gaps).reshape(-1, gaps)
         places: I64 = np.cumsum(blanks_BG[:, :count], axis=1) + np.arange(count)
