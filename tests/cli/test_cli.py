@@ -33,7 +33,8 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "describe": "arch block device out pattern presets seq_len",
     "compare": "baseline out run runs study uri",
     "export": "out runs study trial",
-    "generate": "device echo max_new_tokens model prompt runs seed stop_at_end study temperature top_k",
+    "generate": "device echo eos_token_id max_new_tokens model prompt runs seed stop_at_end study temperature top_k "
+    "top_p",
     "evaluate": "allow_noncausal arch batch_size device lengths max_gib model out pattern patterns precision seed "
     "seq_len tracking valid_tokens",
     "replay": "device out runs study trial",
