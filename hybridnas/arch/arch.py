@@ -302,7 +302,7 @@ class Arch:
 
 
 def overlay(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``under`` with the fields of ``over``; a factor given later puts out the width given before, and back."""
+    """Return ``under`` updated by ``over``: a factor in ``over`` (``expand``) replaces a width, and the reverse."""
     hidden = {
         theirs for pair in FACTORS.items() for mine, theirs in (pair, pair[::-1]) if mine in over and theirs not in over
     }

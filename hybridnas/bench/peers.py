@@ -1,4 +1,4 @@
-"""Other people's packages that we are measured against: asked for by name, never needed."""
+"""Other packages that the benchmarks compare with: optional, imported by name."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def wanted_arch(
 
 
 def study_folder(study: str, runs: Path) -> Path:
-    """Return the folder of a study that is given by its folder or by its name; whoever reads it says if it is none."""
+    """Return the folder of a study that is given by its folder or by its name; it may not exist."""
     given = Path(study).expanduser()
     return given if (given / "study.json").is_file() else runs / study
 

@@ -92,7 +92,7 @@ def lines(status: Status) -> list[str]:
     found = [f"study {status.study}: {status.finished}{of} trials are finished ({states})"]
     for trial in status.running:
         loss = f", loss {trial.valid_loss:.4f} at {trial.tokens:,} tokens" if trial.valid_loss is not None else ""
-        where = trial.where or "nobody: it was interrupted, and goes on from its checkpoint"
+        where = trial.where or "no worker: interrupted, goes on from its checkpoint"
         found.append(f"trial {trial.number:>3}  {trial.pattern or '(being drawn)'}{loss}  {where}")
     if status.best is not None and status.best.valid_loss is not None:
         found.append(f"best so far: trial {status.best.number}, {status.best.name}, loss {status.best.valid_loss:.4f}")

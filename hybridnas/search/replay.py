@@ -1,4 +1,4 @@
-"""Run a trial of a study again and hold the new losses against the recorded ones."""
+"""Train a trial of a study again and compare the new losses with the recorded ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A study that is open: its folder held, its data read, its records known; and closed again whatever happens."""
+"""Open a study: lock, data, records, plan and trainer; everything is closed on exit, also after an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``suite=induction_heads``: trained at 256 tokens, how far does it reach? (Mamba, arXiv 2312.00752, Table 11)"""
+"""``suite=induction_heads``: accuracy far beyond the 256 tokens of training (Mamba, arXiv 2312.00752, Table 11)"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accuracy of a trained model at lengths it never saw, in constant memory: chunk by chunk through the explicit state.
+"""Accuracy of a trained model at lengths beyond its training, in constant memory: chunk by chunk over the state.
 
 Shapes: B batch, L length, l tokens of one chunk, V vocabulary.
 """

@@ -132,7 +132,7 @@ def write_rows(path: Path, rows: Sequence[Any]) -> None:
 
 
 def merged(old: Iterable[Row], *new: Row) -> list[Row]:
-    """Return the rows with new ones in the places of their former selves."""
+    """Return old and new rows, each replaced by a later row of the same key."""
     return list({row.key: row for row in (*old, *new)}.values())
 
 

@@ -1,4 +1,4 @@
-"""How soon: the share of a baseline's training that another model needs to reach the baseline's final loss."""
+"""Speed of learning: the share of a baseline's training that another model needs to reach the baseline's final loss."""
 
 from __future__ import annotations
 

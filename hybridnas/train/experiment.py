@@ -56,7 +56,7 @@ def run_cell(cell: Cell, *, callbacks: Iterable[Callback] = (), max_seconds: flo
     """Train one cell, go on with it, or read back what it left.
 
     What the cell's own model provokes makes a result of status "failed", not final, with the traceback in the folder's
-    ``error.txt``. Errors that the next cell would meet, too, are raised: CheckpointError, DataError,
+    ``error.txt``. Errors that would end the next cell, too, are raised: CheckpointError, DataError,
     KernelUnavailableError, TrainingError (a full disk, another process in the folder) and OSError. Ctrl-C saves and
     raises KeyboardInterrupt.
     """

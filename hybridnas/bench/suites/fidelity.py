@@ -1,4 +1,4 @@
-"""Does an early score tell the final one: rank correlations between every measured point and the full training."""
+"""Rank correlations between the score at every measured point and that of the full training."""
 
 from __future__ import annotations
 

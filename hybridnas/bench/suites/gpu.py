@@ -1,4 +1,4 @@
-"""For whoever has a GPU: our kernels there, checked against the float64 reference, then timed beside their peers.
+"""Kernels on a GPU: checked against the float64 reference, then timed beside their peers.
 
 ``python -m hybridnas.bench gpu out=gpu.json``. A form whose output or gradients are wrong is not timed. Peers where
 installed: mamba-ssm (its scan and its state-space duality), flash-linear-attention (its convolution, its simple gated

@@ -1,4 +1,4 @@
-"""``data=distractor_recall``: recall at length, among distractors: what a state keeps, and what it lets go.
+"""``data=distractor_recall``: associative recall at length, among distractor pairs that are never asked for.
 
 ``n_pairs`` key-value pairs that will be asked for and ``n_distractors`` that will not lie anywhere in the first part of
 an example (``frac_context``), which no key tells apart; between and after them stand noise ids. At the end every key of

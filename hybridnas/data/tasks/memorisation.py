@@ -1,4 +1,4 @@
-"""``data=memorisation``: a dictionary that stands in no example and has to be learnt by heart (MAD, arXiv 2403.17844).
+"""``data=memorisation``: a fixed dictionary, in no example, that the weights have to store (MAD, arXiv 2403.17844).
 
 A key (an id below half of the plain ids) is followed by id V-1, where the target is the key's value. Which value a key
 has is drawn once, from ``task_seed``, and is the same in every example of training and test: that both share it is the
@@ -50,7 +50,7 @@ class MemorisationConfig(TaskConfig):
 
 @register_task("memorisation", config=MemorisationConfig)
 class Memorisation(Task):
-    """A fixed dictionary to be learnt by heart."""
+    """A fixed dictionary that the weights have to store."""
 
     config: MemorisationConfig
 
@@ -62,7 +62,7 @@ class Memorisation(Task):
         self._values_K = self._keys + values[0]
 
     def words(self) -> str:
-        return f"{self._keys:,} keys with fixed values to learn by heart"
+        return f"{self._keys:,} keys with fixed values that the weights have to store"
 
     def make(self, draws: Draws, train: bool) -> Examples:
         config = self.config

@@ -1,1 +1,1 @@
-"""When a trial is paused and taken up again: asynchronous successive halving."""
+"""Pruners: asynchronous successive halving with pause and resume, and Hyperband."""

@@ -1,4 +1,4 @@
-"""Successive halving in a study: which candidate trains on past a rung, which one waits, and which one goes on now.
+"""Successive halving applied to a study's records: which candidate is promoted, which is paused, which is resumed.
 
 A candidate keeps its number, folder and record from its first step to its last. A paused one is a record in state
 PRUNED; promoting it is one step from PRUNED to RUNNING, which a single process can make.

@@ -1,8 +1,8 @@
 """Whole candidates of a space: all choices on one way through it, and the architecture that they lead to.
 
-A sampler of Optuna samples parameter by parameter and knows nothing of architectures: it comes back to what it likes,
-and two spellings of one architecture are two points to it. Here a candidate is drawn to its end, identified by its
-architecture, and drawn again while the study has that architecture already.
+Optuna's samplers draw parameter by parameter, repeat points, and treat two spellings of one architecture as two
+points. Here a candidate is drawn completely, identified by its architecture, and drawn again while the study has that
+architecture already.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Samplers by name."""
+"""Make the sampler that a setting names."""
 
 from __future__ import annotations
 

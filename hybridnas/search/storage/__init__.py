@@ -1,1 +1,1 @@
-"""Where a running study lives and which process works on which trial."""
+"""Storage of a running study: records in its folder or in PostgreSQL, and the claims of its workers."""

@@ -1,4 +1,4 @@
-"""Joining a study that others began: its settings come from where it lies, and ours may not differ from them."""
+"""Join an existing study: load its settings from its storage and reject settings that conflict with them."""
 
 from __future__ import annotations
 

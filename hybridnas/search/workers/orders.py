@@ -1,4 +1,4 @@
-"""What a command tells a worker that it starts."""
+"""Messages from a search command to a worker that it starts: settings, token, number, start time."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hybridnas.search.session import Session
 
 POLL_SECONDS = 0.2
-STILLBORN = 3  # so many in a row that die before they have begun, and it is not chance
+MAX_STARTUP_FAILURES = 3  # workers in a row that end before they are ready: then the search ends with an error
 GRACE_SECONDS = 60.0  # for workers to save and leave once the search has gone wrong
 
 
@@ -59,7 +59,7 @@ class Supervisor:
         self.started = time.time() - elapsed
         self.workers: list[Worker] = []
         self.interrupts = 0  # how often Ctrl-C was pressed
-        self.stillborn = 0
+        self.startup_failures = 0
         self.failure: HybridNASError | None = None
         self.reasons: list[str] = []
 
@@ -137,7 +137,7 @@ class Supervisor:
                 worker.error = (message["error"][0], message["error"][1])
             self._hand_on(message)
         if worker.ready:
-            self.stillborn = 0
+            self.startup_failures = 0
         return anything
 
     def _hand_on(self, message: Mapping[str, Any]) -> None:
@@ -163,8 +163,8 @@ class Supervisor:
             self.reasons.append(worker.reason)
         elif not self.interrupts and self.failure is None:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            self.stillborn += not worker.ready
-            if self.stillborn >= STILLBORN:
+            self.startup_failures += not worker.ready
+            if self.startup_failures >= MAX_STARTUP_FAILURES:
                 last = worker.log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing"]
                 self._fail(
                     StudyError(f"workers cannot start ({how}); their log ends with: {last[0]} (see {worker.log})")
