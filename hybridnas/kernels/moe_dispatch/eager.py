@@ -1,14 +1,16 @@
-"""Routed experts as three steps without a loop over experts: gather rows by expert, two batched matmuls, add back.
+"""Routed experts as three steps: gather rows by expert, two matrix products per expert, add back.
 
 With a capacity the rows form a padded (E, C, D) block for ``bmm``: static shapes, empty slots weighted 0. Without one
-they are ragged, sorted by expert, for ``grouped_mm``. Both gathers are ``index_select``, whose backward is
-``index_add`` of the same speed. A single token being decoded multiplies its experts' weights without a copy.
+they are ragged, sorted by expert, for ``grouped_mm``, or on a processor for products of the experts that have rows,
+where ``grouped_mm`` refuses their sizes. Both gathers are ``index_select``, whose backward is ``index_add`` of the same
+speed. On a processor experts without a token multiply nothing: with a capacity, too, rows are ragged as soon as there
+is such an expert. A single token being decoded multiplies its experts' weights without a copy.
 Letters: see reference.py; S slots, ordered by expert.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from hybridnas.kernels.moe_dispatch.reference import Experts, no_tokens
 
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPED_STRIDE_BYTES = 16  # grouped_mm refuses matrices whose rows are not a multiple of this
+_Weights = tuple[Any, Any, Any, Any]
 _FEW = 4  # choices up to which a processor takes them singly: grouped_mm there visits all E experts, idle ones too
 
 
@@ -36,9 +39,10 @@ def token_choice_eager(
     if x_ND.shape[0] == 0:
         return no_tokens(x_ND, gate_NK, experts), expert_NK.new_zeros(n_experts)
     if n_experts == 1 and capacity is None:
-        return _one_expert(x_ND, gate_NK, experts, 0), expert_NK.new_full((1,), expert_NK.shape[0])
+        return _weighted_expert(x_ND, gate_NK, experts, 0), expert_NK.new_full((1,), expert_NK.shape[0])
     exporting = torch.compiler.is_exporting()  # shapes may not depend on data, nor use grouped_mm's rule (see below)
-    if capacity is None and expert_NK.numel() <= _FEW and x_ND.device.type == "cpu" and not exporting:
+    on_cpu = x_ND.device.type == "cpu"
+    if capacity is None and expert_NK.numel() <= _FEW and on_cpu and not exporting:
         return _few(x_ND, gate_NK, expert_NK, experts), expert_NK.flatten().bincount(minlength=n_experts)
     sorted_expert_S, choice_S = torch.sort(expert_NK.flatten(), stable=True)
     everyone_E = torch.arange(n_experts, device=x_ND.device)
@@ -47,8 +51,12 @@ def token_choice_eager(
     counts_E = ends_E - starts_E
     if capacity is None and exporting:
         capacity = x_ND.shape[0]  # a slot for every token at every expert: same result, more products
-    elif capacity is None and not _grouped_mm_takes(x_ND, experts):
+    elif capacity is None and not on_cpu and not _grouped_mm_takes(x_ND, experts):
         capacity = max(1, int(counts_E.max()))  # pads to the fullest expert instead: same result
+    elif capacity is not None and on_cpu and not torch.compiler.is_compiling() and not bool(counts_E.all()):
+        place_S = torch.arange(choice_S.numel(), device=x_ND.device) - starts_E[sorted_expert_S]
+        choice_S = choice_S[place_S < capacity]
+        ends_E, capacity = counts_E.clamp(max=capacity).cumsum(0), None
     if capacity is None:
         slots = _Slots(choice_S // top_k, gate_NK.flatten()[choice_S], ends_E.to(torch.int32))
         return _run(x_ND, slots, experts), counts_E
@@ -69,7 +77,11 @@ def expert_choice_eager(x_ND: Tensor, gate_EC: Tensor, token_EC: Tensor, experts
 
 def _run(x_ND: Tensor, slots: _Slots, experts: Experts) -> Tensor:
     x_SD = x_ND.index_select(0, slots.token_S)
-    y_SO = _padded(x_SD, experts) if slots.ends_E is None else _grouped(x_SD, slots.ends_E, experts)
+    if slots.ends_E is None:
+        y_SO = _padded(x_SD, experts)
+    else:
+        ragged = _grouped if _grouped_mm_takes(x_ND, experts) else _expert_by_expert
+        y_SO = ragged(x_SD, slots.ends_E, experts)
     weighted_SO = y_SO * slots.gate_S[:, None].to(y_SO.dtype)
     return y_SO.new_zeros(x_ND.shape[0], y_SO.shape[1]).index_add(0, slots.token_S, weighted_SO)
 
@@ -101,22 +113,43 @@ def _grouped(x_SD: Tensor, ends_E: Tensor, experts: Experts) -> Tensor:
     return y_SO
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _expert_by_expert(x_SD: Tensor, ends_E: Tensor, experts: Experts) -> Tensor:
+    """Run the experts that have rows, each by itself."""
+    ends = ends_E.tolist()
+    weights: _Weights = experts[:4]
+    if torch.is_grad_enabled():  # by unbind: the gradient of t[e] would be a whole tensor of zeros for every e
+        up, down, up_bias, down_bias = (None if t is None else t.unbind() for t in weights)
+        weights = up, down, up_bias, down_bias
+    rows = [
+        _one_expert(x_SD[start:end], weights, e, experts)
+        for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
+        if end > start
+    ]
+    return torch.cat(rows)
+
+
 def _few(x_ND: Tensor, gate_NK: Tensor, expert_NK: Tensor, experts: Experts) -> Tensor:
     rows = [
-        torch.cat([_one_expert(x_ND[n : n + 1], gate_NK[n, j], experts, e) for j, e in enumerate(chosen)])
+        torch.cat([_weighted_expert(x_ND[n : n + 1], gate_NK[n, j], experts, e) for j, e in enumerate(chosen)])
         for n, chosen in enumerate(expert_NK.tolist())
     ]
     return torch.stack(rows).sum(dim=1)
 
 
-def _one_expert(x_ND: Tensor, gate: Tensor, experts: Experts, e: int) -> Tensor:
-    h_NF = x_ND @ experts.up_EDF[e]
-    if experts.up_bias_EF is not None:
-        h_NF = h_NF + experts.up_bias_EF[e].to(h_NF.dtype)
-    y_NO = activate(h_NF, experts.activation, experts.gated) @ experts.down_EFO[e]
-    if experts.down_bias_EO is not None:
-        y_NO = y_NO + experts.down_bias_EO[e].to(y_NO.dtype)
+def _weighted_expert(x_ND: Tensor, gate: Tensor, experts: Experts, e: int) -> Tensor:
+    y_NO = _one_expert(x_ND, experts[:4], e, experts)
     return y_NO * gate.to(y_NO.dtype)
+
+
+def _one_expert(x_ND: Tensor, weights: _Weights, e: int, experts: Experts) -> Tensor:
+    """Return expert ``e`` of rows; ``weights``: up, down and their biases or None, each indexed by expert."""
+    up_EDF, down_EFO, up_bias_EF, down_bias_EO = weights
+    h_NF: Tensor = x_ND @ up_EDF[e]
+    if up_bias_EF is not None:
+        h_NF = h_NF + up_bias_EF[e].to(h_NF.dtype)
+    y_NO: Tensor = activate(h_NF, experts.activation, experts.gated) @ down_EFO[e]
+    return y_NO if down_bias_EO is None else y_NO + down_bias_EO[e].to(y_NO.dtype)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
