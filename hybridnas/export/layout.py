@@ -29,6 +29,7 @@ _LAYER_TYPES = {
     "G": "linear_attention",
     "A": "full_attention",
     "S": "sliding_attention",
+    "C": "conv",
     "F": "mlp",
     "E": "moe",
 }

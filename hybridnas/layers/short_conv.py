@@ -1,4 +1,4 @@
-"""A short causal convolution over time, each channel by itself, with SiLU; its state is its last inputs.
+"""A short causal convolution over time, each channel by itself; its state is its last inputs.
 
 Shapes: B batch, L length, C channels, K taps.
 """
@@ -13,10 +13,13 @@ from hybridnas.kernels import causal_conv1d as kernel
 
 
 class ShortConvolution(nn.Conv1d):
-    """Depthwise causal convolution and SiLU, as in Mamba; parameters as those of torch's depthwise ``Conv1d``."""
+    """Depthwise causal convolution, then SiLU as in Mamba or nothing; parameters as torch's depthwise ``Conv1d``."""
 
-    def __init__(self, channels: int, taps: int, *, bias: bool, impl: Impl = Impl.AUTO) -> None:
+    def __init__(
+        self, channels: int, taps: int, *, bias: bool, activation: str | None = "silu", impl: Impl = Impl.AUTO
+    ) -> None:
         super().__init__(channels, channels, taps, groups=channels, bias=bias)
+        self.activation = activation
         self.impl = impl
 
     def forward(self, x_BLC: Tensor, state_BKC: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
@@ -25,7 +28,7 @@ class ShortConvolution(nn.Conv1d):
             x_BLC,
             self.weight.squeeze(1),
             self.bias,
-            activation="silu",
+            activation=self.activation,
             initial_state=None if state_BKC is None else state_BKC.to(x_BLC.dtype),
             return_final_state=state_BKC is not None,
             impl=self.impl,
