@@ -63,7 +63,7 @@ class MambaState(NamedTuple):
 class Mamba(Block):
     """Selective state space with Euler B, D skip and z gate, as the authors' code computes it (arXiv 2312.00752).
 
-    Parameter names and layouts are those of ``mamba_ssm`` and of transformers' MambaMixer.
+    Parameter names and layouts are those of ``mamba_ssm`` and of transformers' MambaMixer and JambaMambaMixer.
     """
 
     float32 = ("A_log", "D", "B", "C", "dt_proj.bias", *(f"inner.{part}.router.weight" for part in _INNER))
@@ -83,6 +83,13 @@ class Mamba(Block):
         selective: str | bool = option(
             "dt+B+C", "which of dt, B, C depend on the input, joined by '+'; none or false: constants; true: all three"
         )
+        selective_norm: str = option(
+            "none",
+            "RMSNorm of what is computed from the input for dt, B and C, each by itself: none, scaled by weights "
+            "(Jamba), unscaled (Falcon-Mamba)",
+            choices=("none", "scaled", "unscaled"),
+        )
+        selective_norm_eps: float = option(1e-6, "epsilon of these norms", gt=0)
         inner_moe: str = option("none", "which projections are routed experts: conv, gate, out, joined by '+'; none")
         inner_experts: int = option(8, "routed experts of each such projection [count]", ge=1)
         inner_d_expert: int | None = option(
@@ -127,6 +134,11 @@ class Mamba(Block):
             return _parts(self.inner_moe, _INNER, self.label(), "inner_moe")
 
         @property
+        def normed(self) -> bool:
+            """Return whether any of dt, B, C passes a norm."""
+            return self.selective_norm != "none" and bool(self.selected)
+
+        @property
         def x_proj_sizes(self) -> list[int]:
             """Return the widths of the parts computed from the input: those selected of dt (rank), B, C (state)."""
             return [self.rank if part == "dt" else self.d_state for part in self.selected]
@@ -153,6 +165,7 @@ class Mamba(Block):
             conv = di * self.d_conv + (di if self.conv_bias else 0)
             constants = n * sum(part not in self.selected for part in ("B", "C"))
             params = matrices + biases + conv + constants + di + di * n + di  # dt bias, A, D
+            params += sum(self.x_proj_sizes) if self.selective_norm == "scaled" else 0
             flops = 2.0 * matrices + conv_flops(di, self.d_conv) + scan_flops(di, n)
             state = (self.d_conv - 1) * di * dtype_bytes + di * n * 4
             total = Cost(params=params, active_params=params, flops_per_token=flops, state_bytes=state)
@@ -167,6 +180,8 @@ class Mamba(Block):
             fields |= {"selective": "+".join(self.selected) or "none", "inner_moe": "+".join(self.inner) or "none"}
             fields["inner_d_expert"] = self.inner_shape("conv").d_expert
             idle = {"expand"} if "dt" in self.selected else {"expand", "dt_rank"}
+            if not self.normed:
+                idle |= {"selective_norm", "selective_norm_eps"}
             idle |= {name for name in fields if name.startswith("inner_") and name != "inner_moe" and not self.inner}
             return {name: value for name, value in fields.items() if name not in idle}
 
@@ -177,6 +192,13 @@ class Mamba(Block):
         self.in_proj = nn.Linear(d, di * len(self._halves), bias=config.bias) if self._halves else None
         self.conv1d = ShortConvolution(di, config.d_conv, bias=config.conv_bias, impl=impl)
         self.x_proj = nn.Linear(di, sum(config.x_proj_sizes), bias=False) if config.selected else None
+        norms: dict[str, RMSNorm | None] = dict.fromkeys(_SELECTIVE)
+        if config.selective_norm != "none":
+            scaled = config.selective_norm == "scaled"
+            for part, size in zip(config.selected, config.x_proj_sizes, strict=True):
+                norms[part] = RMSNorm(size, config.selective_norm_eps, scaled=scaled, impl=impl)
+        # named as in transformers' JambaMambaMixer
+        self.dt_layernorm, self.b_layernorm, self.c_layernorm = (norms[part] for part in _SELECTIVE)
         self.dt_proj = _StepProjection(config.rank if "dt" in config.selected else 0, di)
         self.A_log = nn.Parameter(torch.empty(di, n))
         self.D = nn.Parameter(torch.empty(di))
@@ -195,6 +217,8 @@ class Mamba(Block):
             Variant(fields={"selective": "none"}),
             Variant(fields={"selective": "B+C"}),
             Variant(fields={"selective": "dt"}),
+            Variant(fields={"selective_norm": "scaled", "selective_norm_eps": 1e-3}),
+            Variant(fields={"selective_norm": "unscaled", "selective": "dt+C"}),
             Variant(fields={"inner_moe": "gate", "inner_experts": 3}),
             Variant(fields={"inner_moe": "conv+gate+out", "inner_experts": 2, "inner_d_expert": 12, "bias": True}),
         ]
@@ -257,6 +281,8 @@ class Mamba(Block):
         plain = all(type(part) in known and not has_hooks(part) for part in parts)
         if not plain or self.in_proj is None or self.out_proj is None or self.config.inner:
             return None
+        if self.config.normed:  # the kernel has no norms of dt, B and C
+            return None
         if type(self).forward is not Mamba.forward or (self.impl is not Impl.AUTO and self.impl is not Impl.NATIVE):
             return None
         return Weights(
@@ -277,7 +303,8 @@ class Mamba(Block):
 
     def reset_parameters(self, init_scale: float = 0.1) -> None:
         """Draw the authors' initialisation: plain PyTorch linears, S4D-real A; init_scale is for inner experts."""
-        for module in (self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj):
+        norms = (self.dt_layernorm, self.b_layernorm, self.c_layernorm)
+        for module in (self.in_proj, self.conv1d, self.x_proj, *norms, self.dt_proj, self.out_proj):
             if module is not None:
                 module.reset_parameters()
         with torch.no_grad():
@@ -292,8 +319,11 @@ class Mamba(Block):
             cast(RoutedExperts, routed).reset_parameters(init_scale)
 
     def implementations(self, device: torch.device) -> dict[str, str]:
-        last = moe_kernel.OPERATION if self.config.inner else step_kernel.OPERATION
-        operations = (scan_kernel.OPERATION, conv_kernel.OPERATION, last)
+        operations = [scan_kernel.OPERATION, conv_kernel.OPERATION]
+        if self.config.inner:
+            operations.append(moe_kernel.OPERATION)
+        elif not self.config.normed:
+            operations.append(step_kernel.OPERATION)
         return {op.name: op.describe(device, impl=op.nearest(self.impl)) for op in operations}
 
     def _project_in(self, x_BLD: Tensor, auxes: dict[str, Aux]) -> tuple[Tensor, Tensor]:
@@ -366,6 +396,9 @@ class Mamba(Block):
         config: Mamba.Config = self.config
         parts = self.x_proj(u_BLI).split(config.x_proj_sizes, dim=-1) if self.x_proj is not None else ()
         found = dict(zip(config.selected, parts, strict=True))
+        for part, norm in zip(_SELECTIVE, (self.dt_layernorm, self.b_layernorm, self.c_layernorm), strict=True):
+            if norm is not None:
+                found[part] = norm(found[part])
         shape = u_BLI.shape[:2]
         if self.B is not None:
             found["B"] = self.B.to(u_BLI.dtype).expand(*shape, -1)

@@ -20,7 +20,7 @@ from hybridnas.hardware import Impl
 from hybridnas.kernels import causal_conv1d as conv_kernel
 from hybridnas.kernels import ssd as ssd_kernel
 from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, Variant, exportable
-from hybridnas.layers.norms import GatedRMSNorm
+from hybridnas.layers.norms import GatedRMSNorm, silu_gated
 from hybridnas.layers.short_conv import ShortConvolution
 from hybridnas.registry import register_block
 
@@ -29,13 +29,13 @@ _A_MIN, _A_MAX = 1.0, 16.0  # range of -A at initialisation
 _LARGEST_HEAD = 64  # the authors' head_dim
 
 
-def ssd_flops(heads: int, head_dim: int, d_state: int) -> int:
+def ssd_flops(heads: int, head_dim: int, d_state: int, *, normed: bool = True) -> int:
     """Return FLOPs of the recurrence, gate and norm for one token.
 
-    Per channel and state 5 (decay h, (dt x) B, +, C h, +); per channel 9 (dt x, D x, +, silu z, gate, and 4 of the
-    norm); per head 4 (+ bias, softplus, dt A, exp).
+    Per channel and state 5 (decay h, (dt x) B, +, C h, +); per channel 5 (dt x, D x, +, silu z, gate), and 4 of the
+    norm where there is one; per head 4 (+ bias, softplus, dt A, exp).
     """
-    return heads * head_dim * (5 * d_state + 9) + 4 * heads
+    return heads * head_dim * (5 * d_state + (9 if normed else 5)) + 4 * heads
 
 
 @exportable
@@ -48,7 +48,7 @@ class Mamba2State(NamedTuple):
 
 @register_block("N", name="mamba2")
 class Mamba2(Block):
-    """State-space duality with a gated RMSNorm, as the authors' code computes it.
+    """State-space duality with a gated RMSNorm, as the authors' code computes it, or as Falcon-H1 with the gate alone.
 
     Parameter names and layouts are those of ``mamba_ssm`` and of transformers' Mamba2Mixer.
     """
@@ -71,6 +71,7 @@ class Mamba2(Block):
         conv_bias: bool = option(True, "bias of the convolution")
         bias: bool = option(False, "biases of the input and output projections")
         norm_eps: float = option(1e-5, "epsilon of the gated norm", gt=0)
+        gated_norm: bool = option(True, "RMSNorm of y * silu(z), each group by itself; false: y * silu(z) (Falcon-H1)")
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -126,18 +127,20 @@ class Mamba2(Block):
             matrices = d * (di + wide + self.heads) + di * d
             biases = di + wide + self.heads + d if self.bias else 0
             conv = wide * self.d_conv + (wide if self.conv_bias else 0)
-            params = matrices + biases + conv + 3 * self.heads + di  # dt bias, A, D; norm
-            flops = 2.0 * matrices + 2 * self.d_conv * wide + ssd_flops(self.heads, self.head_width, self.d_state)
+            params = matrices + biases + conv + 3 * self.heads  # dt bias, A, D
+            params += di if self.gated_norm else 0
+            flops = 2.0 * matrices + sum(self.kernel_flops().values())
             state = (self.d_conv - 1) * wide * dtype_bytes + di * self.d_state * 4
             return Cost(params=params, active_params=params, flops_per_token=flops, state_bytes=state)
 
         def kernel_flops(self) -> dict[str, float]:
-            recurrence = ssd_flops(self.heads, self.head_width, self.d_state)
+            recurrence = ssd_flops(self.heads, self.head_width, self.d_state, normed=self.gated_norm)
             return {"ssd": recurrence, "causal_conv1d": 2 * self.d_conv * self.conv_width}
 
         def canonical(self) -> dict[str, Any]:
             fields = {**self.to_dict(), "d_inner": self.width, "head_dim": self.head_width}
-            return {name: value for name, value in fields.items() if name != "expand"}
+            idle = {"expand"} if self.gated_norm else {"expand", "norm_eps"}
+            return {name: value for name, value in fields.items() if name not in idle}
 
     def __init__(self, config: Config, *, impl: Impl = Impl.AUTO) -> None:
         super().__init__(config, impl=impl)
@@ -147,7 +150,7 @@ class Mamba2(Block):
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
-        self.norm = GatedRMSNorm(di, di // config.n_groups, config.norm_eps)
+        self.norm = GatedRMSNorm(di, di // config.n_groups, config.norm_eps) if config.gated_norm else None
         self.out_proj = nn.Linear(di, d, bias=config.bias)
         self.reset_parameters()
 
@@ -158,6 +161,7 @@ class Mamba2(Block):
             Variant(fields={"d_state": 5, "n_groups": 2, "head_dim": 4, "bias": True}),
             Variant(fields={"d_inner": 24, "head_dim": 8, "n_groups": 3, "d_conv": 1, "conv_bias": False}),
             Variant(fields={"expand": 1.5, "d_state": 16, "head_dim": 1, "d_conv": 2}),
+            Variant(fields={"d_state": 8, "head_dim": 4, "n_groups": 2, "gated_norm": False}),
         ]
 
     def forward(self, x_BLD: Tensor, state: State | None = None) -> BlockOutput:
@@ -167,7 +171,7 @@ class Mamba2(Block):
         z_BLI, u_BLJ, dt_BLH = torch.split(self.in_proj(x_BLD), sizes, dim=-1)
         u_BLJ, conv_BKJ = self.conv1d(u_BLJ, None if before is None else before.conv_BKJ)
         y_BLI, ssm_BHPN = self._scan(u_BLJ, dt_BLH, before)
-        y_BLD = self.out_proj(self.norm(y_BLI, z_BLI))
+        y_BLD = self.out_proj(silu_gated(y_BLI, z_BLI) if self.norm is None else self.norm(y_BLI, z_BLI))
         after = None if conv_BKJ is None or ssm_BHPN is None else Mamba2State(conv_BKJ, ssm_BHPN)
         return BlockOutput(y_BLD, after)
 
@@ -207,7 +211,8 @@ class Mamba2(Block):
         with torch.no_grad():
             self.A_log.uniform_(_A_MIN, _A_MAX).log_()
             self.D.fill_(1.0)
-            self.norm.weight.fill_(1.0)
+            if self.norm is not None:
+                self.norm.weight.fill_(1.0)
             low, high = math.log(_DT_MIN), math.log(_DT_MAX)
             dt_H = torch.rand_like(self.dt_bias, dtype=torch.float32).mul_(high - low).add_(low).exp_()
             dt_H.clamp_(_DT_FLOOR)

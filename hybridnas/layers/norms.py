@@ -17,10 +17,13 @@ from hybridnas.layers.mode import has_hooks
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019); parameters as torch's own."""
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019); parameters as torch's own.
 
-    def __init__(self, width: int, eps: float = 1e-5, *, impl: Impl = Impl.AUTO) -> None:
-        super().__init__(width, eps=eps)
+    Without ``scaled`` there is no weight.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-5, *, scaled: bool = True, impl: Impl = Impl.AUTO) -> None:
+        super().__init__(width, eps=eps, elementwise_affine=scaled)
         self.impl = OPERATION.nearest(impl)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,6 +67,12 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "rmsnorm": RMSNorm,
     "rmsnorm_zero": ZeroCenteredRMSNorm,
 }
+
+
+def silu_gated(y: Tensor, z: Tensor) -> Tensor:
+    """Return y silu(z) in y's dtype, computed in float32 or wider."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return (y.to(wide) * F.silu(z.to(wide))).to(y.dtype)
 
 
 class GatedRMSNorm(nn.Module):
