@@ -244,6 +244,22 @@ class HybridLM(nn.Module):
                 logits_BV = decode(next_B)
             return torch.cat(pieces, dim=1)
 
+    @torch.no_grad()
+    def after_step(self, counts: Mapping[str, Tensor]) -> None:
+        """Let every block update what it learns without gradients, such as the balance of routed experts.
+
+        A training loop calls it once after each optimizer step. ``counts``: the statistics of integers in
+        ``aux.stats``, under their full names, summed over the forward passes (and ranks) of the step.
+        """
+        own: dict[Block, dict[str, Tensor]] = defaultdict(dict)
+        for layer in cast("Iterable[ResidualLayer]", self.layers):
+            for where, block in zip(layer.names, layer.blocks(), strict=True):
+                for name in [name for name in counts if name.startswith(f"{where}.")]:
+                    key = name.removeprefix(f"{where}.")
+                    own[block][key] = own[block].get(key, 0) + counts[name]
+        for block, found in own.items():
+            block.after_step(found)
+
     def blocks(self) -> Iterator[Block]:
         """Every block in the order of execution; a shared one comes once per use."""
         return (block for layer in cast("Iterable[ResidualLayer]", self.layers) for block in layer.blocks())

@@ -43,7 +43,10 @@ def exportable(kind: type[T]) -> type[T]:
 
 @exportable
 class Aux(NamedTuple):
-    """Named extras of a forward pass: losses to add (already weighted), statistics to log (detached)."""
+    """Named extras of a forward pass: losses to add (already weighted), statistics to log (detached).
+
+    Statistics of integers are counts: training sums them over a step and hands them to ``Block.after_step``.
+    """
 
     losses: Mapping[str, Tensor]
     stats: Mapping[str, Tensor]
@@ -133,7 +136,7 @@ class Block(nn.Module, ABC):
     Config: ClassVar[type[BlockConfig]]
     letter: ClassVar[str]  # set by register_block
     name: ClassVar[str]  # set by register_block
-    float32: ClassVar[tuple[str, ...]] = ()  # parameters never narrower than float32, whatever the model's dtype
+    float32: ClassVar[tuple[str, ...]] = ()  # parameters and buffers never narrower than float32 in any model
     no_decay: ClassVar[tuple[str, ...]] = ()  # matrices that weight decay leaves alone
     role: ClassVar[Role] = "mixer"  # whether it mixes tokens, by attention or another way, or treats each by itself
 
@@ -167,21 +170,28 @@ class Block(nn.Module, ABC):
     def reset_parameters(self, init_scale: float = 0.1) -> None:
         """Draw fresh weights; ``init_scale`` is the s of truncated normal std sqrt(s / fan_in)."""
 
+    def after_step(self, counts: Mapping[str, Tensor]) -> None:
+        """Update what is learned without gradients; training calls it once after every optimizer step.
+
+        ``counts``: the block's statistics of integers, by name, each summed over all uses of the block, passes and
+        ranks of that step. Called without gradients.
+        """
+
     def implementations(self, device: torch.device) -> dict[str, str]:
         """Return operation -> words on what computes it on a device, for ``describe``."""
         return {}
 
     def widen(self) -> None:
-        """Make the parameters named in ``float32`` that are narrower (bfloat16, float16) float32."""
+        """Make what is named in ``float32`` and is narrower (bfloat16, float16) float32."""
         self._apply(lambda tensor: tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
-        """Convert as torch does (``to``, ``bfloat16``, ``cuda`` ... all end here), but narrow no ``float32`` parameter.
+        """Convert as torch does (``to``, ``bfloat16``, ``cuda`` ... all end here), but narrow nothing in ``float32``.
 
-        Such a parameter goes to the device that ``fn`` puts it on; where ``fn`` would leave it narrower than float32
-        it is float32 there, without being rounded on the way.
+        A parameter or buffer named there goes to the device that ``fn`` puts it on; where ``fn`` would leave it
+        narrower than float32 it is float32 there, without being rounded on the way.
         """
-        named = [p for name, p in self.named_parameters() if name in self.float32]
+        named = [t for name, t in (*self.named_parameters(), *self.named_buffers()) if name in self.float32]
         kept = {id(tensor) for p in named for tensor in (p, p.grad) if tensor is not None}
 
         def convert(tensor: Tensor) -> Tensor:

@@ -70,6 +70,9 @@ class Group:
     def sum_figures(self, sums: dict[str, Tensor]) -> None:
         """Sum scalars over the ranks, in place."""
 
+    def sum_counts(self, counts: dict[str, Tensor]) -> None:
+        """Sum tensors of integers over the ranks, in place."""
+
     def share(self, value: Any) -> Any:
         """Return rank 0's value everywhere."""
         return value
@@ -109,6 +112,14 @@ class Ranks(Group):
         figures = torch.stack([sums[name].detach().double() for name in names])
         self._dist.all_reduce(figures)
         sums.update(zip(names, figures.unbind(), strict=True))
+
+    def sum_counts(self, counts: dict[str, Tensor]) -> None:
+        if counts:
+            names = sorted(counts)
+            flat = torch.cat([counts[name].detach().flatten().long() for name in names])
+            self._dist.all_reduce(flat)
+            parts = torch.split(flat, [counts[name].numel() for name in names])
+            counts.update({name: part.view(counts[name].shape) for name, part in zip(names, parts, strict=True)})
 
     def share(self, value: Any) -> Any:
         held = [value]

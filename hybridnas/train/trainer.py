@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybridnas.arch.model import HybridLM
 from hybridnas.data.source import Batch
 from hybridnas.errors import TrainingDiverged
 from hybridnas.train import checkpoint, optim
@@ -176,6 +177,7 @@ class Trainer:
         places = places.clamp(min=1) if isinstance(places, Tensor) else places
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}  # statistics of integers: what blocks learn from without gradients
         rows = len(whole.inputs_BL)  # more than batch_size * accumulate where a mixture's part has shorter examples
         parts = config.accumulate * group.size
         for part in range(group.rank, parts, group.size):
@@ -193,13 +195,19 @@ class Trainer:
             _add(sums, "loss", loss.detach())
             for name, value in (*found.losses.items(), *mean_stats(found.stats).items()):
                 _add(sums, name, value.detach() / parts)
+            for name, value in found.stats.items():
+                if not value.is_floating_point():
+                    _add(counts, name, value)
         group.sum_figures(sums)
+        group.sum_counts(counts)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, config.grad_clip or math.inf, foreach=True)
         sums["grad_norm"] = norm
         self._count(sums)
         if self.device.type == "cpu":
             self._require_finite()
         self.optimizer.step()
+        if counts and isinstance(self.model, HybridLM):
+            self.model.after_step(counts)
         self.state.step += 1
         self.state.since_steps += 1
         self.run.step = self.state.step

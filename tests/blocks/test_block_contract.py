@@ -352,9 +352,11 @@ def test_autocast_stays_finite_and_keeps_state_and_routing_in_float32(case):
 @pytest.mark.parametrize("letter", BLOCKS)
 def test_names_kept_in_float32_and_without_decay_exist(letter):
     cls = BLOCKS.get(letter)
-    seen = {name for case in CASES if case[0] == letter for name, _ in build(case).named_parameters()}
-    assert set(cls.float32) <= seen
-    assert set(cls.no_decay) <= seen
+    blocks = [build(case) for case in CASES if case[0] == letter]
+    parameters = {name for block in blocks for name, _ in block.named_parameters()}
+    buffers = {name for block in blocks for name, _ in block.named_buffers()}
+    assert set(cls.float32) <= parameters | buffers
+    assert set(cls.no_decay) <= parameters
 
 
 @pytest.mark.parametrize("letter", BLOCKS)

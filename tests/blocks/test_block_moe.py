@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from hybridnas.blocks.moe import Moe
 from hybridnas.errors import ConfigError, KernelInputError, KernelUnavailableError
@@ -48,7 +49,9 @@ def routed(config, **changes):
     n_experts=st.integers(1, 7),
     top_k=st.integers(1, 3),
     capacity=st.one_of(st.none(), st.integers(1, 9)),
-    form=st.sampled_from([("relu", False, False), ("silu", True, True), ("gelu", False, True)]),
+    form=st.sampled_from(
+        [("relu", False, False), ("silu", True, True), ("gelu_tanh", False, True), ("relu2", True, False)]
+    ),
     seed=st.integers(0, 99),
 )
 def test_token_choice_and_its_gradients_equal_the_loop(n_tokens, n_experts, top_k, capacity, form, seed):
@@ -80,6 +83,32 @@ def test_dropless_experts_in_float32_equal_the_loop(hidden, d_out, bias):
     fast, _ = token_choice(x, gate, expert, experts)
     fast.sum().backward()  # an expanded gradient, which grouped_mm itself refuses
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("capacity", [None, 4])
+@pytest.mark.parametrize("hidden", [8, 7])  # rows that grouped_mm takes, and rows it refuses
+def test_experts_that_no_token_chose_are_not_multiplied(capacity, hidden):
+    x = torch.randn(37, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    experts = random_experts(6, 8, hidden, 8, gated=True, activation="silu", bias=True, dtype=torch.float32)
+    gate, expert = random_choice(37, 6, 2, torch.float32)
+    expert[expert == 3], expert[expert == 5] = 0, 1
+    with torch.no_grad():  # what touches them, be it with a weight of zero, is not a number
+        for weights in experts[:4]:
+            weights[3], weights[5] = math.nan, math.nan
+    y, counts = token_choice(x, gate, expert, experts, capacity=capacity)
+    assert counts[[3, 5]].tolist() == [0, 0]
+    assert torch.isfinite(y).all()
+    for gradient in gradients(y, [x, gate, *experts[:4]]):
+        assert torch.isfinite(gradient).all()
+
+
+def test_flops_are_those_of_the_choices_where_experts_stay_idle():
+    x, (gate, expert) = torch.randn(40, 6), random_choice(40, 2, 2, torch.float32)
+    experts = random_experts(64, 6, 5, 7, dtype=torch.float32)
+    for capacity, rows in ((None, 80), (9, 18)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            token_choice(x, gate, expert, experts, capacity=capacity)
+        assert counter.get_total_flops() == 2 * rows * (6 * 5 + 5 * 7)
 
 
 @settings(max_examples=15, deadline=None)
@@ -299,3 +328,132 @@ def test_initial_weights_have_the_papers_spread():
     assert block.routed.experts.down_proj.std().item() == pytest.approx(math.sqrt(0.1 / (32 * 64)), rel=0.02)
     alone = Moe(Moe.Config(d_model=512, n_experts=2, d_expert=64, init_over_experts=False))
     assert alone.routed.experts.down_proj.std().item() == pytest.approx(math.sqrt(0.1 / 64), rel=0.02)
+
+
+SIGMOID = {"router": "top_k", "scores": "sigmoid", "correction_bias": True, "capacity_factor": None}
+
+
+def with_identity(**fields):
+    """A block whose router's logits are the token itself."""
+    block = routed({"d_model": fields["n_experts"], "d_expert": 3, **SIGMOID, **fields})
+    with torch.no_grad():
+        block.routed.router.weight.copy_(torch.eye(fields["n_experts"]))
+    return block
+
+
+def sigmoid(value):
+    return 1 / (1 + math.exp(-value))
+
+
+def test_tokens_choose_by_score_plus_bias_and_weigh_by_score():
+    block = with_identity(n_experts=4, top_k=2)
+    block.routed.correction_bias.copy_(torch.tensor([-1.0, 0.0, 0.0, 0.5]))
+    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).sigmoid()
+    gate, expert = block.routed._choice(scores)  # plus the bias: -0.12, 0.73, 0.5, 0.77
+    assert expert.tolist() == [[3, 1]]
+    assert gate.tolist()[0] == pytest.approx([sigmoid(-1), sigmoid(1)])
+    block = with_identity(n_experts=4, top_k=2, renormalize=True, routed_scale=2.5)
+    gate, expert = block.routed._choice(scores)
+    total = sigmoid(2) + sigmoid(1)
+    assert expert.tolist() == [[0, 1]]
+    assert gate.tolist()[0] == pytest.approx([2.5 * sigmoid(2) / total, 2.5 * sigmoid(1) / total])
+
+
+def test_tokens_choose_within_the_groups_whose_two_best_experts_are_best():
+    block = with_identity(n_experts=6, top_k=2, expert_groups=3, top_groups=1)
+    scores = torch.tensor([[0.9, 0.1, 0.6, 0.5, 0.8, 0.2]])  # groups: 1.0, 1.1, 1.0
+    assert block.routed._choice(scores)[1].tolist() == [[2, 3]]
+    block.routed.correction_bias.copy_(torch.tensor([0.0, 0.2, 0.0, 0.0, 0.0, 0.0]))  # groups: 1.2, 1.1, 1.0
+    assert block.routed._choice(scores)[1].tolist() == [[0, 1]]
+    free = with_identity(n_experts=6, top_k=2, expert_groups=3, top_groups=3)
+    assert free.routed._choice(scores)[1].tolist() == [[0, 4]]
+
+
+def test_the_bias_rises_for_experts_chosen_less_than_the_mean_and_falls_for_the_others():
+    block = with_identity(n_experts=4, top_k=2, bias_update_rate=0.25)
+    block.after_step({"chosen_E": torch.tensor([7, 1, 4, 4])})
+    assert block.routed.correction_bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
+    block.after_step({"chosen_E": torch.tensor([5, 5, 1, 2])})  # the mean is 3.25
+    assert block.routed.correction_bias.tolist() == [-0.5, 0.0, 0.25, 0.25]
+    block.after_step({})
+    assert block.routed.correction_bias.tolist() == [-0.5, 0.0, 0.25, 0.25]
+
+
+def test_step_after_step_the_bias_evens_the_load():
+    block = with_identity(n_experts=4, top_k=1, bias_update_rate=0.02)
+    x = torch.randn(1, 400, 4, generator=torch.Generator().manual_seed(0)) + torch.tensor([2.0, 0.0, 0.0, -1.0])
+    before = block(x).aux.stats["load_E"]
+    for _ in range(50):
+        block.after_step(block(x).aux.stats)
+    after = block(x).aux.stats["load_E"]
+    assert before.max() > 0.7
+    assert after.max() < 0.3
+    assert block.routed.correction_bias.argmin() == 0
+    assert block.routed.correction_bias.argmax() == 3
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_pass_counts_choices_and_leaves_the_bias_alone(training):
+    block = with_identity(n_experts=4, top_k=2).train(training)
+    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    chosen = block(x).aux.stats["chosen_E"]
+    assert chosen.dtype == torch.int64
+    assert chosen.tolist() == x.flatten(0, 1).topk(2).indices.flatten().bincount(minlength=4).tolist()
+    assert block.routed.correction_bias.tolist() == [0.0] * 4
+    assert "chosen_E" not in routed({"n_experts": 4})(torch.randn(1, 5, 8)).aux.stats
+
+
+def test_the_bias_is_no_parameter_but_saved_and_float32():
+    block = with_identity(n_experts=4, top_k=2).bfloat16()
+    block.after_step({"chosen_E": torch.tensor([7, 1, 4, 4])})
+    assert "routed.correction_bias" not in dict(block.named_parameters())
+    assert block.state_dict()["routed.correction_bias"].dtype == torch.float32
+    other = with_identity(n_experts=4, top_k=2).bfloat16()
+    other.load_state_dict(block.state_dict())
+    assert torch.equal(other.routed.correction_bias, torch.tensor([-1e-3, 1e-3, 0.0, 0.0]))
+    assert "routed.correction_bias" not in routed({"n_experts": 4}).state_dict()
+
+
+def test_sigmoid_scores_balance_and_entropy_are_of_their_shares():
+    block = with_identity(n_experts=2, top_k=1, load_balance_weight=0.5).train()
+    log = math.log
+    x = torch.tensor([[[log(3.0), log(1 / 3)], [0.0, 0.0]]])  # scores (3/4, 1/4), (1/2, 1/2)
+    aux = block(x).aux
+    balance = 2 * (aux.stats["load_E"] @ torch.tensor([5 / 8, 3 / 8])).item()
+    assert aux.losses["load_balance"].item() == pytest.approx(0.5 * balance)
+    entropy = (log(4) - 3 / 4 * log(3) + log(2)) / 2
+    assert aux.stats["router_entropy"].item() == pytest.approx(entropy, rel=1e-5)
+
+
+def test_the_shared_expert_is_gated_by_a_sigmoid_of_the_token():
+    block = routed({"n_experts": 4, "d_shared": 6}, shared_gate=True).eval()
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    gate = (x @ block.shared_gate.weight[0]).sigmoid()[..., None]
+    torch.testing.assert_close(block(x).y_BLD, block.routed(x)[0] + gate * block.shared(x))
+
+
+def test_options_without_effect_are_no_part_of_what_a_block_is():
+    plain = Moe.Config(d_model=8).canonical()
+    for idle in ({"shared_gate": True}, {"bias_update_rate": 0.5}, {"expert_groups": 4, "top_groups": 4}):
+        assert Moe.Config(d_model=8, **idle).canonical() == plain
+    assert Moe.Config(d_model=8, d_shared=4, shared_gate=True).canonical()["shared_gate"] is True
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "got", "words"),
+    [
+        ({"expert_groups": 3}, "expert_groups", 3, "n_experts=8"),
+        ({"expert_groups": 4, "top_groups": 5}, "top_groups", 5, "expert_groups=4"),
+        ({"expert_groups": 4, "top_k": 3, "router": "top_k"}, "top_k", 3, "top_groups=1"),
+        ({"router": "expert_choice", "scores": "sigmoid"}, "scores", "sigmoid", "router='expert_choice'"),
+        ({"router": "expert_choice", "correction_bias": True}, "correction_bias", True, "router='expert_choice'"),
+        ({"router": "expert_choice", "expert_groups": 2}, "expert_groups", 2, "router='expert_choice'"),
+        ({"scores": "tanh"}, "scores", "tanh", "softmax"),
+    ],
+)
+def test_routers_that_cannot_be_are_refused_naming_both_fields(fields, field, got, words):
+    with pytest.raises(ConfigError) as refused:
+        Moe.Config(d_model=8, **fields)
+    assert (refused.value.field.rpartition(".")[2], refused.value.got) == (field, got)
+    assert refused.value.allowed is not None
+    assert words in str(refused.value)

@@ -100,6 +100,20 @@ def test_experts_that_stay_idle_and_accumulation_go_together(source, tmp_path):
     assert_close(trained(tmp_path / "one", batch_size=1, accumulate=4), two)
 
 
+def test_two_processes_balance_experts_by_the_choices_of_both(source, tmp_path):
+    fields = {"router": "top_k", "top_k": 2, "scores": "sigmoid", "correction_bias": True, "capacity_factor": None}
+    small = Arch.from_pattern("ME", d_model=16, vocab_size=256, n_experts=4, **fields)
+
+    def trained(devices):
+        config = TrainConfig.from_dict({**SETTINGS, "tokens": 256, "eval_at": (), "devices": devices})
+        result = train.run(small, source, config, folder=tmp_path / str(devices), device="cpu")
+        return result.model.get_buffer("layers.1.branches.0.0.routed.correction_bias")
+
+    one = trained(1)
+    assert one.any()
+    assert torch.equal(trained(2), one)
+
+
 def test_a_task_head_that_only_some_batches_use_is_trained_on_two(tmp_path):
     parts = {"compression": {"seq_len": 16, "vocab_size": 8}, "parity": {"seq_len": 16}}
     data = open_source(source_config({"kind": "mixture", "parts": parts}))
