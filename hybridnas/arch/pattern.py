@@ -134,10 +134,7 @@ class Pattern:
                     text,
                     place - 1,
                 )
-            letter = _FROM_MEGATRON[symbol]
-            if letter not in BLOCKS:
-                raise _error(f"Megatron symbol {symbol!r} is our {letter!r}, which has no block yet", text, place - 1)
-            layers.append(Slot(letter))
+            layers.append(Slot(_FROM_MEGATRON[symbol]))
         if not layers:
             raise PatternError(
                 "a Megatron pattern needs at least one symbol, got an empty text", field="pattern", got=text

@@ -121,7 +121,7 @@ def test_an_unknown_letter_is_pointed_at_and_the_known_ones_are_listed():
     lines = str(caught.value).splitlines()
     assert lines[:3] == ["pattern '(MMXA)x6' has unknown letter 'X' at character 4", "    (MMXA)x6", "       ^"]
     known = lines[3].removeprefix("  known letters: ").split(", ")
-    assert {"A attention", "E moe", "F mlp", "M mamba"} <= set(known)
+    assert {"A attention", "E moe", "F mlp", "G gated_deltanet", "M mamba"} <= set(known)
     assert known == sorted(known)
 
 
@@ -223,11 +223,9 @@ def test_megatron_mistakes_are_named(mamba2):
             parse(text).to_megatron()
 
 
-def test_a_megatron_symbol_without_a_block_is_refused():
-    if "G" in BLOCKS:
-        pytest.skip("every Megatron symbol has a block")
-    with pytest.raises(PatternError, match="Megatron symbol 'G' is our 'G', which has no block yet"):
-        Pattern.from_megatron("EG")
+def test_megatrons_symbol_of_gated_deltanet_is_ours():
+    assert str(Pattern.from_megatron("G-G*")) == "GFGA"
+    assert parse("GFGA").to_megatron() == "G-G*"
 
 
 short = st.lists(st.sampled_from(["M", "A", "E", "[M,E]", "A@s"]), min_size=1, max_size=5).map("".join)
