@@ -263,7 +263,7 @@ class Arch:
         layers = []
         for layer in self.layers:
             # A sum has no order: branches are sorted by what they compute and where else their modules are used.
-            branches = [[(node.slot.letter, _changed(node), node.module) for node in branch] for branch in layer]
+            branches = [[(_letter(node), _changed(node), node.module) for node in branch] for branch in layer]
             branches.sort(
                 key=lambda branch: json.dumps([[*node[:2], uses[node[2]]] for node in branch], sort_keys=True)
             )
@@ -321,13 +321,18 @@ def _current(letter: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {block_field(letter, key) or key: value for key, value in fields.items()}
 
 
+def _letter(node: Node) -> str:
+    """Return the letter by which a fingerprint knows a node: S is A with a window."""
+    return BLOCKS.get(node.slot.letter).same_as or node.slot.letter
+
+
 def _changed(node: Node) -> dict[str, Any]:
     """Return the fields that differ from their defaults, by their first names, as a fingerprint has them.
 
     So a later version's new or renamed field leaves old fingerprints as they are.
     """
     config = node.config
-    defaults = {item.name: item.default for item in dataclasses.fields(config)}
+    defaults = {item.name: item.default for item in dataclasses.fields(BLOCKS.get(_letter(node)).Config)}
     first = {name: former for former, name in config.renamed.items()}
     values = {**config.canonical(), **{name: getattr(config, name) for name in AROUND}}
     if node.position > 0:  # reads what stands before it in its branch: of the norms, only the one after it is its own

@@ -11,8 +11,11 @@ _COLORS = {  # distinguishable with color blindness, and in print by their lette
     "N": "#17877E",
     "S": "#D08A1D",
     "G": "#8A6642",
+    "K": "#B0457B",
+    "L": "#3D3D91",
+    "C": "#5F6B76",
 }
-_MORE_COLORS = ("#B0457B", "#4C5FA8", "#6B7A2F", "#A34A4A", "#3F7F93")
+_MORE_COLORS = ("#7A1F4B", "#4C5FA8", "#6B7A2F", "#A34A4A", "#3F7F93")
 
 
 def color(letter: str) -> str:

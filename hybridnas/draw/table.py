@@ -85,8 +85,8 @@ def main_sizes(node: Node) -> str:
             + (f", {kv} kv" if kv != heads else "")
         )
         shown |= {"n_heads", "n_kv_heads", "head_dim"}
-    for key in ("d_ff", "d_inner", "d_state"):
-        if key in config:
+    for key in ("window", "d_ff", "d_inner", "d_state"):
+        if config.get(key) is not None:
             parts.append(f"{key} {config[key]:,}")
             shown.add(key)
     return ", ".join(parts + _changed(node, shown))

@@ -136,6 +136,7 @@ class Block(nn.Module, ABC):
     Config: ClassVar[type[BlockConfig]]
     letter: ClassVar[str]  # set by register_block
     name: ClassVar[str]  # set by register_block
+    same_as: ClassVar[str] = ""  # letter whose block is this function at the same fields: fingerprints have that one
     float32: ClassVar[tuple[str, ...]] = ()  # parameters and buffers never narrower than float32 in any model
     no_decay: ClassVar[tuple[str, ...]] = ()  # matrices that weight decay leaves alone
     role: ClassVar[Role] = "mixer"  # whether it mixes tokens, by attention or another way, or treats each by itself

@@ -7,6 +7,7 @@ from hybridnas.draw.mermaid import mermaid
 from hybridnas.draw.palette import INK, color, tint
 from hybridnas.draw.svg import draw_svg, svg_text
 from hybridnas.errors import ConfigError
+from hybridnas.registry import BLOCKS
 
 
 def small(pattern, **fields):
@@ -72,6 +73,11 @@ def test_an_svg_is_transparent_and_has_colors_for_a_dark_scheme():
 def test_text_on_a_letters_wash_is_readable_in_both_schemes(letter):
     assert contrast(INK, tint(color(letter))) > 7
     assert contrast("#E9E9EA", tint(color(letter), "#1E2024", 0.3)) > 7
+
+
+def test_the_letters_of_blocks_have_colors_of_their_own():
+    letters = sorted({*BLOCKS, *"MNAFESGKLC"})
+    assert len({color(letter) for letter in letters}) == len(letters)
 
 
 def contrast(one, other):

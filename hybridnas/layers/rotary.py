@@ -1,0 +1,27 @@
+"""Rotary positions: channel pairs of queries and keys turned by angles that grow with the position (Su 2021).
+
+Shapes: ... any leading dimensions, L length, P head width, R turned channels, h = R / 2 pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotation(start: int, length: int, width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines (L, h) of positions ``start`` on: pair i turns by position * base ** (-i / h)."""
+    half = width // 2
+    frequency_h = base ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+    angle_Lh = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequency_h
+    return angle_Lh.cos(), angle_Lh.sin()
+
+
+def rotate(x_LP: Tensor, cos_Lh: Tensor, sin_Lh: Tensor) -> Tensor:
+    """Turn pairs (i, i + h) of the first 2h channels of x (..., L, P), in float32 or wider; others stay as they are."""
+    half = cos_Lh.shape[-1]
+    first, second = x_LP[..., :half], x_LP[..., half : 2 * half]
+    turned = [first * cos_Lh - second * sin_Lh, second * cos_Lh + first * sin_Lh]
+    if 2 * half < x_LP.shape[-1]:
+        turned.append(x_LP[..., 2 * half :].to(turned[0].dtype))
+    return torch.cat(turned, dim=-1).to(x_LP.dtype)
