@@ -157,6 +157,8 @@ def settings() -> str:
 
 def blocks() -> str:
     """Return the page of blocks: letters, options, parameter counts at one width."""
+    from hybridnas.arch.arch import ModelConfig
+    from hybridnas.layers.block import BlockConfig
     from hybridnas.registry import BLOCKS
 
     parts = [
@@ -182,8 +184,14 @@ def blocks() -> str:
     for letter in BLOCKS:
         block = BLOCKS.get(letter)
         parts.append(
-            f"## {letter} {block.name}\n\n{docstring(block)}\n\n" + fields_table(block.Config, "", ("d_model",))
+            f"## {letter} {block.name}\n\n{docstring(block)}\n\n"
+            + fields_table(block.Config, "", BlockConfig.field_names())
         )
+    parts.append(
+        "## Around every block\n\nEvery letter has these too; [Around the blocks](../concepts/around.md) has the "
+        "formulas.\n\n" + fields_table(BlockConfig, "", ("d_model",))
+    )
+    parts.append("## The model\n\n" + docstring(ModelConfig) + "\n\n" + fields_table(ModelConfig))
     return "\n".join(parts)
 
 

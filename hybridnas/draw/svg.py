@@ -261,7 +261,7 @@ class _Page:
         self._box(x, y, width, height, tint(tone), tone)
         self._box(x, y, badge, height, tone, tone)
         self._text(x + badge / 2, y + height / 2, node.slot.letter, 12, weight="bold", color="white", align="center")
-        cost = node.config.cost(1024)
+        cost = self.arch.node_cost(node, 1024)
         name = BLOCKS.get(node.slot.letter).name + (f" @{node.slot.share}" if node.slot.share else "")
         counts = [human(cost.params)] + (
             [f"{human(cost.active_params)} active"] if cost.active_params != cost.params else []
