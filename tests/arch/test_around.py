@@ -20,6 +20,7 @@ from hybridnas.draw.table import describe_layers
 from hybridnas.errors import ConfigError
 from hybridnas.hardware import Impl
 from hybridnas.layers.norms import RMSNorm, ZeroCenteredRMSNorm, one_row
+from hybridnas.registry import BLOCKS
 from hybridnas.train.objective import Objective
 from hybridnas.train.optim import no_decay_names
 
@@ -176,6 +177,17 @@ def test_whole_text_chunks_single_tokens_and_the_decoder_agree(name):
         close(torch.stack([decode(ids()[:, t]) for t in range(13)], dim=1), whole)
         decode = Decoder(model, model(ids()[:, :6], state=model.init_state(2)).state)
         close(torch.stack([decode(ids()[:, t]) for t in range(6, 13)], dim=1), whole[:, 6:])
+
+
+@pytest.mark.parametrize("letter", BLOCKS)
+def test_every_letter_decodes_within_all_options(letter):
+    pattern = f"{letter}[{letter},F]" if letter != "F" else "F[F,F]"
+    model = model_of(pattern, **OPTIONS["all"])
+    with torch.no_grad():
+        whole = model(ids()).logits
+        close(torch.cat([logits for logits, _ in prefill(model, ids().split(5, dim=1))], dim=1), whole)
+        decode = Decoder(model, model.init_state(2))
+        close(torch.stack([decode(ids()[:, t]) for t in range(13)], dim=1), whole)
 
 
 @every_option

@@ -40,8 +40,9 @@ def attention(ours, theirs, key_factor=1.0):
     return [*pairs, (f"{ours}.out_proj.weight", None, f"{theirs}.o_proj.weight", None)]
 
 
-def mamba2(ours, theirs, in_rows=None):
-    names = ("conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight", "out_proj.weight")
+def mamba2(ours, theirs, in_rows=None, *, normed=True):
+    names = ("conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "out_proj.weight")
+    names += ("norm.weight",) if normed else ()
     return [
         (f"{ours}.in_proj.weight", None, f"{theirs}.in_proj.weight", in_rows),
         *((f"{ours}.{name}", None, f"{theirs}.{name}", None) for name in names),
@@ -109,7 +110,7 @@ def granite():
     return transformers.GraniteMoeHybridForCausalLM(config), arch, pairs
 
 
-def falcon_h1():
+def falcon_h1(normed=False):
     """Falcon-H1: Mamba-2 and attention side by side, then an MLP; muP multipliers everywhere."""
     parts = (0.35, 0.5, 0.7, 1.4, 1.1)  # of z, x, B, C and dt
     config = transformers.FalconH1Config(
@@ -120,7 +121,7 @@ def falcon_h1():
         mamba_d_state=8,
         mamba_n_groups=2,
         mamba_chunk_size=8,
-        mamba_rms_norm=True,
+        mamba_rms_norm=normed,
         mamba_norm_before_gate=False,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
@@ -140,7 +141,14 @@ def falcon_h1():
         **RMS,
         embedding_multiplier=5.6,
         logits_multiplier=0.04,
-        N={"d_state": 8, "head_dim": 16, "n_groups": 2, "in_multiplier": 1.25, "out_multiplier": 0.24},
+        N={
+            "d_state": 8,
+            "head_dim": 16,
+            "n_groups": 2,
+            "gated_norm": normed,
+            "in_multiplier": 1.25,
+            "out_multiplier": 0.24,
+        },
         A={**HEADS, "in_multiplier": 0.9, "out_multiplier": 0.6},
         F={**SWIGLU, "out_multiplier": 0.3},
     )
@@ -157,19 +165,21 @@ def falcon_h1():
             (f"{at}.norm.weight", None, f"{there}.input_layernorm.weight", None),
             (f"layers.{2 * layer + 1}.norm.weight", None, f"{there}.pre_ff_layernorm.weight", None),
             *attention(f"{at}.branches.{a}.0", f"{there}.self_attn", key_factor=0.4),
-            *mamba2(f"{at}.branches.{n}.0", f"{there}.mamba", in_rows=Scaled(of_row)),
+            *mamba2(f"{at}.branches.{n}.0", f"{there}.mamba", in_rows=Scaled(of_row), normed=normed),
             *gated_mlp(f"layers.{2 * layer + 1}.branches.0.0", f"{there}.feed_forward", gate_factor=0.8),
         ]
     return transformers.FalconH1ForCausalLM(config), arch, pairs
 
 
 def minimax():
-    """MiniMax-Text-01 with softmax attention alone: the residual stream goes on normed, and both sides are scaled."""
-    factors = {"full_attn_alpha_factor": 3.5, "full_attn_beta_factor": 0.8}
+    """MiniMax-Text-01: the residual stream goes on normed, and both sides are scaled, by kind of layer."""
+    factors = {"full_attn_alpha_factor": 3.5, "full_attn_beta_factor": 0.8, "linear_attn_alpha_factor": 1.7}
     config = transformers.MiniMaxConfig(
         **SIZES,
         num_hidden_layers=2,
-        layer_types=["full_attention"] * 2,
+        layer_types=["linear_attention", "full_attention"],
+        head_dim=8,
+        block_size=8,
         num_local_experts=4,
         num_experts_per_tok=2,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
@@ -178,9 +188,18 @@ def minimax():
         **factors,
     )
     arch = Arch.from_pattern(
-        "(AE)x2",
+        "LEAE",
         **RMS,
         norm_position="stream",
+        L={
+            "kind": "lightning",
+            "n_heads": 4,
+            "head_dim": 8,
+            "value_head_dim": 8,
+            "decay_factor": 1 + 1e-5,
+            "norm_eps": 1e-6,
+            "stream_multiplier": 1.7,
+        },
         A={**HEADS, "stream_multiplier": 3.5, "out_multiplier": 0.8},
         E={
             "n_experts": 4,
@@ -205,12 +224,29 @@ def minimax():
         pairs += [
             (f"{at}.norm.weight", None, f"{there}.input_layernorm.weight", None),
             (f"{moe}.norm.weight", None, f"{there}.post_attention_layernorm.weight", None),
-            *attention(f"{at}.branches.0.0", f"{there}.self_attn"),
+            *(lightning if layer == 0 else attention)(f"{at}.branches.0.0", f"{there}.self_attn"),
             (f"{routed}.router.weight", None, f"{there}.mlp.gate.weight", None),
             (f"{routed}.experts.gate_up_proj", None, f"{there}.mlp.experts.gate_up_proj", transposed),
             (f"{routed}.experts.down_proj", None, f"{there}.mlp.experts.down_proj", transposed),
         ]
     return transformers.MiniMaxForCausalLM(config), arch, pairs
+
+
+def lightning(ours, theirs):
+    """Pairs of a lightning attention block, whose queries, keys and values lie head by head there."""
+
+    def part(index):
+        return lambda weight: weight.view(4, 3, 8, D)[:, index].reshape(-1, D)
+
+    return [
+        *(
+            (f"{ours}.in_proj.weight", slice(32 * i, 32 * i + 32), f"{theirs}.qkv_proj.weight", part(i))
+            for i in range(3)
+        ),
+        (f"{ours}.in_proj.weight", slice(96, None), f"{theirs}.output_gate.weight", None),
+        (f"{ours}.norm.weight", None, f"{theirs}.norm.weight", None),
+        (f"{ours}.out_proj.weight", None, f"{theirs}.out_proj.weight", None),
+    ]
 
 
 def transposed(weight):
@@ -258,32 +294,67 @@ def gemma2():
     return transformers.Gemma2ForCausalLM(config), arch, pairs
 
 
-FAMILIES = {"granite": granite, "falcon_h1": falcon_h1, "minimax": minimax, "gemma2": gemma2}
+def lfm3():
+    """LFM3's short convolutions: norms on both sides."""
+    config = transformers.Lfm3Config(**SIZES, num_hidden_layers=2, layer_types=["conv"] * 2)
+    arch = Arch.from_pattern(
+        "(CF)x2", **RMS, tie_embeddings=True, norm_position="sandwich", C={"d_conv": 7}, F={**SWIGLU}
+    )
+    pairs = [
+        ("embedding.weight", None, "model.embed_tokens.weight", None),
+        ("final_norm.weight", None, "model.embedding_norm.weight", None),
+    ]
+    for layer in range(2):
+        at, mlp, there = f"layers.{2 * layer}", f"layers.{2 * layer + 1}", f"model.layers.{layer}"
+        pairs += [
+            (f"{at}.norm.weight", None, f"{there}.operator_norm.weight", None),
+            (f"{at}.around.0_0.norm.weight", None, f"{there}.post_operator_norm.weight", None),
+            (f"{mlp}.norm.weight", None, f"{there}.ffn_norm.weight", None),
+            (f"{mlp}.around.0_0.norm.weight", None, f"{there}.post_ffn_norm.weight", None),
+            *(
+                (f"{at}.branches.0.0.{name}.weight", None, f"{there}.conv.{name}.weight", None)
+                for name in ("in_proj", "conv", "out_proj")
+            ),
+            (f"{mlp}.branches.0.0.ff.up_proj.weight", slice(0, 48), f"{there}.feed_forward.w1.weight", None),
+            (f"{mlp}.branches.0.0.ff.up_proj.weight", slice(48, 96), f"{there}.feed_forward.w3.weight", None),
+            (f"{mlp}.branches.0.0.ff.down_proj.weight", None, f"{there}.feed_forward.w2.weight", None),
+        ]
+    return transformers.Lfm3ForCausalLM(config), arch, pairs
+
+
+FAMILIES = {
+    "granite": granite,
+    "falcon_h1": falcon_h1,
+    "falcon_h1 with a gated norm": lambda: falcon_h1(normed=True),
+    "minimax": minimax,
+    "gemma2": gemma2,
+    "lfm3": lfm3,
+}
 
 
 def ids():
     return torch.randint(V, (2, 19), generator=torch.Generator().manual_seed(2))
 
 
-def logits_of(model, x_BL):
+def ours_of(model, x_BL):
     return model(x_BL).logits
 
 
+def theirs_of(model, x_BL):
+    return model(x_BL, use_cache=False).logits
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_are_those_of_transformers(family):
+def test_logits_gradients_and_decoding_are_those_of_transformers(family):
     torch.manual_seed(0)
     theirs, arch, pairs = FAMILIES[family]()
     randomize(theirs, std=0.1)
     theirs, ours = theirs.eval(), HybridLM(arch).eval()
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
-    errors = relative_errors(ours, theirs, pairs, ids(), run_ours=logits_of, run_theirs=logits_of)
+    errors = relative_errors(ours, theirs, pairs, ids(), run_ours=ours_of, run_theirs=theirs_of)
     assert max(errors) < 1e-5, errors
     with torch.no_grad():
-        expected = theirs(ids()).logits
-        cache = theirs(ids()[:, :11], use_cache=True)
-        stepped, decode = [], Decoder(ours, ours(ids()[:, :11], state=ours.init_state(2)).state)
-        for t in range(11, 19):
-            cache = theirs(ids()[:, t : t + 1], past_key_values=cache.past_key_values, use_cache=True)
-            stepped.append(decode(ids()[:, t]))
-            assert relative(stepped[-1], cache.logits[:, 0]) < 1e-5
-        assert relative(torch.stack(stepped, dim=1), expected[:, 11:]) < 1e-5
+        expected = theirs_of(theirs, ids())
+        decode = Decoder(ours, ours(ids()[:, :11], state=ours.init_state(2)).state)
+        stepped = torch.stack([decode(ids()[:, t]) for t in range(11, 19)], dim=1)
+    assert relative(stepped, expected[:, 11:]) < 1e-5

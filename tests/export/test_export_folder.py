@@ -30,6 +30,10 @@ PATTERNS = {
     "rmsnorm, gated, grouped": ("AFE", {"norm": "rmsnorm", "gated": True, "n_heads": 4, "n_kv_heads": 2}),
     "mixture with a shared expert": ("MEF", {"E": {"router": "top_k", "top_k": 2, "d_shared": 16}}),
     "expert choice": ("ME", {"router": "expert_choice"}),
+    "options around blocks": (
+        "A[M,F]A@sA@s",
+        {"norm": "rmsnorm_zero", "norm_position": "sandwich", "canon": 3, "n_meta_tokens": 2, "final_softcap": 5.0},
+    ),
     "slot arguments": ("M{d_state=4}E{n_experts=2}M", {}),
 }
 

@@ -483,6 +483,16 @@ def load_mapping(name):
     return {"name": name, **read_yaml(Path(sys.modules[Space.__module__].__file__).parent / f"{name}.yaml")}
 
 
+def test_what_stands_around_a_block_is_a_choice_like_any_other():
+    drawn = space(letters=["M", "A", "F{canon=2}"], motif_length=[2], canon=[0, 4], **{"A.norm_position": ["post"]})
+    proposals = [proposed(drawn, Dice(seed), SCALE) for seed in range(40)]
+    archs = [proposal.arch for proposal in proposals if not isinstance(proposal, str)]
+    target = drawn.target(SCALE)
+    assert all(abs(arch.cost().active_params - target) <= TOLERANCE * target for arch in archs)
+    found = {(n.slot.letter, n.config.canon, n.config.norm_position) for arch in archs for n in arch.nodes}
+    assert found == {("M", 0, "pre"), ("M", 4, "pre"), ("A", 0, "post"), ("A", 4, "post"), ("F", 2, "pre")}
+
+
 def test_a_slot_can_have_sizes_of_its_own():
     drawn = space(
         letters=["E", "A"],
