@@ -5,12 +5,12 @@ Shapes: B batch, L length, D d_model, I d_inner, K d_conv.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridnas.config import option
@@ -98,17 +98,20 @@ class GatedConv(Block):
         (before_BKI,) = state
         if not is_plain_eager(before_BKI.device):
             return None
-        normed, in_proj, out_proj, bias_I = one_row(norm), self.in_proj, self.out_proj, self.conv.bias
-        weight_KI = self.conv.weight.squeeze(1).t().contiguous()
-        window_BKI = F.pad(before_BKI.to(weight_KI.dtype), (0, 0, 1, 0))  # the last K inputs
+        normed, in_proj, out_proj = one_row(norm), self.in_proj, self.out_proj
+        *earlier_KI, now_I = self.conv.weight.squeeze(1).t().contiguous().unbind()
+        bias_I = self.conv.bias
+        window = deque(before_BKI.to(now_I.dtype).unbind(1))  # tensors that change places: nothing is copied
 
         def run(x_BD: Tensor) -> Tensor:
-            nonlocal window_BKI
             b_BI, c_BI, u_BI = in_proj(normed(x_BD)).chunk(3, dim=-1)
-            window_BKI = torch.cat([window_BKI[:, 1:], (b_BI * u_BI)[:, None]], dim=1)
-            y_BI = (window_BKI * weight_KI).sum(dim=1)
-            if bias_I is not None:
-                y_BI = y_BI + bias_I
+            u_BI = b_BI * u_BI
+            y_BI = u_BI * now_I if bias_I is None else torch.addcmul(bias_I, u_BI, now_I)
+            for past_BI, tap_I in zip(window, earlier_KI, strict=True):
+                y_BI = torch.addcmul(y_BI, past_BI, tap_I)
+            if window:
+                window.popleft()
+                window.append(u_BI)
             y_BD: Tensor = out_proj(c_BI * y_BI)
             return x_BD + y_BD
 

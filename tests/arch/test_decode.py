@@ -11,6 +11,7 @@ from hybridnas.arch.arch import Arch
 from hybridnas.arch.decode import Decoder
 from hybridnas.arch.model import HybridLM
 from hybridnas.blocks import mamba
+from hybridnas.blocks.gated_conv import GatedConv
 from hybridnas.blocks.mamba import Mamba
 from hybridnas.hardware import Impl
 from hybridnas.kernels.mamba_step import native
@@ -174,6 +175,15 @@ def test_greedy_tokens_are_those_of_reading_everything_again(pattern, norm, batc
         {"router": "top_k", "top_k": 2, "renormalize": True},
         {"gated": True, "bias": True, "d_shared": 8},
         {"eval_capacity_factor": 1.0},
+        {
+            "router": "top_k",
+            "top_k": 2,
+            "scores": "sigmoid",
+            "expert_groups": 3,
+            "top_groups": 2,
+            "correction_bias": True,
+        },
+        {"scores": "sigmoid", "routed_scale": 2.0, "d_shared": 8, "shared_gate": True},
     ],
     ids=str,
 )
@@ -194,6 +204,26 @@ def test_the_decoder_gives_the_logits_of_forward(pattern):
         decode = Decoder(model, model(ids[:, :4], state=model.init_state(2)).state)
         for t in range(4, 40):
             close([decode(ids[:, t])], [whole[:, t]])
+
+
+@pytest.mark.parametrize("fields", [{}, {"d_conv": 1}, {"d_conv": 7, "d_inner": 12, "bias": True, "conv_bias": True}])
+def test_a_gated_convolution_steps_as_it_reads(fields):
+    torch.manual_seed(0)
+    made, norm, x_BLD = GatedConv(GatedConv.Config(d_model=20, **fields)).eval(), norm_of(), torch.randn(2, 9, 20)
+    with torch.no_grad():
+        _, state, _ = made(norm(x_BLD[:, :4]), made.init_state(2, device=torch.device("cpu"), dtype=torch.float32))
+        step = made.one_token(norm, state)
+        got = torch.stack([step(x_BD) for x_BD in x_BLD[:, 4:].unbind(1)], dim=1)
+        close([got], [(x_BLD + made(norm(x_BLD)).y_BLD)[:, 4:]])
+        assert GatedConv(made.config, impl=Impl.NATIVE).one_token(norm, state) is None
+        made.conv.register_forward_hook(lambda *_: None)
+        assert made.one_token(norm, state) is None
+
+
+@pytest.mark.parametrize("selective", ["dt+B+C", "none"])
+def test_norms_of_dt_b_and_c_are_read_by_forward(selective):
+    made = block(selective=selective, selective_norm="scaled")
+    assert (one_token(made, norm_of(), state_of(made)) is None) == (selective != "none")
 
 
 @pytest.mark.parametrize("fields", [{}, {"positions": "none"}, {"n_heads": 4, "n_kv_heads": 2}], ids=str)

@@ -1,10 +1,11 @@
 """Routed experts as three steps: gather rows by expert, two matrix products per expert, add back.
 
 With a capacity the rows form a padded (E, C, D) block for ``bmm``: static shapes, empty slots weighted 0. Without one
-they are ragged, sorted by expert, for ``grouped_mm``, or on a processor for products of the experts that have rows,
-where ``grouped_mm`` refuses their sizes. Both gathers are ``index_select``, whose backward is ``index_add`` of the same
-speed. On a processor experts without a token multiply nothing: with a capacity, too, rows are ragged as soon as there
-is such an expert. A single token being decoded multiplies its experts' weights without a copy.
+they are ragged, sorted by expert, for ``grouped_mm``; where that refuses the sizes, they are padded to the fullest
+expert. On a processor experts without a token multiply nothing: as soon as there is one, rows are ragged with a
+capacity too, and where ``grouped_mm`` refuses, each expert that has rows is multiplied by itself. Both gathers are
+``index_select``, whose backward is ``index_add`` of the same speed. A few tokens being decoded multiply their experts'
+weights without a copy.
 Letters: see reference.py; S slots, ordered by expert.
 """
 
@@ -22,7 +23,8 @@ from hybridnas.kernels.moe_dispatch.reference import Experts, no_tokens
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPED_STRIDE_BYTES = 16  # grouped_mm refuses matrices whose rows are not a multiple of this
 _Weights = tuple[Any, Any, Any, Any]
-_FEW = 4  # choices up to which a processor takes them singly: grouped_mm there visits all E experts, idle ones too
+_FEW = 8  # choices up to which a processor takes them singly: grouped_mm there visits all E experts, idle ones too
+_PADDING = 2.0  # slots for a choice up to which one batched product is faster than one product for each expert
 
 
 class _Slots(NamedTuple):
@@ -40,32 +42,42 @@ def token_choice_eager(
         return no_tokens(x_ND, gate_NK, experts), expert_NK.new_zeros(n_experts)
     if n_experts == 1 and capacity is None:
         return _weighted_expert(x_ND, gate_NK, experts, 0), expert_NK.new_full((1,), expert_NK.shape[0])
-    exporting = torch.compiler.is_exporting()  # shapes may not depend on data, nor use grouped_mm's rule (see below)
-    on_cpu = x_ND.device.type == "cpu"
-    if capacity is None and expert_NK.numel() <= _FEW and on_cpu and not exporting:
+    few = expert_NK.numel() <= _FEW and not torch.is_grad_enabled()
+    if capacity is None and few and x_ND.device.type == "cpu" and not torch.compiler.is_exporting():
         return _few(x_ND, gate_NK, expert_NK, experts), expert_NK.flatten().bincount(minlength=n_experts)
     sorted_expert_S, choice_S = torch.sort(expert_NK.flatten(), stable=True)
     everyone_E = torch.arange(n_experts, device=x_ND.device)
     ends_E = torch.searchsorted(sorted_expert_S, everyone_E, right=True)
     starts_E = torch.searchsorted(sorted_expert_S, everyone_E)
     counts_E = ends_E - starts_E
-    if capacity is None and exporting:
-        capacity = x_ND.shape[0]  # a slot for every token at every expert: same result, more products
-    elif capacity is None and not on_cpu and not _grouped_mm_takes(x_ND, experts):
-        capacity = max(1, int(counts_E.max()))  # pads to the fullest expert instead: same result
-    elif capacity is not None and on_cpu and not torch.compiler.is_compiling() and not bool(counts_E.all()):
-        place_S = torch.arange(choice_S.numel(), device=x_ND.device) - starts_E[sorted_expert_S]
-        choice_S = choice_S[place_S < capacity]
-        ends_E, capacity = counts_E.clamp(max=capacity).cumsum(0), None
-    if capacity is None:
+    slots_each = _slots_each(counts_E, capacity, x_ND, experts)
+    if slots_each is None:
+        if capacity is not None:
+            place_S = torch.arange(choice_S.numel(), device=x_ND.device) - starts_E[sorted_expert_S]
+            choice_S, ends_E = choice_S[place_S < capacity], counts_E.clamp(max=capacity).cumsum(0)
         slots = _Slots(choice_S // top_k, gate_NK.flatten()[choice_S], ends_E.to(torch.int32))
         return _run(x_ND, slots, experts), counts_E
-    place_C = torch.arange(capacity, device=x_ND.device)
+    place_C = torch.arange(slots_each, device=x_ND.device)
     filled_EC = place_C < counts_E[:, None]
     row_S = (starts_E[:, None] + place_C).clamp(max=max(choice_S.numel() - 1, 0)).flatten()
     choice_S = choice_S[row_S]
     slots = _Slots(choice_S // top_k, gate_NK.flatten()[choice_S] * filled_EC.flatten(), None)
     return _run(x_ND, slots, experts), counts_E
+
+
+def _slots_each(counts_E: Tensor, capacity: int | None, x_ND: Tensor, experts: Experts) -> int | None:
+    """Return how many slots each expert has, empty ones included; None: as many as it has rows, and no empty ones."""
+    on_cpu, n_tokens = x_ND.device.type == "cpu", x_ND.shape[0]
+    if torch.compiler.is_exporting():  # shapes may not depend on data, nor use grouped_mm's rule (see below)
+        return n_tokens if capacity is None else capacity
+    if capacity is not None:  # elsewhere than on a processor, a look at the counts would have to wait for them
+        ragged = on_cpu and not torch.compiler.is_compiling() and not bool(counts_E.all())
+        return None if ragged else capacity
+    if _grouped_mm_takes(x_ND, experts):
+        return None
+    fullest, rows = max(1, int(counts_E.max())), int(counts_E.sum())
+    ragged = on_cpu and (not bool(counts_E.all()) or fullest * counts_E.numel() > _PADDING * rows)
+    return None if ragged else fullest
 
 
 def expert_choice_eager(x_ND: Tensor, gate_EC: Tensor, token_EC: Tensor, experts: Experts) -> Tensor:
