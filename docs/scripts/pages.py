@@ -198,32 +198,33 @@ def blocks() -> str:
 def presets() -> str:
     """Return the page of presets with exact counts, one section for each family, its smallest model drawn."""
     from hybridnas.arch.presets import ACTIVE, PRESETS, families, preset, preset_arguments
+    from hybridnas.draw.strips import strips_text
     from hybridnas.draw.svg import svg_text
 
+    named = [(name, preset(name)) for names in families().values() for name in names]
     parts = [
         "# Presets\n",
         "Published architectures, exact to the integer; parameters without embedding and head, "
         "FLOPs and state at a context of 1,024. Each scales by its family's rules: "
         "`preset=qwen3_next preset.d_model=64 preset.n_blocks=8`. Widths, heads and states follow `d_model`, attention "
         "keeps its share of the layers; `n_blocks` counts layers as the source does. "
-        "`python -m hybridnas.describe` prints them side by side.\n",
+        "`python -m hybridnas.describe` prints them side by side, `out=presets.svg` draws them.\n",
+        f'<div class="diagram drawing" markdown="0">{strips_text(named)}</div>\n',
     ]
     rows = []
-    for names in families().values():
-        for name in names:
-            arch = preset(name)
-            cost = arch.cost(seq_len=1024)
-            rows.append(
-                (
-                    f"[`{name}`](#{name})",
-                    code(arch.pattern),
-                    f"{cost.params:,}",
-                    f"{cost.active_params:,}",
-                    f"{cost.embedding_params:,}",
-                    f"{cost.flops_per_token:,.0f}",
-                    f"{cost.state_bytes:,}",
-                )
+    for name, arch in named:
+        cost = arch.cost(seq_len=1024)
+        rows.append(
+            (
+                f"[`{name}`](#{name})",
+                code(arch.pattern),
+                f"{cost.params:,}",
+                f"{cost.active_params:,}",
+                f"{cost.embedding_params:,}",
+                f"{cost.flops_per_token:,.0f}",
+                f"{cost.state_bytes:,}",
             )
+        )
     head = (
         "preset",
         "pattern",

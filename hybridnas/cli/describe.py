@@ -18,8 +18,6 @@ from hybridnas.units import human, human_bytes
 if TYPE_CHECKING:
     from hybridnas.arch.arch import Arch
 
-STATE_LENGTHS = (4096, 131072)  # contexts at which presets are compared [tokens]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Command):
@@ -32,7 +30,7 @@ class Settings(Command):
     presets: str = option("all", "which presets stand side by side: all, or families and names, e.g. granite,jamba")
     arch: Mapping[str, Any] = option({}, ARCH)
     seq_len: int = option(1024, "length at which FLOPs and state are stated [tokens]", ge=1)
-    out: Path | None = option(None, "draws the architecture: FILE.svg, .png or .pdf")
+    out: Path | None = option(None, "draws the architecture: FILE.svg, .png or .pdf; several presets: FILE.svg")
     device: str = option("auto", f"whose kernels are named: {DEVICE}")
 
     @classmethod
@@ -46,7 +44,7 @@ def run(settings: Settings) -> Done:
         return Done(_block(settings.block))
     arch = wanted_arch(settings.preset, settings.pattern, settings.arch)
     if arch is None:
-        return Done({"presets": _presets(settings.presets, settings.seq_len)})
+        return Done(_presets(settings.presets, settings.seq_len, settings.out))
     found = {**facts(arch, settings.seq_len), "layers": _layers(arch, settings.seq_len)}
     show.line(_active_text(found["active"]))
     if settings.preset is not None:
@@ -127,9 +125,10 @@ def _block(name: str) -> dict[str, Any]:
     return {"letter": letter, "block": block.name, "fields": fields}
 
 
-def _presets(chosen: str, seq_len: int) -> list[dict[str, Any]]:
-    """Print presets side by side, one family after the other, and return their facts."""
+def _presets(chosen: str, seq_len: int, out: Path | None) -> dict[str, Any]:
+    """Print presets side by side, one family after the other, draw them where asked to, and return their facts."""
     from hybridnas.arch.presets import PRESETS, families, preset
+    from hybridnas.draw.strips import STATE_LENGTHS, draw_strips
 
     known = families()
     names = [name for group in known.values() for name in group]
@@ -168,7 +167,11 @@ def _presets(chosen: str, seq_len: int) -> list[dict[str, Any]]:
     columns = ["preset", "pattern", "d_model", "params", "active", "with embedding and head", "published"]
     columns += ["FLOPs/token", *(f"state at {length // 1024}k" for length in STATE_LENGTHS)]
     show.table("Presets (params and active without embedding and head)", columns, rows, left=(0, 1))
-    return found
+    if out is None:
+        return {"presets": found}
+    drawing = str(draw_strips([(name, preset(name)) for name in names], out))
+    show.line(f"drawn: {drawing}")
+    return {"presets": found, "drawing": drawing}
 
 
 def _layers(arch: Arch, seq_len: int) -> list[dict[str, Any]]:

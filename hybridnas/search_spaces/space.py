@@ -126,8 +126,19 @@ class Space(FrozenConfig, ABC):
         return scaled_preset(self.reference, scale).cost().active_params
 
     def baseline(self, name: str, scale: Scale) -> Arch:
-        """Return a preset scaled to width and depth and matched to the target, as the first trials train it."""
-        return self._matched(scaled_preset(name, scale), scale)
+        """Return a preset scaled to width and depth and matched to the target, as the first trials train it.
+
+        A candidate that cannot meet the target is drawn anew; a preset is sized in finer steps than ``scale.multiple``.
+        """
+        arch, multiple = scaled_preset(name, scale), scale.multiple
+        try:
+            return self._matched(arch, scale)
+        except MatchError:
+            while multiple > 1:
+                multiple //= 2
+                with contextlib.suppress(MatchError):
+                    return self._matched(arch, scale.replace(multiple=multiple))
+            raise
 
     @abstractmethod
     def propose(self, chooser: Chooser, scale: Scale) -> Proposal:

@@ -8,6 +8,7 @@ from hybridnas.arch import scaling
 from hybridnas.arch.model import HybridLM
 from hybridnas.arch.presets import ACTIVE, PRESETS, families, preset, preset_arguments
 from hybridnas.cli.describe import active_counts
+from hybridnas.search_spaces.space import Scale, load_space
 
 RELEASES = {name: PRESETS.get(name).release for name in PRESETS if PRESETS.get(name).release is not None}
 SMALL = {"d_model": 32, "n_blocks": 4, "vocab_size": 64}
@@ -133,6 +134,17 @@ def test_half_the_width_is_about_a_quarter_of_the_weights(name):
 )
 def test_few_layers_keep_their_share_and_their_places(name, n_blocks, letter, expected):
     assert places(preset(name, n_blocks=n_blocks), letter) == expected
+
+
+@pytest.mark.parametrize("scale", [(32, 4, 2, 4), (48, 4, 2, 8), (128, 8, 8, 16)])  # of budgets smoke to workstation
+@pytest.mark.parametrize("name", RELEASES)
+def test_every_release_is_a_baseline_of_the_same_size(name, scale):
+    d_model, depth, multiple, n_experts = scale
+    sizes = Scale(d_model=d_model, depth=depth, multiple=multiple, n_experts=n_experts)
+    space = load_space("hybrid")
+    arch = space.baseline(name, sizes)
+    assert abs(arch.cost().active_params / space.target(sizes) - 1) <= 0.02
+    assert abs(len(arch.pattern) - depth) <= 1
 
 
 def test_attention_follows_a_mixer_in_a_nemotron_of_any_depth():

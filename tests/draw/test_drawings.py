@@ -5,9 +5,13 @@ import pytest
 from hybridnas.arch.arch import Arch
 from hybridnas.draw.mermaid import mermaid
 from hybridnas.draw.palette import INK, color, tint
+from hybridnas.draw.strips import draw_strips
 from hybridnas.draw.svg import draw_svg, svg_text
 from hybridnas.errors import ConfigError
 from hybridnas.registry import BLOCKS
+
+
+from hybridnas.units import human, human_bytes
 
 
 def small(pattern, **fields):
@@ -90,3 +94,28 @@ def contrast(one, other):
 
     high, low = sorted((luminance(one), luminance(other)), reverse=True)
     return (high + 0.05) / (low + 0.05)
+
+
+def test_strips_have_one_bar_for_each_block_and_a_row_of_figures(tmp_path):
+    models = [("mixed", small("(MF)x3A")), ("parallel", small("[M,AF]x2"))]
+    svg = draw_strips(models, tmp_path / "strips.svg").read_text()
+    bars = {letter: svg.count(f'fill="{color(letter)}"') - 1 for letter in "MFA"}  # less one in the legend
+    assert bars == {"M": 3 + 2, "F": 3 + 2, "A": 1 + 2}
+    cost = models[0][1].cost()
+    for words in (
+        "mixed",
+        "parallel",
+        "M mamba",
+        str(models[1][1].pattern),
+        human(cost.params),
+        "state at 4k",
+        "state at 128k",
+    ):
+        assert f">{words}<" in svg
+    assert human_bytes(models[0][1].cost(4096).state_bytes) in svg
+
+
+def test_strips_are_drawn_as_svg_alone(tmp_path):
+    with pytest.raises(ConfigError, match=r"must end in \.svg, got \.png") as caught:
+        draw_strips([("one", small("M"))], tmp_path / "strips.png")
+    assert (caught.value.field, caught.value.got) == ("out", ".png")
