@@ -181,3 +181,30 @@ def test_families_list_every_preset_once_smaller_releases_first():
     assert sorted(name for group in found.values() for name in group) == sorted(PRESETS)
     assert found["granite"][0] == "granite_h_350m"
     assert found["granite"][-1] == "granite_h_small"
+
+
+@pytest.mark.parametrize(
+    ("name", "n_in", "n_out", "a_out", "f_out", "logits"),
+    [
+        ("falcon_h1_0_5b", 1.25, 0.23570226039551587, 0.9375, 0.5859375, 0.0390625),
+        ("falcon_h1_7b", 0.416667, 0.117851, 0.104167, 0.0325521, 0.0130208),
+    ],
+)
+def test_falcon_h1_has_its_published_multipliers(name, n_in, n_out, a_out, f_out, logits):
+    arch = preset(name)
+    found = {node.slot.letter: node.config for node in arch.nodes}
+    n, a, f = (found[letter] for letter in "NAF")
+    assert (n.in_multiplier, n.out_multiplier) == pytest.approx((n_in, n_out), rel=1e-5)
+    assert (a.in_multiplier, a.out_multiplier, f.out_multiplier) == pytest.approx((1.0, a_out, f_out), rel=1e-5)
+    model = arch.model
+    assert (model.logits_multiplier, model.embedding_multiplier) == pytest.approx((logits, 5.656854249492381), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "residual", "logits_scaling"),
+    [("granite_h_350m", 0.246, 3), ("granite_h_micro", 0.22, 8), ("granite_h_small", 0.22, 16)],
+)
+def test_granite_has_its_published_multipliers(name, residual, logits_scaling):
+    arch = preset(name)
+    assert {node.config.out_multiplier for node in arch.nodes} == {residual}
+    assert (arch.model.embedding_multiplier, 1 / arch.model.logits_multiplier) == (12.0, logits_scaling)

@@ -30,6 +30,14 @@ RMSNORM: Mapping[str, Any] = {"norm": "rmsnorm", "final_norm": True}
 SWIGLU: Mapping[str, Any] = {"activation": "silu", "gated": True, "bias": False}
 # Experts that drop no token, initialized as if alone.
 DROPLESS: Mapping[str, Any] = {"capacity_factor": None, "init_over_experts": False}
+# The router of DeepSeek-V3: sigmoid scores, renormalized, balanced by a bias and next to nothing else.
+SIGMOID: Mapping[str, Any] = {
+    "router": "top_k",
+    "scores": "sigmoid",
+    "correction_bias": True,
+    "renormalize": True,
+    "load_balance_weight": 1e-4,
+}
 DEFAULT_REFERENCE = "moe_mamba"  # the preset that a study compares with unless its space names another, or none
 DEFAULT_BASELINES = (DEFAULT_REFERENCE, "mamba", "mamba_mlp", "transformer", "transformer_moe")
 

@@ -1,4 +1,8 @@
-"""Granite 4.0 H (IBM, 2025): Mamba-2 with few layers of attention, each layer ending in an MLP or in experts."""
+"""Granite 4.0 H (IBM, 2025): Mamba-2 with few layers of attention, each layer ending in an MLP or in experts.
+
+Its multipliers follow the sizes by rules that hold for all releases: of the embedding 12, of the residual branches
+0.22 at 40 layers and over the root of the depth, of the scores 1 / head_dim, of the logits 256 / d_model.
+"""
 
 from __future__ import annotations
 
@@ -106,6 +110,9 @@ def granite(release: Granite, *, d_model: int, n_blocks: int, n_experts: int, vo
         d_model=d_model,
         vocab_size=vocab_size,
         tie_embeddings=True,
+        embedding_multiplier=12.0,
+        out_multiplier=round(0.22 * (40 / n_blocks) ** 0.5, 3),
+        logits_multiplier=256 / d_model,
         N={"d_inner": heads * channels, "head_dim": channels, "d_state": state_size(128, d_model)},
         A={**attention_heads(*release.heads, ratio), "positions": "none"},
         F={**SWIGLU, "d_ff": width(release.d_ff, ratio)},

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hybridnas.arch.presets import DROPLESS, RMSNORM, Release, layered, register_family
+from hybridnas.arch.presets import DROPLESS, RMSNORM, SIGMOID, Release, layered, register_family
 from hybridnas.arch.scaling import attention_heads, recurrent_heads, routing, spread, state_size, width
 
 if TYPE_CHECKING:  # names of presets are listed without torch
@@ -140,11 +140,13 @@ def nemotron(release: Nemotron, *, d_model: int, n_blocks: int, n_experts: int, 
             "d_state": state_size(128, d_model),
         },
         A={**attention_heads(*release.heads, ratio), "positions": "none"},
-        F={"d_ff": width(release.d_ff, ratio), "activation": "relu", "bias": False},
+        F={"d_ff": width(release.d_ff, ratio), "activation": "relu2", "bias": False},
         E={
             **routing(release.top_k, release.d_expert, n_experts, ratio),
             **DROPLESS,
-            "router": "top_k",
+            **SIGMOID,
+            "activation": "relu2",
+            "routed_scale": 2.5,
             "d_shared": width(release.d_shared, ratio),
         },
         **RMSNORM,
