@@ -9,8 +9,6 @@ from hybridnas.draw.strips import draw_strips
 from hybridnas.draw.svg import draw_svg, svg_text
 from hybridnas.errors import ConfigError
 from hybridnas.registry import BLOCKS
-
-
 from hybridnas.units import human, human_bytes
 
 
