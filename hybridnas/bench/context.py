@@ -24,6 +24,7 @@ SUITES: dict[str, str] = {
     "conv": "causal convolution with SiLU against F.conv1d",
     "moe": "routed experts against a dense MLP of equal active FLOPs, and against Hugging Face",
     "step": "a training step against a Transformer, Hugging Face's Mamba and its own matrix products",
+    "mixers": "every mixer in turn with an MLP: a training step and a token, beside attention and transformers",
     "decode": "one token at a time against Hugging Face's generate, after short and long contexts",
     "tasks": "batches of the synthetic tasks against the training step that reads them",
     "long": "a million tokens in one pass: seconds and memory",

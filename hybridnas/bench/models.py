@@ -64,13 +64,16 @@ def build(name: str, sizes: Sizes) -> tuple[nn.Module, Loss]:
     """Return a model by its name here, and its loss as one trains it; its peer must be installed."""
     if name in (MAMBA, TRANSFORMER):
         own = HybridLM(arch_of(name, sizes))
-        return own, lambda ids_BL, targets_BL: linear_cross_entropy(
-            own.hidden(ids_BL).x_BLD, own.head.weight, targets_BL
-        )
+        return own, loss_of(own)
     peer = hf_mamba(sizes, use_mambapy=name == HF_MAMBAPY)
     return peer, lambda ids_BL, targets_BL: F.cross_entropy(
         peer(ids_BL, use_cache=False).logits.flatten(0, 1), targets_BL.flatten()
     )
+
+
+def loss_of(model: HybridLM) -> Loss:
+    """Return the loss of a model of ours as one trains it."""
+    return lambda ids_BL, targets_BL: linear_cross_entropy(model.hidden(ids_BL).x_BLD, model.head.weight, targets_BL)
 
 
 def needs(name: str) -> str:
@@ -79,21 +82,25 @@ def needs(name: str) -> str:
 
 
 def training_step(name: str, sizes: Sizes, batch: int, length: int) -> tuple[Callable[[], None], int]:
-    """Return one step (forward, cross-entropy, backward, fused AdamW) and the count of parameters."""
+    """Return one step of a model by its name, and its count of parameters."""
     model, loss = build(name, sizes)
+    return step_of(model, loss, batch, length, sizes.vocab), sum(p.numel() for p in model.parameters())
+
+
+def step_of(model: nn.Module, loss: Loss, batch: int, length: int, vocab: int) -> Callable[[], None]:
+    """Return one training step on a fixed batch: forward, cross-entropy, backward, fused AdamW."""
     model.train()
     optimizer = make_optimizer(model, TrainConfig()) if isinstance(model, HybridLM) else torch.optim.AdamW(
         model.parameters(), lr=1e-3, fused=True
     )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    ids_BL = torch.randint(0, sizes.vocab, (batch, length + 1), generator=generator)
+    ids_BL = torch.randint(0, vocab, (batch, length + 1), generator=torch.Generator().manual_seed(0))
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         loss(ids_BL[:, :-1], ids_BL[:, 1:]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
-    return step, sum(p.numel() for p in model.parameters())
+    return step
 
 
 class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -106,6 +106,8 @@ class RecurrenceShape:
 class RecurrenceConfig(BlockConfig):
     """A config whose sizes are a :class:`RecurrenceShape`."""
 
+    state_sizes = ("head_dim",)
+
     @property
     def shape(self) -> RecurrenceShape:
         """Return the sizes with all defaults resolved."""
