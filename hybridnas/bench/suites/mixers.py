@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from hybridnas.arch.arch import Arch
+from hybridnas.arch.layer import ResidualLayer
 from hybridnas.arch.match import match
-from hybridnas.arch.model import HybridLM, ResidualLayer
+from hybridnas.arch.model import HybridLM
 from hybridnas.bench import models, peers
 from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.method import Form, Spread, measure, ratios
