@@ -5,7 +5,6 @@ Shapes: B batch, L length, D d_model, I d_inner, K d_conv.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -18,7 +17,7 @@ from hybridnas.cost import Cost
 from hybridnas.hardware import Impl
 from hybridnas.kernels import causal_conv1d as conv_kernel
 from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, Variant, exportable, truncated_normal_
-from hybridnas.layers.mode import has_hooks, is_plain_eager
+from hybridnas.layers.mode import is_plain_eager
 from hybridnas.layers.norms import one_row
 from hybridnas.layers.short_conv import ShortConvolution
 from hybridnas.registry import register_block
@@ -92,27 +91,15 @@ class GatedConv(Block):
         return BlockOutput(y_BLD, None if after is None else GatedConvState(after))
 
     def one_token(self, norm: nn.Module, state: State) -> Callable[[Tensor], Tensor] | None:
-        known = type(self).forward is GatedConv.forward and type(self.conv) is ShortConvolution
-        if not known or has_hooks(self.conv) or self.impl not in (Impl.AUTO, Impl.TORCH):
+        if type(self).forward is not GatedConv.forward or not is_plain_eager(state[0].device):
             return None
-        (before_BKI,) = state
-        if not is_plain_eager(before_BKI.device):
+        normed, convolve, in_proj, out_proj = one_row(norm), self.conv.one_token(state[0]), self.in_proj, self.out_proj
+        if convolve is None:
             return None
-        normed, in_proj, out_proj = one_row(norm), self.in_proj, self.out_proj
-        *earlier_KI, now_I = self.conv.weight.squeeze(1).t().contiguous().unbind()
-        bias_I = self.conv.bias
-        window = deque(before_BKI.to(now_I.dtype).unbind(1))  # tensors that change places: nothing is copied
 
         def run(x_BD: Tensor) -> Tensor:
             b_BI, c_BI, u_BI = in_proj(normed(x_BD)).chunk(3, dim=-1)
-            u_BI = b_BI * u_BI
-            y_BI = u_BI * now_I if bias_I is None else torch.addcmul(bias_I, u_BI, now_I)
-            for past_BI, tap_I in zip(window, earlier_KI, strict=True):
-                y_BI = torch.addcmul(y_BI, past_BI, tap_I)
-            if window:
-                window.popleft()
-                window.append(u_BI)
-            y_BD: Tensor = out_proj(c_BI * y_BI)
+            y_BD: Tensor = out_proj(c_BI * convolve(b_BI * u_BI))
             return x_BD + y_BD
 
         return run

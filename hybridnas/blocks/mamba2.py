@@ -6,11 +6,12 @@ Shapes: B batch, L length, D d_model, I d_inner, H heads, P head_dim, G n_groups
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridnas.config import option
@@ -20,7 +21,8 @@ from hybridnas.hardware import Impl
 from hybridnas.kernels import causal_conv1d as conv_kernel
 from hybridnas.kernels import ssd as ssd_kernel
 from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, Variant, exportable
-from hybridnas.layers.norms import GatedRMSNorm, silu_gated
+from hybridnas.layers.mode import is_plain_eager
+from hybridnas.layers.norms import GatedRMSNorm, one_row, silu_gated
 from hybridnas.layers.short_conv import ShortConvolution
 from hybridnas.registry import register_block
 
@@ -174,6 +176,37 @@ class Mamba2(Block):
         y_BLD = self.out_proj(silu_gated(y_BLI, z_BLI) if self.norm is None else self.norm(y_BLI, z_BLI))
         after = None if conv_BKJ is None or ssm_BHPN is None else Mamba2State(conv_BKJ, ssm_BHPN)
         return BlockOutput(y_BLD, after)
+
+    def one_token(self, norm: nn.Module, state: State) -> Callable[[Tensor], Tensor] | None:
+        conv_BKJ, ssm_BHPN = cast(Mamba2State, state)
+        plain = self.in_proj.weight.dtype == conv_BKJ.dtype == torch.float32 and is_plain_eager(conv_BKJ.device)
+        convolve = self.conv1d.one_token(conv_BKJ)
+        if type(self).forward is not Mamba2.forward or not plain or convolve is None:
+            return None
+        config: Mamba2.Config = self.config
+        batch, groups, size = ssm_BHPN.shape[0], config.n_groups, config.d_state
+        normed, gated = one_row(norm), silu_gated if self.norm is None else self.norm
+        sizes = [config.width, config.conv_width, config.heads]
+        h_XIN = ssm_BHPN.reshape(batch * groups, -1, size)  # X: every group of every sequence, I: its channels
+        A_H = -self.A_log.exp()
+
+        def run(x_BD: Tensor) -> Tensor:
+            z_BI, u_BJ, dt_BH = torch.split(self.in_proj(normed(x_BD)), sizes, dim=-1)
+            u_BI, B_BX, C_BX = torch.split(convolve(u_BJ), [config.width, groups * size, groups * size], dim=-1)
+            dt_BH = F.softplus(dt_BH + self.dt_bias)
+            keep_BH = torch.exp(dt_BH * A_H)
+            u_BHP = u_BI.reshape(batch, config.heads, config.head_width)
+            h_XIN.view(batch, config.heads, -1).mul_(keep_BH[..., None])
+            h_XIN.addcmul_((u_BHP * dt_BH[..., None]).reshape(h_XIN.shape[0], -1, 1), B_BX.reshape(-1, 1, size))
+            if h_XIN.shape[0] == 1:
+                y_BHP = torch.mv(h_XIN[0], C_BX[0]).view(u_BHP.shape)
+            else:  # torch's batched product of matrices and vectors is five times slower
+                y_BHP = (h_XIN * C_BX.reshape(-1, 1, size)).sum(-1).view(u_BHP.shape)
+            y_BI = torch.addcmul(y_BHP, u_BHP, self.D[:, None]).flatten(1)
+            y_BD: Tensor = self.out_proj(gated(y_BI, z_BI))
+            return x_BD + y_BD
+
+        return run
 
     def _scan(self, u_BLJ: Tensor, dt_BLH: Tensor, before: Mamba2State | None) -> tuple[Tensor, Tensor | None]:
         config: Mamba2.Config = self.config

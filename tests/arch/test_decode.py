@@ -13,6 +13,7 @@ from hybridnas.arch.model import HybridLM
 from hybridnas.blocks import mamba
 from hybridnas.blocks.gated_conv import GatedConv
 from hybridnas.blocks.mamba import Mamba
+from hybridnas.blocks.mamba2 import Mamba2
 from hybridnas.hardware import Impl
 from hybridnas.kernels.mamba_step import native
 from hybridnas.layers.block import map_state
@@ -206,17 +207,29 @@ def test_the_decoder_gives_the_logits_of_forward(pattern):
             close([decode(ids[:, t])], [whole[:, t]])
 
 
-@pytest.mark.parametrize("fields", [{}, {"d_conv": 1}, {"d_conv": 7, "d_inner": 12, "bias": True, "conv_bias": True}])
-def test_a_gated_convolution_steps_as_it_reads(fields):
+@pytest.mark.parametrize(
+    ("cls", "fields"),
+    [
+        (GatedConv, {}),
+        (GatedConv, {"d_conv": 1}),
+        (GatedConv, {"d_conv": 7, "d_inner": 12, "bias": True, "conv_bias": True}),
+        (Mamba2, {"d_state": 5, "head_dim": 5, "bias": True}),
+        (Mamba2, {"d_state": 6, "head_dim": 5, "n_groups": 4, "conv_bias": False}),
+        (Mamba2, {"d_state": 6, "head_dim": 10, "n_groups": 2, "gated_norm": False, "d_conv": 1}),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_step_in_torch_is_what_forward_gives_for_one_token(cls, fields, batch):
     torch.manual_seed(0)
-    made, norm, x_BLD = GatedConv(GatedConv.Config(d_model=20, **fields)).eval(), norm_of(), torch.randn(2, 9, 20)
+    made, norm, x_BLD = cls(cls.Config(d_model=20, **fields)).eval(), norm_of(), torch.randn(batch, 9, 20)
     with torch.no_grad():
-        _, state, _ = made(norm(x_BLD[:, :4]), made.init_state(2, device=torch.device("cpu"), dtype=torch.float32))
-        step = made.one_token(norm, state)
+        _, state, _ = made(norm(x_BLD[:, :4]), made.init_state(batch, device=torch.device("cpu"), dtype=torch.float32))
+        step = made.one_token(norm, map_state(torch.clone, state))
         got = torch.stack([step(x_BD) for x_BD in x_BLD[:, 4:].unbind(1)], dim=1)
         close([got], [(x_BLD + made(norm(x_BLD)).y_BLD)[:, 4:]])
-        assert GatedConv(made.config, impl=Impl.NATIVE).one_token(norm, state) is None
-        made.conv.register_forward_hook(lambda *_: None)
+        assert cls(made.config, impl=Impl.REFERENCE).one_token(norm, state) is None
+        convolution = made.conv if cls is GatedConv else made.conv1d
+        convolution.register_forward_hook(lambda *_: None)
         assert made.one_token(norm, state) is None
 
 
