@@ -20,7 +20,7 @@ from hybridnas.kernels.gated_delta.reference import Inputs
 
 SOURCE = Path(__file__).resolve().with_name("recurrence.c")
 MAX_KEY = 256  # key channels that recurrence.c is compiled for
-_CHUNK = 32  # steps between kept states: their states fit in the second-level cache, and few are kept
+_CHUNK = 64  # steps between kept states, which the backward computes again into a buffer of that many
 _INTEGERS = "B L H share K D chunk by_channel threads q_b q_l q_g k_b k_l k_g v_b v_l v_h g_b g_l g_h do_b do_l do_h"
 _POINTERS = "q k v g beta initial reset o final missed checkpoints dout dfinal dq dk dv dg dbeta dinitial"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor? initial_state, Tensor? reset"
