@@ -22,6 +22,7 @@ SUITES: dict[str, str] = {
     "first": "the first call of the scan, compiled and from the cache",
     "memory": "peak memory of the scan against its inputs, outputs and gradients",
     "conv": "causal convolution with SiLU against F.conv1d",
+    "delta": "gated delta rules, forward and backward, against Hugging Face and attention",
     "moe": "routed experts against a dense MLP of equal active FLOPs, and against Hugging Face",
     "step": "a training step against a Transformer, Hugging Face's Mamba and its own matrix products",
     "mixers": "every mixer in turn with an MLP: a training step and a token, beside attention and transformers",
