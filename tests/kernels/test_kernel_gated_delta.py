@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from hybridnas.errors import KernelInputError, KernelUnavailableError
 from hybridnas.kernels.gated_delta import OPERATION, describe, gated_delta, native
 
-FORMS = ["torch", pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="no C compiler"))]
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
+needs_c = pytest.mark.skipif(not native.available(), reason="no C compiler")
+FORMS = ["torch", pytest.param("native", marks=needs_c)]
 DECAYS = {"none": None, "fixed": "H", "head": "BLH", "channel": "BLHK"}
 recurrence = partial(gated_delta, return_final_state=True)
 
@@ -89,6 +91,12 @@ def test_lengths_around_a_chunk_agree_with_the_float64_recurrence(form, length, 
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("size", "width"), [(30, 65), (48, 17), (64, 130), (90, 40), (128, 64), (200, 20)])
+def test_heads_of_many_widths_agree_with_the_float64_recurrence(form, size, width):
+    compare(form, (1, 70, 1, 2, size, width), {"decay": "channel"})
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("decay", ["fixed", "head", "channel"])
 @pytest.mark.parametrize("delta", [False, True], ids=["plain", "delta"])
 @pytest.mark.parametrize("strength", [50.0, 3000.0])
@@ -154,6 +162,77 @@ def test_bfloat16_inputs_give_bfloat16_outputs_a_float32_state_and_bfloat16_grad
             assert (got[name].double() - expected).abs().max() <= 2e-2 * expected.abs().max()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_views_of_one_projection_give_what_their_copies_give(form):
+    make = torch.Generator().manual_seed(0)
+    whole = torch.randn(2, 20, 40, generator=make).requires_grad_()
+
+    def parts(x):
+        q, k, v, log, beta = torch.split(x, [8, 8, 12, 8, 4], dim=-1)
+        q, k, log = (t.unflatten(-1, (2, 4)) for t in (q, torch.nn.functional.normalize(k, dim=-1), log))
+        return q, k, v.unflatten(-1, (2, 6)), -log.square(), beta[..., :2].sigmoid()
+
+    def gradient(function):
+        return torch.autograd.grad(gated_delta(*function(whole), impl=form).square().sum(), whole)[0]
+
+    torch.testing.assert_close(gradient(parts), gradient(lambda x: [t.contiguous() for t in parts(x)]))
+
+
+@needs_c
+def test_the_same_bits_for_any_number_of_threads():
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(run(recurrence, inputs(2, 70, 1, 3, 16, 8, dtype=torch.float32), impl="native"))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(more[name], found[0][name]) for more in found for name in more)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_not_a_number_is_not_swallowed(form):
+    values = {n: v.detach() for n, v in inputs(2, 10, 1, 2, 4, 3, dtype=torch.float32).items()}
+    values["log_decay"][0, 5, 1] = float("nan")
+    o, _ = recurrence(**values, impl=form)
+    assert o[0, 5:, 1].isnan().all()
+    assert o[1].isfinite().all() and o[0, :, 0].isfinite().all()
+
+
+@needs_c
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("delta", [False, True], ids=["plain", "delta"])
+def test_the_operator_is_registered_as_torch_demands(decay, delta):
+    values = inputs(2, 9, 1, 2, 4, 3, decay=decay, delta=delta, initial=delta, dtype=torch.float32)
+    reset = torch.zeros(2, 9, dtype=torch.uint8) if delta else None
+    tensors = [values.get(name) for name in ("q", "k", "v", "log_decay", "beta", "initial_state")]
+    with torch.random.fork_rng():
+        torch.use_deterministic_algorithms(False)
+        torch.library.opcheck(torch.ops.hybridnas.gated_delta, (*tensors, reset, 0.5, True))
+
+
+@needs_c
+def test_export_keeps_the_operator():
+    class Recurrence(torch.nn.Module):
+        def forward(self, *args):
+            return gated_delta(*args)
+
+    args = tuple(v.detach() for v in inputs(1, 9, 1, 2, 4, 3, initial=False, dtype=torch.float32).values())
+    program = torch.export.export(Recurrence(), args)
+    assert "hybridnas.gated_delta" in str(program.graph)
+    torch.testing.assert_close(program.module()(*args), Recurrence()(*args))
+
+
+@needs_c
+def test_compile_goes_through_in_one_graph_with_gradients():
+    values = inputs(1, 9, 1, 2, 4, 3, decay="channel", dtype=torch.float32)
+    compiled = torch.compile(gated_delta, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(gated_delta(**values).sum(), list(values.values()))
+    got = torch.autograd.grad(compiled(**values).sum(), list(values.values()))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_scale_of_the_queries_defaults_to_the_root_of_the_key_channels():
     values = {n: v.detach() for n, v in inputs(1, 5, 1, 1, 16, 4).items()}
     torch.testing.assert_close(gated_delta(**values), gated_delta(**values, scale=0.25))
@@ -209,5 +288,10 @@ def test_a_requested_implementation_runs_or_raises():
         gated_delta(**values, impl="native")
     assert (refused.value.field, refused.value.got) == ("impl", "native")
     assert refused.value.allowed == ["auto", "reference", "torch"]
+    q, v = torch.zeros(1, 2, 1, 300), torch.zeros(1, 2, 1, 4)
+    if native.available():  # else that is the reason
+        with pytest.raises(KernelUnavailableError, match="takes at most 256 key channels K, got 300"):
+            gated_delta(q, q, v, impl="native")
+    assert gated_delta(q, q, v).shape == (1, 2, 1, 4)
     assert describe("cpu", torch.float64).startswith("torch: chunked matrix products")
     assert OPERATION.name == "gated_delta"
