@@ -12,6 +12,7 @@ from torch import Tensor
 import hybridnas
 import hybridnas.kernels.causal_conv1d as conv
 import hybridnas.kernels.cross_entropy as loss
+import hybridnas.kernels.delta_step as delta
 import hybridnas.kernels.gated_delta as recurrence
 import hybridnas.kernels.mamba_step as step
 import hybridnas.kernels.moe_dispatch as moe
@@ -24,6 +25,7 @@ from hybridnas.hardware import Impl
 from hybridnas.kernels._dispatch import Operation
 from hybridnas.kernels.causal_conv1d import causal_conv1d
 from hybridnas.kernels.cross_entropy import cross_entropy, linear_cross_entropy, token_scores
+from hybridnas.kernels.delta_step import Form, delta_step
 from hybridnas.kernels.gated_delta import gated_delta
 from hybridnas.kernels.mamba_step import Norm, Weights, mamba_step
 from hybridnas.kernels.moe_dispatch import Experts, expert_choice, token_choice
@@ -84,6 +86,16 @@ def _step(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
     return mamba_step(x, conv, ssm, weights, norm=Norm("rmsnorm", norm, None, 1e-5), residual=True, impl=impl)
 
 
+def _delta_step(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
+    given = dict(v)
+    x, conv, memory, norm = (given.pop(name) for name in ("x", "conv_state", "memory", "norm_before"))
+    weights = delta.Weights(**{name: given.get(name) for name in delta.Weights._fields})
+    mixed = 2 * GROUPS * N + HEADS * WIDTH
+    columns = (mixed, HEADS * WIDTH, HEADS, HEADS)
+    form = Form(GROUPS, HEADS, N, WIDTH, columns, decay="softplus", beta=1.0, feature_map="l2", gate="silu")
+    return delta_step(x, conv, memory, weights, form, norm=Norm("rmsnorm", norm, None, 1e-5), impl=impl)
+
+
 def _experts(v: Tensors) -> Experts:
     return Experts(v["up"], v["down"], v["up_bias"], v["down_bias"], "silu", True)
 
@@ -138,6 +150,15 @@ def _step_shapes(batch: int, length: int) -> dict[str, tuple[int, ...]]:
     }  # fmt: skip
 
 
+def _delta_step_shapes(batch: int, length: int) -> dict[str, tuple[int, ...]]:
+    mixed, inner = 2 * GROUPS * N + HEADS * WIDTH, HEADS * WIDTH
+    return {
+        "x": (batch, D), "conv_state": (batch, TAPS - 1, mixed), "memory": (batch, HEADS, N, WIDTH),
+        "norm_before": (D,), "in_proj": (mixed + inner + 2 * HEADS, D), "conv": (mixed, TAPS), "A_log": (HEADS,),
+        "dt_bias": (HEADS,), "norm": (WIDTH,), "out_proj": (D, inner),
+    }  # fmt: skip
+
+
 OPS = {
     "selective_scan": Op(scan.OPERATION, _scan_shapes, _scan, lambda b, n: [(b, n, D), (b, D, N)]),
     "selective_state_update": Op(
@@ -157,6 +178,13 @@ OPS = {
         _step_shapes,
         _step,
         lambda b, n: [(b, D), (b, TAPS - 1, INNER), (b, INNER, N)],
+        differentiable=False,
+    ),
+    "delta_step": Op(
+        delta.OPERATION,
+        _delta_step_shapes,
+        _delta_step,
+        lambda b, n: [(b, D), (b, TAPS - 1, 2 * GROUPS * N + HEADS * WIDTH), (b, HEADS, N, WIDTH)],
         differentiable=False,
     ),
     "ssd": Op(duality.OPERATION, _ssd_shapes, _ssd, lambda b, n: [(b, n, HEADS, WIDTH), (b, HEADS, WIDTH, N)]),

@@ -100,7 +100,7 @@ def test_writing_over_its_own_input_gives_the_same():
 
 @needs_compiler
 def test_threads_and_the_rest_of_the_batch_change_no_bit(monkeypatch):
-    monkeypatch.setattr(native, "_THREAD_WEIGHTS", 1)
+    monkeypatch.setattr(native, "THREAD_WEIGHTS", 1)
     inputs = case(5, 33, 75, 16, 4, 3)
     results = []
     for count in (1, 2, 3, 7):

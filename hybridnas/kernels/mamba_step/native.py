@@ -17,8 +17,8 @@ from hybridnas.kernels._build.arguments import pointer
 from hybridnas.kernels.mamba_step.reference import Norm, Weights
 
 SOURCE = Path(__file__).resolve().with_name("step.c")
-_NORMS = {"rmsnorm": 1, "layernorm": 2}
-_THREAD_WEIGHTS = 262_144  # weights for each thread to read; with fewer, waiting for each other eats what it saves
+NORM_KINDS = {"rmsnorm": 1, "layernorm": 2}
+THREAD_WEIGHTS = 262_144  # weights for each thread to read; with fewer, waiting for each other eats what it saves
 _INTEGERS = "B D I N K R norm residual threads"
 _POINTERS = (
     "x norm_weight norm_bias in_weight in_bias conv_weight conv_bias x_weight dt_weight dt_bias A_log D_skip "
@@ -59,7 +59,7 @@ class Step:
         self._size = sum(t.numel() for t in weights if t is not None)
         self._args = _Args(
             D=width, I=inner, N=w.A_log.shape[1], K=w.conv.shape[-1], R=0 if w.dt_proj is None else w.dt_proj.shape[1],
-            norm=0 if norm is None else _NORMS[norm.kind], residual=residual, eps=0.0 if norm is None else norm.eps,
+            norm=0 if norm is None else NORM_KINDS[norm.kind], residual=residual, eps=0.0 if norm is None else norm.eps,
             norm_weight=None if norm is None else pointer(norm.weight),
             norm_bias=None if norm is None else pointer(norm.bias),
             in_weight=pointer(w.in_proj), in_bias=pointer(w.in_bias), conv_weight=pointer(w.conv),
@@ -88,7 +88,7 @@ class Step:
         args.B = batch = conv[0].shape[0]
         args.conv_in, args.conv_out = conv[0].data_ptr(), conv[1].data_ptr()
         args.ssm_in, args.ssm_out = ssm[0].data_ptr(), ssm[1].data_ptr()
-        most = max(1, self._size * batch // _THREAD_WEIGHTS)
+        most = max(1, self._size * batch // THREAD_WEIGHTS)
         function, reference = self._function, ctypes.byref(args)
 
         def run(x_BD: Tensor, y_BD: Tensor) -> None:

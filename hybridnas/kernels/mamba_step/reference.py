@@ -47,7 +47,7 @@ def step_reference(
     x_BD: Tensor, conv_BKI: Tensor, ssm_BIN: Tensor, w: Weights, norm: Norm | None, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the layer's output and its next states, in the dtype of the inputs."""
-    u_BI, z_BI = F.linear(_normed(x_BD, norm), w.in_proj, w.in_bias).chunk(2, dim=-1)
+    u_BI, z_BI = F.linear(normed(x_BD, norm), w.in_proj, w.in_bias).chunk(2, dim=-1)
     window_BKI = torch.cat([conv_BKI, u_BI[:, None]], dim=1)
     u_BI = (window_BKI * w.conv.t()).sum(dim=1)
     u_BI = F.silu(u_BI if w.conv_bias is None else u_BI + w.conv_bias)
@@ -60,7 +60,8 @@ def step_reference(
     return (x_BD + y_BD if residual else y_BD), window_BKI[:, 1:], next_BIN
 
 
-def _normed(x_BD: Tensor, norm: Norm | None) -> Tensor:
+def normed(x_BD: Tensor, norm: Norm | None) -> Tensor:
+    """Return the norm in front of the layer, or x where there is none."""
     if norm is None:
         return x_BD
     size = (x_BD.shape[-1],)
