@@ -17,6 +17,7 @@ from hybridnas.config import option
 from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError
 from hybridnas.hardware import Impl
+from hybridnas.kernels.delta_step.reference import Form, Weights
 from hybridnas.layers.block import Variant
 from hybridnas.layers.linear_recurrence import (
     LinearRecurrence,
@@ -156,6 +157,11 @@ class GatedDeltaNet(LinearRecurrence):
         if self.config.negative_eigenvalues and beta_BLH is not None:
             beta_BLH = 2 * beta_BLH
         return self.run(l2_normalized(q_BLGK), l2_normalized(k_BLGK), v_BLHV, log_BLH, beta_BLH, memory_BHKV)
+
+    def step(self) -> tuple[Weights, Form]:
+        beta = 2.0 if self.config.negative_eigenvalues else 1.0
+        form = self.shape.form(decay="softplus", beta=beta, feature_map="l2")
+        return self.weights(A_log=self.A_log, dt_bias=self.dt_bias), form
 
     def reset_parameters(self, init_scale: float = 0.1) -> None:
         """Draw plain PyTorch linears and the authors' decays: -A uniform up to 16, steps in [1e-3, 1e-1]."""

@@ -17,6 +17,7 @@ from hybridnas.config import option
 from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError
 from hybridnas.hardware import Impl
+from hybridnas.kernels.delta_step.reference import Form, Weights
 from hybridnas.layers.block import Variant
 from hybridnas.layers.linear_recurrence import (
     LinearRecurrence,
@@ -199,6 +200,17 @@ class KimiDelta(LinearRecurrence):
         if config.negative_eigenvalues and beta_BLH is not None:
             beta_BLH = 2 * beta_BLH
         return self.run(l2_normalized(q_BLHK), l2_normalized(k_BLHK), v_BLHV, log_BLHK, beta_BLH, memory_BHKV)
+
+    def step(self) -> tuple[Weights, Form]:
+        bound = self.config.gate_lower_bound
+        form = self.shape.form(
+            decay="softplus" if bound is None else "bounded",
+            decay_by=bound or 0.0,
+            beta=2.0 if self.config.negative_eigenvalues else 1.0,
+            feature_map="l2",
+        )
+        decay_proj = None if self.decay_proj is None else self.decay_proj.weight
+        return self.weights(decay_proj=decay_proj, A_log=self.A_log, dt_bias=self.dt_bias), form
 
     def reset_parameters(self, init_scale: float = 0.1) -> None:
         """Draw plain PyTorch linears and the authors' decays: steps in [1e-3, 1e-1], -A in [1, 16], 1 with a bound."""

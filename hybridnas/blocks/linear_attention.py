@@ -26,6 +26,7 @@ from hybridnas.config import option
 from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError
 from hybridnas.hardware import Impl
+from hybridnas.kernels.delta_step.reference import Form, Weights
 from hybridnas.layers.block import Variant
 from hybridnas.layers.linear_recurrence import (
     LinearRecurrence,
@@ -323,6 +324,37 @@ class LinearAttention(LinearRecurrence):
         frequency_K = self.config.rope_base ** (-torch.arange(half, device=device, dtype=dtype) / half)
         angle_LK: Tensor = torch.arange(start, start + length, device=device, dtype=dtype)[:, None] * frequency_K
         return angle_LK
+
+    def step(self) -> tuple[Weights, Form]:
+        config: LinearAttention.Config = self.config
+        device, kind = self.in_proj.weight.device, config.kind
+        decay, by = {
+            "gla": ("sigmoid", config.decay_temperature),
+            "hgrn2": ("forget", config.lower_bound),
+            "retnet": ("fixed", 0.0),
+            "lightning": ("fixed", 0.0),
+        }.get(kind, ("none", 0.0))
+        own: dict[str, Any] = {} if _KINDS[kind].scaled else {"scale": 1.0}
+        if kind == "hgrn2":
+            own["silu"] = config.heads * config.key_dim
+        form = self.shape.form(
+            decay=decay,
+            decay_by=by,
+            beta=0.0 if kind != "deltanet" else 2.0 if config.negative_eigenvalues else 1.0,
+            feature_map=config.resolved("feature_map"),
+            sum_eps=_SUM_EPS,
+            **own,
+        )
+        fixed = _fixed_decays(kind, config.heads, device, torch.float32) * config.decay_factor
+        turns = self._angles(1, 1, device, torch.float32)[0] if kind == "retnet" else None
+        second = self.decay_proj
+        weights = self.weights(
+            decay_proj=None if second is None else second.weight,
+            decay_bias=None if second is None else second.bias,
+            A_log=fixed if decay == "fixed" else None,
+            frequency=turns,
+        )
+        return weights, form
 
     def reset_parameters(self, init_scale: float = 0.1) -> None:
         super().reset_parameters(init_scale)

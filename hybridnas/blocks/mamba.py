@@ -23,18 +23,18 @@ from hybridnas.kernels import mamba_step as step_kernel
 from hybridnas.kernels import moe_dispatch as moe_kernel
 from hybridnas.kernels import selective_scan as scan_kernel
 from hybridnas.kernels.mamba_step import native as native_step
-from hybridnas.kernels.mamba_step.reference import Norm, Weights
+from hybridnas.kernels.mamba_step.reference import Weights
 from hybridnas.layers.block import NO_AUX, Aux, Block, BlockConfig, BlockOutput, State, Variant, exportable
 from hybridnas.layers.experts import RoutedExperts, RoutedShape
 from hybridnas.layers.mode import has_hooks, is_plain_eager
-from hybridnas.layers.norms import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
+from hybridnas.layers.norms import RMSNorm
 from hybridnas.layers.short_conv import ShortConvolution
+from hybridnas.layers.step import readable, run_in_place, step_norm
 from hybridnas.registry import register_block
 
 _SELECTIVE = ("dt", "B", "C")
 _INNER = ("conv", "gate", "out")
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of the step sizes at initialisation
-_MAX_BATCH = 32  # the fused step was measured to be 1.8 to 3 times faster than torch up to here, less with every row
 
 
 def scan_flops(d_inner: int, d_state: int) -> int:
@@ -249,30 +249,14 @@ class Mamba(Block):
         The kernel reads float32 on a processor, and weights as they lie now: of modules with hooks, parametrizations
         or other classes it knows nothing.
         """
-        weights, given = self._step_weights(), _step_norm(norm)
+        weights, given = self._step_weights(), step_norm(norm)
         if weights is None or given is None or not is_plain_eager(weights.in_proj.device):
             return None
         tensors = (*weights, given.weight, given.bias)
-        plain = all(t is None or (type(t) in (nn.Parameter, Tensor) and native_step.takes(t)) for t in tensors)
-        if not plain or not native_step.available():
+        if not readable(tensors) or not native_step.available():
             return None
-        conv_BKI, ssm_BIN = (tensor.contiguous() for tensor in state)
         step = native_step.Step(weights, given, residual=True)
-        x_BD = conv_BKI.new_empty(conv_BKI.shape[0], self.config.d_model)
-        if not 0 < conv_BKI.shape[0] <= _MAX_BATCH or not step.fits(x_BD, conv_BKI, ssm_BIN):
-            return None
-        call = step.bound((conv_BKI, conv_BKI), (ssm_BIN, ssm_BIN))
-
-        # The call reads by address: these share the memory and keep it, whatever becomes of the parameters.
-        held = [tensor.detach() for tensor in (*tensors, conv_BKI, ssm_BIN) if tensor is not None]
-
-        def run(x_BD: Tensor, _held: list[Tensor] = held) -> Tensor:
-            if not native_step.takes(x_BD):
-                x_BD = x_BD.float().contiguous()
-            call(x_BD, x_BD)
-            return x_BD
-
-        return run
+        return run_in_place(step, tensors, state, self.config.d_model)
 
     def _step_weights(self) -> Weights | None:
         """Return the parameters as ``mamba_step`` takes them, or None where the block is not theirs alone."""
@@ -449,16 +433,6 @@ def _parts(text: str | bool, allowed: tuple[str, ...], label: str, field: str) -
             allowed=allowed,
         )
     return tuple(name for name in allowed if name in names)
-
-
-def _step_norm(norm: nn.Module) -> Norm | None:
-    """Return a norm as ``mamba_step`` takes it, or None where the module is not that alone."""
-    if not isinstance(norm, (LayerNorm, RMSNorm, ZeroCenteredRMSNorm)) or has_hooks(norm):
-        return None
-    if isinstance(norm, LayerNorm):
-        return Norm("layernorm", norm.weight, norm.bias, norm.eps)
-    factor = norm.weight if isinstance(norm, RMSNorm) else 1 + norm.weight
-    return Norm("rmsnorm", factor, None, norm.eps or 0.0)
 
 
 def _merge(auxes: dict[str, Aux]) -> Aux:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,17 @@ from torch import Tensor, nn
 from hybridnas.cost import Cost
 from hybridnas.hardware import Impl
 from hybridnas.kernels import causal_conv1d as conv_kernel
+from hybridnas.kernels import delta_step as step_kernel
 from hybridnas.kernels import gated_delta as delta_kernel
+from hybridnas.kernels.delta_step import native as native_step
+from hybridnas.kernels.delta_step.reference import Form, Weights
 from hybridnas.kernels.rmsnorm import rms_norm
 from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, exportable
+from hybridnas.layers.mode import has_hooks, is_plain_eager
 from hybridnas.layers.short_conv import ShortConvolution
+from hybridnas.layers.step import readable, run_in_place, step_norm
 
-_L2_EPS = 1e-6  # of the published code, added to the sum of squares
+L2_EPS = 1e-6  # of the published code, added to the sum of squares
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of the step sizes at initialisation, as in Mamba
 
 
@@ -76,6 +82,21 @@ class RecurrenceShape:
     def norm_width(self) -> int:
         """Weights of the output norm [count]."""
         return {"head": self.value_dim, "whole": self.inner}.get(self.norm, 0)
+
+    def form(self, **own: Any) -> Form:
+        """Return what ``kernels.delta_step`` takes, the recurrence's own fields given."""
+        return Form(
+            key_heads=self.key_heads,
+            value_heads=self.value_heads,
+            key_dim=self.key_dim,
+            value_dim=self.value_dim,
+            columns=self.columns,
+            l2_eps=L2_EPS,
+            norm=self.norm,
+            norm_eps=self.norm_eps,
+            gate=self.gate,
+            **{"scale": self.key_dim**-0.5, "silu": self.mixed if self.silu else 0, **own},
+        )
 
     def flops(self) -> dict[str, float]:
         """Return kernel -> FLOPs of one token; the recurrence with output norm and gate.
@@ -208,6 +229,39 @@ class LinearRecurrence(Block):
         )
         return found if isinstance(found, tuple) else (found, None)
 
+    @abstractmethod
+    def step(self) -> tuple[Weights, Form]:
+        """Return the block as ``kernels.delta_step`` takes it, for decoding."""
+
+    def weights(self, **own: Tensor | None) -> Weights:
+        """Return the parameters as ``delta_step`` takes them, those of the subclass given."""
+        conv, gate = self.conv1d, self.gate_proj
+        given = {name: own.get(name) for name in ("decay_proj", "decay_bias", "A_log", "dt_bias", "frequency")}
+        return Weights(
+            in_proj=self.in_proj.weight,
+            conv=None if conv is None else conv.weight.squeeze(1),
+            conv_bias=None if conv is None else conv.bias,
+            gate_proj=None if gate is None else gate.weight,
+            norm=self.norm.weight,
+            out_proj=self.out_proj.weight,
+            **given,
+        )
+
+    def one_token(self, norm: nn.Module, state: State) -> Callable[[Tensor], Tensor] | None:
+        """Run the whole layer as one call of ``kernels.delta_step``; None where that could not stand for it."""
+        given, parts = step_norm(norm), [part for part in self.children() if part is not None]
+        plain = all(type(part) in (nn.Linear, ShortConvolution, OutputNorm) and not has_hooks(part) for part in parts)
+        if given is None or not plain or type(self).forward is not LinearRecurrence.forward:
+            return None
+        if self.impl not in (Impl.AUTO, Impl.NATIVE) or not is_plain_eager(self.in_proj.weight.device):
+            return None
+        weights, form = self.step()
+        tensors = (*weights, given.weight, given.bias)
+        if not readable(tensors) or not native_step.available():
+            return None
+        step = native_step.Step(weights, form, given, residual=True)
+        return run_in_place(step, tensors, state, self.shape.d_model)
+
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
         shape = self.shape
         memory = (batch_size, shape.value_heads, shape.key_dim, shape.memory_dim)
@@ -225,14 +279,15 @@ class LinearRecurrence(Block):
             nn.init.ones_(self.norm.weight)
 
     def implementations(self, device: torch.device) -> dict[str, str]:
-        operations = [delta_kernel.OPERATION, *([conv_kernel.OPERATION] if self.shape.taps else [])]
+        conv = [conv_kernel.OPERATION] if self.shape.taps else []
+        operations = [delta_kernel.OPERATION, *conv, step_kernel.OPERATION]
         return {op.name: op.describe(device, impl=op.nearest(self.impl)) for op in operations}
 
 
 def l2_normalized(x_BLGK: Tensor) -> Tensor:
     """Return x / sqrt(sum(x^2) + 1e-6) over the last dimension, as an RMSNorm whose weights are K ** -0.5."""
     size, wide = x_BLGK.shape[-1], torch.promote_types(x_BLGK.dtype, torch.float32)
-    return rms_norm(x_BLGK, x_BLGK.new_full((size,), size**-0.5, dtype=wide), _L2_EPS / size)
+    return rms_norm(x_BLGK, x_BLGK.new_full((size,), size**-0.5, dtype=wide), L2_EPS / size)
 
 
 def softplus_decay(raw: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from torch import nn
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.decode import Decoder
 from hybridnas.arch.model import HybridLM
-from hybridnas.blocks import mamba
 from hybridnas.blocks.gated_conv import GatedConv
 from hybridnas.blocks.mamba import Mamba
 from hybridnas.blocks.mamba2 import Mamba2
@@ -18,6 +17,7 @@ from hybridnas.hardware import Impl
 from hybridnas.kernels.mamba_step import native
 from hybridnas.layers.block import map_state
 from hybridnas.layers.norms import NORMS
+from hybridnas.layers.step import MAX_BATCH
 from hybridnas.registry import BLOCKS
 
 V = 29
@@ -87,7 +87,7 @@ def recomputed(model, ids, new):
 
 @needs_compiler
 @pytest.mark.parametrize("norm", sorted(NORMS))
-@pytest.mark.parametrize("batch", [1, 2, 3, mamba._MAX_BATCH])
+@pytest.mark.parametrize("batch", [1, 2, 3, MAX_BATCH])
 @pytest.mark.parametrize(
     "fields",
     [
@@ -149,7 +149,7 @@ def test_gradients_autocast_large_batches_and_states_of_another_size_have_no_fus
     assert made.one_token(norm, state_of(made)) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert one_token(made, norm, state_of(made)) is None
-    assert one_token(made, norm, state_of(made, mamba._MAX_BATCH + 1)) is None
+    assert one_token(made, norm, state_of(made, MAX_BATCH + 1)) is None
     assert one_token(made, norm, state_of(block(d_inner=24))) is None
 
 
