@@ -35,6 +35,7 @@ from hybridnas.layers.linear_recurrence import (
     l2_normalized,
     largest_divisor,
 )
+from hybridnas.layers.rotary import rotate, rotation
 from hybridnas.registry import register_block
 
 _HEAD = 64  # value channels of a head by default
@@ -293,14 +294,13 @@ class LinearAttention(LinearRecurrence):
         if self.shape.norm == "sum":
             v_BLHV = F.pad(v_BLHV, (0, 1), value=1.0)  # a value that is always 1 sums the weights
         if config.kind == "retnet":
-            angle_LK = self._angles(0, u_BLC.shape[1], u_BLC.device, wide)
-            q_BLHK, k_BLHK = _turned(q_BLHK, angle_LK[:, None]), _turned(k_BLHK, angle_LK[:, None])
+            cos_L1K, sin_L1K = (part[:, None] for part in self._rotation(0, u_BLC.shape[1], u_BLC.device, wide))
+            q_BLHK, k_BLHK = rotate(q_BLHK, cos_L1K, sin_L1K), rotate(k_BLHK, cos_L1K, sin_L1K)
         o_BLHV, memory_BHKV = self.run(q_BLHK, k_BLHK, v_BLHV, log, beta_BLH, memory_BHKV, scale=scale)
         if config.kind == "retnet" and memory_BHKV is not None:
-            back_1K = self._angles(
-                -u_BLC.shape[1], 1, u_BLC.device, wide
-            )  # the next call counts its steps from 0 again
-            memory_BHKV = _turned(memory_BHKV.mT, back_1K).mT
+            # the next call counts its steps from 0 again
+            back = self._rotation(-u_BLC.shape[1], 1, u_BLC.device, wide)
+            memory_BHKV = rotate(memory_BHKV.mT, *back).mT
         if self.shape.norm == "sum":
             o_BLHV = o_BLHV[..., :-1] / (o_BLHV[..., -1:] + _SUM_EPS)
         return o_BLHV, memory_BHKV
@@ -318,12 +318,8 @@ class LinearAttention(LinearRecurrence):
         v_BLHV = torch.unflatten(v_BLX, -1, (config.heads, config.value_dim))
         return torch.unflatten(q_BLX, -1, heads), k_BLHK, v_BLHV, log_BLHK
 
-    def _angles(self, start: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return (L, K / 2) angles of the positions from ``start`` on."""
-        half = self.config.key_dim // 2
-        frequency_K = self.config.rope_base ** (-torch.arange(half, device=device, dtype=dtype) / half)
-        angle_LK: Tensor = torch.arange(start, start + length, device=device, dtype=dtype)[:, None] * frequency_K
-        return angle_LK
+    def _rotation(self, start: int, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return rotation(start, length, self.config.key_dim, self.config.rope_base, device, dtype)
 
     def step(self) -> tuple[Weights, Form]:
         config: LinearAttention.Config = self.config
@@ -346,13 +342,14 @@ class LinearAttention(LinearRecurrence):
             **own,
         )
         fixed = _fixed_decays(kind, config.heads, device, torch.float32) * config.decay_factor
-        turns = self._angles(1, 1, device, torch.float32)[0] if kind == "retnet" else None
+        half = config.key_dim // 2
+        turns = config.rope_base ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
         second = self.decay_proj
         weights = self.weights(
             decay_proj=None if second is None else second.weight,
             decay_bias=None if second is None else second.bias,
             A_log=fixed if decay == "fixed" else None,
-            frequency=turns,
+            frequency=turns if kind == "retnet" else None,
         )
         return weights, form
 
@@ -376,10 +373,3 @@ def _fixed_decays(kind: str, heads: int, device: torch.device, dtype: torch.dtyp
     if kind == "retnet":
         return torch.log1p(-torch.exp2(-5 - head_H))
     return -torch.exp2(-8 * (head_H + 1) / heads)
-
-
-def _turned(x: Tensor, angle: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + K/2) of the last dimension by their angles, in float32 or wider."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 
-def rotation(start: int, length: int, width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotation(
+    start: int, length: int, width: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Return cosines and sines (L, h) of positions ``start`` on: pair i turns by position * base ** (-i / h)."""
     half = width // 2
-    frequency_h = base ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
-    angle_Lh = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequency_h
+    frequency_h = base ** (-torch.arange(half, device=device, dtype=dtype) / half)
+    angle_Lh = torch.arange(start, start + length, device=device, dtype=dtype)[:, None] * frequency_h
     return angle_Lh.cos(), angle_Lh.sin()
 
 
