@@ -163,7 +163,9 @@ static void forward_unit(const Args *a, int64_t b, int64_t d0, Tile *tiles, Scra
         for (int64_t d = 0; d < group; d += TILE) {
             const int width = (int)minimum(TILE, group - d), taps = (int)a->K;
             const int64_t stop = minimum(a->L, start + CHUNK);
+            /* the taps of Mamba and of LFM2 are constants to the compiler */
             if (taps == 4 && width == TILE) forward_tile(a, 4, 1, tiles + d / TILE, s, b, d0 + d, TILE, start, stop);
+            else if (taps == 3 && width == TILE) forward_tile(a, 3, 1, tiles + d / TILE, s, b, d0 + d, TILE, start, stop);
             else forward_tile(a, taps, 0, tiles + d / TILE, s, b, d0 + d, width, start, stop);
         }
 }
@@ -179,6 +181,8 @@ static void backward_unit(const Args *a, int64_t block, int64_t d0, Tile *tiles,
                 const int width = (int)minimum(TILE, group - d), taps = (int)a->K;
                 const int64_t stop = minimum(a->L, start + CHUNK);
                 if (taps == 4 && width == TILE) backward_tile(a, 4, 1, tiles + d / TILE, s, b, d0 + d, TILE, start, stop);
+                else if (taps == 3 && width == TILE)
+                    backward_tile(a, 3, 1, tiles + d / TILE, s, b, d0 + d, TILE, start, stop);
                 else backward_tile(a, taps, 0, tiles + d / TILE, s, b, d0 + d, width, start, stop);
             }
         for (int64_t d = 0; d < group; d += V) {
