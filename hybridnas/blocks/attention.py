@@ -21,9 +21,11 @@ from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, Varia
 from hybridnas.layers.latent_attention import LatentAttention, LatentCache, LatentShape, LatentState, room
 from hybridnas.layers.mode import is_plain_eager
 from hybridnas.layers.norms import RMSNorm, ZeroCenteredRMSNorm, one_row
-from hybridnas.layers.rotary import rotate, rotation
+from hybridnas.layers.rotary import Angles, rotate, rotation
 from hybridnas.layers.softmax_attention import scored_pairs, scored_width, softmax_attention
 from hybridnas.registry import register_block
+
+_Norm = Callable[[Tensor], Tensor]
 
 
 @exportable
@@ -334,7 +336,8 @@ class Attention(Block):
 
     def _attend(self, x_BLD: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState | None]:
         config: Attention.Config = self.config
-        q_BHLP, k_BKLP, v_BKLP = (part.transpose(-2, -3) for part in self._project(x_BLD))
+        parts = self._project(x_BLD, self.q_norm, self.k_norm)
+        q_BHLP, k_BKLP, v_BKLP = (part.transpose(1, 2) for part in parts)
         past, length = 0 if state is None else state.k_BKTP.shape[2], x_BLD.shape[1]
         if config.window is None:
             q_BHLP, k_BKLP = self._turned(q_BHLP, past), self._turned(k_BKLP, past)
@@ -357,16 +360,16 @@ class Attention(Block):
         )
         return y_BHLP, state
 
-    def _project(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x_BLD: Tensor, q_norm: _Norm | None, k_norm: _Norm | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, L, H, P), keys and values (B, L, K, P) of x (B, L, D), or without L, not turned yet."""
         config: Attention.Config = self.config
         width = config.head_width
         q, k, v = self.qkv_proj(x_BLD).split([config.heads * width, self._kv_width, self._kv_width], dim=-1)
-        if self.q_norm is not None and self.k_norm is not None and config.qk_norm == "all":
-            q, k = self.q_norm(q), self.k_norm(k)
+        if q_norm is not None and k_norm is not None and config.qk_norm == "all":
+            q, k = q_norm(q), k_norm(k)
         q, k, v = (part.unflatten(-1, (-1, width)) for part in (q, k, v))
-        if self.q_norm is not None and self.k_norm is not None and config.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
+        if q_norm is not None and k_norm is not None and config.qk_norm == "head":
+            q, k = q_norm(q), k_norm(k)
         return q, k, v
 
     def _turned(self, x_BHLP: Tensor, start: int) -> Tensor:
@@ -441,23 +444,19 @@ class _Cache:
 
     def __init__(self, block: Attention, state: AttentionState) -> None:
         self._block, self._config = block, block.config
-        self._norms = None if block.q_norm is None or block.k_norm is None else (block.q_norm, block.k_norm)
+        self._norms = [None if norm is None else one_row(norm) for norm in (block.q_norm, block.k_norm)]
         self._k_BKTP, self._v_BKTP = state
         self._read = state.k_BKTP.shape[2]  # positions, counted from the oldest in the state
         if self._config.window is not None:
             self._k_BKTP = block._turned(state.k_BKTP, 0)
-        self._angles_from = 0
-        self._cos_Th = self._sin_Th = state.k_BKTP.new_empty(0)
+        self._angles = Angles(self._config.rotary, self._config.rope_base, state.k_BKTP.device)
 
     def __call__(self, x_BD: Tensor) -> Tensor:
         """Return (B, H, P) after reading x (B, D), which the layer's norm has been applied to."""
         config, at, window = self._config, self._read, self._config.window
-        q_BHP, k_BKP, v_BKP = self._block._project(x_BD)
+        q_BHP, k_BKP, v_BKP = self._block._project(x_BD, *self._norms)
         if config.positions == "rope":
-            if at - self._angles_from >= self._cos_Th.shape[0]:
-                self._angles_from = at
-                self._cos_Th, self._sin_Th = rotation(at, 256, config.rotary, config.rope_base, x_BD.device)
-            cos_h, sin_h = self._cos_Th[at - self._angles_from], self._sin_Th[at - self._angles_from]
+            cos_h, sin_h = self._angles.at(at)
             q_BHP, k_BKP = rotate(q_BHP, cos_h, sin_h), rotate(k_BKP, cos_h, sin_h)
         size = self._k_BKTP.shape[2]
         if at >= size and (window is None or size < window):

@@ -13,6 +13,7 @@ channels of a value, C latent rank, Q query rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 
 from hybridnas.hardware import Impl
 from hybridnas.layers.block import exportable, truncated_normal_
-from hybridnas.layers.norms import RMSNorm
-from hybridnas.layers.rotary import rotate, rotation
+from hybridnas.layers.norms import RMSNorm, one_row
+from hybridnas.layers.rotary import Angles, rotate, rotation
 from hybridnas.layers.softmax_attention import softmax_attention
+
+_Norm = Callable[[Tensor], Tensor]
 
 
 @exportable
@@ -91,7 +94,10 @@ class LatentAttention(nn.Module):
         """Return (B, H, L, V) and the next state, None where none was given."""
         shape, length = self.shape, x_BLD.shape[1]
         past = 0 if state is None else state.latent_BTN.shape[1]
-        q_BHLP, latent_BTN = self._project(x_BLD, past)
+        angles = None
+        if shape.rope_base is not None:
+            angles = rotation(past, length, shape.rotary, shape.rope_base, x_BLD.device)
+        q_BHLP, latent_BTN = self.project(x_BLD, angles, self.q_norm, self.kv_norm)
         if state is not None:
             latent_BTN = torch.cat([state.latent_BTN.to(latent_BTN.dtype), latent_BTN], dim=1)
             state = LatentState(latent_BTN)
@@ -147,20 +153,21 @@ class LatentAttention(nn.Module):
             if norm is not None:
                 norm.reset_parameters()
 
-    def _project(self, x_BLD: Tensor, past: int) -> tuple[Tensor, Tensor]:
-        """Return queries (B, H, L, P + R) and latents (B, L, C + R) of positions ``past`` on."""
+    def project(
+        self, x_BLD: Tensor, angles: tuple[Tensor, Tensor] | None, q_norm: _Norm | None, kv_norm: _Norm
+    ) -> tuple[Tensor, Tensor]:
+        """Return queries (B, H, L, P + R) and latents (B, L, C + R), turned by the cosines and sines of ``angles``."""
         shape = self.shape
         first = shape.q_rank or shape.query
         q_BLQ, c_BLC, r_BLR = self.down_proj(x_BLD).split([first, shape.kv_rank, shape.rotary], dim=-1)
-        if self.q_norm is not None and self.q_up_proj is not None:
-            q_BLQ = self.q_up_proj(self.q_norm(q_BLQ))
+        if q_norm is not None and self.q_up_proj is not None:
+            q_BLQ = self.q_up_proj(q_norm(q_BLQ))
         q_BHLP = q_BLQ.unflatten(-1, (shape.heads, shape.head + shape.rotary)).transpose(1, 2)
-        if shape.rope_base is not None:
-            cos_Lh, sin_Lh = rotation(past, x_BLD.shape[1], shape.rotary, shape.rope_base, x_BLD.device)
+        if angles is not None:
             q_BHLP, q_BHLR = q_BHLP.split([shape.head, shape.rotary], dim=-1)
-            q_BHLP = torch.cat([q_BHLP, rotate(q_BHLR, cos_Lh, sin_Lh)], dim=-1)
-            r_BLR = rotate(r_BLR, cos_Lh, sin_Lh)
-        return q_BHLP, torch.cat([self.kv_norm(c_BLC), r_BLR], dim=-1)
+            q_BHLP = torch.cat([q_BHLP, rotate(q_BHLR, *angles)], dim=-1)
+            r_BLR = rotate(r_BLR, *angles)
+        return q_BHLP, torch.cat([kv_norm(c_BLC), r_BLR], dim=-1)
 
 
 class LatentCache:
@@ -169,10 +176,15 @@ class LatentCache:
     def __init__(self, attention: LatentAttention, state: LatentState) -> None:
         self._attention = attention
         self._latent_BTN, self._read = state.latent_BTN, state.latent_BTN.shape[1]
+        self._q_norm = None if attention.q_norm is None else one_row(attention.q_norm)
+        self._kv_norm = one_row(attention.kv_norm)
+        shape, device = attention.shape, state.latent_BTN.device
+        self._angles = None if shape.rope_base is None else Angles(shape.rotary, shape.rope_base, device)
 
     def __call__(self, x_BD: Tensor, sink_H: Tensor | None) -> Tensor:
         """Return (B, H, V) after reading x (B, D), which the layer's norm has been applied to."""
-        q_BHLP, new_BLN = self._attention._project(x_BD[:, None], self._read)
+        angles = None if self._angles is None else self._angles.at(self._read)
+        q_BHLP, new_BLN = self._attention.project(x_BD[:, None], angles, self._q_norm, self._kv_norm)
         if self._read == self._latent_BTN.shape[1]:
             old_BTN = self._latent_BTN
             self._latent_BTN = old_BTN.new_empty(old_BTN.shape[0], room(self._read), old_BTN.shape[2])

@@ -19,6 +19,21 @@ def rotation(
     return angle_Lh.cos(), angle_Lh.sin()
 
 
+class Angles:
+    """Cosines and sines of one position after another, computed for many positions at a time."""
+
+    def __init__(self, width: int, base: float, device: torch.device) -> None:
+        self._width, self._base, self._device = width, base, device
+        self._start, self._count = 0, 0
+
+    def at(self, position: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (h,) of a position."""
+        if not self._start <= position < self._start + self._count:
+            self._start, self._count = position, 256
+            self._cos_Lh, self._sin_Lh = rotation(position, 256, self._width, self._base, self._device)
+        return self._cos_Lh[position - self._start], self._sin_Lh[position - self._start]
+
+
 def rotate(x_LP: Tensor, cos_Lh: Tensor, sin_Lh: Tensor) -> Tensor:
     """Turn pairs (i, i + h) of the first 2h channels of x (..., L, P), in float32 or wider; others stay as they are."""
     half = cos_Lh.shape[-1]

@@ -37,6 +37,7 @@ class Family(NamedTuple):
         modeling = importlib.import_module(f"transformers.models.{self.module}.modeling_{self.module}")
         sizes = {"hidden_size": D, "num_attention_heads": HEADS, "num_key_value_heads": KV, "head_dim": P}
         config = getattr(module, self.config)(**{**sizes, **self.settings}, attn_implementation="eager")
+        torch.manual_seed(0)
         theirs = getattr(modeling, self.attention)(config, layer_idx=self.layer).to(dtype).eval()
         with torch.no_grad():
             for parameter in theirs.parameters():
@@ -55,6 +56,8 @@ class Family(NamedTuple):
             given = {"position_embeddings": rotary(x_BLD, at_L[None], **which)} if rotary else {}
             if "position_embeddings" in type(their).forward.__annotations__ and not rotary:
                 given = {"position_embeddings": None}
+            if "position_ids" in type(their).forward.__annotations__:  # turns by its own class
+                given = {"position_ids": at_L[None]}
             return their(x_BLD, attention_mask=mask, past_key_values=cache, **given)[0]
 
         return ours, theirs, run
@@ -211,6 +214,17 @@ FAMILIES = {
     "granitemoehybrid, scale": Family(
         "granitemoehybrid", "GraniteMoeHybridAttention", "GraniteMoeHybridConfig",
         {**MAMBA, "attention_multiplier": 0.4}, {**HEAD_FIELDS, "scale": 0.4, "positions": "none"},
+    ),
+    "falcon_h1, keys multiplied": Family(
+        "falcon_h1", "FalconH1Attention", "FalconH1Config",
+        {"key_multiplier": 0.6, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, **rope(1e11)},
+        {**HEAD_FIELDS, "scale": 0.6 * P**-0.5, "rope_base": 1e11}, rotary="FalconH1RotaryEmbedding",
+    ),
+    "recurrent_gemma, rope on half, output bias, window 11": Family(
+        "recurrent_gemma", "RecurrentGemmaAttention", "RecurrentGemmaConfig",
+        {**rope(fraction=0.5)},
+        {**HEAD_FIELDS, "rotary_fraction": 0.5, "out_bias": True, "window": 11}, window=11,
+        projections=lambda: plain(bias="out"),
     ),
     "gemma2, cap and window 8": Family(
         "gemma2", "Gemma2Attention", "Gemma2Config",
