@@ -15,6 +15,7 @@ from hybridnas.search.plan import Plan
 from hybridnas.search.sampling import optuna_samplers
 from hybridnas.search.sampling.candidates import Candidates
 from hybridnas.search.sampling.optuna_view import hyperband, quiet
+from hybridnas.search.sampling.uniform import evenly
 from hybridnas.search_spaces.space import Scale, Space
 from hybridnas.study.records import TrialRecord
 from hybridnas.tabular.simulate import Limits, simulate
@@ -317,3 +318,15 @@ def test_a_search_that_has_found_enough_ends_before_it_has_found_the_best(plain)
     assert whole.best_at() == min(curve[900] for curve in scores.values())
     assert short.found == whole.found[: len(short.found)]
     assert short.tokens == max(short.tokens_to(good), 3600)  # four full trainings of 900 are the first to pass 3,000
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_draw_that_breaks_a_rule_of_the_space_is_drawn_again(name):
+    space = Space.from_mapping({**PLAIN, "letters": ["M", "N", "A", "F"], "min_attention": 1, "max_mixers": 1})
+    candidates = Candidates(space, Scale(d_model=32, depth=4, multiple=2, seq_len=64))
+    broken = [candidates.of(evenly(candidates, random.Random(n)).params).arch is None for n in range(100)]
+    assert 0.4 < sum(broken) / 100 < 0.9
+    plan = plan_of(name, candidates)
+    draws = [plan.draws.draw(History(plan.objectives, plan.rungs), number) for number in range(20)]
+    assert all(draw.candidate.arch is not None for draw in draws)
+    assert sum(draw.redrawn for draw in draws) > 0

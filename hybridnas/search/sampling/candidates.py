@@ -2,7 +2,7 @@
 
 Optuna's samplers draw parameter by parameter, repeat points, and treat two spellings of one architecture as two
 points. Here a candidate is drawn completely, identified by its architecture, and drawn again while the study has that
-architecture already.
+architecture already or no architecture follows the space's rules.
 """
 
 from __future__ import annotations
@@ -217,10 +217,16 @@ class Sampler(Protocol):
 def first_new(
     candidates: Candidates, known: Container[str], own: Callable[[], Drawn], uniform: Callable[[], Drawn]
 ) -> tuple[Candidate, int]:
-    """Return the first drawn candidate that is not known, and how many were thrown away; the last one if all are."""
+    """Return the first drawn candidate that can be trained and is not known, and how many were thrown away.
+
+    Where none is found, it is one that cannot be trained, whose record says why, rather than a known one.
+    """
     candidate = candidates.of(own().params)
+    infeasible = None
     for attempt in range(REDRAWS + RANDOM_REDRAWS):
         if candidate.key not in known:
-            return candidate, attempt
+            if candidate.arch is not None:
+                return candidate, attempt
+            infeasible = candidate
         candidate = candidates.of((own if attempt < REDRAWS else uniform)().params)
-    return candidate, REDRAWS + RANDOM_REDRAWS
+    return infeasible or candidate, REDRAWS + RANDOM_REDRAWS
