@@ -39,7 +39,7 @@ class KimiDelta(LinearRecurrence):
     """S_t = diag(exp(g_t)) S_{t-1}; S_t += k_t (beta_t (v_t - S_t^T k_t))^T; o_t = S_t^T q_t / sqrt(K).
 
     As Gated DeltaNet with one decay per key channel, g = -exp(A_log) softplus(f_b(f_a(x)) + dt_bias) of low rank, and
-    a low-rank output gate: out_proj(rmsnorm(o) sigmoid(g_b(g_a(x)))). Source: arXiv 2510.26692, equations 1 and 10; as
+    a low-rank output gate: out_proj(rmsnorm(o) sigmoid(g_b(g_a(x)))). Source: arXiv 2510.26692, sections 3 and 4; as
     in transformers' KimiLinear and, with ``gate_lower_bound``, GLM-5-next and BailingHybrid. ``in_proj`` holds the
     rows of q, k, v, g_a, f_a and beta.
     """

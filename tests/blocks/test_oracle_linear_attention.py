@@ -70,7 +70,7 @@ def split_heads(qkv):
 
 
 def recurrence(q, k, v, decay=None, beta=None):
-    """Return S_t^T q_t of S_t = diag(decay_t) S_{t-1} + k_t v_t^T, with beta of the delta rule (2102.11174, eq. 24)."""
+    """Return S_t^T q_t of S_t = diag(decay_t) S_{t-1} + k_t v_t^T, with beta of the delta rule (2102.11174)."""
     S, outputs = v.new_zeros(v.shape[0], v.shape[2], q.shape[3], v.shape[3]), []
     for t in range(q.shape[1]):
         written = v[:, t]
@@ -111,7 +111,7 @@ def retnet(w, x):
 
 
 def lightning(w, x):
-    """2501.08313, equations 1 to 6: SiLU of all projections, decays by head, norm of the whole, sigmoid gate."""
+    """2501.08313, section 2.2: SiLU of all projections, decays by head, norm of the whole, sigmoid gate."""
     qkv, g = (x @ w["in_proj.weight"].T).split([60, 24], -1)
     q, k, v = F.silu(qkv).split([18, 18, 24], -1)
     slope = torch.tensor([2 ** (-8 * (h + 1) / HEADS) for h in range(HEADS)], dtype=torch.float64)
@@ -129,7 +129,7 @@ def gla(w, x):
 
 
 def deltanet(w, x):
-    """2406.06484, section 3.4: convolutions with SiLU, unit queries and keys, beta a sigmoid, norm of each head."""
+    """2406.06484, section 3: convolutions with SiLU, unit queries and keys, beta a sigmoid, norm of each head."""
     u, b = (x @ w["in_proj.weight"].T).split([60, HEADS], -1)
     late = F.pad(u, (0, 0, 3, 0))
     u = F.silu(sum(late[:, t : t + LENGTH] * w["conv1d.weight"][:, 0, t] for t in range(4)))
@@ -140,7 +140,7 @@ def deltanet(w, x):
 
 
 def hgrn2(w, x):
-    """2404.07904, equations 5 and 6: f = bound + (1 - bound) sigmoid(x), the input gate 1 - f is the key."""
+    """2404.07904, section 3: f = bound + (1 - bound) sigmoid(x), the input gate 1 - f is the key."""
     q, v, f = (x @ w["in_proj.weight"].T).split([18, 24, 18], -1)
     f = heads(0.3 + 0.7 * f.sigmoid(), K)
     o = recurrence(heads(F.silu(q), K), 1 - f, heads(v, V), f).flatten(-2)
