@@ -97,22 +97,22 @@ class _Surrounded:
 
     def __init__(self, layer: ResidualLayer, handed: _Handed, step: _Step, states: list[State]) -> None:
         self._layer, self._handed, self._step = layer, handed, step
-        self._around = layer.around_of(0, 0)
+        around = layer.around_of(0, 0)
+        self._factors = (1.0, 1.0) if around is None else (around.in_multiplier, around.out_multiplier)
         self._norm = None if layer.norm is None else one_row(layer.norm)
-        after = None if self._around is None else self._around.norm
-        self._norm_after = None if after is None else one_row(after)
-        self._canon_BKD = states[0][0] if len(states) > 1 else None
+        self._canon = self._norm_after = None
+        if around is not None and around.canon is not None:
+            self._canon = around.canon.one_row(states[0][0])
+        if around is not None and around.norm is not None:
+            self._norm_after = one_row(around.norm)
 
     def __call__(self, x_BD: Tensor) -> Tensor:
-        layer, around = self._layer, self._around
+        layer = self._layer
         normed_BD = x_BD if self._norm is None else self._norm(x_BD)
         stream_BD = scaled(normed_BD if layer.adds_to_normed else x_BD, layer.stream_multiplier)
-        read_BD = normed_BD if layer.reads_norm[0] else x_BD
-        if around is not None:
-            read_BLD, self._canon_BKD = around.before(read_BD[:, None], self._canon_BKD)
-            read_BD = read_BLD[:, 0]
-        self._handed.read_BD = read_BD
+        read_BD = scaled(normed_BD if layer.reads_norm[0] else x_BD, self._factors[0])
+        self._handed.read_BD = read_BD if self._canon is None else self._canon(read_BD)
         y_BD = self._step(torch.zeros_like(x_BD))
         if self._norm_after is not None:
             y_BD = self._norm_after(y_BD)
-        return stream_BD + (y_BD if around is None else scaled(y_BD, around.out_multiplier))
+        return stream_BD + scaled(y_BD, self._factors[1])

@@ -247,16 +247,16 @@ class Mamba(Block):
         """Run the whole layer as one call of ``kernels.mamba_step``; None where that could not stand for it.
 
         The kernel reads float32 on a processor, and weights as they lie now: of modules with hooks, parametrizations
-        or other classes it knows nothing.
+        or other classes it knows nothing. A norm of another kind runs before it.
         """
-        weights, given = self._step_weights(), step_norm(norm)
-        if weights is None or given is None or not is_plain_eager(weights.in_proj.device):
+        weights, norms = self._step_weights(), step_norm(norm)
+        if weights is None or norms is None or not is_plain_eager(weights.in_proj.device):
             return None
-        tensors = (*weights, given.weight, given.bias)
+        tensors = (*weights, *norms.tensors)
         if not readable(tensors) or not native_step.available():
             return None
-        step = native_step.Step(weights, given, residual=True)
-        return run_in_place(step, tensors, state, self.config.d_model)
+        step = native_step.Step(weights, norms.inside, residual=norms.outside is None)
+        return run_in_place(step, tensors, state, self.config.d_model, norms.outside)
 
     def _step_weights(self) -> Weights | None:
         """Return the parameters as ``mamba_step`` takes them, or None where the block is not theirs alone."""

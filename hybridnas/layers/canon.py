@@ -5,6 +5,8 @@ Shapes: B batch, L length, D channels, K taps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +41,29 @@ class Canon(nn.Module):
         """Return zeros (B, K - 1, D): nothing has been read yet."""
         channels, taps = self.weight.shape
         return torch.zeros(batch_size, taps - 1, channels, device=device, dtype=dtype)
+
+    def one_row(self, state_BKD: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the layer for one token (B, D) after another, from a state on; without gradients, in three operations.
+
+        The weights are read once, here.
+        """
+        past_BKD = state_BKD
+        weight_KD = self.weight.t().clone()
+        weight_KD[-1] += 1  # the residual
+
+        def run(x_BD: Tensor) -> Tensor:
+            nonlocal past_BKD
+            if x_BD.dtype != torch.float32 or weight_KD.dtype != torch.float32:
+                y_BLD, after_BKD = self(x_BD[:, None], past_BKD)
+                assert after_BKD is not None
+                past_BKD = after_BKD
+                one: Tensor = y_BLD[:, 0]
+                return one
+            window_BKD = torch.cat([past_BKD, x_BD[:, None]], dim=1)
+            past_BKD = window_BKD[:, 1:]
+            return (window_BKD * weight_KD).sum(dim=1)
+
+        return run
 
     def reset_parameters(self) -> None:
         """Draw as the authors' code does: uniform within K ** -0.5, torch's rule for a depthwise convolution."""

@@ -248,19 +248,22 @@ class LinearRecurrence(Block):
         )
 
     def one_token(self, norm: nn.Module, state: State) -> Callable[[Tensor], Tensor] | None:
-        """Run the whole layer as one call of ``kernels.delta_step``; None where that could not stand for it."""
-        given, parts = step_norm(norm), [part for part in self.children() if part is not None]
+        """Run the whole layer as one call of ``kernels.delta_step``; None where that could not stand for it.
+
+        A norm of a kind that the kernel does not know runs before it.
+        """
+        norms, parts = step_norm(norm), [part for part in self.children() if part is not None]
         plain = all(type(part) in (nn.Linear, ShortConvolution, OutputNorm) and not has_hooks(part) for part in parts)
-        if given is None or not plain or type(self).forward is not LinearRecurrence.forward:
+        if norms is None or not plain or type(self).forward is not LinearRecurrence.forward:
             return None
         if self.impl not in (Impl.AUTO, Impl.NATIVE) or not is_plain_eager(self.in_proj.weight.device):
             return None
         weights, form = self.step()
-        tensors = (*weights, given.weight, given.bias)
+        tensors = (*weights, *norms.tensors)
         if not readable(tensors) or not native_step.available():
             return None
-        step = native_step.Step(weights, form, given, residual=True)
-        return run_in_place(step, tensors, state, self.shape.d_model)
+        step = native_step.Step(weights, form, norms.inside, residual=norms.outside is None)
+        return run_in_place(step, tensors, state, self.shape.d_model, norms.outside)
 
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
         shape = self.shape

@@ -6,8 +6,9 @@ Shapes: B batch, D d_model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from hybridnas.kernels.mamba_step.native import takes
@@ -29,14 +30,31 @@ class Step(Protocol):
     ) -> Callable[[Tensor, Tensor], None]: ...
 
 
-def step_norm(norm: nn.Module) -> Norm | None:
-    """Return a norm as the kernels take it, or None where the module is not that alone."""
-    if not isinstance(norm, (LayerNorm, RMSNorm, ZeroCenteredRMSNorm)) or has_hooks(norm):
+class StepNorm(NamedTuple):
+    """The norm before a layer's step: ``inside`` it as the kernels take it, or ``outside``, a module to call first."""
+
+    inside: Norm | None
+    outside: nn.Module | None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What the kernel reads of it."""
+        return () if self.inside is None else (self.inside.weight, self.inside.bias)
+
+
+def step_norm(norm: nn.Module) -> StepNorm | None:
+    """Return how a norm goes with the kernels, or None where it is one of theirs with hooks.
+
+    A module of another kind runs outside, and the step then has neither norm nor residual.
+    """
+    if not isinstance(norm, (LayerNorm, RMSNorm, ZeroCenteredRMSNorm)):
+        return StepNorm(None, norm)
+    if has_hooks(norm):
         return None
     if isinstance(norm, LayerNorm):
-        return Norm("layernorm", norm.weight, norm.bias, norm.eps)
+        return StepNorm(Norm("layernorm", norm.weight, norm.bias, norm.eps), None)
     factor = norm.weight if isinstance(norm, RMSNorm) else 1 + norm.weight
-    return Norm("rmsnorm", factor, None, norm.eps or 0.0)
+    return StepNorm(Norm("rmsnorm", factor, None, norm.eps or 0.0), None)
 
 
 def readable(tensors: Sequence[Tensor | None]) -> bool:
@@ -45,11 +63,12 @@ def readable(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def run_in_place(
-    step: Step, tensors: Sequence[Tensor | None], state: State, width: int
+    step: Step, tensors: Sequence[Tensor | None], state: State, width: int, outside: nn.Module | None
 ) -> Callable[[Tensor], Tensor] | None:
-    """Return x (B, D) -> the layer's output, which overwrites x and the state; None where the kernel cannot.
+    """Return x (B, D) -> the layer's output, which overwrites the state, and x too without ``outside``.
 
-    ``tensors`` are all that the step reads by address: they are kept, whatever becomes of the parameters.
+    None where the kernel cannot. ``tensors`` are all that the step reads by address: they are kept, whatever becomes of
+    the parameters. ``outside``: as in :class:`StepNorm`.
     """
     first, second = (tensor.contiguous() for tensor in state)
     x_BD = first.new_empty(first.shape[0], width)
@@ -64,4 +83,13 @@ def run_in_place(
         call(x_BD, x_BD)
         return x_BD
 
-    return run
+    def run_after(x_BD: Tensor, _held: list[Tensor] = held) -> Tensor:
+        assert outside is not None
+        read_BD = outside(x_BD)
+        if not takes(read_BD):
+            read_BD = read_BD.float().contiguous()
+        y_BD = torch.empty_like(read_BD)
+        call(read_BD, y_BD)
+        return x_BD + y_BD
+
+    return run if outside is None else run_after

@@ -112,6 +112,17 @@ def test_the_fused_step_is_the_layer(fields, batch, norm):
 
 
 @needs_compiler
+def test_a_norm_of_another_kind_runs_before_the_fused_step():
+    made, norm = block(), nn.Sequential(norm_of("layernorm"), norm_of("rmsnorm", seed=6))
+    state = state_of(made)
+    step = one_token(made, norm, state)
+    for seed in (1, 2, 3):
+        x_BD = token(seed=seed)[:, 0]
+        expected, state = by_torch(made, norm, x_BD, state)
+        close([step(x_BD.clone())], [expected])
+
+
+@needs_compiler
 def test_the_fused_step_reads_the_weights_once_and_keeps_them_alive():
     made, norm = block(), norm_of()
     state, x_BD = state_of(made), token()[:, 0]
