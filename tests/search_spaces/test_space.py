@@ -38,7 +38,8 @@ from hybridnas.search_spaces.space import (
 SCALE = Scale(d_model=32, depth=4, n_experts=4, multiple=2, seq_len=64)
 LETTERS = {"letters": ["M", "E"], "motif_length": [2]}
 BASE = {"base": "M", "replace": "M", "insert": "A", "n_inserted": [1]}
-SHIPPED = ("attention_placement", "hybrid", "linear_family", "mamba_moe", "tabular")
+SHIPPED = ("attention_placement", "hybrid", "linear_family", "mamba_moe", "modern", "tabular")
+OWN_BASELINES = ("linear_family", "modern")
 
 
 class Dice:
@@ -76,7 +77,8 @@ def test_every_drawn_candidate_meets_the_target_within_two_percent_or_says_why_n
     target = drawn.target(scale)
     proposal = proposed(drawn, Dice(seed), scale)
     if isinstance(proposal, str):
-        assert any(words in proposal for words in ("active parameters", "requires", "no width to size")), proposal
+        words = ("active parameters", "requires", "no width to size", "min_attention", "max_mixers", "state bytes")
+        assert any(word in proposal for word in words), proposal
         return
     assert abs(proposal.arch.cost().active_params - target) <= 0.02 * target
     assert len(proposal.arch.pattern) == depth
@@ -90,7 +92,7 @@ def test_the_same_draws_give_the_same_architecture():
     assert first.choices == again.choices
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name != "linear_family"])
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in OWN_BASELINES])
 def test_the_five_baselines_meet_one_target(name):
     drawn = load_space(name)
     assert drawn.baselines == DEFAULT_BASELINES == ("moe_mamba", "mamba", "mamba_mlp", "transformer", "transformer_moe")
@@ -345,7 +347,7 @@ def test_a_users_space_is_found_and_wins(tmp_path, monkeypatch):
     Path("search_spaces").mkdir()
     Path("search_spaces/mine.yaml").write_text("letters: [M, F]\nmotif_length: 2\n")
     Path("search_spaces/hybrid.yaml").write_text("description: ours\nletters: [M]\nmotif_length: [1]\n")
-    assert list_spaces() == ["attention_placement", "hybrid", "linear_family", "mamba_moe", "mine", "tabular"]
+    assert list_spaces() == ["attention_placement", "hybrid", "linear_family", "mamba_moe", "mine", "modern", "tabular"]
     assert load_space("mine").motif_length == (2,)
     assert load_space("hybrid").description == "ours"
 
@@ -589,6 +591,20 @@ def test_rules_that_mean_nothing_are_refused(keys, field):
     with pytest.raises(ConfigError) as found:
         space(**LETTERS, **keys)
     assert found.value.field == field
+
+
+def test_the_modern_space_has_attention_and_one_kind_of_mixer_and_its_baselines_match():
+    drawn = load_space("modern")
+    scale = Scale(d_model=48, depth=4, seq_len=256)
+    for preset in drawn.baselines:
+        got = drawn.baseline(preset, scale).cost().active_params
+        assert got == pytest.approx(drawn.target(scale), rel=TOLERANCE), preset
+    kept = [one for seed in range(60) if not isinstance(one := proposed(drawn, Dice(seed), scale), str)]
+    assert len(kept) >= 5
+    for proposal in kept:
+        roles = {slot.letter: BLOCKS.get(slot.letter).role for slot in proposal.arch.pattern.slots}
+        assert "attention" in roles.values()
+        assert list(roles.values()).count("mixer") <= 1
 
 
 def test_the_linear_family_has_equal_states_and_equal_active_parameters():
