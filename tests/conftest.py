@@ -27,8 +27,6 @@ collect_ignore_glob = [] if find_spec("triton") else ["kernels/test_triton_*.py"
 # Files whose tests start processes, seconds to minutes each: marked slow, and handed out first, so that no process is
 # left alone with one of them at the end.
 SLOW_FILES = (
-    "test_readme.py",
-    "test_pages.py",
     "test_examples.py",
     "test_search_workers.py",
     "test_search_postgres.py",
