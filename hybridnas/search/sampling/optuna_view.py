@@ -68,14 +68,10 @@ class OptunaView:
                 pruner=pruner or optuna.pruners.NopPruner(),
                 directions=directions(self.objectives),
             )
-        self.extend(study, records, start=0, below=below)
-        return study
-
-    def extend(self, study: Study, records: Sequence[TrialRecord], *, start: int, below: int | None = None) -> None:
-        """Add the trials of records from number ``start`` on."""
         by_number = {record.number: record for record in records if below is None or record.number < below}
         end = max(by_number, default=-1) + 1 if below is None else below
-        study.add_trials([self._trial(by_number.get(number)) for number in range(start, end)])
+        study.add_trials([self._trial(by_number.get(number)) for number in range(end)])
+        return study
 
     def _trial(self, record: TrialRecord | None) -> FrozenTrial:
         """Return :meth:`trial` of a record, as it was made before where the record has not changed."""
