@@ -161,7 +161,7 @@ def test_every_architecture_survives_json(pattern, tied, final):
     assert arch.replace() == arch
 
 
-def test_replace_keeps_what_it_is_not_told_to_change():
+def test_replace_keeps_what_it_is_not_asked_to_change():
     arch = small("ME", n_experts=4, M={"d_state": 8}).replace(pattern="EMF", d_model=48, top_k=2, router="top_k")
     assert (arch.d_model, arch.vocab_size, str(arch.pattern)) == (48, 64, "EMF")
     moe, mamba, mlp = configs(arch)

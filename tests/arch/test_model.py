@@ -335,7 +335,7 @@ def test_greedy_generation_equals_recomputing_the_argmax(pattern):
     assert torch.equal(made, expected)
 
 
-def test_sampling_repeats_with_its_seed_and_stops_when_told():
+def test_sampling_repeats_with_its_seed_and_stops_when_asked():
     model = HybridLM(small("ME"), seed=4)
     assert torch.equal(model.generate(ids(2, 3), 8, seed=1), model.generate(ids(2, 3), 8, seed=1))
     assert not torch.equal(model.generate(ids(2, 3), 8, seed=1), model.generate(ids(2, 3), 8, seed=2))

@@ -39,7 +39,7 @@ def write(path, content):
     return path
 
 
-def test_importing_the_room_loads_no_heavy_library():
+def test_importing_the_package_loads_no_heavy_library():
     heavy = {"torch", "datasets", "tokenizers", "rich", "numpy"}
     code = f"import sys, hybridnas.data; print(sorted({heavy} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -59,7 +59,7 @@ def test_fronts_agree_with_the_definition_on_random_points():
         assert not left
 
 
-def test_scores_order_by_front_then_by_room():
+def test_scores_order_by_front_then_by_crowding_distance():
     points = {1: (0.0, 3.0), 2: (1.0, 1.0), 3: (1.1, 0.9), 4: (3.0, 0.0), 5: (4.0, 4.0)}
     scores = pareto.scores(points)
     assert [int(scores[n]) for n in points] == [0, 0, 0, 0, 1]

@@ -228,7 +228,7 @@ def test_other_databases_are_refused_without_their_password(url):
     assert "pw1" not in str(caught.value)
 
 
-def test_the_environment_is_asked_only_where_it_is_told_to(monkeypatch):
+def test_the_environment_is_asked_only_with_storage_env(monkeypatch):
     monkeypatch.delenv("HYBRIDNAS_STORAGE", raising=False)
     assert database_url(None) is None
     with pytest.raises(ConfigError, match="storage=env needs the database's URL in the environment variable"):

@@ -63,7 +63,7 @@ def test_another_run_in_the_same_folder_is_refused(corpus):
         train(*corpus, *PATTERN, "out=runs/mow", "train.lr=0.01")
 
 
-def test_a_failed_run_is_told_in_one_sentence(corpus):
+def test_a_failed_run_is_reported_in_one_sentence(corpus):
     with pytest.raises(TrainingError, match=r"runs/mow: .*\(step \d+, .*lower train.lr=1e\+06"):
         train(*corpus, *PATTERN, "out=runs/mow", "train.lr=1e6", "train.warmup_fraction=0", "train.grad_clip=0")
 

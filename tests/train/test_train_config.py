@@ -19,7 +19,7 @@ from hybridnas.train.fit import fit
 from hybridnas.train.optim import learning_rate, make_optimizer, named_parameters, no_decay_names
 
 
-def test_importing_the_room_and_its_settings_loads_no_torch():
+def test_importing_the_package_and_its_settings_loads_no_torch():
     code = "import sys; from hybridnas.train import TrainConfig; TrainConfig(); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"

@@ -206,7 +206,7 @@ def test_a_measurement_carries_speed_time_and_routing(tmp_path):
     assert value.aux["lr"] == pytest.approx(1e-3)  # the end of the cosine
 
 
-def test_routing_statistics_are_means_over_layers_and_load_is_told_in_fair_shares():
+def test_routing_statistics_are_means_over_layers_and_load_is_stated_in_fair_shares():
     stats = {
         "layer01.E.dropped": torch.tensor(0.1),
         "layer03.E.dropped": torch.tensor(0.3),
