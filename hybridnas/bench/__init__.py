@@ -1,4 +1,4 @@
-"""Benchmarks: every goal of this project measured side by side with the peers that are installed.
+"""Benchmarks: every goal of this project measured beside other packages that are installed.
 
 ``python -m hybridnas.bench`` runs all suites, ``python -m hybridnas.bench scan`` one. A suite is a file in ``suites/``
 with ``run(config) -> Result``, and one line in the table below.

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from hybridnas.train.config import TrainConfig
     from hybridnas.train.records import Eval, TrainResult
 
+EXTRAS = {  # routing statistics in the table of measurements
+    "dropped": "share of tokens that no expert took, its capacity being full",
+    "load_balance": "weighted auxiliary loss that evens out the experts' tokens",
+    "max_load": "tokens of the busiest expert over the average",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Command):
@@ -180,7 +186,7 @@ def _announce(arch: Arch, data: str, config: TrainConfig, folder: Path) -> None:
 
 
 def _table(evals: list[Eval]) -> None:
-    extras = sorted({name for value in evals for name in value.aux} & {"dropped", "max_load", "load_balance"})
+    extras = sorted({name for value in evals for name in value.aux} & set(EXTRAS))
     columns = ["tokens", "train loss", "valid loss", "bits/byte", "accuracy", "tokens/s", *extras]
     rows = [
         [
@@ -195,3 +201,5 @@ def _table(evals: list[Eval]) -> None:
         for value in evals
     ]
     show.table("Measurements (cross-entropy in nats per token, auxiliary losses apart)", columns, rows, left=())
+    if extras:
+        show.line("; ".join(f"{name}: {EXTRAS[name]}" for name in extras))

@@ -67,7 +67,7 @@ def _frame_effects(ax: Any, effects: Sequence[Effect]) -> None:
 
 
 def bars_svg(shares: Mapping[str, float], name: str = "importance") -> str:
-    """Draw shares of one as horizontal bars with their figures, the largest on top; empty without any."""
+    """Draw shares, which sum to 1, as horizontal bars with their figures, the largest on top; empty without any."""
     if not shares:
         return ""
     shown = sorted(shares.items(), key=lambda item: item[1])[-14:]

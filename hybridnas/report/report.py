@@ -114,7 +114,7 @@ def _searched(records: Sequence[TrialRecord], meta: StudyMeta) -> str:
     best = winner(records)
     parts = [f"{len(records)} candidates"]
     if meta.active_params:
-        parts[0] += f", each matched to {human(meta.active_params)} active parameters"
+        parts[0] += f", each sized to {human(meta.active_params)} active parameters"
     tokens = meta.tokens or (best.tokens if best else None)
     if meta.from_table:
         return f"{parts[0]}. Nothing was trained: {meta.data}."

@@ -272,8 +272,8 @@ def _parameters(given: ReportInput) -> Section | None:
     svg = scatter_svg(
         [(active, _series(given, complete, "active_params")), (total, _series(given, complete, "params"))], "parameters"
     )
-    intro = "Active parameters are matched, so the left panel should be a narrow column: what differs is architecture."
-    caption = "Completed trials. Dashed: the target that every candidate was matched to." if meta.active_params else ""
+    intro = "All candidates are sized to the same active parameters, so the left panel should be a narrow column."
+    caption = "Completed trials. Dashed: the target that every candidate was sized to." if meta.active_params else ""
     return Section("Loss against parameters", intro, markup(svg), caption) if svg else None
 
 

@@ -48,7 +48,7 @@ class Budget(FrozenConfig):
     name: str = option("custom", "name of the budget [text]")
     d_model: int = option(doc="width of the residual stream [channels]", ge=8)
     depth: int = option(doc="residual sub-layers [count]", ge=1)
-    n_experts: int = option(8, "experts of the baselines that have some [count]", ge=1)
+    n_experts: int = option(8, "experts of the presets that have some [count]", ge=1)
     active_params: int | None = option(
         None, "target; none: those of the space's reference at this size [count per token]", ge=1
     )
@@ -65,11 +65,11 @@ class Budget(FrozenConfig):
     )
     evals: int = option(9, "points of the loss curve, at least; every rung is one [count]", ge=1)
     valid_tokens: int = option(65536, "validation tokens per evaluation, the same for all trials [tokens]", ge=1)
-    n_trials: int = option(30, "the search ends with this many finished trials, baselines included [count]", ge=1)
+    n_trials: int = option(30, "the search ends with this many finished trials, presets included [count]", ge=1)
     minutes: float | None = option(
         None, "no trial starts that would end later than this [minutes]; none: no limit", gt=0
     )
-    confirm: str = option("off", "train the best and the baselines again with fresh seeds", choices=("off", "on"))
+    confirm: str = option("off", "train the best and the presets again with fresh seeds", choices=("off", "on"))
     confirm_top: int = option(3, "how many of the best are confirmed [count]", ge=1)
     confirm_seeds: int = option(3, "fresh seeds of each confirmed architecture [count]", ge=2)
     max_tokens: int | None = option(
@@ -153,7 +153,7 @@ class SearchConfig(FrozenConfig):
     pruner: str = option("halving", "what stops or pauses a trial early", choices=PRUNERS)
     objectives: tuple[str, ...] = option(("val_loss",), "what is looked for; the first decides the order [names]")
     against: str | None = option(
-        None, "a study to be better than; random: a random search of equal cost is run; none: the baselines alone"
+        None, "a study to be better than; random: a random search of equal cost is run; none: the presets alone"
     )
     state_length: int | None = option(
         None, "context at which state_bytes counts as objective or limit [tokens]; none: the budget's seq_len", ge=1

@@ -38,7 +38,7 @@ class Scale(FrozenConfig):
     d_model: int = option(doc="width of the residual stream [channels]", ge=8)
     depth: int = option(doc="residual sub-layers [count]", ge=1)
     vocab_size: int = option(256, "tokens of the data's tokenizer [count]", ge=2)
-    n_experts: int = option(8, "experts of the baselines that have some [count]", ge=1)
+    n_experts: int = option(8, "experts of the presets that have some [count]", ge=1)
     active_params: int | None = option(
         None, "target; none: those of the space's reference at this scale [count per token]", ge=1
     )
@@ -86,7 +86,7 @@ class Space(FrozenConfig, ABC):
     state_bytes: int | None = option(
         None, "state for equal: [state_bytes], at the budget's seq_len; none: the reference's [bytes]", ge=1
     )
-    match: bool = option(True, "whether candidates are matched to the target's active parameters [yes/no]")
+    match: bool = option(True, "whether widths are sized to the target of active parameters [yes/no]")
     table: Mapping[str, Any] = option(
         {}, "results of all candidates, if known; read by the package tabular, opaque here [mapping]"
     )

@@ -20,7 +20,9 @@ from hybridnas.kernels.moe_dispatch.reference import Experts, expert_choice_refe
 
 __all__ = ["OPERATION", "Experts", "describe", "expert_choice", "token_choice"]
 
-OPERATION = Operation("moe_dispatch", "padded bmm with a capacity, grouped_mm without", triton=True, auto_triton=False)
+OPERATION = Operation(
+    "moe_dispatch", "batched products padded to a capacity, else grouped_mm", triton=True, auto_triton=False
+)
 describe = OPERATION.describe
 
 
