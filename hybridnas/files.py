@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, synced, and moved into it; locks; the cache's place."""
+"""Atomic file writes (temporary file, sync, rename), locks on files, and the folder of the cache."""
 
 from __future__ import annotations
 

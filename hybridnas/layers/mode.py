@@ -27,6 +27,6 @@ def is_plain_eager(device: torch.device) -> bool:
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """Whether somebody listens to or changes a module's call, or its gradients, by a hook."""
+    """Whether any of the modules has a forward or backward hook."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, kind) for module in modules for kind in kinds)

@@ -34,7 +34,7 @@ log = logging.getLogger("hybridnas.search")
 
 MAX_DRAWS_PER_TRIAL = 20  # candidates that cost no training, such as infeasible ones, for each trial that was asked for
 USED_UP = 20  # so many candidates in a row that were all tried before: the space has no other ones
-HOPELESS = 5  # so many trials without any that trained end the search
+MAX_FAILED_TRIALS = 5  # the search ends with an error when so many trials have ended and none has trained
 WAIT_SECONDS = 0.2  # between looks at what other workers have finished
 
 
@@ -262,11 +262,11 @@ class Loop:
 
     def _raise_if_hopeless(self, last: TrialRecord) -> None:
         """Raise where nothing has worked so far: then it is the settings, not the candidates."""
-        if not self.give_up or len(self.history) < HOPELESS or last.state not in (FAIL, INFEASIBLE):
+        if not self.give_up or len(self.history) < MAX_FAILED_TRIALS or last.state not in (FAIL, INFEASIBLE):
             return
         ended = [record for record in self.history.ordered() if record.state != RUNNING]
         states = {record.state for record in ended}
-        if len(ended) < HOPELESS or not states <= {FAIL, INFEASIBLE}:
+        if len(ended) < MAX_FAILED_TRIALS or not states <= {FAIL, INFEASIBLE}:
             return
         if FAIL in states:
             why = next(record.reason for record in reversed(ended) if record.state == FAIL)
