@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+import torch
+
 
 def _mamba(d_model: int, layers: int) -> dict[str, Any]:
     return {"hidden_size": d_model, "num_hidden_layers": layers, "vocab_size": 50280, "state_size": 16, "expand": 2}
@@ -196,9 +199,7 @@ RELEASED: dict[str, tuple[str, dict[str, Any]]] = {  # preset -> class of the mo
 
 def transformers_model(name: str, **changed: Any) -> Any:
     """Return transformers' causal language model of a release on the meta device, some arguments changed."""
-    import torch
-    import transformers
-
+    transformers = pytest.importorskip("transformers")
     kind, arguments = RELEASED[name]
     text = "Text" if kind.startswith("Qwen3_5") else ""
     config = getattr(transformers, f"{kind}{text}Config")(**{**arguments, **changed})

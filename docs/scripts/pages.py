@@ -196,8 +196,9 @@ def blocks() -> str:
 
 
 def presets() -> str:
-    """Return the page of presets with exact counts, one section for each family, its smallest model drawn."""
-    from hybridnas.arch.presets import ACTIVE, PRESETS, families, preset, preset_arguments
+    """Return the page of presets with exact counts, one section for each family, its recipe drawn at a small depth."""
+    from hybridnas.arch.presets import PRESETS, families, preset, preset_arguments
+    from hybridnas.cli.describe import active_counts, letters_of, stated
     from hybridnas.draw.strips import strips_text
     from hybridnas.draw.svg import svg_text
 
@@ -217,7 +218,7 @@ def presets() -> str:
         rows.append(
             (
                 f"[`{name}`](#{name})",
-                code(arch.pattern),
+                code(letters_of(arch)),
                 f"{cost.params:,}",
                 f"{cost.active_params:,}",
                 f"{cost.embedding_params:,}",
@@ -237,7 +238,11 @@ def presets() -> str:
     parts.append(table(head, rows))
     for family, names in families().items():
         parts.append(f"## Family {family}\n\n{PRESETS.get(names[0]).about}\n")
-        parts.append(f'<div class="diagram drawing" markdown="0">{svg_text(preset(names[0]))}</div>\n')
+        depth = preset_arguments(names[0]).get("n_blocks") or 8
+        drawn = svg_text(preset(names[0], n_blocks=min(8, depth)))
+        parts.append(
+            f'`{names[0]}` at `n_blocks={min(8, depth)}`:\n\n<div class="diagram drawing" markdown="0">{drawn}</div>\n'
+        )
         for name in names:
             entry = PRESETS.get(name)
             sizes = ", ".join(
@@ -245,13 +250,9 @@ def presets() -> str:
             )
             parts.append(f"### {name}\n\n{entry.summary}\n\nSizes: {sizes}.\n")
             if (release := entry.release) is not None:
-                active = f", {release.active_params} active ({ACTIVE[release.convention]})" * bool(
-                    release.active_params
-                )
-                stated = f" Its makers state {release.params}{active}." if release.params else ""
                 parts.append(
-                    f"- {release.total:,} parameters with embedding and head, counted by {release.counted}.{stated} "
-                    f"Source: {release.source}.\n"
+                    f"- {release.total:,} parameters with embedding and head, counted by {release.counted}. Its makers "
+                    f"state {stated(release, active_counts(preset(name)))}. Source: {release.source}.\n"
                 )
             for row in entry.paper:
                 parts.append(

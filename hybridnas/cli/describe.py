@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,14 @@ from hybridnas.units import human, human_bytes
 
 if TYPE_CHECKING:
     from hybridnas.arch.arch import Arch
+    from hybridnas.arch.presets import Release
+
+# How the parameters that one token uses are counted; ours is the first. A tied pair is one matrix, and both count once.
+CONVENTIONS = {
+    "neither": "without embedding and head",
+    "one": "with one of the two matrices",
+    "both": "with embedding and head",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +54,15 @@ def run(settings: Settings) -> Done:
     arch = wanted_arch(settings.preset, settings.pattern, settings.arch)
     if arch is None:
         return Done(_presets(settings.presets, settings.seq_len, settings.out))
+    from hybridnas.arch.presets import PRESETS
+
     found = {**facts(arch, settings.seq_len), "layers": _layers(arch, settings.seq_len)}
     show.line(_active_text(found["active"]))
     if settings.preset is not None:
-        found["published"] = _published(settings.preset["name"])
+        release = PRESETS.get(settings.preset["name"]).release
+        found["published"] = _published(release)
+        if release is not None:
+            _show_release(release)
     found["implementations"] = _kernels(arch, settings.device)
     if not arch.causal:
         show.line(NONCAUSAL)
@@ -75,36 +89,50 @@ def facts(arch: Arch, seq_len: int) -> dict[str, Any]:
 
 
 def active_counts(arch: Arch) -> dict[str, int]:
-    """Return the active parameters by each convention in use (keys of ``presets.ACTIVE``) [count per token]."""
+    """Return the active parameters by each convention in use, keys of ``CONVENTIONS`` [count per token]."""
     cost = arch.cost()
     matrix = arch.d_model * arch.vocab_size
-    return {
-        "neither": cost.active_params,
-        "one": cost.active_params + matrix,
-        "both": cost.active_params + cost.embedding_params,
-    }
+    counts = {"neither": cost.active_params, "both": cost.active_params + cost.embedding_params}
+    return counts if arch.model.tie_embeddings else {**counts, "one": cost.active_params + matrix}
+
+
+def conventions_of(figure: str, active: Mapping[str, int]) -> list[str]:
+    """Return by which conventions the active parameters round to a printed figure such as 12.9B."""
+    unit = {"M": 1e6, "B": 1e9}[figure[-1]]
+    digits = len(figure[:-1].partition(".")[2])
+    return [key for key, count in active.items() if f"{count / unit:.{digits}f}" == figure[:-1]]
+
+
+def stated(release: Release, active: Mapping[str, int]) -> str:
+    """Return in words what the makers state of a release, and by which convention they count active parameters."""
+    if not release.active_params:
+        return f"{release.params} parameters"
+    found = conventions_of(release.active_params, active)
+    how = " or ".join(CONVENTIONS[key] for key in found) or "by none of these conventions"
+    return f"{release.params} parameters, {release.active_params} active ({how})"
 
 
 def _active_text(active: Mapping[str, int]) -> str:
-    from hybridnas.arch.presets import ACTIVE
-
-    return "active parameters: " + ", ".join(f"{count:,} {ACTIVE[key]}" for key, count in active.items())
+    return "active parameters: " + ", ".join(f"{count:,} {CONVENTIONS[key]}" for key, count in active.items())
 
 
-def _published(name: str) -> dict[str, Any] | None:
-    """Print what is published of a preset's release, and return it; None for a preset that is none."""
-    from hybridnas.arch.presets import ACTIVE, PRESETS
-
-    release = PRESETS.get(name).release
+def _published(release: Release | None) -> dict[str, Any] | None:
+    """Return what is published of a preset's release; None for a preset that is none."""
     if release is None:
         return None
-    stated = f"{release.params} parameters" if release.params else "no figure"
-    if release.active_params:
-        stated += f", {release.active_params} active ({ACTIVE[release.convention]})"
-    show.line(f"released: {release.title}, {release.total:,} parameters ({release.counted})")
-    show.line(f"its makers state: {stated}; source: {release.source}")
-    keys = ("title", "source", "total", "counted", "params", "active_params", "convention")
-    return {key: getattr(release, key) for key in keys}
+    from hybridnas.arch.presets import preset
+
+    keys = ("title", "source", "total", "counted", "params", "active_params")
+    active = active_counts(preset(release.name))
+    how = conventions_of(release.active_params, active) if release.active_params else []
+    return {**{key: getattr(release, key) for key in keys}, "active_params_by": how}
+
+
+def _show_release(release: Release) -> None:
+    from hybridnas.arch.presets import preset
+
+    show.line(f"released: {release.title}, {release.total:,} parameters with embedding and head ({release.counted})")
+    show.line(f"its makers state: {stated(release, active_counts(preset(release.name)))}; source: {release.source}")
 
 
 def _block(name: str) -> dict[str, Any]:
@@ -147,19 +175,19 @@ def _presets(chosen: str, seq_len: int, out: Path | None) -> dict[str, Any]:
     for name in names:
         arch, entry = preset(name), PRESETS.get(name)
         cost = arch.cost(seq_len)
-        stated: Any = entry.release or next(iter(entry.paper), None)
+        figures: Any = entry.release or next(iter(entry.paper), None)
         states = {length: arch.cost(length).state_bytes for length in STATE_LENGTHS}
         own = {"preset": name, "family": entry.family, **facts(arch, seq_len), "state_bytes": states}
-        found.append({**own, "published": asdict(entry.release) if entry.release else None})
+        found.append({**own, "published": _published(entry.release)})
         rows.append(
             [
                 name,
-                str(arch.pattern),
+                letters_of(arch),
                 str(arch.d_model),
                 f"{cost.params:,}",
                 f"{cost.active_params:,}",
                 f"{cost.params + cost.embedding_params:,}",
-                " / ".join(filter(None, (stated.params, stated.active_params))) if stated else "",
+                " / ".join(filter(None, (figures.params, figures.active_params))) if figures else "",
                 human(cost.flops_per_token),
                 *(human_bytes(states[length]) for length in STATE_LENGTHS),
             ]
@@ -172,6 +200,13 @@ def _presets(chosen: str, seq_len: int, out: Path | None) -> dict[str, Any]:
     drawing = str(draw_strips([(name, preset(name)) for name in names], out))
     show.line(f"drawn: {drawing}")
     return {"presets": found, "drawing": drawing}
+
+
+def letters_of(arch: Arch) -> str:
+    """Return the folded pattern without the arguments of single slots."""
+    from hybridnas.arch.folding import spell as folded
+
+    return folded([re.sub(r"\{[^}]*\}", "", str(layer)) for layer in arch.pattern.layers])
 
 
 def _layers(arch: Arch, seq_len: int) -> list[dict[str, Any]]:

@@ -592,14 +592,14 @@ def test_describe_compares_the_families_and_presets_that_are_named(capsys):
     mixtral = found[-1]
     assert mixtral["state_bytes"] == {"4096": 2**30, "131072": 2**35}
     assert mixtral["active"] == {"neither": 12_617_781_248, "one": 12_748_853_248, "both": 12_879_925_248}
-    assert (mixtral["published"]["total"], mixtral["published"]["convention"]) == (46_702_792_704, "both")
+    assert (mixtral["published"]["total"], mixtral["published"]["active_params_by"]) == (46_702_792_704, ["both"])
 
 
 def test_describe_names_the_convention_of_a_published_figure(capsys):
     assert run(["describe", "preset=nemotron_3_nano"]) == 0
     out = capsys.readouterr().out
-    assert "3,227,751,872 with one of the two matrices, 3,580,073,408 with embedding and head\n" in out
-    assert "released: Nemotron-3-Nano-30B-A3B, 31,577,937,344 parameters (transformers NemotronHForCausalLM)\n" in out
+    assert "3,580,073,408 with embedding and head, 3,227,751,872 with one of the two matrices\n" in out
+    assert "released: Nemotron-3-Nano-30B-A3B, 31,577,937,344 parameters with embedding and head (transformers" in out
     assert "its makers state: 31.6B parameters, 3.2B active (with one of the two matrices); source: arXiv" in out
 
 

@@ -77,15 +77,6 @@ class PaperModel:
     recipe: Recipe
 
 
-# How the parameters that one token uses are counted; ours is "neither". A tied pair is one matrix and counts once.
-ACTIVE = {
-    "neither": "without embedding and head",
-    "both": "with embedding and head",
-    "one": "with one of the two matrices",
-    "unclear": "by a convention that the rounded figure does not tell",
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Release:
     """A released model: its sizes and what is published of it. The table of a family adds the sizes it has alone."""
@@ -97,7 +88,6 @@ class Release:
     counted: str  # how ``total`` was got
     params: str = ""  # the makers' own figure
     active_params: str = ""  # the makers' own figure, where it differs
-    convention: str = "unclear"  # which of ACTIVE that figure follows
     d_model: int
     n_blocks: int
     vocab_size: int

@@ -52,7 +52,7 @@ def bamba(release: Bamba, *, d_model: int, n_blocks: int, vocab_size: int) -> Ar
         d_model=d_model,
         vocab_size=vocab_size,
         N={"d_inner": heads * channels, "head_dim": channels, "d_state": state_size(128, d_model)},
-        A=attention_heads(*release.heads, ratio),
+        A={**attention_heads(*release.heads, ratio), "rotary_fraction": 0.5},
         F={**SWIGLU, "d_ff": width(release.d_ff, ratio)},
         **RMSNORM,
     )

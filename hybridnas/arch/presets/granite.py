@@ -86,7 +86,6 @@ RELEASES = (
         total=32_207_337_984,
         params="32B",
         active_params="9B",
-        convention="both",
         d_model=4096,
         mamba=(128, 64),
         heads=(32, 8, 128),
@@ -104,6 +103,7 @@ def granite(release: Granite, *, d_model: int, n_blocks: int, n_experts: int, vo
     ratio = d_model / release.d_model
     heads, channels, _ = recurrent_heads(*release.mamba, ratio)
     attention = spread(release.attention, release.n_blocks, n_blocks)
+    shape = attention_heads(*release.heads, ratio)
     feed = "E" if release.n_experts else "F"
     return layered(
         (("A" if i in attention else "N") + feed for i in range(n_blocks)),
@@ -114,7 +114,7 @@ def granite(release: Granite, *, d_model: int, n_blocks: int, n_experts: int, vo
         out_multiplier=round(0.22 * (40 / n_blocks) ** 0.5, 3),
         logits_multiplier=256 / d_model,
         N={"d_inner": heads * channels, "head_dim": channels, "d_state": state_size(128, d_model)},
-        A={**attention_heads(*release.heads, ratio), "positions": "none"},
+        A={**shape, "positions": "none", "scale": 1 / shape["head_dim"]},
         F={**SWIGLU, "d_ff": width(release.d_ff, ratio)},
         E={
             **routing(release.top_k, release.d_expert, n_experts, ratio),

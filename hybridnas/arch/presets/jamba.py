@@ -30,7 +30,6 @@ RELEASES = (
         counted="transformers JambaForCausalLM",
         params="52B",
         active_params="12B",
-        convention="both",
         d_model=4096,
         n_blocks=32,
         vocab_size=65536,

@@ -30,7 +30,6 @@ RELEASES = (
         counted="transformers MixtralForCausalLM",
         params="46.7B",
         active_params="12.9B",
-        convention="both",
         d_model=4096,
         n_blocks=32,
         vocab_size=32000,

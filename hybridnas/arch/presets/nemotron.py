@@ -109,7 +109,6 @@ RELEASES = (
         total=31_577_937_344,
         params="31.6B",
         active_params="3.2B",
-        convention="one",
         d_model=2688,
         n_blocks=len(_3_30B),
         vocab_size=131072,

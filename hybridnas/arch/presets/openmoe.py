@@ -63,7 +63,7 @@ def openmoe(release: OpenMoe, *, d_model: int, n_blocks: int, n_experts: int, vo
         d_model=d_model,
         vocab_size=vocab_size,
         norm_eps=1e-6,
-        A=attention_heads(heads, heads, channels, ratio),
+        A={**attention_heads(heads, heads, channels, ratio), "scale": 1.0},
         F={**SWIGLU, "d_ff": width(release.d_ff, ratio)},
         E={
             **routing(2, release.d_ff, n_experts, ratio),

@@ -57,7 +57,7 @@ def samba(release: Samba, *, d_model: int, n_blocks: int, vocab_size: int) -> Ar
         d_model=d_model,
         vocab_size=vocab_size,
         tie_embeddings=True,
-        A=attention_heads(release.heads, release.heads, 128, ratio),
+        A={**attention_heads(release.heads, release.heads, 128, ratio), "window": 2048},
         F={**SWIGLU, "d_ff": width(release.d_ff, ratio)},
         **RMSNORM,
     )
