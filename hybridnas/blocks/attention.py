@@ -18,7 +18,7 @@ from hybridnas.cost import Cost
 from hybridnas.errors import ConfigError
 from hybridnas.hardware import Impl
 from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, Variant, exportable, truncated_normal_
-from hybridnas.layers.latent_attention import LatentAttention, LatentCache, LatentShape, LatentState, room
+from hybridnas.layers.latent_attention import LatentAttention, LatentCache, LatentShape, LatentState, next_capacity
 from hybridnas.layers.mode import is_plain_eager
 from hybridnas.layers.norms import RMSNorm, ZeroCenteredRMSNorm, one_row
 from hybridnas.layers.rotary import Angles, rotate, rotation
@@ -437,7 +437,7 @@ class Attention(Block):
 
 
 class _Cache:
-    """The heads' results for one token after another; the cache has room ahead, so that a token copies no others.
+    """The heads' results for one token after another, over a cache with spare positions: no token copies it.
 
     Under a window it is a ring: a token takes the place of the one that has just left the window.
     """
@@ -460,7 +460,7 @@ class _Cache:
             q_BHP, k_BKP = rotate(q_BHP, cos_h, sin_h), rotate(k_BKP, cos_h, sin_h)
         size = self._k_BKTP.shape[2]
         if at >= size and (window is None or size < window):
-            self._grow(room(at) if window is None else min(room(at), window))
+            self._grow(next_capacity(at) if window is None else min(next_capacity(at), window))
         slot = at if window is None else at % window
         self._k_BKTP[:, :, slot], self._v_BKTP[:, :, slot] = k_BKP, v_BKP
         self._read = at + 1

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridnas.arch.arch import Arch
+from hybridnas.arch.arch import Arch, Node
 from hybridnas.arch.model import HybridLM
 from hybridnas.registry import BLOCKS
 
@@ -63,10 +63,15 @@ def layer_types(arch: Arch) -> list[str]:
     """Return one Hugging Face word per layer; a layer that joins different kinds is ``hybrid``."""
     words = []
     for layer in arch.layers:
-        kinds = {node.slot.letter for branch in layer for node in branch}
-        names = {_LAYER_TYPES.get(letter, BLOCKS.get(letter).name) for letter in kinds}
+        names = {_layer_type(node) for branch in layer for node in branch}
         words.append(names.pop() if len(names) == 1 else "hybrid")
     return words
+
+
+def _layer_type(node: Node) -> str:
+    windowed = getattr(node.config, "window", None) is not None  # letter A too can have one
+    letter = "S" if windowed else node.slot.letter
+    return _LAYER_TYPES.get(letter, BLOCKS.get(letter).name)
 
 
 def make_config(model: HybridLM, facts: Mapping[str, Any], version: str) -> dict[str, Any]:

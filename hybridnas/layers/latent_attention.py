@@ -171,7 +171,7 @@ class LatentAttention(nn.Module):
 
 
 class LatentCache:
-    """Results of all heads for one token after another; the cache has room ahead, so that a token copies no others."""
+    """Results of all heads for one token after another, over a cache with spare positions: no token copies it."""
 
     def __init__(self, attention: LatentAttention, state: LatentState) -> None:
         self._attention = attention
@@ -187,13 +187,13 @@ class LatentCache:
         q_BHLP, new_BLN = self._attention.project(x_BD[:, None], angles, self._q_norm, self._kv_norm)
         if self._read == self._latent_BTN.shape[1]:
             old_BTN = self._latent_BTN
-            self._latent_BTN = old_BTN.new_empty(old_BTN.shape[0], room(self._read), old_BTN.shape[2])
+            self._latent_BTN = old_BTN.new_empty(old_BTN.shape[0], next_capacity(self._read), old_BTN.shape[2])
             self._latent_BTN[:, : self._read] = old_BTN
         self._latent_BTN[:, self._read] = new_BLN[:, 0]
         self._read += 1
         return self._attention.over_latents(q_BHLP, self._latent_BTN[:, : self._read], sink_H)[:, :, 0]
 
 
-def room(positions: int) -> int:
-    """Return the size of a cache that has to grow: half as many positions again, at least 64 more."""
+def next_capacity(positions: int) -> int:
+    """Return the next size of a cache that is full at ``positions``: half as many again, at least 64 more."""
     return positions + max(64, positions // 2)

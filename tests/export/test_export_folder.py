@@ -18,7 +18,7 @@ from hybridnas.data.tokenizers import ByteTokenizer, train_bpe
 from hybridnas.errors import ExportError
 from hybridnas.export import folder as folder_module
 from hybridnas.export.folder import export
-from hybridnas.export.layout import plain, probe_ids
+from hybridnas.export.layout import layer_types, plain, probe_ids
 from hybridnas.export.load import load, load_tokenizer
 from hybridnas.study.locks import FileLock
 
@@ -80,6 +80,11 @@ def test_shared_and_tied_weights_are_one_tensor_after_loading(tmp_path: Path) ->
     blocks = list(again.blocks())
     assert blocks[1] is blocks[3]
     assert len(list(again.parameters())) == len(list(small("M A@s F A@s", tie_embeddings=True).parameters()))
+
+
+def test_attention_with_a_window_is_sliding_by_either_letter() -> None:
+    arch = Arch.from_pattern("A{window=4}SA", d_model=16, vocab_size=32)
+    assert layer_types(arch) == ["sliding_attention", "sliding_attention", "full_attention"]
 
 
 def test_config_says_what_the_model_is(tmp_path: Path) -> None:
