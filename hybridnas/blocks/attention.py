@@ -254,8 +254,9 @@ class Attention(Block):
                 matrices, params = self.d_model * qkv, self.d_model * qkv + norms + (qkv if qkv_bias else 0)
                 state, queries = 2 * kv * width, width
             kept = seq_len if self.window is None else min(seq_len, self.window)
-            scored = scored_width(queries, value, written_out=self.softcap is not None or self.sink)
-            keys = scored_pairs(seq_len, self.window) / max(1, seq_len)
+            written_out = self.softcap is not None or self.sink
+            scored = scored_width(queries, value, written_out=written_out)
+            keys = scored_pairs(seq_len, self.window, written_out=written_out) / max(1, seq_len)
             return Cost(
                 params=params + around + extra,
                 active_params=params + around + extra,

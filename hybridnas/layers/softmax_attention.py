@@ -1,7 +1,8 @@
 """Causal softmax attention on tensors: all earlier keys or a window of them, soft-capped scores, a sink per head.
 
 Without a cap and a sink the work is torch's ``scaled_dot_product_attention``; with one of them the scores are written
-out. A window costs time and memory linear in the length: blocks of queries against the keys that they can see.
+out, some queries at a time against the keys before them. A window costs time and memory linear in the length: blocks of
+queries against the keys that they can see.
 
 Shapes: B batch, H query heads, K key heads (H a multiple), L queries, T >= L keys, P head width, V value width,
 W window, g = H / K.
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridnas.hardware import Impl
+
+_ROWS = 256  # queries whose scores are written out together
 
 
 def softmax_attention(
@@ -55,15 +58,20 @@ def softmax_attention(
     return torch.cat(parts, dim=2)
 
 
-def scored_pairs(length: int, window: int | None) -> int:
+def scored_pairs(length: int, window: int | None, *, written_out: bool = False) -> int:
     """Return how many products of a query and a key a head makes over a fresh sequence: what is masked is counted.
 
-    Without a window that is ``length`` squared; with one it grows linearly, as ``softmax_attention`` cuts its blocks.
+    Without a window that is ``length`` squared, or some more than half of it where scores are ``written_out`` (with a
+    cap or a sink); with one it grows linearly, as ``softmax_attention`` cuts its blocks.
     """
     if window is None or length <= window:
-        return length**2
+        if not written_out:
+            return length**2
+        whole, rest = divmod(length, _ROWS)
+        return _ROWS**2 * whole * (whole + 1) // 2 + rest * length
     block = _block(window)
-    return window**2 + -(-(length - window) // block) * block * (window - 1 + block)
+    blocks = -(-(length - window) // block)
+    return scored_pairs(window, None, written_out=written_out) + blocks * block * (window - 1 + block)
 
 
 def scored_width(query: int, value: int, *, written_out: bool) -> int:
@@ -105,6 +113,14 @@ class _Scores:
                     q_BHLP, k_BKTP, v_BKTV, mask_LT, is_causal=causal, scale=scale, enable_gqa=groups > 1
                 )
             return y_BHLV[..., :values]
+        if causal and not isinstance(length, torch.SymInt) and length > _ROWS:
+            parts: list[Tensor] = []
+            for start in range(0, length, _ROWS):
+                end = min(length, start + _ROWS)
+                mask_LT = _visible(end - start, start, None, q_BHLP.device)
+                rows_BHLP, seen = q_BHLP[:, :, start:end], (k_BKTP[:, :, :end], v_BKTV[:, :, :end])
+                parts.append(self.attend(rows_BHLP, *seen, mask_LT))
+            return torch.cat(parts, dim=2)
         if causal:
             mask_LT = _visible(length, 0, None, q_BHLP.device)
         sink = None if self.sink_H is None else self.sink_H.view(keys, groups, 1, 1)

@@ -63,13 +63,30 @@ def test_outputs_and_gradients_are_those_of_the_definition(
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("length", "window"), [(7, None), (7, 9), (40, 40), (41, 40), (200, 5), (333, 100), (64, 1)])
+@pytest.mark.parametrize(
+    ("length", "window"),
+    [(7, None), (7, 9), (40, 40), (41, 40), (200, 5), (333, 100), (64, 1), (600, None), (900, 300)],
+)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_the_declared_pairs_are_those_that_are_multiplied(length, window, softcap):
     q, k, v = (torch.randn(1, heads, length, 8) for heads in (2, 1, 1))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         softmax_attention(q, k, v, window=window, softcap=softcap)
-    assert counter.get_total_flops() == 2 * 2 * (8 + 8) * scored_pairs(length, window)
+    assert counter.get_total_flops() == 2 * 2 * (8 + 8) * scored_pairs(length, window, written_out=softcap is not None)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_scores_that_are_written_out_in_parts_are_those_of_one_mask(window):
+    make = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, heads, 700, 4, generator=make, dtype=torch.float64) for heads in (2, 1, 1)]
+    inputs = [x.requires_grad_() for x in (*inputs, torch.randn(2, generator=make, dtype=torch.float64))]
+
+    def outcome(impl):
+        y = softmax_attention(*inputs[:3], window=window, softcap=2.0, sink_H=inputs[3], impl=impl)
+        return [y, *torch.autograd.grad(y.square().sum(), inputs)]
+
+    for got, expected in zip(outcome(Impl.AUTO), outcome(Impl.REFERENCE), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_the_work_of_a_window_grows_linearly_with_the_length():
