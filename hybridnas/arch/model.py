@@ -267,10 +267,12 @@ class HybridLM(nn.Module):
     def implementations(self, device: torch.device | str | None = None) -> dict[str, dict[str, str]]:
         """Return what computes the model on a device (by default its own): block name -> operation -> words.
 
-        Beside the blocks there are ``norm`` and ``loss``.
+        Beside the blocks there are ``norm``, ``loss``, and ``canon`` where the model has Canon layers.
         """
         where = torch.device(device) if device is not None else self.embedding.weight.device
         found = {block.name: block.implementations(where) for block in self.blocks()}
+        for canon in (module for module in self.modules() if isinstance(module, Canon)):
+            found["canon"] = canon.implementations(where)
         norm, loss = (
             kernel.OPERATION.describe(where, impl=kernel.OPERATION.nearest(self.impl))
             for kernel in (norm_kernel, loss_kernel)

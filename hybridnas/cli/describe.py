@@ -243,7 +243,8 @@ def _kernels(arch: Arch, device_name: str) -> dict[str, str]:
 
     device = pick_device(device_name)
     model = HybridLM(arch, device="meta")
-    found = {op: text for block in model.blocks() for op, text in block.implementations(device).items()}
+    parts = {part: own for part, own in model.implementations(device).items() if part not in ("norm", "loss")}
+    found = {op: text for own in parts.values() for op, text in own.items()}
     for operation, text in found.items():
         show.line(f"{operation} on {device}: {text}")
     return found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridnas.hardware import Impl
-from hybridnas.kernels.causal_conv1d import causal_conv1d
+from hybridnas.kernels.causal_conv1d import OPERATION, causal_conv1d
 
 
 class Canon(nn.Module):
@@ -64,6 +64,10 @@ class Canon(nn.Module):
             return (window_BKD * weight_KD).sum(dim=1)
 
         return run
+
+    def implementations(self, device: torch.device) -> dict[str, str]:
+        """Return operation -> words on what computes it on a device."""
+        return {OPERATION.name: OPERATION.describe(device, impl=OPERATION.nearest(self.impl))}
 
     def reset_parameters(self) -> None:
         """Draw as the authors' code does: uniform within K ** -0.5, torch's rule for a depthwise convolution."""

@@ -305,6 +305,7 @@ def test_the_reference_implementation_agrees(name):
     slow = HybridLM(model.arch, impl="reference").eval()
     slow.load_state_dict(model.state_dict())
     assert {module.impl for module in slow.modules() if hasattr(module, "impl")} == {Impl.REFERENCE}
+    assert ("canon" in slow.implementations()) == any(node.config.canon for node in slow.arch.nodes)
     with torch.no_grad():
         close(slow(ids()).logits, model(ids()).logits)
 

@@ -114,6 +114,20 @@ def test_tied_and_shared_weights_go_on(tmp_path):
     assert again.model.head.weight is again.model.embedding.weight
 
 
+def test_options_around_the_blocks_go_on(tmp_path):
+    fields = {
+        "norm_position": "sandwich",
+        "canon": 3,
+        "n_meta_tokens": 2,
+        "final_softcap": 20.0,
+        "norm": "rmsnorm_zero",
+    }
+    arch = arch_of("MAE[M,F]", **fields)
+    with pytest.raises(CrashError):
+        run(tmp_path / "a", arch=arch, source=Counting(crash_at(7)), config=settings(checkpoint_seconds=0.0))
+    same_bits(run(tmp_path / "a", arch=arch, config=settings(checkpoint_seconds=0.0)), run(tmp_path / "b", arch=arch))
+
+
 def test_a_time_limit_stops_and_the_same_call_goes_on(tmp_path, undisturbed):
     for step in (1, 2):
         part = run(tmp_path, max_seconds=0.0)
