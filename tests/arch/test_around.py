@@ -233,6 +233,18 @@ def test_declared_flops_are_those_of_torchs_counter(name):
     assert counter.get_total_flops() == pytest.approx(2 * (13 * arch.cost(13).flops_per_token - positions * convolved))
 
 
+def test_meta_tokens_are_a_text_that_stands_before_every_text():
+    model = model_of("MAF", n_meta_tokens=3)
+    plain = HybridLM(Arch.from_pattern("MAF", d_model=16, vocab_size=V + 3)).eval()
+    weights = {key: value for key, value in model.state_dict().items() if key != "meta_tokens"}
+    weights["embedding.weight"] = torch.cat([weights["embedding.weight"], model.meta_tokens])
+    weights["head.weight"] = torch.cat([weights["head.weight"], torch.zeros(3, 16)])
+    plain.load_state_dict(weights)
+    before = torch.arange(V, V + 3).expand(2, -1)
+    with torch.no_grad():
+        close(model(ids()).logits, plain(torch.cat([before, ids()], dim=1)).logits[:, 3:, :V])
+
+
 def test_the_cost_of_a_canon_layer_and_of_meta_tokens():
     plain, canon, meta = (arch_of("NA", **f).cost(100) for f in ({}, {"canon": 4}, {"n_meta_tokens": 25}))
     assert canon.params - plain.params == canon.active_params - plain.active_params == 2 * 4 * 16
