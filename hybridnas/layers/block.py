@@ -162,7 +162,9 @@ class Block(nn.Module, ABC):
     def one_token(self, norm: nn.Module, state: State) -> Callable[[Tensor], Tensor] | None:
         """Return a fast x (B, D) -> x + block(norm(x)) for decoding, or None where there is none but ``forward``.
 
-        It owns the state from now on and overwrites it, and may overwrite x. It may read the weights once, here.
+        It owns the state from now on and overwrites it, and may overwrite x. It may read the weights once, here. The
+        norm is any module from (B, D) to (B, D), called once a token, whose numbers may change from call to call: with
+        options around the block it hands over what the block reads, and x is 0.
         Called without gradients, in evaluation.
         """
         return None
