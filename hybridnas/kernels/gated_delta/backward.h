@@ -14,7 +14,8 @@ INLINE void sum_rows(const int R, const vf *x, float *out) {
 #ifdef HAVE_SHUFFLE
     const v8 four = add_neighbours(add_neighbours(eight_lanes(x), eight_lanes(x + 1)),
                                    add_neighbours(eight_lanes(x + 2), eight_lanes(x + 3)));
-    for (int r = 0; r < 4; r++) out[r] = four[r] + four[r + 4];
+    typedef float v4 __attribute__((vector_size(16), aligned(4)));
+    *(v4 *)out = __builtin_shufflevector(four, four, 0, 1, 2, 3) + __builtin_shufflevector(four, four, 4, 5, 6, 7);
 #else
     for (int r = 0; r < 4; r++) out[r] = sum_lanes(x[r]);
 #endif
@@ -25,6 +26,7 @@ typedef struct { float *written, *dout, *dwritten; } Values;
 
 #define BACKWARD_SIZES(CASE) CASE(16, 8) CASE(32, 8) CASE(48, 4) CASE(64, 4) CASE(96, 4) CASE(128, 4) CASE(256, 4)
 #define BACKWARD_ROWS 8    /* the largest R */
+INLINE int64_t rows_for(int64_t P) { return P <= 32 ? 8 : 4; }
 #define MOST (256 * 4 / V) /* vectors of the largest tile */
 
 /* A chunk of R value channels: dS (R, P) is the state's gradient after the chunk and becomes that before it. */
@@ -114,7 +116,7 @@ static void transposed(const float *from, int64_t K, int64_t D, int64_t rows, in
 static int backward_unit(const Args *a, int64_t b, int64_t h) {
     const int64_t K = a->K, D = a->D, P = lanes_for(K), chunks = (a->L + a->chunk - 1) / a->chunk;
     const int64_t across = round_up(D, BACKWARD_ROWS), part = a->chunk * P, wide = a->chunk * across;
-    const int64_t head = b * a->H + h, N = P / V, tile = (P <= 32 ? 8 : 4) * P;
+    const int64_t head = b * a->H + h, N = P / V, rows = rows_for(P), tile = rows * P;
     float *memory = allocate(4 * part + (a->chunk + 1) * tile + 4 * part + 2 * across * P + 3 * wide + a->chunk);
     if (!memory) return 1;
     const Steps s = {memory, memory + part, memory + 2 * part, memory + 3 * part};
@@ -139,7 +141,7 @@ static int backward_unit(const Args *a, int64_t b, int64_t h) {
             } else
                 memcpy(values.written + t * across, v, (size_t)D * 4);
         }
-        for (int64_t d0 = 0; d0 < D; d0 += tile / P) {
+        for (int64_t d0 = 0; d0 < D; d0 += rows) {
             const Values mine = {values.written + d0, values.dout + d0, values.dwritten + d0};
             memcpy(states, starts + d0 * P, (size_t)tile * 4);
             switch (P) {
