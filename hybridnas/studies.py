@@ -55,8 +55,9 @@ def create_study(
 
     ``space``, ``budget`` and ``data``: a name, settings as a mapping, or a config. ``name``: of the study and its
     folder, by default SPACE-BUDGET. ``settings``: fields of :class:`hybridnas.search.config.SearchConfig`
-    (``seed=``, ``sampler=``, ``pruner=``, ``workers=``, ``runs=`` ...) and of its budget (``n_trials=``, ``minutes=``,
-    ``d_model=`` ...). Nothing is trained and no folder is made before :meth:`Study.run`.
+    (``seed=``, ``sampler=``, ``pruner=``, ``workers=``, ``runs=`` ...), of its budget (``n_trials=``, ``minutes=``,
+    ``d_model=`` ...), and the space's ``baselines=`` and ``reference=``. Nothing is trained and no folder is made
+    before :meth:`Study.run`.
 
     Raises ConfigError that lists what is allowed.
     """
@@ -65,19 +66,20 @@ def create_study(
     from hybridnas.search_spaces.space import Space
 
     own, sizes = set(SearchConfig.field_names()) - {"space", "data", "budget", "study"}, set(Budget.field_names())
+    compared = {"baselines", "reference"}
     for key in settings:
-        if key not in own | sizes:
+        if key not in own | sizes | compared:
             raise ConfigError(
-                f"create_study has no setting {key!r}{suggest(key, own | sizes)}",
+                f"create_study has no setting {key!r}{suggest(key, own | sizes | compared)}",
                 field=key,
                 got=settings[key],
-                allowed=tuple(sorted(own | sizes)),
+                allowed=tuple(sorted(own | sizes | compared)),
             )
     size = Budget.from_dict({**named_budget(budget), **{k: v for k, v in settings.items() if k in sizes}})
     config = SearchConfig.from_dict(
         {
             **{key: value for key, value in settings.items() if key in own},
-            "space": named_space(space),
+            "space": {**named_space(space), **{k: v for k, v in settings.items() if k in compared}},
             "budget": size,
             "data": named_data(data),
             "study": name,

@@ -82,7 +82,7 @@ def main_sizes(node: Node) -> str:
         heads, kv = config["n_heads"], config.get("n_kv_heads")
         parts.append(
             f"{heads} {'head' if heads == 1 else 'heads'} of {config['head_dim']}"
-            + (f", {kv} kv" if kv != heads else "")
+            + (f", {kv} kv" if kv not in (None, heads) else "")
         )
         shown |= {"n_heads", "n_kv_heads", "head_dim"}
     for key in ("window", "d_ff", "d_inner", "d_state"):

@@ -6,11 +6,13 @@ import pytest
 import torch
 from released import RELEASED, transformers_model
 
+import hybridnas
 from hybridnas.arch import scaling
 from hybridnas.arch.model import HybridLM
-from hybridnas.arch.presets import PRESETS, families, preset, preset_arguments
+from hybridnas.arch.presets import PRESETS, Release, families, layered, preset, preset_arguments, register_family
 from hybridnas.cli.describe import active_counts, conventions_of
-from hybridnas.search_spaces.space import Scale, load_space
+from hybridnas.errors import ConfigError
+from hybridnas.search_spaces.space import Scale, Space, load_space
 
 RELEASES = {name: PRESETS.get(name).release for name in PRESETS if PRESETS.get(name).release is not None}
 SMALL = {"d_model": 32, "n_blocks": 4, "vocab_size": 64}
@@ -176,6 +178,44 @@ def test_every_release_is_a_baseline_of_the_same_size(name, scale):
     arch = space.baseline(name, sizes)
     assert abs(arch.cost().active_params / space.target(sizes) - 1) <= 0.02
     assert abs(len(arch.pattern) - depth) <= 1
+
+
+def test_published_recipes_are_what_a_study_is_compared_with():
+    names = ["jamba", "nemotron_h", "qwen3_next"]
+    study = hybridnas.create_study("hybrid", "smoke", baselines=names, reference="jamba")
+    space = Space.from_mapping(study.config.space)
+    assert (space.baselines, space.reference) == (tuple(names), "jamba")
+    scale = Scale(d_model=32, depth=4, multiple=2, n_experts=4)
+    assert space.target(scale) == preset("jamba", d_model=32, n_blocks=2, n_experts=4).cost().active_params
+    with pytest.raises(ConfigError) as caught:
+        hybridnas.create_study("hybrid", baselines=["jambo"])
+    assert (caught.value.field, caught.value.got) == ("space.baselines", "jambo")
+
+
+def test_a_family_of_ones_own_is_a_table_and_a_function():
+    table = [
+        Release(name=f"own_{d}", title=f"Own-{d}", source="here", total=0, counted="by hand", d_model=d, n_blocks=2,
+                vocab_size=32, n_experts=e)
+        for d, e in ((16, 0), (32, 4))
+    ]  # fmt: skip
+
+    def own(release, *, d_model, n_blocks, n_experts, vocab_size):
+        """MLP or experts."""
+        letters = ["E" if release.n_experts else "F"] * n_blocks
+        return layered(letters, d_model=d_model, vocab_size=vocab_size, E={"n_experts": n_experts}, F={"d_ff": 8})
+
+    try:
+        register_family(*table)(own)
+        assert preset_arguments("own_16") == {"d_model": 16, "n_blocks": 2, "vocab_size": 32}
+        assert preset_arguments("own_32") == {"d_model": 32, "n_blocks": 2, "n_experts": 4, "vocab_size": 32}
+        assert str(preset("own_32", n_blocks=3, n_experts=2).pattern) == "EEE"
+        assert PRESETS.get("own_16").summary == "Own-16: MLP or experts."
+        with pytest.raises(ConfigError) as caught:
+            register_family(table[0])(own)
+        assert (caught.value.field, caught.value.got) == ("preset", "own_16")
+    finally:
+        for release in table:
+            PRESETS.remove(release.name)
 
 
 def test_attention_follows_a_mixer_in_a_nemotron_of_any_depth():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hybridnas.arch.presets import DROPLESS, SWIGLU, Release, layered, register_family
-from hybridnas.arch.scaling import attention_heads, every, recurrent_heads, routing, width
+from hybridnas.arch.scaling import attention_heads, every, routing, width
 
 if TYPE_CHECKING:  # names of presets are listed without torch
     from hybridnas.arch.arch import Arch
@@ -90,8 +90,7 @@ def qwen(release: Qwen, *, d_model: int, n_blocks: int, n_experts: int, vocab_si
     """Gated DeltaNet and, every fourth layer, gated attention that turns a quarter of a head; SwiGLU or experts."""
     ratio = d_model / release.d_model
     attention = every(4, 3, n_blocks)
-    values, keys, channels = release.delta
-    value_heads, width_of_one, key_heads = recurrent_heads(values, channels, ratio, groups=keys)
+    delta = attention_heads(*release.delta, ratio)
     feed = "E" if release.n_experts else "F"
     return layered(
         (("A" if i in attention else "G") + feed for i in range(n_blocks)),
@@ -102,10 +101,10 @@ def qwen(release: Qwen, *, d_model: int, n_blocks: int, n_experts: int, vocab_si
         final_norm=True,
         tie_embeddings=release.tied,
         G={
-            "n_heads": key_heads,
-            "n_value_heads": value_heads,
-            "head_dim": width_of_one,
-            "value_head_dim": width_of_one,
+            "n_heads": delta["n_kv_heads"],
+            "n_value_heads": delta["n_heads"],
+            "head_dim": delta["head_dim"],
+            "value_head_dim": delta["head_dim"],
             "norm_eps": 1e-6,
         },
         A={
