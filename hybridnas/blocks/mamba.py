@@ -29,6 +29,7 @@ from hybridnas.layers.experts import RoutedExperts, RoutedShape
 from hybridnas.layers.mode import has_hooks, is_plain_eager
 from hybridnas.layers.norms import RMSNorm
 from hybridnas.layers.short_conv import ShortConvolution
+from hybridnas.layers.split_linear import split_linear
 from hybridnas.layers.step import readable, run_in_place, step_norm
 from hybridnas.registry import register_block
 
@@ -311,33 +312,13 @@ class Mamba(Block):
         return {op.name: op.describe(device, impl=op.nearest(self.impl)) for op in operations}
 
     def _project_in(self, x_BLD: Tensor, auxes: dict[str, Aux]) -> tuple[Tensor, Tensor]:
-        found = dict(zip(self._halves, self._halved(x_BLD), strict=True))
+        widths = [self.config.width] * len(self._halves)
+        parts = () if self.in_proj is None else split_linear(self.in_proj, x_BLD, widths)
+        found = dict(zip(self._halves, parts, strict=True))
         for part in ("conv", "gate"):
             if part not in found:
                 found[part], auxes[part] = self.inner[part](x_BLD)
         return found["conv"], found["gate"]
-
-    def _halved(self, x_BLD: Tensor) -> tuple[Tensor, ...]:
-        """Return what in_proj gives for the convolution and the gate, where it gives them.
-
-        In training on a processor as two products: the gradients of two halves of one would be copied together, 8 % of
-        the product's own time, and rows of whole width are the nearer ones for what reads them.
-        """
-        if self.in_proj is None:
-            return ()
-        count = len(self._halves)
-        if (
-            count == 1
-            or not torch.is_grad_enabled()
-            or x_BLD.device.type != "cpu"
-            or type(self.in_proj) is not nn.Linear
-            or has_hooks(self.in_proj)
-        ):
-            whole: Tensor = self.in_proj(x_BLD)
-            return whole.chunk(count, dim=-1)
-        bias = self.in_proj.bias
-        biases = (None,) * count if bias is None else bias.chunk(count)
-        return tuple(map(F.linear, (x_BLD,) * count, self.in_proj.weight.chunk(count), biases))
 
     def _scan(self, u_BLI: Tensor, z_BLI: Tensor, before: MambaState | None) -> tuple[Tensor, Tensor | None]:
         delta_BLI, B_BLN, C_BLN = self._select(u_BLI)

@@ -27,6 +27,7 @@ from hybridnas.kernels.rmsnorm import rms_norm
 from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, exportable
 from hybridnas.layers.mode import has_hooks, is_plain_eager
 from hybridnas.layers.short_conv import ShortConvolution
+from hybridnas.layers.split_linear import split_linear
 from hybridnas.layers.step import readable, run_in_place, step_norm
 
 L2_EPS = 1e-6  # of the published code, added to the sum of squares
@@ -171,7 +172,9 @@ class LinearRecurrence(Block):
 
     def forward(self, x_BLD: Tensor, state: State | None = None) -> BlockOutput:
         before = None if state is None else cast(RecurrenceState, state)
-        u_BLC, gate_BLI, decay_BLX, beta_BLH = self.in_proj(x_BLD).split(self.shape.columns, dim=-1)
+        mixed, gate, decay, beta = self.shape.columns
+        u_BLC, gate_BLI, rest_BLY = split_linear(self.in_proj, x_BLD, (mixed, gate, decay + beta))
+        decay_BLX, beta_BLH = torch.split(rest_BLY, [decay, beta], dim=-1)
         if self.gate_proj is not None:
             gate_BLI = self.gate_proj(gate_BLI)
         conv_BTC = None if before is None else before.conv_BTC
