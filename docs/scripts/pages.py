@@ -252,7 +252,9 @@ def presets() -> str:
             if (release := entry.release) is not None:
                 parts.append(
                     f"- {release.total:,} parameters with embedding and head, counted by {release.counted}. Its makers "
-                    f"state {stated(release, active_counts(preset(name)))}. Source: {release.source}.\n"
+                    f"state {stated(release, active_counts(preset(name)))}. Source: {release.source}."
+                    + f" The preset lacks {release.lacks}." * bool(release.lacks)
+                    + "\n"
                 )
             for row in entry.paper:
                 parts.append(

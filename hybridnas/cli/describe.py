@@ -122,7 +122,7 @@ def _published(release: Release | None) -> dict[str, Any] | None:
         return None
     from hybridnas.arch.presets import preset
 
-    keys = ("title", "source", "total", "counted", "params", "active_params")
+    keys = ("title", "source", "total", "counted", "params", "active_params", "lacks")
     active = active_counts(preset(release.name))
     how = conventions_of(release.active_params, active) if release.active_params else []
     return {**{key: getattr(release, key) for key in keys}, "active_params_by": how}
@@ -132,6 +132,8 @@ def _show_release(release: Release) -> None:
     from hybridnas.arch.presets import preset
 
     show.line(f"released: {release.title}, {release.total:,} parameters with embedding and head ({release.counted})")
+    if release.lacks:
+        show.line(f"the preset lacks: {release.lacks}")
     show.line(f"its makers state: {stated(release, active_counts(preset(release.name)))}; source: {release.source}")
 
 

@@ -88,6 +88,7 @@ class Release:
     counted: str  # how ``total`` was got
     params: str = ""  # the makers' own figure
     active_params: str = ""  # the makers' own figure, where it differs
+    lacks: str = ""  # what the preset has not, so that it has fewer weights than ``total``
     d_model: int
     n_blocks: int
     vocab_size: int

@@ -1,4 +1,8 @@
-"""OpenMoE (arXiv 2402.01739): a Transformer in which a few layers have experts, and a dense MLP after them as well."""
+"""OpenMoE (arXiv 2402.01739): a Transformer in which a few layers have experts, and a dense MLP after them as well.
+
+In the released code the gate of every MLP and expert is itself gated, ``silu(a) * b * c`` of four matrices; here they
+are SwiGLU of three, so that a preset is smaller than the release by ``d_model * d_ff`` for each of them.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,7 @@ class OpenMoe(Release):
     d_ff: int  # of the MLPs and of each of the experts
     source: str = "hpcaitech/ColossalAI, examples/language/openmoe/model"
     counted: str = "formula of modeling_openmoe.py, head not tied"
+    lacks: str = "a second gate in every MLP and expert"
     vocab_size: int = 256384
 
 
@@ -28,7 +33,7 @@ RELEASES = (
     OpenMoe(
         name="openmoe_base",
         title="OpenMoE-base",
-        total=705_291_264,
+        total=799_663_104,
         params="637M",
         d_model=768,
         n_blocks=12,
@@ -40,7 +45,7 @@ RELEASES = (
     OpenMoe(
         name="openmoe_8b",
         title="OpenMoE-8B",
-        total=9_304_909_824,
+        total=11_855_046_656,
         params="8B",
         d_model=2048,
         n_blocks=24,
