@@ -46,15 +46,17 @@ def run(function, values, **others):
     return dict(zip(("o", "final", *values), (*outputs, *gradients), strict=True))
 
 
-def compare(form, shape, options, *, ids=None, chunk=64, tolerance=1e-5):
+def compare(form, shape, options, *, ids=None, chunk=64, least=0.0):
     true = run(recurrence, inputs(*shape, **options), seq_idx=ids, impl="reference")
-    dtypes = {torch.float32: tolerance} | ({torch.float64: 1e-11} if form == "torch" else {})
+    dtypes = {torch.float32: 1e-5} | ({torch.float64: 1e-11} if form == "torch" else {})
     for dtype, allowed in dtypes.items():
         got = run(recurrence, inputs(*shape, **options, dtype=dtype), seq_idx=ids, chunk_size=chunk, impl=form)
         for name, expected in true.items():
             assert got[name].isfinite().all(), name
             error = (got[name].double() - expected).abs().max().item() if expected.numel() else 0.0
-            assert error <= allowed * expected.abs().max().item() + 1e-12, f"{name} in {dtype} is {error} off"
+            assert error <= allowed * max(expected.abs().max().item(), least) + 1e-12, (
+                f"{name} in {dtype} is {error} off"
+            )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -79,7 +81,9 @@ def test_outputs_and_gradients_agree_with_the_float64_recurrence(
     ids = None
     if documents:
         ids = torch.randint(0, 5, (batch, length), generator=torch.Generator().manual_seed(3)).sort(1).values
-    compare(form, (batch, length, groups, share, size, width), {**options, "seed": seed}, ids=ids, chunk=chunk)
+    # a beta near one leaves next to nothing of the state along its key, and of the state's gradient
+    shape = (batch, length, groups, share, size, width)
+    compare(form, shape, {**options, "seed": seed}, ids=ids, chunk=chunk, least=0.1)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -113,10 +113,11 @@ static void transposed(const float *from, int64_t K, int64_t D, int64_t rows, in
         for (int64_t j = 0; j < D; j++) to[j * P + i] = from[i * D + j];
 }
 
-static int backward_unit(const Args *a, int64_t b, int64_t h) {
+static int backward_unit(const Args *a, int64_t head) {
+    const int64_t b = head / a->H, h = head % a->H;
     const int64_t K = a->K, D = a->D, P = lanes_for(K), chunks = (a->L + a->chunk - 1) / a->chunk;
     const int64_t across = round_up(D, BACKWARD_ROWS), part = a->chunk * P, wide = a->chunk * across;
-    const int64_t head = b * a->H + h, N = P / V, rows = rows_for(P), tile = rows * P;
+    const int64_t N = P / V, rows = rows_for(P), tile = rows * P;
     float *memory = allocate(4 * part + (a->chunk + 1) * tile + 4 * part + 2 * across * P + 3 * wide + a->chunk);
     if (!memory) return 1;
     const Steps s = {memory, memory + part, memory + 2 * part, memory + 3 * part};

@@ -1,10 +1,12 @@
 /* Gated linear recurrences, forward and backward, float32. The specification is reference.py.
  *
  * Step by step, since in registers that costs what chunked matrix products of the same state cost, and every decay is
- * exact. A unit of work is one value head of one row of the batch. The forward holds a tile of value channels, lanes are
- * value channels, and one pass over the state per step decays it, writes the step's value, reads the query and reads the
- * next step's key. It keeps the state at the start of every chunk; the backward computes a chunk's states again from it,
- * a few value channels at a time, and there lanes are key channels: of all its sums only one is across lanes.
+ * exact. A unit of work is one value head of one row of the batch, or in the forward of few heads a part of one. The
+ * forward holds a tile of value channels, lanes are value channels, and one pass over the state per step decays it, writes
+ * the step's value, reads the query and reads the next step's key. It keeps the state at the start of every chunk; the
+ * backward computes a chunk's states again from it, a few value channels at a time, and there lanes are key channels: of
+ * all its sums only one is across lanes. Units and the order of all sums follow from the shapes alone: results are the
+ * same bits for any number of threads.
  *
  * seq_idx arrives as reset (B, L) bytes; a step that resets decays by zero.
  *
@@ -12,6 +14,8 @@
  * V is the length of a vector.
  */
 #include "vectors.h"
+
+#define ENOUGH_UNITS 16 /* for the threads of a larger machine */
 
 typedef struct {
     int64_t B, L, H, share, K, D, chunk, by_channel, threads;
@@ -123,9 +127,14 @@ static int tile_vectors(int64_t K, int64_t channels) {
     return N;
 }
 
-static int forward_unit(const Args *a, int64_t b, int64_t h) {
+/* Into how many units the forward cuts a head's value channels: several where heads are too few for many threads. */
+static int64_t parts_of(const Args *a) { return a->B * a->H < ENOUGH_UNITS ? (a->D + 4 * V - 1) / (4 * V) : 1; }
+
+static int forward_unit(const Args *a, int64_t unit) {
+    const int64_t parts = parts_of(a), b = unit / parts / a->H, h = unit / parts % a->H;
+    const int64_t first = unit % parts * 4 * V, last = parts == 1 ? a->D : minimum(a->D, first + 4 * V);
     const int64_t K = a->K, D = a->D, P = round_up(K, V), chunks = (a->L + a->chunk - 1) / a->chunk;
-    const int64_t across = round_up(D, 4 * V), part = a->chunk * P, head = (b * a->H + h) * K * D;
+    const int64_t across = round_up(last - first, 4 * V), part = a->chunk * P, head = (b * a->H + h) * K * D;
     float *memory = allocate(4 * part + K * across);
     if (!memory) return 1;
     const Steps s = {memory, memory + part, memory + 2 * part, memory + 3 * part};
@@ -134,8 +143,8 @@ static int forward_unit(const Args *a, int64_t b, int64_t h) {
         const int64_t start = c * a->chunk, steps = minimum(a->chunk, a->L - start);
         prepare(a, b, h, start, steps, P, &s);
         vf *S = states;
-        for (int64_t d0 = 0; d0 < D;) {
-            const int N = tile_vectors(K, D - d0);
+        for (int64_t d0 = first; d0 < last;) {
+            const int N = tile_vectors(K, last - d0);
             if (c == 0)
                 for (int64_t i = 0; i < K; i++)
                     for (int n = 0; n < N; n++)
@@ -159,13 +168,13 @@ static int forward_unit(const Args *a, int64_t b, int64_t h) {
 
 #include "backward.h"
 
-static int over_heads(const Args *a, int (*unit)(const Args *, int64_t, int64_t)) {
+static int over(const Args *a, int64_t units, int (*work)(const Args *, int64_t)) {
     int failed = 0;
 #pragma omp parallel for schedule(dynamic) num_threads((int)a->threads) reduction(| : failed)
-    for (int64_t i = 0; i < a->B * a->H; i++) failed |= unit(a, i / a->H, i % a->H);
+    for (int64_t i = 0; i < units; i++) failed |= work(a, i);
     return failed;
 }
 
-int hybridnas_gated_delta_forward(const Args *a) { return over_heads(a, forward_unit); }
+int hybridnas_gated_delta_forward(const Args *a) { return over(a, a->B * a->H * parts_of(a), forward_unit); }
 
-int hybridnas_gated_delta_backward(const Args *a) { return over_heads(a, backward_unit); }
+int hybridnas_gated_delta_backward(const Args *a) { return over(a, a->B * a->H, backward_unit); }
