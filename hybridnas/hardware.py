@@ -8,6 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from hybridnas.errors import ConfigError
+from hybridnas.units import several
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,8 @@ def describe_machine() -> str:
 
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return (
-        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{platform.system()} {platform.machine()}, {several(os.cpu_count(), 'core')}, "
+        f"{several(torch.get_num_threads(), 'thread')}, "
         f"{accelerator}, Python {platform.python_version()}, torch {torch.__version__}"
     )
 

@@ -15,6 +15,11 @@ def human(value: float | None) -> str:
     raise AssertionError("unreachable")
 
 
+def several(count: int | None, noun: str) -> str:
+    """Write a count with its noun, whose plural has an s: ``1 thread``, ``2 threads``, ``1,000 tokens``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def human_bytes(value: float | None) -> str:
     """Write a number of bytes in three figures: 1,572,864 is 1.5 MiB; nothing for None."""
     if value is None:

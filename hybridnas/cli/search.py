@@ -11,6 +11,7 @@ from hybridnas.cli import show
 from hybridnas.cli.command import Command, Done, group, shorthand
 from hybridnas.config import option
 from hybridnas.search.config import Budget, SearchConfig
+from hybridnas.units import several
 
 LIMITS = ("n_trials", "minutes", "confirm", "confirm_top", "confirm_seeds")  # of the budget, also without its prefix
 
@@ -107,11 +108,15 @@ def _print(summary: Any, search: SearchConfig) -> Done:
         "interrupted": "stopped early; the same command goes on from here",
     }[summary.ended]
     show.line(f"{ended}, {summary.seconds:.0f} s")
+    if summary.ended == "time" and summary.records and all(record.preset for record in summary.records):
+        show.line("the presets alone used them, and no candidate of the space was drawn; give more with minutes=N")
     if summary.best is None:
         show.line("no trial was trained to the end, so there is no winner yet")
     else:
         best = summary.best
-        sure = f"confirmed by {len(best.confirmed)} fresh seeds" if best.confirmed else "one seed: unconfirmed"
+        sure = (
+            f"confirmed by {several(len(best.confirmed), 'fresh seed')}" if best.confirmed else "one seed: unconfirmed"
+        )
         show.line(f"winner: trial {best.number}, {best.pattern}, loss {best.valid_loss:.4f} ({sure})")
     if summary.report is None:
         show.line("other workers go on; the last one to end writes the report, or the search's own command does")

@@ -33,7 +33,7 @@ from hybridnas.study.records import (
     trial_folder,
 )
 from hybridnas.study.reference import read_reference_study
-from hybridnas.units import human, human_bytes
+from hybridnas.units import human, human_bytes, several
 
 REPORT = "report.html"
 TABLE_LIMIT = 200  # rows in the page; leaderboard.csv has all
@@ -80,7 +80,7 @@ def headline(records: Sequence[TrialRecord], reference: str | None) -> str:
     best = winner(records)
     if best is None or best.valid_loss is None:
         over = [record for record in records if record.state in (FAIL, INFEASIBLE)]
-        count = "1 trial" if len(over) == 1 else f"{len(over)} trials"
+        count = several(len(over), "trial")
         return f"Nothing has completed: {count} failed" if over else "No trial has completed yet"
     if trained_objective(best) == "accuracy" and next(iter(objectives_of(best)), "") == "accuracy":
         return f"{best.name} is best, with accuracy {best.accuracy:.4f}"
@@ -103,7 +103,7 @@ def headline(records: Sequence[TrialRecord], reference: str | None) -> str:
 
 def _confirmed_headline(best: TrialRecord, compared: TrialRecord, reference: str) -> str:
     if best.number == compared.number:
-        return f"{reference} stays ahead over {len(best.confirmed)} fresh seeds"
+        return f"{reference} stays ahead over {several(len(best.confirmed), 'fresh seed')}"
     gap = paired(confirmed_scores(best), confirmed_scores(compared))
     if not gap.clear:
         return f"{best.name} is best on average, but its lead over {reference} is inside the noise"
@@ -134,7 +134,7 @@ def _confirmation(records: Sequence[TrialRecord]) -> tuple[str, str]:
         return "", ""
     if confirmed_winner(records) is None:
         return "unconfirmed: one seed", "bad"
-    return f"confirmed: {len(best.confirmed)} fresh seeds", "good"
+    return f"confirmed: {several(len(best.confirmed), 'fresh seed')}", "good"
 
 
 def _notes(records: Sequence[TrialRecord], meta: StudyMeta) -> list[str]:

@@ -126,7 +126,7 @@ def _threads_of(folder: Path) -> Iterator[None]:
     import torch
 
     stored = read_run(folder)
-    found = re.search(r"(\d+) threads", stored.get("machine", "") if stored is not None else "")
+    found = re.search(r"(\d+) threads?\b", stored.get("machine", "") if stored is not None else "")
     before = torch.get_num_threads()
     if found:
         torch.set_num_threads(int(found[1]))

@@ -245,7 +245,7 @@ class Search:
             f"{budget.depth} sub-layers"
         )
         if history:
-            note(f"resuming: {history.finished} trials are finished, of {budget.n_trials}")
+            note(f"resuming: {history.finished} of {budget.n_trials} trials finished")
 
 
 class _Emitter(Listener):

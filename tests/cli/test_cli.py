@@ -659,3 +659,15 @@ def test_describe_says_of_a_model_that_sees_later_tokens_that_it_does(capsys):
         assert ("sees later tokens" in capsys.readouterr().out) is not causal
         assert run([*experts, f"arch.E.router={router}", "json=true"]) == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["causal"] is causal
+
+
+@pytest.mark.parametrize(("presets", "hinted"), [(("mamba", "transformer"), True), (("mamba", None), False)])
+def test_a_search_whose_minutes_the_presets_used_says_that_nothing_was_drawn(presets, hinted, tmp_path, capsys):
+    from hybridnas.cli.search import _print
+    from hybridnas.search.runner import SearchSummary
+    from hybridnas.study.records import TrialRecord
+
+    records = [TrialRecord(number=n, state="PRUNED", pattern="MM", preset=name) for n, name in enumerate(presets)]
+    config = read_settings("search", [f"runs={tmp_path}"]).search()
+    _print(SearchSummary(records, None, tmp_path, None, None, "time", 30.0), config)
+    assert ("no candidate of the space was drawn" in capsys.readouterr().out) is hinted

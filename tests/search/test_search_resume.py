@@ -87,7 +87,7 @@ def test_kill_9_in_a_trial_then_the_same_command(killed, capsys, tmp_path):
 
     printed = search(capsys, runs, settings)
     assert "trial 1 was interrupted; going on from its checkpoint" in printed
-    assert "resuming: 1 trials are finished, of 3" in printed
+    assert "resuming: 1 of 3 trials finished" in printed
     assert {path: snapshot(folder)[path] for path in before} == before
     assert (folder / "trials/0001/metrics.jsonl").read_bytes().startswith(half[: half.rfind(b"\n")])
     assert sorted(losses(folder)) == [0, 1, 2]
@@ -107,7 +107,7 @@ def test_the_same_command_with_more_trials_touches_no_finished_one(tmp_path, tin
     found = load_records(tmp_path / "demo")[0]
     assert [record.number for record in found] == list(range(len(found)))
     assert sum(record.state in ("COMPLETE", "PRUNED") for record in found) == 7
-    assert "resuming: 2 trials are finished, of 7" in printed
+    assert "resuming: 2 of 7 trials finished" in printed
     again = search(capsys, tmp_path, [*tiny, "n_trials=7"])
     assert snapshot(tmp_path / "demo") == after
     assert "all trials are finished" in again

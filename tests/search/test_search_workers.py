@@ -307,13 +307,14 @@ def test_a_shared_folder_is_joined_without_a_parent_and_its_last_worker_reports(
     assert joined.returncode == 0, joined.stderr
 
 
-def test_a_replay_computes_with_the_threads_of_the_worker(tmp_path):
+@pytest.mark.parametrize(("words", "count"), [("3 threads", 3), ("1 thread", 1), ("1 threads", 1)])
+def test_a_replay_computes_with_the_threads_of_the_worker(tmp_path, words, count):
     import torch
 
-    (tmp_path / "run.json").write_text('{"format": 1, "machine": "Linux x86_64, 8 cores, 3 threads, no GPU"}')
+    (tmp_path / "run.json").write_text(json.dumps({"format": 1, "machine": f"Linux x86_64, 8 cores, {words}, no GPU"}))
     before = torch.get_num_threads()
     with _threads_of(tmp_path):
-        assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == count
     assert torch.get_num_threads() == before
     with _threads_of(tmp_path / "absent"):
         assert torch.get_num_threads() == before
