@@ -46,9 +46,9 @@ def gated_delta(
     decay), (H,) fixed by head, (B, L, H) by head and step, or (B, L, H, K) by channel too; not positive, -inf forgets.
     ``beta``: None or (B, L, H). ``scale`` is K ** -0.5 where it is None. States (B, H, K, V) are float32 whatever the
     inputs (float64 for float64). ``seq_idx`` (B, L) integers: the state restarts where it changes. All floating inputs
-    are differentiable. With ``return_final_state``: (o, last state). ``chunk_size`` [steps] trades matrix products for
-    memory and does not change the result. ``impl``: see ``Impl``; native takes no float64 and
-    at most 256 key channels, and can be differentiated once.
+    are differentiable. With ``return_final_state``: (o, last state). ``chunk_size`` [steps] of the torch form, rounded
+    up to a power of two, does not change the result. ``impl``: see ``Impl``; native takes no float64 and at most 256
+    key channels, and can be differentiated once.
 
     Raises KernelInputError for a wrong rank, shape, dtype or device, KernelUnavailableError for an implementation
     that cannot run here. Sources: Yang et al. 2024, arXiv 2412.06464, section 3.1 (decay by head), Kimi Team 2025,
