@@ -65,6 +65,9 @@ class Moe(Block):
             choices=("softmax", "sigmoid"),
         )
         renormalize: bool = option(False, "top_k: scale a token's gates to sum to 1")
+        renormalize_eps: float = option(
+            1e-20, "added to that sum before dividing; 1e-20 as in DeepSeek-V3, LFM2 has 1e-6", ge=0
+        )
         routed_scale: float = option(1.0, "factor of all gates, after renormalize [1]", gt=0)
         correction_bias: bool = option(
             False, "choose by score + a bias per expert that training balances without a gradient; weigh by score"
@@ -197,6 +200,8 @@ class Moe(Block):
             idle: set[str] = set()
             if self.router == "expert_choice":
                 idle |= {"renormalize", "load_balance_weight"}
+            if not self.renormalize or self.router == "expert_choice":
+                idle.add("renormalize_eps")
             if not self.correction_bias:
                 idle.add("bias_update_rate")
             if self.top_groups == self.expert_groups:
@@ -232,6 +237,7 @@ class Moe(Block):
             "expert_groups": 4,
             "top_groups": 2,
             "renormalize": True,
+            "renormalize_eps": 0.5,
             "routed_scale": 2.5,
         }
         chosen = {"n_experts": 4, "d_expert": 12, "router": "expert_choice", "capacity_factor": 2.0}

@@ -18,7 +18,7 @@ from hybridnas.hardware import Impl
 from hybridnas.kernels.moe_dispatch import OPERATION, Experts, expert_choice, token_choice
 from hybridnas.layers.block import Aux, truncated_normal_
 
-_TINY = 1e-20  # beside a sum of gates, as DeepSeek-V3's and Nemotron-H's code have it
+_TINY = 1e-20  # beside a sum of scores
 _GROUP_BEST = 2  # experts by whose scores a group is ranked (DeepSeek-V3, 2412.19437, section 2.1.2)
 
 
@@ -34,6 +34,7 @@ class RoutedShape:
     router: str = "switch"
     scores: str = "softmax"
     renormalize: bool = False
+    renormalize_eps: float = 1e-20
     routed_scale: float = 1.0
     correction_bias: bool = False
     bias_update_rate: float = 1e-3
@@ -192,7 +193,7 @@ class RoutedExperts(nn.Module):
         else:
             gate_NK, expert_NK = scores_NE.max(-1, keepdim=True)
         if shape.renormalize:
-            gate_NK = gate_NK / (gate_NK.sum(dim=-1, keepdim=True) + _TINY)
+            gate_NK = gate_NK / (gate_NK.sum(dim=-1, keepdim=True) + shape.renormalize_eps)
         return gate_NK if shape.routed_scale == 1 else gate_NK * shape.routed_scale, expert_NK
 
     def _ranked(self, scores_NE: Tensor) -> Tensor:
