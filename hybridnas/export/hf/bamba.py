@@ -1,0 +1,66 @@
+"""Bamba: Mamba-2 and a few layers of attention that turns half of each head, an MLP after each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from hybridnas.arch.arch import Arch
+from hybridnas.arch.presets import layered
+from hybridnas.export.hf.family import Family, register
+from hybridnas.export.hf.settings import Settings
+from hybridnas.export.hf.weights import Piece, attention, mamba2, mlp, norm, surroundings
+
+DEFAULTS = {
+    "vocab_size": 128000,
+    "tie_word_embeddings": False,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "attn_layer_indices": None,
+    "mamba_n_heads": 128,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 256,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+    "time_step_limit": [0.0, math.inf],
+    "rope_parameters": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+def arch(config: Settings) -> Arch:
+    """Return the architecture."""
+    attention = config["attn_layer_indices"] or ()
+    feed = {"d_ff": config["intermediate_size"], "activation": config.activation(), "gated": True}
+    return layered(
+        ("AF" if i in attention else "NF" for i in range(config["num_hidden_layers"])),
+        **config.model(),
+        N=config.mamba2(),
+        A={**config.heads(), **config.rope(), "rotary_fraction": 0.5, "bias": config["attention_bias"]},
+        F={**feed, "bias": config["mlp_bias"]},
+    )
+
+
+def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
+    """Yield which tensor holds what."""
+    yield from surroundings(arch, "model.embed_tokens", "model.final_layernorm")
+    for node in arch.nodes:
+        there = f"model.layers.{node.layer // 2}"
+        yield norm(node, f"{there}.{'pre_ff' if node.layer % 2 else 'input'}_layernorm")
+        if node.slot.letter == "N":
+            yield from mamba2(node, f"{there}.mamba")
+        elif node.slot.letter == "A":
+            yield from attention(node, f"{there}.self_attn")
+        else:
+            yield from mlp(node, f"{there}.feed_forward")
+
+
+register(Family(model_types=("bamba",), defaults=DEFAULTS, arch=arch, pieces=pieces))

@@ -1,0 +1,102 @@
+"""Mamba, Falcon-Mamba and Mamba-2: one mixer in every layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from hybridnas.arch.arch import Arch
+from hybridnas.arch.presets import layered
+from hybridnas.export.hf.family import Family, register
+from hybridnas.export.hf.settings import Settings
+from hybridnas.export.hf.weights import Piece, mamba, mamba2, norm, surroundings
+
+MAMBA = {
+    "vocab_size": 50280,
+    "hidden_size": 768,
+    "state_size": 16,
+    "num_hidden_layers": 32,
+    "layer_norm_epsilon": 1e-5,
+    "expand": 2,
+    "conv_kernel": 4,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "hidden_act": "silu",
+    "time_step_rank": None,
+    "tie_word_embeddings": True,
+}
+FALCON_MAMBA = {**MAMBA, "mixer_rms_eps": 1e-6}
+MAMBA2 = {
+    **{key: value for key, value in MAMBA.items() if key != "time_step_rank"},
+    "vocab_size": 32768,
+    "hidden_size": 4096,
+    "state_size": 128,
+    "num_hidden_layers": 64,
+    "num_heads": 128,
+    "head_dim": 64,
+    "n_groups": 8,
+    "time_step_limit": [0.0, math.inf],
+    "tie_word_embeddings": False,
+}
+
+
+def mamba_arch(config: Settings) -> Arch:
+    """Return the architecture of a Mamba."""
+    return layered(["M"] * config["num_hidden_layers"], **config.model("layer_norm_epsilon"), M=_mixer(config))
+
+
+def falcon_mamba_arch(config: Settings) -> Arch:
+    """Return the architecture of a Falcon-Mamba, whose dt, B and C pass norms without weights."""
+    norms = {"selective_norm": "unscaled", "selective_norm_eps": config["mixer_rms_eps"]}
+    mixer = {**_mixer(config), **norms}
+    return layered(["M"] * config["num_hidden_layers"], **config.model("layer_norm_epsilon"), M=mixer)
+
+
+def _mixer(config: Settings) -> dict[str, Any]:
+    config.silu()
+    rank = config["time_step_rank"]
+    return {
+        "d_state": config["state_size"],
+        "d_conv": config["conv_kernel"],
+        "d_inner": int(config["expand"] * config["hidden_size"]),
+        "dt_rank": None if rank == "auto" else rank,
+        "conv_bias": config["use_conv_bias"],
+        "bias": config["use_bias"],
+    }
+
+
+def mamba2_arch(config: Settings) -> Arch:
+    """Return the architecture of a Mamba-2."""
+    config.silu()
+    config.no_step_limits()
+    mixer = {
+        "d_state": config["state_size"],
+        "d_conv": config["conv_kernel"],
+        "d_inner": config["num_heads"] * config["head_dim"],
+        "head_dim": config["head_dim"],
+        "n_groups": config["n_groups"],
+        "conv_bias": config["use_conv_bias"],
+        "bias": config["use_bias"],
+        "norm_eps": config["layer_norm_epsilon"],
+    }
+    return layered(["N"] * config["num_hidden_layers"], **config.model("layer_norm_epsilon"), N=mixer)
+
+
+def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
+    """Yield which tensor holds what."""
+    yield from surroundings(arch, "backbone.embeddings", "backbone.norm_f")
+    for node in arch.nodes:
+        there = f"backbone.layers.{node.layer}"
+        yield norm(node, f"{there}.norm")
+        yield from (mamba if node.slot.letter == "M" else mamba2)(node, f"{there}.mixer")
+
+
+# The first checkpoints of Mamba call the embedding in the singular, as transformers itself does not.
+RENAMES = ((r"^backbone\.embedding\.", "backbone.embeddings."),)
+for name, defaults, read in (
+    ("mamba", MAMBA, mamba_arch),
+    ("falcon_mamba", FALCON_MAMBA, falcon_mamba_arch),
+    ("mamba2", MAMBA2, mamba2_arch),
+):
+    register(Family(model_types=(name,), defaults=defaults, arch=read, pieces=pieces, renames=RENAMES))
