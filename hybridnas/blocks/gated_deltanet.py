@@ -24,7 +24,6 @@ from hybridnas.layers.linear_recurrence import (
     RecurrenceConfig,
     RecurrenceShape,
     draw_dt_bias_,
-    l2_normalized,
     softplus_decay,
 )
 from hybridnas.registry import register_block
@@ -156,7 +155,7 @@ class GatedDeltaNet(LinearRecurrence):
         log_BLH = softplus_decay(decay_BLX, self.A_log, self.dt_bias)
         if self.config.negative_eigenvalues and beta_BLH is not None:
             beta_BLH = 2 * beta_BLH
-        return self.run(l2_normalized(q_BLGK), l2_normalized(k_BLGK), v_BLHV, log_BLH, beta_BLH, memory_BHKV)
+        return self.run(self.unit(q_BLGK), self.unit(k_BLGK), v_BLHV, log_BLH, beta_BLH, memory_BHKV)
 
     def step(self) -> tuple[Weights, Form]:
         beta = 2.0 if self.config.negative_eigenvalues else 1.0

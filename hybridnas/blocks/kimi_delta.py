@@ -24,7 +24,6 @@ from hybridnas.layers.linear_recurrence import (
     RecurrenceConfig,
     RecurrenceShape,
     draw_dt_bias_,
-    l2_normalized,
     largest_divisor,
     softplus_decay,
 )
@@ -199,7 +198,7 @@ class KimiDelta(LinearRecurrence):
             log_BLHK = config.gate_lower_bound * rate_BLHK.sigmoid()
         if config.negative_eigenvalues and beta_BLH is not None:
             beta_BLH = 2 * beta_BLH
-        return self.run(l2_normalized(q_BLHK), l2_normalized(k_BLHK), v_BLHV, log_BLHK, beta_BLH, memory_BHKV)
+        return self.run(self.unit(q_BLHK), self.unit(k_BLHK), v_BLHV, log_BLHK, beta_BLH, memory_BHKV)
 
     def step(self) -> tuple[Weights, Form]:
         bound = self.config.gate_lower_bound

@@ -32,7 +32,6 @@ from hybridnas.layers.linear_recurrence import (
     LinearRecurrence,
     RecurrenceConfig,
     RecurrenceShape,
-    l2_normalized,
     largest_divisor,
 )
 from hybridnas.layers.rotary import rotate, rotation
@@ -283,7 +282,7 @@ class LinearAttention(LinearRecurrence):
             q_BLHK, k_BLHK, v_BLHV, log = self._hgrn2(u_BLC, decay_BLX.to(wide))
         else:
             q_BLHK, k_BLHK, v_BLHV = self.heads_of(u_BLC)
-            q_BLHK, k_BLHK = (_mapped(part, config.resolved("feature_map")) for part in (q_BLHK, k_BLHK))
+            q_BLHK, k_BLHK = (self._mapped(part) for part in (q_BLHK, k_BLHK))
         if self.decay_proj is not None:
             raw_BLHK = self.decay_proj(decay_BLX).unflatten(-1, (config.heads, config.key_dim))
             log = F.logsigmoid(raw_BLHK.to(wide)) / config.decay_temperature
@@ -304,6 +303,15 @@ class LinearAttention(LinearRecurrence):
         if self.shape.norm == "sum":
             o_BLHV = o_BLHV[..., :-1] / (o_BLHV[..., -1:] + _SUM_EPS)
         return o_BLHV, memory_BHKV
+
+    def _mapped(self, x_BLHK: Tensor) -> Tensor:
+        kind = self.config.resolved("feature_map")
+        if kind == "elu":
+            positive_BLHK: Tensor = F.elu(x_BLHK) + 1
+            return positive_BLHK
+        if kind == "relu":
+            return F.relu(x_BLHK)
+        return self.unit(x_BLHK) if kind == "l2" else x_BLHK
 
     def _hgrn2(self, u_BLC: Tensor, raw_BLX: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return q, k = 1 - f, v and log f for a forget gate f = bound + (1 - bound) sigmoid(raw)."""
@@ -357,14 +365,6 @@ class LinearAttention(LinearRecurrence):
         super().reset_parameters(init_scale)
         if self.decay_proj is not None:
             self.decay_proj.reset_parameters()
-
-
-def _mapped(x_BLHK: Tensor, feature_map: str) -> Tensor:
-    if feature_map == "elu":
-        return F.elu(x_BLHK) + 1
-    if feature_map == "relu":
-        return F.relu(x_BLHK)
-    return l2_normalized(x_BLHK) if feature_map == "l2" else x_BLHK
 
 
 def _fixed_decays(kind: str, heads: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,7 @@ from hybridnas.kernels import delta_step as step_kernel
 from hybridnas.kernels import gated_delta as delta_kernel
 from hybridnas.kernels.delta_step import native as native_step
 from hybridnas.kernels.delta_step.reference import Form, Weights
+from hybridnas.kernels.rmsnorm import OPERATION as NORM_OPERATION
 from hybridnas.kernels.rmsnorm import rms_norm
 from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, exportable
 from hybridnas.layers.mode import has_hooks, is_plain_eager
@@ -142,8 +143,9 @@ class RecurrenceConfig(BlockConfig):
 class OutputNorm(nn.Module):
     """weight * rmsnorm(y) over ``group`` channels at a time, times act(gate), both where there is one."""
 
-    def __init__(self, group: int, eps: float, gate: str) -> None:
+    def __init__(self, group: int, eps: float, gate: str, *, impl: Impl = Impl.AUTO) -> None:
         super().__init__()
+        self.impl = NORM_OPERATION.nearest(impl)
         self.weight = nn.Parameter(torch.ones(group)) if group else None
         self.eps, self.gate = eps, gate
 
@@ -152,7 +154,7 @@ class OutputNorm(nn.Module):
         y_BLI = y_BLHV.flatten(-2)
         if self.weight is not None:
             groups = torch.unflatten(y_BLI, -1, (-1, self.weight.shape[0]))
-            y_BLI = rms_norm(groups, self.weight, self.eps).flatten(-2)
+            y_BLI = rms_norm(groups, self.weight, self.eps, impl=self.impl).flatten(-2)
         if gate_BLI is None:
             return y_BLI
         return y_BLI * (F.silu(gate_BLI) if self.gate == "silu" else gate_BLI.sigmoid())
@@ -167,7 +169,7 @@ class LinearRecurrence(Block):
         self.in_proj = nn.Linear(shape.d_model, sum(shape.columns), bias=False)
         self.conv1d = ShortConvolution(shape.mixed, shape.taps, bias=shape.conv_bias, impl=impl) if shape.taps else None
         self.gate_proj = nn.Linear(shape.gate_rank, shape.inner, bias=False) if shape.gate_rank else None
-        self.norm = OutputNorm(shape.norm_width, shape.norm_eps, shape.gate)
+        self.norm = OutputNorm(shape.norm_width, shape.norm_eps, shape.gate, impl=impl)
         self.out_proj = nn.Linear(shape.inner, shape.d_model, bias=False)
 
     def forward(self, x_BLD: Tensor, state: State | None = None) -> BlockOutput:
@@ -206,6 +208,12 @@ class LinearRecurrence(Block):
         q_BLX, k_BLX, v_BLX = torch.split(u_BLC, [keys, keys, shape.inner], dim=-1)
         q_BLGK, k_BLGK = (torch.unflatten(part, -1, (shape.key_heads, shape.key_dim)) for part in (q_BLX, k_BLX))
         return q_BLGK, k_BLGK, torch.unflatten(v_BLX, -1, (shape.value_heads, shape.value_dim))
+
+    def unit(self, x_BLGK: Tensor) -> Tensor:
+        """Return x / sqrt(sum(x^2) + 1e-6) over the last dimension, as an RMSNorm whose weights are K ** -0.5."""
+        size, wide = x_BLGK.shape[-1], torch.promote_types(x_BLGK.dtype, torch.float32)
+        weight_K = x_BLGK.new_full((size,), size**-0.5, dtype=wide)
+        return rms_norm(x_BLGK, weight_K, L2_EPS / size, impl=self.norm.impl)
 
     def run(
         self,
@@ -288,12 +296,6 @@ class LinearRecurrence(Block):
         conv = [conv_kernel.OPERATION] if self.shape.taps else []
         operations = [delta_kernel.OPERATION, *conv, step_kernel.OPERATION]
         return {op.name: op.describe(device, impl=op.nearest(self.impl)) for op in operations}
-
-
-def l2_normalized(x_BLGK: Tensor) -> Tensor:
-    """Return x / sqrt(sum(x^2) + 1e-6) over the last dimension, as an RMSNorm whose weights are K ** -0.5."""
-    size, wide = x_BLGK.shape[-1], torch.promote_types(x_BLGK.dtype, torch.float32)
-    return rms_norm(x_BLGK, x_BLGK.new_full((size,), size**-0.5, dtype=wide), L2_EPS / size)
 
 
 def softplus_decay(raw: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
