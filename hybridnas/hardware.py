@@ -26,6 +26,7 @@ class Impl(str, Enum):
     TORCH = "torch"  # vectorized torch operations, on any device
     NATIVE = "native"  # compiled C, on a CPU
     TRITON = "triton"  # Triton kernels, on a CUDA device
+    FLA = "fla"  # the package flash-linear-attention, on a CUDA device, where it has the operation; never auto's choice
 
     @classmethod
     def of(cls, value: str | Impl) -> Impl:

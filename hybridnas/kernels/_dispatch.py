@@ -18,6 +18,7 @@ from hybridnas.hardware import Impl
 from hybridnas.kernels._build import Library
 
 _TRITON_INSTALLED = find_spec("triton") is not None  # it has no wheel for macOS and Windows
+_FLA_INSTALLED = find_spec("fla") is not None
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,6 +33,7 @@ class Operation(NamedTuple):
     triton: bool = False
     triton_dtypes: tuple[torch.dtype, ...] = _TRITON_DTYPES
     auto_triton: bool = True  # whether auto takes Triton on a CUDA device
+    fla: bool = False  # whether flash-linear-attention has it
 
     def choose(
         self,
@@ -41,23 +43,24 @@ class Operation(NamedTuple):
         *,
         native_limit: str = "",
         triton_limit: str = "",
+        fla_limit: str = "",
     ) -> Impl:
         """Return the implementation that runs on tensors of these dtypes on ``device``.
 
-        ``native_limit`` and ``triton_limit`` say which size the C and the Triton form do not take, or are empty. auto
-        is Triton on a CUDA device and C on a CPU where they take the inputs, else torch. Raises
-        KernelUnavailableError where a named implementation cannot run, ConfigError for an unknown name.
+        ``native_limit``, ``triton_limit`` and ``fla_limit`` say which size the C, the Triton and the borrowed form do
+        not take, or are empty. auto is Triton on a CUDA device and C on a CPU where they take the inputs, else torch.
+        Raises KernelUnavailableError where a named implementation cannot run, ConfigError for an unknown name.
         """
         wanted = impl if type(impl) is Impl else Impl.of(impl)
+        limits = {Impl.NATIVE: native_limit, Impl.TRITON: triton_limit, Impl.FLA: fla_limit}
         if wanted is Impl.AUTO:
             best = self._best(device.type)
-            if best is Impl.TORCH or self._refusal(best, device, dtypes, native_limit, triton_limit):
-                return Impl.TORCH
-            return best
-        reason = self._refusal(wanted, device, dtypes, native_limit, triton_limit)
+            return Impl.TORCH if self._refusal(best, device, dtypes, limits.get(best, "")) else best
+        reason = self._refusal(wanted, device, dtypes, limits.get(wanted, ""))
         if reason:
-            limits = (device, dtypes, native_limit, triton_limit)
-            runs = [member.value for member in Impl if not self._refusal(member, *limits)]
+            runs = [
+                member.value for member in Impl if not self._refusal(member, device, dtypes, limits.get(member, ""))
+            ]
             raise KernelUnavailableError(
                 f"{self.name} impl={wanted.value!r} {reason}; use impl='auto'",
                 field="impl",
@@ -73,7 +76,7 @@ class Operation(NamedTuple):
         those choose by themselves, as ``describe`` says.
         """
         wanted = Impl.of(impl)
-        missing = {Impl.NATIVE: self.native is None, Impl.TRITON: not self.triton}
+        missing = {Impl.NATIVE: self.native is None, Impl.TRITON: not self.triton, Impl.FLA: not self.fla}
         return Impl.AUTO if missing.get(wanted, False) else wanted
 
     def describe(
@@ -91,8 +94,10 @@ class Operation(NamedTuple):
             return f"native: {self.native().description}"
         if chosen is Impl.TRITON:
             return "triton: tuned at the first call, the choice is cached"
+        if chosen is Impl.FLA:
+            return "fla: flash-linear-attention's kernels"
         best = self._best(device.type)
-        reason = "" if Impl.of(impl) is Impl.TORCH else self._refusal(best, device, (dtype,), "", "")
+        reason = "" if Impl.of(impl) is Impl.TORCH else self._refusal(best, device, (dtype,))
         return f"torch: {self.eager}" + (f" ({best.value} {reason})" if reason else "")
 
     def _best(self, device: str) -> Impl:
@@ -100,14 +105,7 @@ class Operation(NamedTuple):
             return Impl.TRITON if self.triton and self.auto_triton else Impl.TORCH
         return Impl.NATIVE if device == "cpu" and self.native is not None else Impl.TORCH
 
-    def _refusal(
-        self,
-        impl: Impl,
-        device: torch.device,
-        dtypes: tuple[torch.dtype, ...],
-        native_limit: str,
-        triton_limit: str,
-    ) -> str:
+    def _refusal(self, impl: Impl, device: torch.device, dtypes: tuple[torch.dtype, ...], limit: str = "") -> str:
         """Return why an implementation cannot run, or an empty string."""
         if impl is Impl.NATIVE:
             if self.native is None or self.native_available is None:
@@ -117,18 +115,28 @@ class Operation(NamedTuple):
             wrong = [d for d in dtypes if d not in self.native_dtypes]
             if wrong:
                 return f"takes {_names(self.native_dtypes)}, got {_names(wrong)}"
-            return native_limit if self.native_available() else f"is not compiled: {self.native().description}"
+            return limit if self.native_available() else f"is not compiled: {self.native().description}"
         if impl is Impl.TRITON:
             if not self.triton:
                 return "does not exist: this operation has no Triton form"
             if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-                here = f"this tensor is on {device.type!r}" if torch.cuda.is_available() else "this machine has none"
-                return f"needs a CUDA device, {here}"
+                return _needs_cuda(device)
             if not _TRITON_INSTALLED:
                 return "needs the package triton, which is not installed"
             wrong = [d for d in dtypes if d not in self.triton_dtypes]
-            return f"takes {_names(self.triton_dtypes)}, got {_names(wrong)}" if wrong else triton_limit
+            return f"takes {_names(self.triton_dtypes)}, got {_names(wrong)}" if wrong else limit
+        if impl is Impl.FLA:
+            if not self.fla:
+                return "does not exist: flash-linear-attention does not have this operation"
+            if device.type != "cuda":
+                return _needs_cuda(device)
+            return limit if _FLA_INSTALLED else "needs the package flash-linear-attention: pip install hybridnas[fla]"
         return ""
+
+
+def _needs_cuda(device: torch.device) -> str:
+    here = f"this tensor is on {device.type!r}" if torch.cuda.is_available() else "this machine has none"
+    return f"needs a CUDA device, {here}"
 
 
 def dtypes_of(*tensors: torch.Tensor | None) -> tuple[torch.dtype, ...]:

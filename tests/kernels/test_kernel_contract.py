@@ -50,7 +50,7 @@ class Op(NamedTuple):
 
     def impls(self) -> list[str]:
         """Return the implementations that this operation has on a CPU, Triton's in its interpreter."""
-        has = {"native": self.operation.native is not None, "triton": self.operation.triton}
+        has = {"native": self.operation.native is not None, "triton": self.operation.triton, "fla": False}
         return [impl.value for impl in Impl if has.get(impl.value, True)]
 
 
@@ -379,7 +379,7 @@ def test_a_second_derivative_is_right_or_refused(name, impl):
 
 
 FOLDERS = [path for path in Path(kernels.__path__[0]).iterdir() if path.is_dir() and path.name[0] != "_"]
-ALLOWED = {"__init__.py", "reference.py", "eager.py", "native.py", "triton.py", "triton_kernels.py"}
+ALLOWED = {"__init__.py", "reference.py", "eager.py", "native.py", "triton.py", "triton_kernels.py", "fla.py"}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -391,6 +391,7 @@ def test_every_operations_folder_has_the_same_file_names(folder):
     operation = importlib.import_module(f"hybridnas.kernels.{folder.name}").OPERATION
     assert operation.name == folder.name
     assert ("native.py" in files) == bool(sources) == (operation.native is not None)
+    assert ("fla.py" in files) == operation.fla
     assert ("triton.py" in files) == ("triton_kernels.py" in files) == operation.triton
 
 

@@ -32,7 +32,10 @@ KERNELS = {
     "conv_forward", "conv_backward", "norm_forward", "norm_backward", "cross_entropy_rows", "ssd_steps", "ssd_scores",
     "ssd_states", "ssd_pass_states", "ssd_outputs", "ssd_gate_gradients", "ssd_pass_gradients",
     "ssd_inputs_gradients", "ssd_scores_gradients", "ssd_maps_gradients", "ssd_steps_gradients", "count_choices",
-    "place_choices", "grouped_rows", "grouped_weights", "combine", "spread",
+    "place_choices", "grouped_rows", "grouped_weights", "combine", "spread", "gd_sums", "gd_operands",
+    "gd_head_pairs", "gd_channel_pairs", "gd_inverse", "gd_mix", "gd_pass_states", "gd_outputs", "gd_pass_gradients",
+    "gd_pairs_gradients", "gd_states_gradients", "gd_head_gradients", "gd_channel_gradients", "gd_head_decays",
+    "gd_channel_decays",
 }  # fmt: skip
 # one for each target, because compiling takes seconds; all of them: the report, which .ci/run calls
 FEW = {

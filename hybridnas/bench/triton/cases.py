@@ -6,6 +6,7 @@ Tensors lie on the meta device and launches are recorded, so that a case is what
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from hybridnas.kernels._triton.launch import Launch, recording
 from hybridnas.kernels._triton.shapes import MAX_FEATURES, MAX_STATE, MAX_TAPS, SSD_CHUNKS
 from hybridnas.kernels.causal_conv1d import triton as conv
 from hybridnas.kernels.cross_entropy import triton as loss
+from hybridnas.kernels.gated_delta import triton as gated
 from hybridnas.kernels.moe_dispatch import triton as moe
 from hybridnas.kernels.rmsnorm import triton as norm
 from hybridnas.kernels.selective_scan import triton as scan
@@ -63,6 +65,25 @@ def ssd_launches(size: int, dtype: torch.dtype, full: bool) -> list[Launch]:
         )
         y, final, kept = ssd.ssd_forward(launcher)
         ssd.ssd_backward(launcher, kept, y, final if full else None)
+    return launches
+
+
+def gated_launches(size: int, dtype: torch.dtype, full: bool, channel: bool) -> list[Launch]:
+    """Return what a forward and backward gated linear recurrence would launch: keys and values of ``size`` channels.
+
+    ``full``: with the delta rule, states and groups of heads; ``channel``: with decays by channel.
+    """
+    batch, length, heads, groups = _B, 3 * 64, 4, 2 if full else 4
+    narrow, wide = (_empty(batch, length, n, size, dtype=dtype) for n in (groups, heads))
+    log, state = _empty(batch, length, heads, size) if channel else _empty(batch, length, heads), None
+    beta = _empty(batch, length, heads, dtype=dtype) if full else None
+    if full:
+        state = _empty(batch, heads, size, size)
+    chunk = gated.chunk_of(64, size, half=dtype != torch.float32)
+    with recording() as launches:
+        launcher = gated.Launcher.of(wide, narrow, narrow, log, beta, state, scale=1.0, chunk=chunk)
+        o, final, kept = gated.gated_delta_forward(launcher)
+        gated.gated_delta_backward(launcher, kept, o.transpose(1, 2), final if full else None)
     return launches
 
 
@@ -119,6 +140,7 @@ def _all(whole: bool) -> list[Compilation]:
     """Return representative launches with their first tile, or everything."""
     found: list[Compilation] = []
     float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
+    gated_by_head, gated_by_channel = (partial(gated_launches, channel=channel) for channel in (False, True))
 
     def add(label: str, make: Callable[..., list[Launch]], number: int, dtype: torch.dtype, full: bool) -> None:
         kind = str(dtype).removeprefix("torch.")
@@ -142,6 +164,8 @@ def _all(whole: bool) -> list[Compilation]:
     for dtype in (float32, bfloat16):
         add("D", moe_launches, 256, dtype, True)
         add("P=N", ssd_launches, 64, dtype, True)
+        add("K=V by head", gated_by_head, 64, dtype, True)
+        add("K=V by channel", gated_by_channel, 64, dtype, True)
     if whole:  # sizes above a block's are the same code
         add("D", moe_launches, 16, float32, True)
         add("D", moe_launches, 256, float16, False)
@@ -152,4 +176,9 @@ def _all(whole: bool) -> list[Compilation]:
             (16, float32, True),
         ):
             add("P=N", ssd_launches, number, dtype, full)
+            add("K=V by head", gated_by_head, number, dtype, full)
+            add("K=V by channel", gated_by_channel, number, dtype, full)
+        for number, dtype in ((256, bfloat16), (128, float32), (128, float16), (16, bfloat16)):
+            add("K=V by head", gated_by_head, number, dtype, True)
+            add("K=V by channel", gated_by_channel, number, dtype, True)
     return found

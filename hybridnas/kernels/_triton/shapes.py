@@ -6,6 +6,7 @@ CHUNK = 64  # steps of the scan between kept states: they take N / CHUNK of the 
 MAX_CHUNK = 256  # steps of a chunk of any kernel
 SSD_CHUNKS = (128, 256)  # steps of SSD's: fewer would write more of states than is read of inputs
 SSD_ROWS = 64  # steps of one of its tiles, half as many in float32
+GATED_DELTA_CHUNK = 64  # steps of a chunk of gated linear recurrences, half as many in float32
 MOE_CHOICES = 128  # choices of one program of the experts' grouping
 GROUP = 8  # steps whose states the backward holds at once; CHUNK / GROUP groups make a chunk
 BACKWARD_PARTS = 16  # at most so many partial sums over channels for dB and dC

@@ -2,11 +2,15 @@
 
 Shapes: B batch, L length, G groups of heads that share queries and keys, H value heads, K channels of a key, V channels
 of a value. ``reference.py`` is the specification, ``eager.py`` computes in torch's matrix products, ``native.py`` with
-``recurrence.c`` step by step on a CPU.
+``recurrence.c`` step by step on a CPU, ``triton.py`` in matrix products on a GPU; ``fla.py`` calls
+flash-linear-attention.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from hybridnas.hardware import Impl
@@ -14,11 +18,17 @@ from hybridnas.kernels._dispatch import Operation, dtypes_of
 from hybridnas.kernels._inputs import full_precision, refused, require_seq_idx, require_tensor
 from hybridnas.kernels.gated_delta import native
 from hybridnas.kernels.gated_delta.eager import gated_delta_eager
+from hybridnas.kernels.gated_delta.fla import gated_delta_fla
 from hybridnas.kernels.gated_delta.native import MAX_KEY, gated_delta_native
 from hybridnas.kernels.gated_delta.reference import Inputs, gated_delta_reference
 
 OPERATION = Operation(
-    "gated_delta", "chunked matrix products", native=native.compiled, native_available=native.available
+    "gated_delta",
+    "chunked matrix products",
+    native=native.compiled,
+    native_available=native.available,
+    triton=True,
+    fla=True,
 )
 describe = OPERATION.describe
 _NAME = OPERATION.name
@@ -47,8 +57,9 @@ def gated_delta(
     ``beta``: None or (B, L, H). ``scale`` is K ** -0.5 where it is None. States (B, H, K, V) are float32 whatever the
     inputs (float64 for float64). ``seq_idx`` (B, L) integers: the state restarts where it changes. All floating inputs
     are differentiable. With ``return_final_state``: (o, last state). ``chunk_size`` [steps] of the torch form, rounded
-    up to a power of two, does not change the result. ``impl``: see ``Impl``; native takes no float64 and at most 256
-    key channels, and can be differentiated once.
+    up to a power of two, and at most of triton's, which takes 64 and less, does not change the result. ``impl``: see
+    ``Impl``; native and triton take no float64 and at most 256 key channels (triton 128 in float32), fla bfloat16 and
+    float16 alone; each of them can be differentiated once.
 
     Raises KernelInputError for a wrong rank, shape, dtype or device, KernelUnavailableError for an implementation
     that cannot run here. Sources: Yang et al. 2024, arXiv 2412.06464, section 3.1 (decay by head), Kimi Team 2025,
@@ -56,12 +67,28 @@ def gated_delta(
     """
     inputs = Inputs(q, k, v, log_decay, beta, initial_state, seq_idx, scale, chunk_size)
     _check(inputs)
-    limit = f"takes at most {MAX_KEY} key channels K, got {q.shape[3]}" if q.shape[3] > MAX_KEY else ""
-    chosen = OPERATION.choose(impl, q.device, dtypes_of(*inputs.floating), native_limit=limit)
-    run = {Impl.REFERENCE: gated_delta_reference, Impl.NATIVE: gated_delta_native}.get(chosen, gated_delta_eager)
+    size, half = q.shape[3], q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
+    limit = f"takes at most {MAX_KEY} key channels K, got {size}" if size > MAX_KEY else ""
+    triton_limit = limit or ("" if half or size <= 128 else f"takes at most 128 key channels in float32, got {size}")
+    fla_limit = "" if half else "takes q, k and v all in bfloat16 or all in float16"
+    if q.shape[1] <= 1 and q.is_cuda and Impl.of(impl) is Impl.AUTO:
+        impl = Impl.TORCH  # one step is the recurrence itself
+    chosen = OPERATION.choose(
+        impl, q.device, dtypes_of(*inputs.floating), native_limit=limit, triton_limit=triton_limit, fla_limit=fla_limit
+    )
     with full_precision(q.device):
-        o_BLHV, final_BHKV = run(inputs)
+        o_BLHV, final_BHKV = _implementation(chosen)(inputs)
     return (o_BLHV, final_BHKV) if return_final_state else o_BLHV
+
+
+def _implementation(chosen: Impl) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
+    if chosen is Impl.TRITON:
+        from hybridnas.kernels.gated_delta.triton import gated_delta_triton
+
+        return gated_delta_triton
+    if chosen is Impl.FLA:
+        return gated_delta_fla
+    return {Impl.REFERENCE: gated_delta_reference, Impl.NATIVE: gated_delta_native}.get(chosen, gated_delta_eager)
 
 
 def _check(inputs: Inputs) -> None:
