@@ -276,6 +276,8 @@ def test_the_gpu_suite_checks_and_times_every_kernel_on_any_device():
         assert (f"scan (1, 16, 16, 4) float32 {kind}", gpu.OURS) in timed
         assert (f"conv (1, 16, 16) bfloat16 {kind}", gpu.TORCH_CONV) in timed
         assert (f"ssd (1, 16, 2, 8, 1, 16) bfloat16 {kind}", gpu.products.TORCH_SSD) in timed
+        for variant in ("Gated DeltaNet", "Kimi delta attention", "GLA"):
+            assert (f"{variant} (1, 16, 2, 4, 8) bfloat16 {kind}", gpu.OURS) in timed
         assert (f"moe (16, 2, 8, 16) float32 {kind}", gpu.products.TORCH_MOE) in timed
     assert not [t.note for t in result.timed if t.note.startswith("wrong")]
     assert any(t.name == gpu.MAMBA_SSM and t.note for t in result.timed)

@@ -2,7 +2,7 @@
 
 ``python -m hybridnas.bench gpu out=gpu.json``. A form whose output or gradients are wrong is not timed. Peers where
 installed: mamba-ssm (its scan and its state-space duality), flash-linear-attention (its convolution, its simple gated
-linear attention; it takes the scan from mamba-ssm), torch.
+linear attention, its gated linear recurrences; it takes the scan from mamba-ssm), torch.
 Shapes: B batch, L length, D channels, N state size.
 """
 
@@ -69,6 +69,12 @@ def measure_on(
         draw = partial(products.ssd_inputs, device=device, dtype=dtype)
         forms, small = products.ssd_forms(result, case, impl, device), (2, 70, 4, 24, 2, 40)
         _one_case(config, result, case, forms, draw, heads, small, products.ssd_by("reference"), settle)
+        sizes = (1, 16, 2, 4, 8) if config.tiny else (8, 2048, 16, 128, 128)
+        for variant in ("Gated DeltaNet", "Kimi delta attention", "GLA"):
+            case = f"{variant} {sizes} {dtype}".replace("torch.", "")
+            draw = partial(products.gated_inputs, variant=variant, device=device, dtype=dtype)
+            forms, narrow = products.gated_forms(result, case, impl, device), (2, 70, 2, 24, 40)
+            _one_case(config, result, case, forms, draw, sizes, narrow, products.gated_by("reference"), settle)
         for experts in [(16, 2, 8, 16)] if config.tiny else [(16384, 8, 1024, 3072), (16384, 32, 1024, 3072)]:
             case = f"moe {experts} {dtype}".replace("torch.", "")
             draw = partial(products.moe_inputs, device=device, dtype=dtype)

@@ -1,7 +1,7 @@
-"""The gpu suite's cases that are matrix products: state-space duality and routed experts, with their peers.
+"""The gpu suite's cases that are matrix products: state-space duality, gated linear recurrences and routed experts.
 
-Shapes: B batch, L length, H heads, P channels of a head, G groups, N state size; or N tokens, E experts, D width, F
-hidden.
+With their peers. Shapes: B batch, L length, H heads, P channels of a head, G groups, N state size; K channels of a key,
+V of a value; or N tokens, E experts, D width, F hidden.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from hybridnas.bench import peers
 from hybridnas.bench.result import Result
+from hybridnas.kernels.gated_delta import gated_delta
 from hybridnas.kernels.moe_dispatch import Experts, token_choice
 from hybridnas.kernels.ssd import ssd
 
 OURS, TORCH_SSD, MAMBA_SSM = "ours, Triton", "ours, torch chunked", "mamba-ssm"
-TORCH_MOE, FLA = "ours, torch grouped_mm", "flash-linear-attention"
+TORCH_MOE, FLA, TORCH_GATED = "ours, torch grouped_mm", "flash-linear-attention", "ours, torch chunked"
 _Call = Callable[..., Tensor]
 
 
@@ -75,6 +76,50 @@ def _fla(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: T
     y_BLHP, _ = attention(q=C_BLHN, k=B_BLHN, v=u_BLHP, g=step_BLH * A, scale=1.0)
     gated_BLHP: Tensor = (y_BLHP.float() + D[:, None] * x) * F.silu(z.float())
     return gated_BLHP.to(x.dtype)
+
+
+def gated_inputs(
+    batch: int,
+    length: int,
+    heads: int,
+    size: int,
+    width: int,
+    *,
+    variant: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Return v, q, k, the log decay in float32, by head or by channel, and beta for a variant of the delta rule."""
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    narrow, head = (batch, length, heads, size), (batch, length, heads)
+    by_channel = variant in ("Kimi delta attention", "GLA")
+    log_decay = F.logsigmoid(normal(narrow if by_channel else head)) / 16
+    given = [normal(batch, length, heads, width), *(F.normalize(normal(narrow), dim=-1) for _ in "qk"), log_decay]
+    if variant != "GLA":
+        given.append(normal(head).sigmoid())
+    return [t.to(device, torch.float32 if i == 3 else dtype).requires_grad_() for i, t in enumerate(given)]
+
+
+def gated_by(impl: str) -> _Call:
+    """Return our function's form of the given implementation."""
+
+    def call(v: Tensor, q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor | None = None) -> Tensor:
+        o_BLHV = gated_delta(q, k, v, log_decay, beta, impl=impl)
+        assert isinstance(o_BLHV, Tensor)
+        return o_BLHV
+
+    return call
+
+
+def gated_forms(result: Result, case: str, impl: str, device: torch.device) -> dict[str, _Call]:
+    """Return ours, and flash-linear-attention behind the same function; it refuses float32."""
+    forms: dict[str, _Call] = {OURS: gated_by(impl), TORCH_GATED: gated_by("torch")}
+    why = peers.absent("fla") or ("" if device.type == "cuda" else f"{FLA} needs a CUDA device")
+    if why:
+        result.missing(case, FLA, why)
+    else:
+        forms[FLA] = gated_by("fla")
+    return forms
 
 
 def moe_inputs(
