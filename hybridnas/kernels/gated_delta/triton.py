@@ -50,6 +50,7 @@ _FLOAT: _Choices = {
     "gd_channel_gradients": ((4, {"BK": 32}), (8, {"BK": 32})),
     "gd_channel_decays": ((4, {"BK": 64}), (4, {"BK": 32})),
 }
+_NARROW: _Choices = {"gd_channel_gradients": ((4, {"BK": 16}),)}  # keys of 16 channels: 8 warps spill on sm_90
 # of the chains over chunks, which hold a state's BK >= K rows, for keys of at most so many channels
 _CHAINS: dict[bool, dict[int, tuple[tuple[int, dict[str, int]], ...]]] = {
     True: {
@@ -72,7 +73,8 @@ def tiles(kernel: str, size: int, width: int, *, half: bool) -> list[Tile]:
     if kernel in ("gd_pass_states", "gd_pass_gradients"):
         sizes = next(choices for channels, choices in _CHAINS[half].items() if size <= channels)
     else:
-        sizes = (_HALF if half else _FLOAT)[kernel]
+        choices = _HALF if half else _FLOAT
+        sizes = (choices | _NARROW if most["BK"] == 16 else choices)[kernel]
     return list(dict.fromkeys(Tile.of(w, **{k: min(v, most[k]) for k, v in blocks.items()}) for w, blocks in sizes))
 
 
