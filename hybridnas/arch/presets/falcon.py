@@ -1,14 +1,15 @@
 """Falcon-H1 (TII, arXiv 2507.22448): Mamba-2 and attention side by side in every layer, then an MLP.
 
-Its muP multipliers follow the widths by one rule, which gives the published numbers of the 0.5B and the 7B model. Those
-that scale rows of one matrix (keys, the MLP's gate, the parts of Mamba-2's input projection) are part of that matrix
-here.
+Its muP multipliers follow the released widths by one rule, which gives the published numbers of the 0.5B and the 7B
+model. At another width those of the branches stay, since the initialization follows the width here, and that of the
+logits follows it. Multipliers of rows of one matrix (keys, the MLP's gate, the parts of Mamba-2's input projection) are
+part of that matrix.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hybridnas.arch.presets import RMSNORM, SWIGLU, Release, register_family, repeated
 from hybridnas.arch.scaling import attention_heads, recurrent_heads, state_size, width
@@ -73,27 +74,31 @@ def falcon(release: Falcon, *, d_model: int, n_blocks: int, vocab_size: int) -> 
     """Mamba-2 without a gated norm beside attention, and SwiGLU, scaled by muP multipliers."""
     ratio = d_model / release.d_model
     heads, channels, _ = recurrent_heads(*release.mamba[:2], ratio)
-    attention, d_inner, d_ff = attention_heads(*release.heads, ratio), heads * channels, width(release.d_ff, ratio)
-    multipliers: dict[str, dict[str, Any]] = {  # of the 0.5B model, over the widths that they are inverse to
-        "model": {"embedding_multiplier": 32**0.5, "logits_multiplier": 0.0390625 * 1024 / d_model},
-        "N": {"in_multiplier": 1.25 * 1024 / d_model, "out_multiplier": 2**0.5 / 6 * 1536 / d_inner},
-        "A": {"out_multiplier": 0.9375 * (1024 / d_model) ** 2},
-        "F": {"out_multiplier": 0.5859375 * 1024 * 2048 / (d_model * d_ff)},
-    }
+    wide, inner, hidden = release.d_model, release.mamba[0] * release.mamba[1], release.d_ff
     return repeated(
         "[N,A]F",
         n_blocks,
         d_model=d_model,
         vocab_size=vocab_size,
+        embedding_multiplier=32**0.5,
+        logits_multiplier=0.0390625 * 1024 / d_model,
         N={
-            "d_inner": d_inner,
+            "d_inner": heads * channels,
             "head_dim": channels,
             "d_state": state_size(release.mamba[2], d_model),
             "gated_norm": False,
-            **multipliers["N"],
+            "in_multiplier": 1.25 * 1024 / wide,
+            "out_multiplier": 2**0.5 / 6 * 1536 / inner,
         },
-        A={**attention, "rope_base": 1e11, **multipliers["A"]},
-        F={**SWIGLU, "d_ff": d_ff, **multipliers["F"]},
-        **multipliers["model"],
+        A={
+            **attention_heads(*release.heads, ratio),
+            "rope_base": 1e11,
+            "out_multiplier": 0.9375 * (1024 / wide) ** 2,
+        },
+        F={
+            **SWIGLU,
+            "d_ff": width(hidden, ratio),
+            "out_multiplier": 0.5859375 * 1024 * 2048 / (wide * hidden),
+        },
         **RMSNORM,
     )
