@@ -196,7 +196,7 @@ def _presets(chosen: str, seq_len: int, out: Path | None) -> dict[str, Any]:
         )
     columns = ["preset", "pattern", "d_model", "params", "active", "with embedding and head", "published"]
     columns += ["FLOPs/token", *(f"state at {length // 1024}k" for length in STATE_LENGTHS)]
-    show.table("Presets (params and active without embedding and head)", columns, rows, left=(0, 1))
+    show.table("Presets (params and active without embedding and head; states in float32)", columns, rows, left=(0, 1))
     if out is None:
         return {"presets": found}
     drawing = str(draw_strips([(name, preset(name)) for name in names], out))
