@@ -53,5 +53,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """Leave the roles of reStructuredText (``:class:`` and others) out of docstrings."""
-    return re.sub(r":(?:meth|class|func|mod|attr|exc|data):(?=<code>)", "", html)
+    """Leave the roles of reStructuredText (``:class:`` and others) out of docstrings; let names in tables break.
+
+    A long setting may break after a dot or an underscore, so that its row fits a narrow screen.
+    """
+    html = re.sub(r":(?:meth|class|func|mod|attr|exc|data):(?=<code>)", "", html)
+    return re.sub(r"(?<=<td><code>)[\w.]+(?=</code>)", lambda name: re.sub(r"(?<=[._])", "<wbr>", name[0]), html)
