@@ -36,7 +36,7 @@ from hybridnas.registry import register_block
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:  # the same names as in _LAZY, for type checkers and editors
-    from hybridnas.api import build, list_blocks, list_search_spaces
+    from hybridnas.api import build, from_hf, list_blocks, list_search_spaces
     from hybridnas.arch.arch import Arch
     from hybridnas.arch.match import match
     from hybridnas.arch.model import HybridLM
@@ -61,6 +61,7 @@ _LAZY = {  # public name -> the module that is imported when the name is first u
     "build": "hybridnas.api",
     "create_study": "hybridnas.studies",
     "fit": "hybridnas.train.fit",
+    "from_hf": "hybridnas.api",
     "list_blocks": "hybridnas.api",
     "list_presets": "hybridnas.arch.presets",
     "list_search_spaces": "hybridnas.api",
@@ -98,6 +99,7 @@ __all__ = [
     "build",
     "create_study",
     "fit",
+    "from_hf",
     "list_blocks",
     "list_presets",
     "list_search_spaces",

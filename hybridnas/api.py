@@ -12,6 +12,7 @@ from hybridnas.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from hybridnas.arch.arch import Arch
     from hybridnas.arch.model import HybridLM
@@ -58,6 +59,27 @@ def build(
         return load(folder, device, impl=impl)
     assert not isinstance(what, Path)
     return HybridLM(resolve(what, **overrides), impl=impl, seed=0 if seed is None else seed, device=_device(device))
+
+
+def from_hf(
+    folder_or_model: str | Path | nn.Module,
+    *,
+    impl: str | Impl = "auto",
+    device: str | torch.device | None = None,
+) -> HybridLM:
+    """Return a pretrained model of a transformers class as ours, in evaluation mode: same function, same weights.
+
+    ``folder_or_model``: a folder here with ``config.json`` and safetensors, or a model of transformers, which is not
+    needed for a folder. ``device``: None leaves the model on the CPU; ``"auto"`` takes a GPU where there is one.
+    Weights keep their dtype, but for those that stay in float32.
+
+    Raises ConfigError for a ``model_type`` or a setting that our blocks do not have, ExportError for a folder or
+    weights that are missing, damaged or of another model.
+    """
+    from hybridnas.export.hf import read
+
+    model = read(folder_or_model, impl=impl)
+    return model if device is None else model.to(_device(device))
 
 
 def _folder(what: object) -> Path | None:

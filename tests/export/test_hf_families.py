@@ -4,10 +4,13 @@ import dataclasses
 import functools
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import hybridnas
 from hybridnas.arch.decode import Decoder
 from hybridnas.errors import ConfigError, ExportError
 from hybridnas.export.hf import read, read_arch
@@ -282,6 +285,19 @@ def test_a_folder_as_transformers_writes_it_is_the_same_model(name, tmp_path):
     expected = ours.state_dict()
     for key, tensor in again.state_dict().items():
         assert torch.equal(tensor, expected[key]), key
+
+
+def test_from_hf_is_a_public_name_for_reading(tmp_path):
+    theirs_of("llama").save_pretrained(tmp_path)
+    ours = hybridnas.from_hf(tmp_path)
+    assert torch.equal(ours(ids_BL(5)).logits, read(theirs_of("llama"))(ids_BL(5)).logits)
+    assert next(hybridnas.from_hf(theirs_of("llama"), device="meta").parameters()).device.type == "meta"
+
+
+def test_a_folder_is_read_without_transformers(tmp_path):
+    theirs_of("llama").save_pretrained(tmp_path)
+    program = f"import sys; sys.modules['transformers'] = None; import hybridnas; hybridnas.from_hf({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @torch.no_grad()

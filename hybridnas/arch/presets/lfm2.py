@@ -90,6 +90,12 @@ def lfm2(release: Lfm2, *, d_model: int, n_blocks: int, n_experts: int, vocab_si
         tie_embeddings=True,
         A={**attention_heads(*release.heads, ratio), "qk_norm": "head", "norm_eps": 1e-5, "rope_base": 1e6},
         F={**SWIGLU, "d_ff": width(release.d_ff, ratio)},
-        E={**routing(release.top_k, release.d_expert, n_experts, ratio), **SWIGLU, **DROPLESS, **SIGMOID},
+        E={
+            **routing(release.top_k, release.d_expert, n_experts, ratio),
+            **SWIGLU,
+            **DROPLESS,
+            **SIGMOID,
+            "renormalize_eps": 1e-6,
+        },
         **RMSNORM,
     )

@@ -55,7 +55,7 @@ def minimax(release: MiniMax, *, d_model: int, n_blocks: int, n_experts: int, vo
 
     def mixer(layer: int) -> str:
         factor = 1 - layer / (n_blocks - 1 + 1e-5) + 1e-5
-        return "A" if layer in attention else f"L{{decay_factor={factor:.7f}}}"
+        return "A" if layer in attention else f"L{{decay_factor={factor:.9g}}}"
 
     return layered(
         (mixer(i) + "E" for i in range(n_blocks)),

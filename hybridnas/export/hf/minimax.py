@@ -1,4 +1,9 @@
-"""MiniMax-Text-01: lightning attention and softmax attention, experts after each, on a normed residual stream."""
+"""MiniMax-Text-01: lightning attention and softmax attention, experts after each, on a normed residual stream.
+
+MiniMax's own config (``minimax_text_01``) names things in another way than transformers' (``minimax``), and turns
+``rotary_dim`` channels of a head. transformers' class turns whole heads; where a config gives ``rotary_dim``, it is
+followed, since the weights were trained so.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +51,12 @@ def arch(config: Settings) -> Arch:
     types = [LINEAR if i % 2 else FULL for i in range(count)]
     if config["layer_types"] is not None:
         types = config.layer_types(count)
+    elif (numbers := config.given("attn_type_list")) is not None:
+        types = [FULL if number else LINEAR for number in numbers]
+    if config.given("postnorm", True) is not True:
+        raise config.refusal("postnorm", (True,), got=False, why="and no release has it")
     heads = config.heads()
+    rotary = config.given("rotary_dim") or heads["head_dim"]
 
     def around(kind: str) -> dict[str, Any]:
         alpha, beta = (float(config[f"{kind}_{name}_factor"]) for name in ("alpha", "beta"))
@@ -67,7 +77,13 @@ def arch(config: Settings) -> Arch:
             "norm_eps": 1e-6,  # of the class, whatever the config says
             **around("linear_attn"),
         },
-        A={**heads, **config.rope(1e6), "window": config["sliding_window"], **around("full_attn")},
+        A={
+            **heads,
+            **config.rope(1e6),
+            "rotary_fraction": rotary / heads["head_dim"],
+            "window": config["sliding_window"],
+            **around("full_attn"),
+        },
         E={
             **DROPLESS,
             "n_experts": config["num_local_experts"],
@@ -116,13 +132,17 @@ def _lightning(node: Node, there: str) -> Iterator[Piece]:
     yield from renamed({name: name for name in ("norm.weight", "out_proj.weight")}, ours, there)
 
 
+_FACTORS = {"full_attention": "full_attn", "linear_attention": "linear_attn", "mlp": "mlp"}
 register(
     Family(
-        model_types=("minimax",),
+        model_types=("minimax", "minimax_text_01"),
         defaults=DEFAULTS,
         arch=arch,
         pieces=pieces,
-        aliases={"num_experts": "num_local_experts"},
+        aliases={
+            "num_experts": "num_local_experts",
+            **{f"layernorm_{a}_{x}": f"{b}_{x}_factor" for a, b in _FACTORS.items() for x in ("alpha", "beta")},
+        },
         renames=((r"\.block_sparse_moe\.", ".mlp."),),
         unused=(r".*\.self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)",),  # follow from the config
     )
