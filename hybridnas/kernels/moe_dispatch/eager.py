@@ -42,8 +42,9 @@ def token_choice_eager(
         return no_tokens(x_ND, gate_NK, experts), expert_NK.new_zeros(n_experts)
     if n_experts == 1 and capacity is None:
         return _weighted_expert(x_ND, gate_NK, experts, 0), expert_NK.new_full((1,), expert_NK.shape[0])
-    few = expert_NK.numel() <= _FEW and not torch.is_grad_enabled()
-    if capacity is None and few and x_ND.device.type == "cpu" and not torch.compiler.is_exporting():
+    # first what is no question of sizes: an exported program would keep the answer for its example as a condition
+    few = not torch.compiler.is_exporting() and not torch.is_grad_enabled() and expert_NK.numel() <= _FEW
+    if capacity is None and few and x_ND.device.type == "cpu":
         return _few(x_ND, gate_NK, expert_NK, experts), expert_NK.flatten().bincount(minlength=n_experts)
     sorted_expert_S, choice_S = torch.sort(expert_NK.flatten(), stable=True)
     everyone_E = torch.arange(n_experts, device=x_ND.device)
