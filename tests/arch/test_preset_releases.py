@@ -225,6 +225,16 @@ def test_a_family_of_ones_own_is_a_table_and_a_function():
             PRESETS.remove(release.name)
 
 
+def test_none_leaves_a_size_as_released_and_other_fields_are_those_of_the_architecture():
+    assert preset("jamba", d_model=None, n_experts=None).fingerprint() == preset("jamba").fingerprint()
+    changed = preset("jamba", d_model=64, n_blocks=8, A={"window": 16}, d_ff=40)
+    assert {node.config.window for node in changed.nodes if node.slot.letter == "A"} == {16}
+    assert {node.config.d_ff for node in changed.nodes if node.slot.letter == "F"} == {40}
+    with pytest.raises(ConfigError) as caught:
+        preset("nemotron_h", n_experts=8)  # has none
+    assert caught.value.field == "preset.n_experts"
+
+
 def test_attention_follows_a_mixer_in_a_nemotron_of_any_depth():
     for n_blocks in range(3, 60):
         letters = preset("nemotron_h", n_blocks=n_blocks).pattern.letters

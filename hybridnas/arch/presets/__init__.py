@@ -199,8 +199,8 @@ def families() -> dict[str, list[str]]:
 
 
 def preset(name: str, **overrides: Any) -> Arch:
-    """Return a preset as an architecture. ``overrides``: the preset's own sizes, from which the rest is derived, then
-    any field of :meth:`Arch.replace` (``final_norm=True``, ``E={"top_k": 2}``).
+    """Return a preset as an architecture. ``overrides``: the preset's own sizes (None: as they are), from which the
+    rest is derived, then any field of :meth:`Arch.replace` (``final_norm=True``, ``E={"top_k": 2}``).
 
     Raises ConfigError for an unknown preset or override, naming what is allowed.
     """
@@ -215,7 +215,8 @@ def preset(name: str, **overrides: Any) -> Arch:
                 got=value,
                 allowed=">= 1",
             )
-    arch = entry.build(**{key: plain(value) for key, value in overrides.items() if key in own})
+    sizes = {key: plain(value) for key, value in overrides.items() if key in own and value is not None}
+    arch = entry.build(**sizes)
     rest = {key: value for key, value in overrides.items() if key not in own}
     if not rest:
         return arch
