@@ -374,13 +374,17 @@ def test_every_setting_that_a_class_reads_is_read(name):
         ({"model_type": "falcon_h1", "projectors_bias": True}, "projectors_bias", True),
         ({"model_type": "deepseek_v3", "num_key_value_heads": 8}, "num_key_value_heads", 8),
         ({"model_type": "kimi_linear", "attention_bias": True}, "attention_bias", True),
+        ({"model_type": "minimax", "postnorm": False}, "postnorm", False),
+        ({"model_type": "bamba", "mamba_n_heads": 0}, "config", None),
+        ({"model_type": "lfm2", "layer_types": 3}, "config", None),
+        ({"model_type": "kimi_linear", "mlp_layer_types": ["dense"]}, "config", None),
     ],
 )
 def test_a_config_that_we_cannot_express_is_refused(config, field, got):
     with pytest.raises(ConfigError) as error:
         read_arch(config)
     assert (error.value.field, error.value.got) == (field, got)
-    assert error.value.allowed is not None or field == "quantization_config"
+    assert error.value.allowed is not None or field in ("quantization_config", "config")
 
 
 def test_settings_under_former_names_are_read():

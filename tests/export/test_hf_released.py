@@ -8,9 +8,11 @@ choices where we average.
 """
 
 import pytest
+import torch
 
 from hybridnas.arch.presets import PRESETS, preset
-from hybridnas.export.hf import read_arch
+from hybridnas.export.hf import read, read_arch
+from tests.oracles import randomize, relative
 
 
 def words(count, attention, word="linear_attention", of_attention="full_attention"):
@@ -287,3 +289,60 @@ def test_every_released_preset_of_a_class_of_transformers_has_its_config_here():
         name for name in PRESETS if (entry := PRESETS.get(name)).release and "transformers" in entry.release.counted
     }
     assert counted - without == set(RELEASED)
+
+
+# Sizes of a tiny model; all other settings of a released config stay as they are.
+TINY = {
+    **{"hidden_size": 32, "vocab_size": 37, "intermediate_size": 48, "block_ff_dim": 48, "block_multiple_of": 8},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 8},
+    **{"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_dt_rank": 2, "mamba_d_state": 8},
+    **{"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "num_heads": 4, "state_size": 8},
+    **{"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    **{"moe_intermediate_size": 12, "moe_shared_expert_intermediate_size": 12, "shared_expert_intermediate_size": 12},
+    **{"shared_intermediate_size": 20, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2},
+    **{"linear_num_value_heads": 4, "linear_head_dim": 8, "linear_num_heads": 4, "kv_lora_rank": 8, "v_head_dim": 8},
+    **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "time_step_rank": 2},
+}
+# preset -> its class in transformers, and settings that a tiny model has to have
+ONE_OF_A_FAMILY = {
+    "mixtral": ("Mixtral", {}),
+    "mamba_130m": ("Mamba", {}),
+    "mamba2_130m": ("Mamba2", {"head_dim": 16}),
+    "jamba": ("Jamba", {}),
+    "bamba": ("Bamba", {"attn_layer_indices": [3]}),
+    "granite_h_350m": ("GraniteMoeHybrid", {"num_local_experts": 0, "num_experts_per_tok": 0}),
+    "granite_h_tiny": ("GraniteMoeHybrid", {}),
+    "falcon_h1_0_5b": ("FalconH1", {}),
+    "nemotron_h": ("NemotronH", {"time_step_min": 1e-12}),
+    "nemotron_3_nano": ("NemotronH", {"time_step_min": 1e-12}),
+    "qwen3_next": ("Qwen3Next", {"head_dim": 16}),
+    "qwen3_5_4b": ("Qwen3_5", {"head_dim": 16}),
+    "qwen3_5_35b_a3b": ("Qwen3_5Moe", {"head_dim": 16}),
+    "olmo_hybrid": ("OlmoHybrid", {}),
+    "kimi_linear": ("KimiLinear", {"num_key_value_heads": 4, "num_experts_per_token": 2, "linear_attn_config": None}),
+    "lfm2_350m": ("Lfm2", {}),
+    "lfm2_8b_a1b": ("Lfm2Moe", {}),
+}
+
+
+@pytest.mark.parametrize("name", ONE_OF_A_FAMILY)
+@torch.no_grad()
+def test_a_released_config_at_a_tiny_size_gives_the_logits_of_transformers(name):
+    transformers = pytest.importorskip("transformers")
+    kind, needed = ONE_OF_A_FAMILY[name]
+    given = RELEASED[name]
+    given = {"tie_word_embeddings": given.get("tie_word_embeddings", False), **given.get("text_config", given)}
+    text = "Text" if kind.startswith("Qwen3_5") else ""
+    config_class = getattr(transformers, f"{kind}{text}Config")
+    config = {key: value for key, value in given.items() if key not in ("model_type", "linear_attn_config")}
+    config |= {key: value for key, value in TINY.items() if key in config or hasattr(config_class, key)}
+    config |= {key: value for key, value in needed.items() if value is not None}
+    if isinstance(config.get("layer_types"), list):
+        config["layer_types"] = [*config["layer_types"][:7], "full_attention"]
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config_class(**config, **tokens)).eval()
+    randomize(theirs, std=0.1)
+    ids = torch.randint(37, (2, 37), generator=torch.Generator().manual_seed(1))
+    # Float32 through sixteen sub-layers: both are as far from ours in float64 as from each other.
+    assert relative(read(theirs)(ids).logits, theirs(ids, use_cache=False).logits) < 1e-4

@@ -16,6 +16,7 @@ from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
 from hybridnas.errors import ConfigError, ExportError
 from hybridnas.export.hf.family import FAMILIES, Family
+from hybridnas.export.hf.settings import Settings
 from hybridnas.export.hf.weights import Loaders, as_in_class, filled
 from hybridnas.export.layout import CONFIG, WEIGHTS, home
 from hybridnas.hardware import Impl
@@ -30,7 +31,7 @@ def read_arch(config: Mapping[str, Any] | object) -> Arch:
     that our blocks cannot express.
     """
     family, values = _family(_mapping(config))
-    return family.arch(family.settings(values))
+    return _arch(family, family.settings(values))
 
 
 def read(model_or_folder: nn.Module | str | Path, *, impl: str | Impl = Impl.AUTO) -> HybridLM:
@@ -60,7 +61,7 @@ def read(model_or_folder: nn.Module | str | Path, *, impl: str | Impl = Impl.AUT
         config, stored, where = _config_of(folder), _stored(folder), str(folder)
     family, values = _family(config)
     settings = family.settings(values)
-    arch = family.arch(settings)
+    arch = _arch(family, settings)
     model = HybridLM(arch, impl=impl, device="meta")
     expected = model.state_dict()
     if arch.model.tie_embeddings:
@@ -126,6 +127,23 @@ def _family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
         return family, config
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     return family, {**text, "model_type": kind, "tie_word_embeddings": tied}
+
+
+def _arch(family: Family, settings: Settings) -> Arch:
+    try:
+        return family.arch(settings)
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:  # sizes of 0, text for a list
+        raise ConfigError(
+            f"config of model_type {settings.model_type!r} has settings that describe no model "
+            f"({type(error).__name__}: {error}); give the config.json of a model",
+            field="config",
+        ) from None
 
 
 def _config_of(folder: Path) -> Mapping[str, Any]:
