@@ -1,6 +1,8 @@
 """Configurations of released models, as transformers' classes take them: what the presets are held against.
 
-Written from the models' own config.json files, papers and recipes, not from ``hybridnas/arch/presets``.
+Written from the models' own config.json files, papers and recipes, not from ``hybridnas/arch/presets``: all settings of
+the function that are not the class's defaults. Of Falcon-H1 3B and 7B the sizes alone are at hand, no multipliers.
+MiniMax's class does not read ``rotary_dim``, its makers' code does.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def _nemotron(d_model: int, pattern: str, mamba: tuple[int, int], heads: int, d_
     }
 
 
-def _granite(d_model: int, mamba: tuple[int, int], heads: tuple[int, int], shared: int, **more: Any) -> dict[str, Any]:
+def _granite(
+    d_model: int, mamba: tuple[int, int], heads: tuple[int, int], shared: int, scale: float, logits: int, **more: Any
+) -> dict[str, Any]:
     attention, depth = more.pop("attention", (5, 15, 25, 35)), more.pop("depth", 40)
     experts = {"num_local_experts": 0, "num_experts_per_tok": 0, "intermediate_size": 1, **more}
     return {
@@ -52,6 +56,12 @@ def _granite(d_model: int, mamba: tuple[int, int], heads: tuple[int, int], share
         "shared_intermediate_size": shared,
         "vocab_size": 100352,
         "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5,
+        "position_embedding_type": "nope",
+        "attention_multiplier": scale,
+        "embedding_multiplier": 12,
+        "residual_multiplier": 0.22,
+        "logits_scaling": logits,
         **experts,
     }
 
@@ -61,7 +71,13 @@ def _kind(full: bool, other: str = "linear_attention") -> str:
 
 
 def _falcon(
-    d_model: int, layers: int, ff: int, heads: tuple[int, int, int], mamba: tuple[int, int, int], vocab: int
+    d_model: int,
+    layers: int,
+    ff: int,
+    heads: tuple[int, int, int],
+    mamba: tuple[int, int, int],
+    vocab: int,
+    **more: Any,
 ) -> Any:
     return {
         "hidden_size": d_model,
@@ -75,7 +91,10 @@ def _falcon(
         "mamba_d_ssm": mamba[0] * mamba[1],
         "mamba_d_state": mamba[2],
         "mamba_n_groups": 1,
+        "mamba_norm_before_gate": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e11},
         "vocab_size": vocab,
+        **more,
     }
 
 
@@ -92,6 +111,7 @@ def _lfm2(d_model: int, ff: int, heads: int, attention: tuple[int, ...], layers:
 
 
 _NEMOTRON_8B = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+_ROPE = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
 _LFM2 = (2, 5, 8, 10, 12, 14)
 RELEASED: dict[str, tuple[str, dict[str, Any]]] = {  # preset -> class of the model, arguments of its configuration
     "mixtral": ("Mixtral", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
@@ -138,30 +158,70 @@ RELEASED: dict[str, tuple[str, dict[str, Any]]] = {  # preset -> class of the mo
     "bamba": ("Bamba", {"attn_layer_indices": [9, 18, 27], "mamba_d_state": 128, "vocab_size": 128256}),
     "granite_h_350m": (
         "GraniteMoeHybrid",
-        _granite(768, (48, 32), (12, 4), 2048, depth=32, attention=(10, 13, 17, 27)),
+        _granite(
+            768, (48, 32), (12, 4), 2048, 1 / 64, 3, depth=32, attention=(10, 13, 17, 27), residual_multiplier=0.246
+        ),
     ),
-    "granite_h_1b": ("GraniteMoeHybrid", _granite(1536, (48, 64), (12, 4), 4096)),
-    "granite_h_micro": ("GraniteMoeHybrid", _granite(2048, (64, 64), (32, 8), 8192)),
+    "granite_h_1b": ("GraniteMoeHybrid", _granite(1536, (48, 64), (12, 4), 4096, 1 / 128, 6)),
+    "granite_h_micro": ("GraniteMoeHybrid", _granite(2048, (64, 64), (32, 8), 8192, 1 / 64, 8)),
     "granite_h_tiny": (
         "GraniteMoeHybrid",
-        _granite(1536, (48, 64), (12, 4), 1024, num_local_experts=64, num_experts_per_tok=6, intermediate_size=512),
+        _granite(
+            1536,
+            (48, 64),
+            (12, 4),
+            1024,
+            1 / 128,
+            6,
+            num_local_experts=64,
+            num_experts_per_tok=6,
+            intermediate_size=512,
+        ),
     ),
     "granite_h_small": (
         "GraniteMoeHybrid",
-        _granite(4096, (128, 64), (32, 8), 1536, num_local_experts=72, num_experts_per_tok=10, intermediate_size=768),
+        _granite(
+            4096,
+            (128, 64),
+            (32, 8),
+            1536,
+            1 / 128,
+            16,
+            num_local_experts=72,
+            num_experts_per_tok=10,
+            intermediate_size=768,
+        ),
     ),
     "jamba": ("Jamba", {}),
-    "falcon_h1_0_5b": ("FalconH1", _falcon(1024, 36, 2048, (8, 2, 64), (24, 64, 128), 32784)),
+    "falcon_h1_0_5b": (
+        "FalconH1",
+        _falcon(
+            1024,
+            36,
+            2048,
+            (8, 2, 64),
+            (24, 64, 128),
+            32784,
+            attention_out_multiplier=0.9375,
+            embedding_multiplier=5.656854249492381,
+            key_multiplier=0.39062499999999994,
+            lm_head_multiplier=0.0390625,
+            mlp_multipliers=[0.8838834764831844, 0.5859375],
+            ssm_in_multiplier=1.25,
+            ssm_multipliers=[0.3535533905932738, 0.25, 0.3535533905932738, 0.5, 0.3535533905932738],
+            ssm_out_multiplier=0.23570226039551587,
+        ),
+    ),
     "falcon_h1_3b": ("FalconH1", _falcon(2560, 32, 6144, (10, 2, 128), (32, 128, 256), 65536)),
     "falcon_h1_7b": ("FalconH1", _falcon(3072, 44, 12288, (12, 2, 128), (24, 128, 256), 130048)),
-    "qwen3_next": ("Qwen3Next", {}),
+    "qwen3_next": ("Qwen3Next", {"rope_parameters": _ROPE}),
     "qwen3_5_4b": (
         "Qwen3_5",
-        {"hidden_size": 2560, "intermediate_size": 9216, "tie_word_embeddings": True},
+        {"hidden_size": 2560, "intermediate_size": 9216, "tie_word_embeddings": True, "rope_parameters": _ROPE},
     ),
-    "qwen3_5_9b": ("Qwen3_5", {}),
-    "qwen3_5_35b_a3b": ("Qwen3_5Moe", {}),
-    "olmo_hybrid": ("OlmoHybrid", {}),
+    "qwen3_5_9b": ("Qwen3_5", {"rope_parameters": _ROPE}),
+    "qwen3_5_35b_a3b": ("Qwen3_5Moe", {"rope_parameters": _ROPE}),
+    "olmo_hybrid": ("OlmoHybrid", {"rope_parameters": {"rope_type": "default", "rope_theta": None}}),
     "kimi_linear": (
         "KimiLinear",
         {"layer_types": [_kind(i + 1 in (4, 8, 12, 16, 20, 24, 27)) for i in range(27)]},
@@ -178,6 +238,9 @@ RELEASED: dict[str, tuple[str, dict[str, Any]]] = {  # preset -> class of the mo
             "num_local_experts": 32,
             "vocab_size": 200064,
             "layer_types": [_kind(i % 8 == 7) for i in range(80)],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e7},
+            "rotary_dim": 64,
+            **{f"{part}_alpha_factor": 3.5565588200778455 for part in ("full_attn", "linear_attn", "mlp")},
         },
     ),
     "lfm2_350m": ("Lfm2", _lfm2(1024, 6656, 16, _LFM2)),
@@ -197,11 +260,17 @@ RELEASED: dict[str, tuple[str, dict[str, Any]]] = {  # preset -> class of the mo
 }
 
 
-def transformers_model(name: str, **changed: Any) -> Any:
-    """Return transformers' causal language model of a release on the meta device, some arguments changed."""
+def transformers_config(name: str, **changed: Any) -> Any:
+    """Return transformers' configuration of a release, some arguments changed."""
     transformers = pytest.importorskip("transformers")
     kind, arguments = RELEASED[name]
     text = "Text" if kind.startswith("Qwen3_5") else ""
-    config = getattr(transformers, f"{kind}{text}Config")(**{**arguments, **changed})
+    return getattr(transformers, f"{kind}{text}Config")(**{**arguments, **changed})
+
+
+def transformers_model(name: str, **changed: Any) -> Any:
+    """Return transformers' causal language model of a release on the meta device, some arguments changed."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers_config(name, **changed)
     with torch.device("meta"):
-        return getattr(transformers, f"{kind}ForCausalLM")(config)
+        return getattr(transformers, f"{RELEASED[name][0]}ForCausalLM")(config)

@@ -39,12 +39,13 @@ DEFAULTS = {
 def arch(config: Settings) -> Arch:
     """Return the architecture."""
     attention = config["attn_layer_indices"] or ()
+    turned = (config["rope_parameters"] or {}).get("partial_rotary_factor", 0.5)  # beside them, none is read
     feed = {"d_ff": config["intermediate_size"], "activation": config.activation(), "gated": True}
     return layered(
         ("AF" if i in attention else "NF" for i in range(config["num_hidden_layers"])),
         **config.model(),
         N=config.mamba2(),
-        A={**config.heads(), **config.rope(), "rotary_fraction": 0.5, "bias": config["attention_bias"]},
+        A={**config.heads(), **config.rope(), "rotary_fraction": turned, "bias": config["attention_bias"]},
         F={**feed, "bias": config["mlp_bias"]},
     )
 

@@ -59,7 +59,8 @@ def _mixer(config: Settings) -> dict[str, Any]:
     return {
         "d_state": config["state_size"],
         "d_conv": config["conv_kernel"],
-        "d_inner": int(config["expand"] * config["hidden_size"]),
+        # Falcon-Mamba-7B's config has an expand of 16 beside the width that is built.
+        "d_inner": config.given("intermediate_size") or int(config["expand"] * config["hidden_size"]),
         "dt_rank": None if rank == "auto" else rank,
         "conv_bias": config["use_conv_bias"],
         "bias": config["use_bias"],
