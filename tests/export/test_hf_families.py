@@ -294,6 +294,13 @@ def test_from_hf_is_a_public_name_for_reading(tmp_path):
     assert next(hybridnas.from_hf(theirs_of("llama"), device="meta").parameters()).device.type == "meta"
 
 
+@pytest.mark.parametrize("name", ["minimax", "falcon_h1", "lfm2_moe"])
+def test_what_was_read_is_saved_and_loaded_as_any_model_of_ours(name, tmp_path):
+    ours = read(theirs_of(name))
+    ours.save_pretrained(tmp_path / "model")
+    assert torch.equal(hybridnas.load(tmp_path / "model")(ids_BL(9)).logits, ours(ids_BL(9)).logits)
+
+
 def test_a_folder_is_read_without_transformers(tmp_path):
     theirs_of("llama").save_pretrained(tmp_path)
     program = f"import sys; sys.modules['transformers'] = None; import hybridnas; hybridnas.from_hf({str(tmp_path)!r})"
@@ -417,6 +424,7 @@ def rewritten(folder, change):
 
 EXPERT = "model.layers.1.feed_forward.experts.2.w1.weight"
 CONV = "model.layers.0.conv.conv.weight"
+QUERY = "model.layers.1.self_attn.q_proj.weight"
 
 
 @pytest.mark.parametrize(
@@ -425,6 +433,10 @@ CONV = "model.layers.0.conv.conv.weight"
         (lambda tensors: tensors.pop(CONV), CONV),
         (lambda tensors: tensors.pop(EXPERT), "model.layers.1.feed_forward.experts.2"),
         (lambda tensors: tensors.update({CONV: torch.zeros(D, 1, 4)}), CONV),
+        (lambda tensors: tensors.update({CONV: torch.tensor(0.0)}), CONV),
+        (lambda tensors: tensors.update({EXPERT: torch.zeros(5, 7)}), EXPERT.replace("2.w1.weight", "gate_up_proj")),
+        (lambda tensors: tensors.update({QUERY: torch.zeros(8, D)}), QUERY),
+        (lambda tensors: tensors.update({QUERY: torch.zeros(D + 8, D)}), QUERY),
         (lambda tensors: tensors.update({"model.layers.0.conv.extra": torch.zeros(1)}), "model.layers.0.conv.extra"),
         (lambda tensors: tensors.update({"lm_head.weight": torch.zeros(V, D)}), "tie_word_embeddings"),
     ],
@@ -451,6 +463,10 @@ def test_a_folder_without_usable_weights_is_refused(folder):
     with pytest.raises(ExportError) as error:
         read(folder)
     assert error.value.got == "../other.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": [1]}}))
+    with pytest.raises(ExportError) as error:
+        read(folder)
+    assert error.value.got == "[1]"
     (folder / "config.json").unlink()
     with pytest.raises(ExportError) as error:
         read(folder)

@@ -166,8 +166,8 @@ def _stored(folder: Path) -> Loaders:
     names = [WEIGHTS]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            names = sorted({str(x) for x in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ExportError(f"{index} is damaged ({error}); download the model again", field=_INDEX) from None
     stored: Loaders = {}
     for name in names:

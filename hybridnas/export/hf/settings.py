@@ -71,7 +71,7 @@ class Settings:
         )
 
     def need(self, *allowed: Any, **names: str) -> None:
-        """Raise ConfigError for settings of other values; ``need(True, tie="why other values cannot be")``."""
+        """Raise ConfigError for settings of other values; ``need(False, mlp_bias="why others cannot be")``."""
         for name, why in names.items():
             if self[name] not in allowed:
                 raise self.refusal(name, allowed, why=why)

@@ -142,9 +142,8 @@ def latent_attention(node: Node, theirs: str, *, interleaved: bool) -> Iterator[
         keys = f"{theirs}.kv_a_proj_with_mqa.{kind}"
         yield Piece(ours=f"{down}.{kind}", theirs=keys, at=slice(first, None), rows=key_rows)
     if shape.q_rank is not None:
-        yield Piece(
-            ours=f"{ours}.latent.q_up_proj.weight", theirs=f"{theirs}.q_b_proj.weight", rows=query_rows
-        )  # fmt: skip
+        q_up = f"{ours}.latent.q_up_proj.weight"
+        yield Piece(ours=q_up, theirs=f"{theirs}.q_b_proj.weight", rows=query_rows)
         yield Piece(ours=f"{ours}.latent.q_norm.weight", theirs=f"{theirs}.q_a_layernorm.weight")
     names = {"latent.kv_norm.weight": "kv_a_layernorm.weight", "latent.kv_up_proj.weight": "kv_b_proj.weight"}
     yield from renamed(names, ours, theirs)
@@ -247,7 +246,7 @@ def as_in_class(stored: Loaders, renames: Iterable[tuple[str, str]]) -> Loaders:
         else:
             found[name] = load
     for base, parts in experts.items():
-        for part in parts.values():
+        for part in (parts[name] for name in ({"up", "down"} | set(parts))):
             missing = set(range(max(map(len, parts.values())))) - set(part)
             if missing:
                 raise ExportError(
@@ -293,23 +292,23 @@ def filled(
                 f"download the whole model again",
                 field=piece.theirs,
             )
-        tensor = theirs[piece.theirs]().detach()
-        taken = used.setdefault(piece.theirs, [0, tensor.shape[0]])
-        taken[0] += tensor.shape[0] if piece.rows is None else len(piece.rows)
         target = expected[piece.ours]
         size = target.shape[0] if piece.at is None else len(range(*piece.at.indices(target.shape[0])))
         needed = (size, *target.shape[1:])
-        value = piece.value(tensor) if piece.rows is None or piece.rows.max() < tensor.shape[0] else None
-        if value is None or value.shape != needed:
-            raise ExportError(
-                f"{where} has tensor {piece.theirs!r} of shape {tuple(tensor.shape)}, which does not give the "
-                f"{needed} of {piece.ours!r}; the weights and the config are of different models",
-                field=piece.theirs,
-                got=tuple(tensor.shape),
-                allowed=needed,
-            )
+        try:
+            tensor = theirs[piece.theirs]().detach()
+            value = piece.value(tensor)
+        except (RuntimeError, IndexError) as error:  # fewer rows or dimensions, experts of unequal sizes
+            raise _wrong_shape(where, piece, str(error), None, needed) from None
+        if value.shape != needed:
+            raise _wrong_shape(where, piece, f"shape {tuple(tensor.shape)}", tuple(tensor.shape), needed)
+        all_rows = tensor.shape[0] if tensor.dim() else 1
+        taken = used.setdefault(piece.theirs, [0, all_rows])
+        taken[0] += all_rows if piece.rows is None else len(piece.rows)
         if piece.ours not in found:
             found[piece.ours] = torch.empty(target.shape, dtype=tensor.dtype)
+        elif (wide := torch.promote_types(found[piece.ours].dtype, tensor.dtype)) != found[piece.ours].dtype:
+            found[piece.ours] = found[piece.ours].to(wide)
         found[piece.ours][slice(None) if piece.at is None else piece.at] = value.to("cpu")
         rows[piece.ours] += size
     for name, (taken_rows, all_rows) in used.items():
@@ -330,3 +329,13 @@ def filled(
     unfilled = [name for name, tensor in expected.items() if rows[name] != tensor.shape[0]]
     assert not unfilled, f"the family's table fills not all of {unfilled}"
     return found
+
+
+def _wrong_shape(where: str | Path, piece: Piece, words: str, got: Any, needed: tuple[int, ...]) -> ExportError:
+    return ExportError(
+        f"{where} has tensor {piece.theirs!r} that does not give the {needed} of {piece.ours!r} ({words}); the weights "
+        f"and the config are of different models",
+        field=piece.theirs,
+        got=got,
+        allowed=needed,
+    )
