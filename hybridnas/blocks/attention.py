@@ -448,8 +448,8 @@ class _Cache:
         self._norms = [None if norm is None else one_row(norm) for norm in (block.q_norm, block.k_norm)]
         self._k_BKTP, self._v_BKTP = state
         self._read = state.k_BKTP.shape[2]  # positions, counted from the oldest in the state
-        if self._config.window is not None:
-            self._k_BKTP = block._turned(state.k_BKTP, 0)
+        if self._config.window is not None:  # overwritten, so every sequence needs memory of its own
+            self._k_BKTP, self._v_BKTP = block._turned(state.k_BKTP, 0).contiguous(), state.v_BKTP.contiguous()
         self._angles = Angles(self._config.rotary, self._config.rope_base, state.k_BKTP.device)
 
     def __call__(self, x_BD: Tensor) -> Tensor:

@@ -187,7 +187,8 @@ class Mamba2(Block):
         batch, groups, size = ssm_BHPN.shape[0], config.n_groups, config.d_state
         normed, gated = one_row(norm), silu_gated if self.norm is None else self.norm
         sizes = [config.width, config.conv_width, config.heads]
-        h_XIN = ssm_BHPN.reshape(batch * groups, -1, size)  # X: every group of every sequence, I: its channels
+        # X: every group of every sequence, I: its channels; overwritten, so every sequence needs memory of its own
+        h_XIN = ssm_BHPN.contiguous().view(batch * groups, config.width // groups, size)
         A_H = -self.A_log.exp()
 
         def run(x_BD: Tensor) -> Tensor:
@@ -196,8 +197,8 @@ class Mamba2(Block):
             dt_BH = F.softplus(dt_BH + self.dt_bias)
             keep_BH = torch.exp(dt_BH * A_H)
             u_BHP = u_BI.reshape(batch, config.heads, config.head_width)
-            h_XIN.view(batch, config.heads, -1).mul_(keep_BH[..., None])
-            h_XIN.addcmul_((u_BHP * dt_BH[..., None]).reshape(h_XIN.shape[0], -1, 1), B_BX.reshape(-1, 1, size))
+            h_XIN.view(batch, config.heads, config.head_width * size).mul_(keep_BH[..., None])
+            h_XIN.addcmul_((u_BHP * dt_BH[..., None]).reshape(*h_XIN.shape[:2], 1), B_BX.reshape(-1, 1, size))
             if h_XIN.shape[0] == 1:
                 y_BHP = torch.mv(h_XIN[0], C_BX[0]).view(u_BHP.shape)
             else:  # torch's batched product of matrices and vectors is five times slower

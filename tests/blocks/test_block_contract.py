@@ -65,7 +65,7 @@ def run_in_chunks(block, x_BLD, lengths):
 
 
 def assert_same(got, expected):
-    scale = expected.abs().max().item()
+    scale = expected.abs().max().item() if expected.numel() else 0.0
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * max(scale, 1.0))
 
 
@@ -259,6 +259,29 @@ def test_a_step_without_tokens_leaves_the_state_as_it_is(case):
         _, state, _ = block(tokens(2, 0), state)
     for got, expected in zip(state, kept, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+LAYOUTS = {
+    "one row for all": lambda t: t[:1].expand_as(t),
+    "turned": lambda t: t.transpose(1, -1).contiguous().transpose(1, -1) if t.dim() > 2 else t,
+    "no rows": lambda t: t[:0],
+}
+
+
+@every_causal_block
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_fast_step_takes_a_state_however_it_lies(case, layout):
+    block, x_BLD = build(case), tokens(3, 12)
+    with torch.no_grad():
+        _, state = run_in_chunks(block, x_BLD[:, :9], [9])
+        state = map_state(LAYOUTS[layout], state)
+        x_BLD = x_BLD[: 0 if layout == "no rows" else 3, 9:]
+        expected = [
+            x_BD + y_BD for x_BD, y_BD in zip(x_BLD.unbind(1), block(x_BLD, state).y_BLD.unbind(1), strict=True)
+        ]
+        step = block.one_token(nn.Identity(), state)
+        for x_BD, y_BD in zip(x_BLD.unbind(1), expected, strict=True):
+            assert_same(step(x_BD.clone()) if step is not None else y_BD, y_BD)
 
 
 @every_causal_block
