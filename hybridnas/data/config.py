@@ -46,7 +46,12 @@ class DataConfig(SourceConfig):
     separator: str | None = option(
         None, "token put after each document, for a Hugging Face tokenizer; none: its own end-of-text token"
     )
-    valid_fraction: float = option(0.05, "share of the documents held out for validation [0 to 1]", gt=0, le=0.5)
+    valid_fraction: float = option(
+        0.05, "share of the documents held out for validation, by which candidates are chosen [0 to 1]", gt=0, le=0.5
+    )
+    test_fraction: float = option(
+        0.05, "share of the documents that only final figures are measured on; 0: none [0 to 1]", ge=0, le=0.4
+    )
     split_seed: int = option(0, "seed of which documents are held out", ge=0, le=MAX_SEED)
     cache_dir: str | None = option(
         None, "folder of tokenised shards; none: the environment's HYBRIDNAS_CACHE, or ~/.cache/hybridnas"

@@ -153,14 +153,29 @@ class Mixture(Source):
         for batches in self.valid_parts(n_tokens, batch_size, seq_len).values():
             yield from batches
 
+    def test_batches(self, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
+        for batches in self.test_parts(n_tokens, batch_size, seq_len).values():
+            yield from batches
+
     def valid_parts(self, n_tokens: int, batch_size: int, seq_len: int) -> dict[str, Iterator[Batch]]:
+        return self._held_out(False, n_tokens, batch_size, seq_len)
+
+    def test_parts(self, n_tokens: int, batch_size: int, seq_len: int) -> dict[str, Iterator[Batch]]:
+        return self._held_out(True, n_tokens, batch_size, seq_len)
+
+    @property
+    def test_tokens(self) -> int | None:
+        counts = [part.test_tokens for part in self._parts.values()]
+        return 0 if 0 in counts else None
+
+    def _held_out(self, test: bool, n_tokens: int, batch_size: int, seq_len: int) -> dict[str, Iterator[Batch]]:
         self._require(seq_len)
         share = -(-n_tokens // len(self._parts))
-        return {name: self._part_batches(name, share, batch_size, seq_len) for name in self._parts}
+        return {name: self._part_batches(name, test, share, batch_size, seq_len) for name in self._parts}
 
-    def _part_batches(self, name: str, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
+    def _part_batches(self, name: str, test: bool, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
         part, rows, length = self._shape(name, batch_size, seq_len)
-        for batch in part.valid_batches(n_tokens, rows, length):
+        for batch in (part.test_batches if test else part.valid_batches)(n_tokens, rows, length):
             yield self._moved(name, batch)
 
     def _shape(self, name: str, batch_size: int, seq_len: int) -> tuple[Source, int, int]:

@@ -1,15 +1,20 @@
 """Text tokenised once: memory-mapped ids, split by document, found again by content, tokenizer and split.
 
-A folder holds ``train.bin``, ``valid.bin`` (unsigned integers of 1, 2 or 4 bytes), the tokenizer, and ``meta.json``.
+A folder holds ``train.bin``, ``valid.bin``, ``test.bin`` (unsigned integers of 1, 2 or 4 bytes), for the last two
+``NAME.counted.bin`` (one byte a token: whether it is measured), the tokenizer, and ``meta.json``.
+
+Documents that are near copies of one another lie in the same part. What is left of copies, runs of 64 bytes and more
+that the training part has, too, is not measured: a model that remembers would look better for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +24,20 @@ import numpy.typing as npt
 
 from hybridnas.data.cache import explaining_disk, lock, publish_folder, read_json, remove, temporary
 from hybridnas.data.config import DataConfig
+from hybridnas.data.copies import CopyFinder, Hashes, near_copies, runs, sketch
 from hybridnas.data.files import FileCorpus
 from hybridnas.data.progress import reporting
 from hybridnas.data.tokenizers import Ids, Tokenizer, find_tokenizer, load_tokenizer, train_bpe
 from hybridnas.errors import DataError
 from hybridnas.files import write_json
 
-FORMAT = 1
+FORMAT = 2
 BPE_SAMPLE_BYTES = 200_000_000  # of training text that a BPE is trained on: more changes its merges little
 CHECKED_BYTES = 1 << 30  # files up to this size are read through at every opening, larger ones measured only
-SPLITS = ("train", "valid")
+TRAIN, VALID, TEST = range(3)
+PARTS = ("train", "valid", "test")
+LONG_COPY = 256  # bytes; its share is stated beside that of WINDOW
+MOST_COPIED = 0.5  # of a held-out part: more is no leak but what this text is like, and all of it is measured
 _BATCH_BYTES = 4 << 20
 _BATCH_DOCUMENTS = 1024
 _LOG = logging.getLogger(__name__)
@@ -36,19 +45,22 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Split:
-    """One side of a corpus: its ids, and the UTF-8 bytes and documents they stand for."""
+    """One part of a corpus: its ids, and the UTF-8 bytes and documents they stand for, separators not counted."""
 
     tokens: npt.NDArray[np.unsignedinteger[Any]]
     bytes: int
     documents: int
+    counted: npt.NDArray[np.bool_] | None = None  # which tokens are measured; None: all
+    copied: tuple[float, float] = (0.0, 0.0)  # share of bytes in runs that training has: of 64 and of 256 bytes
 
 
 @dataclass(frozen=True)
 class Shards:
-    """A tokenised corpus; ``bytes`` count one for each separator, so that a byte tokenizer has 1 byte per token."""
+    """A tokenised corpus in three parts: to train on, to choose by, and to report."""
 
     train: Split
     valid: Split
+    test: Split
     tokenizer: Tokenizer
     fingerprint: str
 
@@ -60,7 +72,7 @@ def open_shards(corpus: FileCorpus, config: DataConfig) -> Shards:
     """
     tokenizer = None if config.bpe_vocab else find_tokenizer(config.tokenizer, separator=config.separator)
     ids = tokenizer.fingerprint if tokenizer else f"bpe {config.bpe_vocab}"
-    key = [FORMAT, corpus.survey().fingerprint, ids, config.valid_fraction, config.split_seed]
+    key = [FORMAT, corpus.survey().fingerprint, ids, config.valid_fraction, config.test_fraction, config.split_seed]
     folder = config.cache / "shards" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     shards = load_shards(folder)
     if shards is not None:
@@ -90,12 +102,21 @@ def load_shards(folder: Path) -> Shards | None:
     if meta is None or meta.get("format") != FORMAT or not _files_agree(folder, meta):
         return None
     dtype = np.dtype(meta["dtype"])
-    sides = {}
-    for name in SPLITS:
-        counts = meta["splits"][name]
-        ids = np.asarray(np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r"))
-        sides[name] = Split(ids, int(counts["bytes"]), int(counts["documents"]))
-    return Shards(sides["train"], sides["valid"], load_tokenizer(folder), str(meta["fingerprint"]))
+    parts = {}
+    for name in PARTS:
+        stored = meta["splits"][name]
+        counted = None
+        if stored["masked"]:
+            counted = np.asarray(np.memmap(folder / f"{name}.counted.bin", dtype=np.bool_, mode="r"))
+        shares = (float(stored["copied"][0]), float(stored["copied"][1]))
+        ids = _mapped(folder / f"{name}.bin", dtype)
+        parts[name] = Split(ids, int(stored["bytes"]), int(stored["documents"]), counted, shares)
+    return Shards(parts["train"], parts["valid"], parts["test"], load_tokenizer(folder), str(meta["fingerprint"]))
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Return a file's numbers without reading them; an empty file cannot be mapped."""
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype)
 
 
 def _files_agree(folder: Path, meta: dict[str, Any]) -> bool:
@@ -109,61 +130,106 @@ def _files_agree(folder: Path, meta: dict[str, Any]) -> bool:
 
 
 def _build(folder: Path, corpus: FileCorpus, config: DataConfig, tokenizer: Tokenizer | None) -> None:
-    held_out, size = split_by_document(corpus, config)
+    part_of, size = split_by_document(corpus, config)
     if tokenizer is None:
         assert config.bpe_vocab is not None
-        tokenizer = train_bpe(_sample(corpus, held_out, size), config.bpe_vocab)
+        tokenizer = train_bpe(_sample(corpus, part_of, size), config.bpe_vocab)
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-    splits = _write_ids(folder, corpus, held_out, size, tokenizer, dtype)
+    splits = _write_ids(folder, corpus, part_of, size, tokenizer, dtype)
     tokenizer.save(folder)
-    names = (*(f"{name}.bin" for name in SPLITS), "tokenizer.json", "tokenizer_config.json")
-    files = {name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
-    identity = [files["train.bin"]["sha256"], files["valid.bin"]["sha256"], dtype.str, tokenizer.fingerprint]
+    names = [f"{name}.bin" for name in PARTS] + [f"{name}.counted.bin" for name in PARTS if splits[name]["masked"]]
+    files = {
+        name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        for name in (*names, "tokenizer.json", "tokenizer_config.json")
+    }
+    identity = [*(files[name]["sha256"] for name in names), dtype.str, tokenizer.fingerprint]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     meta = {"format": FORMAT, "corpus": corpus.name, "dtype": dtype.str, "fingerprint": fingerprint}
     write_json(folder / "meta.json", {**meta, "splits": splits, "files": files})
 
 
-def split_by_document(corpus: FileCorpus, config: DataConfig) -> tuple[npt.NDArray[np.bool_], int]:
-    """Return for each document whether it is held out, and the bytes of all.
+def split_by_document(corpus: FileCorpus, config: DataConfig) -> tuple[npt.NDArray[np.int8], int]:
+    """Return for each document its part (TRAIN, VALID or TEST), and the bytes of all.
 
-    A document's side depends on its text and the seed alone: a copy of it lies on the same side, and more documents
-    move none. Where chance holds out none, or all, the one nearest to the border changes sides.
+    Near copies form a group, whose part depends on the text of one of them and the seed alone: more documents move no
+    group that they do not join. A group that is larger than a held-out part should be is trained on. Where chance
+    leaves a part empty, one of the smaller groups of the fullest part moves there.
     """
-    draws, size = array("Q"), 0
-    seed = config.split_seed.to_bytes(16, "little")
+    draws, digests, sizes = array("Q"), array("Q"), array("Q")
+    sketches: list[Hashes] = []
+    seed, size = config.split_seed.to_bytes(16, "little"), 0
     with reporting("splitting", corpus.survey().size) as report:
         for document in corpus.documents():
             draws.append(int.from_bytes(hashlib.sha256(seed + document).digest()[:8], "little"))
+            digests.append(int.from_bytes(hashlib.sha256(document).digest()[:8], "little"))
+            sketches.append(sketch(document))
+            sizes.append(len(document))
             size += len(document)
             report(size)
     if not draws:
         raise DataError(f"{corpus.name} holds no text: {len(corpus.files)} files, all empty or left out")
-    draw = np.frombuffer(draws, dtype=np.uint64)
-    held_out = draw < np.uint64(int(config.valid_fraction * 2**64))
-    if not held_out.any():
-        held_out = draw == draw.min()
-    elif held_out.all():
-        held_out = draw < draw.max()
-    if held_out.all() or not held_out.any():
-        more = "" if corpus.cut else ", or set data.split_files=always to cut long files"
+    digest, weight = np.frombuffer(digests, dtype=np.uint64), np.frombuffer(sizes, dtype=np.uint64)
+    _, equal = np.unique(digest, return_inverse=True)
+    needed = 2 if config.test_fraction == 0 else 3
+    group = _joined(near_copies(sketches), equal)
+    if len(np.unique(group)) < needed:
+        group = equal  # every document resembles another: only equal ones are kept together
+    if len(np.unique(group)) < needed:
+        more = "" if corpus.cut else ", set data.split_files=always to cut long files"
+        none = "" if needed == 2 else ", or do without a test part by data.test_fraction=0"
         raise DataError(
-            f"{corpus.name} has only one document (or copies of it), so none can be held out for validation; "
-            f"give more text{more}"
+            f"{corpus.name} has {len(np.unique(group))} different documents, too few to hold some out for "
+            f"validation{'' if needed == 2 else ' and test'}; give more text{more}{none}",
+            field="data.path",
+            got=len(np.unique(group)),
+            allowed=f">= {needed}",
         )
-    return held_out, size
+    return _parts_of(group, digest, np.frombuffer(draws, dtype=np.uint64), weight, config), size
 
 
-def _sample(corpus: FileCorpus, held_out: npt.NDArray[np.bool_], size: int) -> Iterator[str]:
+def _joined(group: npt.NDArray[np.int64], equal: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the groups with equal documents in one, which short documents without a hash need."""
+    first: dict[int, int] = {}
+    return np.array([first.setdefault(int(same), int(own)) for own, same in zip(group, equal, strict=True)])
+
+
+def _parts_of(
+    group: npt.NDArray[np.int64],
+    digest: npt.NDArray[np.uint64],
+    draw: npt.NDArray[np.uint64],
+    weight: npt.NDArray[np.uint64],
+    config: DataConfig,
+) -> npt.NDArray[np.int8]:
+    """Return each document's part: that of its group, by the draw of the group's document of the smallest digest."""
+    order = np.lexsort((digest, group))
+    _, starts, index = np.unique(group[order], return_index=True, return_inverse=True)
+    group_draw = draw[order][starts]
+    bytes_of = np.bincount(index, weights=weight[order])
+    valid = config.valid_fraction
+    bounds = [np.uint64(min(int(part * 2**64), 2**64 - 1)) for part in (valid, valid + config.test_fraction)]
+    part = np.where(group_draw < bounds[0], VALID, np.where(group_draw < bounds[1], TEST, TRAIN)).astype(np.int8)
+    part[bytes_of > max(valid, config.test_fraction) * bytes_of.sum()] = TRAIN
+    for wanted in (VALID, TEST, TRAIN) if config.test_fraction else (VALID, TRAIN):
+        if not (part == wanted).any():
+            giver = np.bincount(part, minlength=len(PARTS)).argmax()  # at least as many groups as parts: it has two
+            free = np.flatnonzero(part == giver)
+            free = free[np.argsort(bytes_of[free], kind="stable")][: max(1, len(free) // 2)]  # no large one
+            part[free[group_draw[free].argmin()]] = wanted
+    of_document = np.empty(len(group), dtype=np.int8)
+    of_document[order] = part[index]
+    return of_document
+
+
+def _sample(corpus: FileCorpus, part_of: npt.NDArray[np.int8], size: int) -> Iterator[str]:
     """Yield training documents evenly, about ``BPE_SAMPLE_BYTES`` of them."""
     share, owed = min(1.0, BPE_SAMPLE_BYTES / size), 0.0
     with reporting("training the tokenizer", size) as report:
         done = 0
-        for document, is_held_out in zip(corpus.documents(), held_out, strict=True):
+        for document, part in zip(corpus.documents(), part_of, strict=True):
             done += len(document)
             report(done)
             owed += share
-            if owed >= 1 and not is_held_out:
+            if owed >= 1 and part == TRAIN:
                 owed -= 1
                 yield document.decode("utf-8", "replace")
 
@@ -171,32 +237,82 @@ def _sample(corpus: FileCorpus, held_out: npt.NDArray[np.bool_], size: int) -> I
 def _write_ids(
     folder: Path,
     corpus: FileCorpus,
-    held_out: npt.NDArray[np.bool_],
+    part_of: npt.NDArray[np.int8],
     size: int,
     tokenizer: Tokenizer,
     dtype: np.dtype[Any],
-) -> dict[str, dict[str, int]]:
-    totals = {name: {"tokens": 0, "bytes": 0, "documents": 0} for name in SPLITS}
+) -> dict[str, dict[str, Any]]:
+    """Write the ids of all parts, and which tokens of the held-out ones count; returns what meta.json says of them."""
+    finder = CopyFinder(document for document, part in zip(corpus.documents(), part_of, strict=True) if part != TRAIN)
+    held_out: dict[int, list[tuple[bytes, int]]] = {VALID: [], TEST: []}  # documents and their counts of tokens
+    totals: list[dict[str, Any]] = [{"tokens": 0, "bytes": 0, "documents": 0, "masked": False} for _ in PARTS]
     end: Ids = np.array([tokenizer.separator], dtype=dtype)
     done, first = 0, 0
-    with (
-        (folder / "train.bin").open("wb") as train,
-        (folder / "valid.bin").open("wb") as valid,
-        reporting("tokenising", size) as report,
-    ):
+    with contextlib.ExitStack() as files, reporting("tokenising", size) as report:
+        handles = [files.enter_context((folder / f"{name}.bin").open("wb")) for name in PARTS]
         for documents in _batches(corpus.documents()):
             encoded = tokenizer.encode_batch(documents)
             for index, (document, ids) in enumerate(zip(documents, encoded, strict=True), start=first):
-                name, handle = ("valid", valid) if held_out[index] else ("train", train)
-                handle.write(ids.astype(dtype, copy=False).tobytes() + end.tobytes())
-                counts = totals[name]
+                part = int(part_of[index])
+                handles[part].write(ids.astype(dtype, copy=False).tobytes() + end.tobytes())
+                counts = totals[part]
                 counts["tokens"] += len(ids) + 1
-                counts["bytes"] += len(document) + 1
+                counts["bytes"] += len(document)
                 counts["documents"] += 1
+                if part == TRAIN:
+                    finder.read(document)
+                else:
+                    held_out[part].append((document, len(ids)))
                 done += len(document)
             first += len(documents)
             report(done)
-    return totals
+    lengths = token_lengths(tokenizer)
+    totals[TRAIN]["copied"] = (0.0, 0.0)
+    for part, documents_of in held_out.items():
+        masks = [finder.copied(document) for document, _ in documents_of]
+        n_bytes = max(1, sum(len(mask) for mask in masks))
+        copied = sum(int(mask.sum()) for mask in masks) / n_bytes
+        totals[part]["copied"] = (copied, sum(int(runs(mask, LONG_COPY).sum()) for mask in masks) / n_bytes)
+        if 0 < copied <= MOST_COPIED:
+            totals[part]["masked"] = True
+            ids = _mapped(folder / f"{PARTS[part]}.bin", dtype)
+            counted = _counted(ids, masks, [count for _, count in documents_of], lengths)
+            (folder / f"{PARTS[part]}.counted.bin").write_bytes(counted.tobytes())
+    return dict(zip(PARTS, totals, strict=True))
+
+
+def token_lengths(tokenizer: Tokenizer) -> npt.NDArray[np.int64] | None:
+    """Return the UTF-8 bytes that each id stands for, 0 for the separator; None where that depends on neighbors."""
+    table = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+    if any(piece is None for piece in table):
+        return None
+    lengths = np.array([len(piece or b"") for piece in table], dtype=np.int64)
+    lengths[tokenizer.separator] = 0
+    return lengths
+
+
+def _counted(
+    ids: npt.NDArray[Any],
+    masks: Sequence[npt.NDArray[np.bool_]],
+    counts: Sequence[int],
+    lengths: npt.NDArray[np.int64] | None,
+) -> npt.NDArray[np.bool_]:
+    """Return for each token of a part whether it is measured: no byte of it lies in a copy.
+
+    ``masks`` and ``counts``: which bytes of each document are copied, and its tokens without the separator. Where the
+    bytes of a token are not known, a document's bytes are shared out evenly among its tokens.
+    """
+    counted = np.ones(len(ids), dtype=np.bool_)
+    start = 0
+    for mask, count in zip(masks, counts, strict=True):
+        own = ids[start : start + count]
+        ends = np.linspace(0, len(mask), count + 1).astype(np.int64)
+        if lengths is not None and lengths[own].sum() == len(mask):
+            ends[1:] = np.cumsum(lengths[own])
+        before = np.concatenate(([0], np.cumsum(mask)))
+        counted[start : start + count] = before[ends[1:]] == before[ends[:-1]]
+        start += count + 1
+    return counted
 
 
 def _batches(documents: Iterator[bytes]) -> Iterator[list[bytes]]:

@@ -16,6 +16,8 @@ from hybridnas.errors import ConfigError, DataError
 from hybridnas.registry import Registry
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor, nn
 
     from hybridnas.data.tokenizers import Tokenizer
@@ -97,8 +99,8 @@ class Source(ABC):
         return {}
 
     @property
-    def bytes_per_token(self) -> float | None:
-        """UTF-8 bytes of validation text per validation token, or None where bytes mean nothing."""
+    def token_lengths(self) -> npt.NDArray[np.int64] | None:
+        """UTF-8 bytes that each id stands for (V,), 0 for a separator, or None where bytes mean nothing."""
         return None
 
     @property
@@ -110,6 +112,11 @@ class Source(ABC):
     def valid_tokens(self) -> int | None:
         """Tokens held out for validation [count], or None where data never ends."""
         return None
+
+    @property
+    def test_tokens(self) -> int | None:
+        """Tokens that only final figures are measured on [count]; 0: there are none; None: data never ends."""
+        return 0
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -128,9 +135,17 @@ class Source(ABC):
     def valid_batches(self, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
         """Yield the same validation batches at every call, at least ``n_tokens`` in all or as many as exist."""
 
+    def test_batches(self, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
+        """Yield as ``valid_batches`` does what no candidate is chosen by; raises DataError where there is none."""
+        raise DataError(f"{self.describe()} has no test part", field="data", got=type(self).__name__)
+
     def valid_parts(self, n_tokens: int, batch_size: int, seq_len: int) -> dict[str, Iterator[Batch]]:
         """Return the parts that are measured apart, by name, and their batches; one part without a name: the whole."""
         return {"": self.valid_batches(n_tokens, batch_size, seq_len)}
+
+    def test_parts(self, n_tokens: int, batch_size: int, seq_len: int) -> dict[str, Iterator[Batch]]:
+        """Return the same parts of what no candidate is chosen by."""
+        return {"": self.test_batches(n_tokens, batch_size, seq_len)}
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``; raises DataError where ids are not text."""

@@ -13,7 +13,10 @@ from hybridnas.data.source import Source, register_source
 from hybridnas.data.windows import open_text
 from hybridnas.errors import DataError
 
-LEFT_OUT = frozenset({"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"})
+# encodings: tables of character codes, most of them copies of one another; pydoc_data: one generated table
+LEFT_OUT = frozenset(
+    {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+)
 
 
 @register_source("stdlib", config=DataConfig)
@@ -24,7 +27,7 @@ def open_stdlib(config: DataConfig) -> Source:
 
 
 def stdlib_files(root: Path | None = None) -> list[CorpusFile]:
-    """Return the library's modules, sorted; tests, installed packages and this build's own settings left out."""
+    """Return the library's modules, sorted, without tests, packages, tables and this build's own settings."""
     root = root or Path(sysconfig.get_paths()["stdlib"])
     files = []
     for folder, folders, names in os.walk(root):

@@ -5,7 +5,7 @@ A task is one file in ``tasks/`` and one registration. It says how examples are 
 - Training example ``i`` is row ``i % batch_size`` of step ``i // batch_size``: the same examples in the same order
   whatever the batch size, the process, or where a run was resumed. With ``n_train_examples`` there are that many,
   the same for every seed, read in a new order each epoch, a function of the seed; without, no example comes twice.
-- An example belongs to the test set if its inputs hash into one sixteenth of all hashes, and to training otherwise:
+- An example is held out if its inputs hash into one sixteenth of all hashes, and to training otherwise:
   one that falls on the wrong side is made again. So no example is ever on both sides. What a task keeps fixed, as
   the dictionary of ``memorisation``, both sides share.
 
@@ -31,6 +31,7 @@ from hybridnas.data.windows import permute
 from hybridnas.errors import ConfigError, DataError
 
 K = TypeVar("K", bound="type[Task]")
+VALID, TEST = "test", "final"  # names that examples are drawn under: to choose by, and to report
 VERSION = 1  # part of every fingerprint: raise it whenever examples come out differently
 _TABLE = 1 << 18  # of training sets up to this size an epoch's order is a table; of larger ones it is computed
 _TEST_BITS = 4  # one example in 2^4 belongs to the test set
@@ -57,7 +58,7 @@ class TaskConfig(SourceConfig):
     n_train_examples: int | None = option(
         None, "examples of the training set, read again and again in new orders; none: fresh ones without end", ge=1
     )
-    n_test_examples: int = option(1280, "examples held out for validation [count]", ge=1)
+    n_test_examples: int = option(1280, "examples held out to choose by, and as many others to report [count]", ge=1)
     task_seed: int = option(
         0, "seed of the test set, of a finite training set, and of what examples share", ge=0, le=MAX_SEED
     )
@@ -99,7 +100,7 @@ class Task(Source):
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        self._test: list[Examples] = []  # chunks made so far
+        self._made: dict[str, list[Examples]] = {VALID: [], TEST: []}  # chunks made so far
         self._weights_L = mix(np.arange(1, config.seq_len + 1, dtype=np.uint64)) | np.uint64(1)
 
     @abstractmethod
@@ -127,6 +128,10 @@ class Task(Source):
         return int(self.config.n_test_examples) * self.seq_len
 
     @property
+    def test_tokens(self) -> int:
+        return self.valid_tokens
+
+    @property
     def fingerprint(self) -> str:
         text = json.dumps({"version": VERSION, **self.config.to_dict()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -152,15 +157,24 @@ class Task(Source):
         return self._batch(self.examples(shuffled(numbers_B, count, seed), train=True))
 
     def valid_batches(self, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
+        return self._held_out_batches(VALID, n_tokens, batch_size, seq_len)
+
+    def test_batches(self, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
+        return self._held_out_batches(TEST, n_tokens, batch_size, seq_len)
+
+    def _held_out_batches(self, part: str, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
         self._require(seq_len)
         wanted = min(self.config.n_test_examples, max(1, -(-n_tokens // seq_len)))
         for first in range(0, wanted, batch_size):
-            yield self._batch(self._test_examples(first, min(first + batch_size, wanted)))
+            yield self._batch(self._held_out(part, first, min(first + batch_size, wanted)))
 
-    def examples(self, numbers_B: I64, *, train: bool, seed: int | None = None) -> Examples:
-        """Return the examples of these numbers; ``seed`` is that of fresh training examples, none: the fixed ones."""
+    def examples(self, numbers_B: I64, *, train: bool, seed: int | None = None, part: str = VALID) -> Examples:
+        """Return the examples of these numbers; ``seed`` is that of fresh training examples, none: the fixed ones.
+
+        ``part``: which of the two held-out sets, where ``train`` is false.
+        """
         config = self.config
-        keys_B = keys_of(numbers_B, config.kind, config.task_seed, "train" if train else "test", seed)
+        keys_B = keys_of(numbers_B, config.kind, config.task_seed, "train" if train else part, seed)
         found = self.make(Draws(keys_B), train)
         wrong = np.flatnonzero(self.is_test(found.inputs_BL) == train)
         tried = 1
@@ -193,23 +207,24 @@ class Task(Source):
         inside_B: Bools = hashes_B >> np.uint64(64 - _TEST_BITS) == 0
         return inside_B
 
-    def _test_examples(self, first: int, last: int) -> Examples:
-        """Return test examples first to last, made in fixed chunks, the first of which are kept."""
+    def _held_out(self, part: str, first: int, last: int) -> Examples:
+        """Return examples first to last of a held-out set, made in fixed chunks, the first of which are kept."""
         size = max(1, _CHUNK // self.seq_len)
         pieces = []
         for chunk in range(first // size, -(-last // size)):
-            made = self._chunk(chunk, size)
+            made = self._chunk(part, chunk, size)
             inside = slice(max(0, first - chunk * size), last - chunk * size)
             pieces.append([array[inside] for array in made])
         return Examples(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True)))
 
-    def _chunk(self, chunk: int, size: int) -> Examples:
-        if chunk < len(self._test):
-            return self._test[chunk]
+    def _chunk(self, part: str, chunk: int, size: int) -> Examples:
+        kept = self._made[part]
+        if chunk < len(kept):
+            return kept[chunk]
         stop = min((chunk + 1) * size, self.config.n_test_examples)
-        made = self.examples(np.arange(chunk * size, stop, dtype=np.int64), train=False)
-        if chunk == len(self._test) and (chunk + 1) * size * self.seq_len <= _KEPT:
-            self._test.append(made)
+        made = self.examples(np.arange(chunk * size, stop, dtype=np.int64), train=False, part=part)
+        if chunk == len(kept) and (chunk + 1) * size * self.seq_len <= _KEPT:
+            kept.append(made)
         return made
 
     def _batch(self, examples: Examples) -> Batch:

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridnas.data.config import DataConfig
+from hybridnas.data.copies import WINDOW
 from hybridnas.data.files import FileCorpus
-from hybridnas.data.shards import Shards, open_shards
+from hybridnas.data.shards import LONG_COPY, Shards, Split, open_shards, token_lengths
 from hybridnas.data.source import Batch, Source
 from hybridnas.data.tokenizers import Tokenizer
 from hybridnas.errors import DataError
@@ -32,6 +33,7 @@ class TextSource(Source):
     def __init__(self, shards: Shards, *, name: str) -> None:
         self._shards = shards
         self._name = name
+        self._lengths = token_lengths(shards.tokenizer)
 
     @property
     def vocab_size(self) -> int:
@@ -42,8 +44,8 @@ class TextSource(Source):
         return self._shards.fingerprint
 
     @property
-    def bytes_per_token(self) -> float:
-        return self._shards.valid.bytes / len(self._shards.valid.tokens)
+    def token_lengths(self) -> npt.NDArray[np.int64] | None:
+        return self._lengths
 
     @property
     def train_tokens(self) -> int:
@@ -57,12 +59,19 @@ class TextSource(Source):
     def tokenizer(self) -> Tokenizer:
         return self._shards.tokenizer
 
+    @property
+    def test_tokens(self) -> int:
+        return len(self._shards.test.tokens)
+
     def describe(self) -> str:
-        train, valid = self._shards.train, self._shards.valid
+        train, valid, test = self._shards.train, self._shards.valid, self._shards.test
+        n_tokens = sum(len(part.tokens) - part.documents for part in (train, valid, test))
+        per_token = sum(part.bytes for part in (train, valid, test)) / max(1, n_tokens)
+        reported = f"{_counts(test)} to report{_copies(test)}" if test.documents else "none to report"
         return (
-            f"{self._name}: {len(train.tokens):,} tokens of {train.documents:,} documents to train on, "
-            f"{len(valid.tokens):,} of {valid.documents:,} held out; tokenizer {self.tokenizer.kind}, "
-            f"{self.vocab_size:,} tokens, {self.bytes_per_token:.2f} bytes per token"
+            f"{self._name}: {_counts(train)} to train on ({len(train.tokens):,} tokens); "
+            f"{_counts(valid)} to choose by{_copies(valid)}; {reported}; tokenizer {self.tokenizer.kind}, "
+            f"{self.vocab_size:,} tokens, {per_token:.2f} bytes per token"
         )
 
     def train_batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> Batch:
@@ -72,20 +81,48 @@ class TextSource(Source):
 
     def valid_batches(self, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
         self._require(seq_len)
-        existing = (self.valid_tokens - 1) // seq_len
-        wanted = min(existing, max(1, -(-n_tokens // seq_len)))
-        starts = (2 * np.arange(wanted) + 1) * existing // (2 * wanted) * seq_len  # evenly spread, none twice
-        pieces = (starts[first : first + batch_size] for first in range(0, wanted, batch_size))
-        return (_gather(self._shards.valid.tokens, piece, seq_len) for piece in pieces)
+        return _spread(self._shards.valid, n_tokens, batch_size, seq_len)
+
+    def test_batches(self, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
+        self._require(seq_len)
+        if not self.test_tokens:
+            raise DataError(f"{self._name} has no test part, since data.test_fraction=0; set it above 0")
+        return _spread(self._shards.test, n_tokens, batch_size, seq_len)
 
     def _require(self, seq_len: int) -> None:
-        for use, tokens in (("train on", self.train_tokens), ("validate on", self.valid_tokens)):
+        parts = {"train on": self.train_tokens, "validate on": self.valid_tokens, "test on": self.test_tokens}
+        if not self.test_tokens:
+            del parts["test on"]
+        for use, tokens in parts.items():
             if tokens <= seq_len:
-                help_ = "" if use == "train on" else ", a larger data.valid_fraction"
+                larger = {"validate on": "valid", "test on": "test"}
+                help_ = f", a larger data.{larger[use]}_fraction" if use in larger else ""
                 raise DataError(
                     f"{self._name} has {tokens:,} tokens to {use}, fewer than one window of seq_len={seq_len} and "
                     f"the token after it; give more text{help_} or a shorter seq_len (at most {tokens - 1:,})"
                 )
+
+
+def _counts(part: Split) -> str:
+    return f"{part.documents:,} documents, {part.bytes:,} bytes"
+
+
+def _copies(part: Split) -> str:
+    """Return words on the copies of training text in a part, for ``describe``."""
+    short, long = part.copied
+    if not short:
+        return ""
+    kept = "not measured" if part.counted is not None else "measured all the same, since most of the text is like that"
+    return f" ({short:.1%} of them in runs of {WINDOW} bytes copied from training, {long:.1%} of {LONG_COPY}; {kept})"
+
+
+def _spread(part: Split, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
+    """Yield the same windows of a part at every call, evenly spread over it, none twice."""
+    existing = (len(part.tokens) - 1) // seq_len
+    wanted = min(existing, max(1, -(-n_tokens // seq_len)))
+    starts = (2 * np.arange(wanted) + 1) * existing // (2 * wanted) * seq_len
+    pieces = (starts[first : first + batch_size] for first in range(0, wanted, batch_size))
+    return (_gather(part.tokens, piece, seq_len, part.counted) for piece in pieces)
 
 
 def open_text(corpus: FileCorpus, config: DataConfig) -> TextSource:
@@ -145,14 +182,23 @@ def _epoch_keys(seed: int, epoch: int, seq_len: int) -> tuple[U64, int]:
     return words[:_ROUNDS], int(words[_ROUNDS])
 
 
-def _gather(tokens: npt.NDArray[Any], starts_B: npt.NDArray[np.int64], seq_len: int) -> Batch:
+def _gather(
+    tokens: npt.NDArray[Any],
+    starts_B: npt.NDArray[np.int64],
+    seq_len: int,
+    counted: npt.NDArray[np.bool_] | None = None,
+) -> Batch:
     import torch
 
     inputs_BL = np.empty((len(starts_B), seq_len), dtype=np.int64)
     targets_BL = np.empty_like(inputs_BL)
+    mask_BL = None if counted is None else np.empty(inputs_BL.shape, dtype=np.bool_)
     for row, start in enumerate(starts_B.tolist()):
         piece = tokens[start : start + seq_len + 1]
         if len(piece) <= seq_len:  # over the ring's end
             piece = np.concatenate((piece, tokens[: seq_len + 1 - len(piece)]))
         inputs_BL[row], targets_BL[row] = piece[:-1], piece[1:]
-    return Batch(torch.from_numpy(inputs_BL), torch.from_numpy(targets_BL), None)
+        if counted is not None and mask_BL is not None:
+            mask_BL[row] = counted[start + 1 : start + seq_len + 1]
+    mask = None if mask_BL is None else torch.from_numpy(mask_BL)
+    return Batch(torch.from_numpy(inputs_BL), torch.from_numpy(targets_BL), mask)

@@ -46,6 +46,11 @@ class Score(NamedTuple):
         kinds = ("loss", "accuracy")
         return {f"{kind}.{name}": getattr(part, kind) for kind in kinds for name, part in self.parts.items()}
 
+    def test_figures(self) -> dict[str, float]:
+        """Return a measurement of the test part as ``Eval.aux`` holds it: ``test_loss``, ``test_accuracy`` ..."""
+        own = {"loss": self.loss, "accuracy": self.accuracy, "bits_per_byte": self.bits_per_byte}
+        return {f"test_{name}": value for name, value in {**own, **self.figures()}.items() if value is not None}
+
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return the batch on ``device``."""
@@ -85,8 +90,12 @@ def evaluate(
     precision: str = "auto",
     heads: nn.ModuleDict | None = None,
     allow_noncausal: bool = False,
+    part: str = "valid",
 ) -> Score:
-    """Measure a model on the source's validation batches, the same ones at every call; leaves the mode as it was.
+    """Measure a model on the source's held-out batches, the same ones at every call; leaves the mode as it was.
+
+    ``part``: ``valid``, by which candidates are chosen, or ``test``, for final figures. Bits per byte are the loss of
+    all places over the bytes that they stand for: a separator adds to the loss and has none.
 
     ``model``: a HybridLM, or any module from ids (B, L) to logits (B, L, V). ``heads``: those of the source's tasks
     that were trained with it, where the source has any.
@@ -100,31 +109,40 @@ def evaluate(
         check_causal(model.arch, allow_noncausal)
     objective = Objective(model, heads, vocab_size=source.vocab_size)
     around = autocast(precision, device)
+    held_out = (source.test_parts if part == "test" else source.valid_parts)(n_tokens, batch_size, seq_len)
+    known = source.token_lengths
+    lengths_V = None if known is None else torch.from_numpy(known)
+    n_bytes = 0
     with evaluating(objective):
-        parts = {
-            name: _measure(objective, batches, device, around)
-            for name, batches in source.valid_parts(n_tokens, batch_size, seq_len).items()
-        }
-    if not parts or any(part.tokens == 0 for part in parts.values()):
-        raise DataError(f"{source.describe()}: no validation tokens to measure; raise valid_fraction or add text")
-    loss = sum(part.loss for part in parts.values()) / len(parts)
-    accuracy = sum(part.accuracy for part in parts.values()) / len(parts)
-    per_byte = source.bytes_per_token
-    bits = loss / math.log(2) / per_byte if per_byte else None
-    tokens = sum(part.tokens for part in parts.values())
-    return Score(loss, bits, accuracy, tokens, {name: part for name, part in parts.items() if name})
+        parts: dict[str, Part] = {}
+        for name, batches in held_out.items():
+            parts[name], read = _measure(objective, batches, device, around, lengths_V)
+            n_bytes += read
+    if not parts or any(one.tokens == 0 for one in parts.values()):
+        raise DataError(f"{source.describe()}: no {part} tokens to measure; raise data.{part}_fraction or add text")
+    loss = sum(one.loss for one in parts.values()) / len(parts)
+    accuracy = sum(one.accuracy for one in parts.values()) / len(parts)
+    tokens = sum(one.tokens for one in parts.values())
+    bits = loss * tokens / math.log(2) / n_bytes if n_bytes else None
+    return Score(loss, bits, accuracy, tokens, {name: one for name, one in parts.items() if name})
 
 
-def _measure(objective: Objective, batches: Iterable[Batch], device: torch.device, around: Autocast) -> Part:
-    total, right, places = 0.0, 0, 0
+def _measure(
+    objective: Objective, batches: Iterable[Batch], device: torch.device, around: Autocast, lengths_V: Tensor | None
+) -> tuple[Part, int]:
+    """Return what was found of one part, and the bytes that its places stand for, 0 where bytes mean nothing."""
+    total, right, places, n_bytes = 0.0, 0, 0, 0
     for raw in batches:
         batch = to_device(raw, device)
+        if lengths_V is not None:
+            lengths_BL = lengths_V[raw.targets_BL]
+            n_bytes += int(lengths_BL.sum() if raw.mask_BL is None else lengths_BL[raw.mask_BL].sum())
         with around():
             scores = objective.scores(batch)
         total += float(scores.loss.sum())
         right += int(scores.correct.sum())
         places += int(counted(batch))
-    return Part(total / max(1, places), right / max(1, places), places)
+    return Part(total / max(1, places), right / max(1, places), places), n_bytes
 
 
 def mean_stats(stats: Mapping[str, Tensor]) -> dict[str, Tensor]:

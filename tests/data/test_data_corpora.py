@@ -146,7 +146,7 @@ def test_a_hub_dataset_is_streamed_once_and_then_needs_its_source_no_more(tmp_pa
     data.unlink()
     again = open_source(config.replace(tokenizer="bpe:300"))
     text = "".join(rows)
-    assert first.train_tokens + first.valid_tokens == len(text) + len(rows)
+    assert first.train_tokens + first.valid_tokens + first.test_tokens == len(text) + len(rows)
     assert again.vocab_size == 300
 
 
@@ -154,7 +154,9 @@ def test_a_hub_dataset_is_taken_up_to_max_bytes(tmp_path, cache):
     write(tmp_path / "set/train.jsonl", "".join(json.dumps({"text": f"{n:09d}\n"}) + "\n" for n in range(500)))
     config = DataConfig(kind="hub", name=str(tmp_path / "set"), max_bytes=1000, cache_dir=cache)
     source = open_source(config)
-    assert source.train_tokens + source.valid_tokens == 1000 + 100  # a separator for each of the 100 rows
+    assert (
+        source.train_tokens + source.valid_tokens + source.test_tokens == 1000 + 100
+    )  # a separator for each of the 100 rows
 
 
 def test_the_hub_without_network_names_the_offline_ways(monkeypatch, cache):
@@ -211,7 +213,7 @@ def test_a_file_that_is_not_text_is_named_with_the_place(tmp_path, corpus_of, na
 
 
 def test_files_that_are_not_text_can_be_left_out_and_are_counted(tmp_path, cache):
-    write(tmp_path / "d/good.txt", "good line\n" * 1000)
+    write(tmp_path / "d/good.txt", "".join(f"good line {n}\n" for n in range(1000)))
     write(tmp_path / "d/binary.txt", b"\x00\x01")
     source = open_source(DataConfig(kind="text", path=str(tmp_path / "d"), cache_dir=cache, skip_bad_files=True))
     assert "without 1 file not text" in source.describe()

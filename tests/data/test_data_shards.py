@@ -46,20 +46,23 @@ def test_every_document_is_on_one_side_whole_and_copies_are_together(config, tok
     train = documents_of(found.train.tokens, found.tokenizer)
     valid = documents_of(found.valid.tokens, found.tokenizer)
     originals = [file.path.read_text() for file in corpus(config).files]
-    assert sorted(train + valid) == sorted(originals)
-    assert not set(train) & set(valid)
+    test = documents_of(found.test.tokens, found.tokenizer)
+    assert sorted(train + valid + test) == sorted(originals)
+    assert not set(train) & set(valid) | set(train) & set(test) | set(valid) & set(test)
     assert [text for text in originals if text in set(train)] == train  # in the order of the corpus
-    assert (found.train.documents, found.valid.documents) == (len(train), len(valid))
+    counted = (found.train.documents, found.valid.documents, found.test.documents)
+    assert counted == (len(train), len(valid), len(test))
     assert 0.1 < len(valid) / 200 < 0.3
+    assert 0 < len(test) / 200 < 0.15
 
 
 def test_a_document_keeps_its_side_when_others_join(config, tmp_path):
     held_out, _ = split_by_document(corpus(config), config)
-    before = {text: bool(out) for text, out in zip(corpus(config).documents(), held_out, strict=True)}
+    before = {text: int(out) for text, out in zip(corpus(config).documents(), held_out, strict=True)}
     for n in range(50):
         (tmp_path / "corpus" / f"{n:03d}-more.txt").write_text(f"another {n}")
     held_out, _ = split_by_document(corpus(config), config)
-    after = {text: bool(out) for text, out in zip(corpus(config).documents(), held_out, strict=True)}
+    after = {text: int(out) for text, out in zip(corpus(config).documents(), held_out, strict=True)}
     assert len(after) == 150
     assert {text: after[text] for text in before} == before
 
@@ -71,32 +74,93 @@ def test_another_split_seed_holds_out_other_documents(config):
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.5])
-def test_few_documents_still_give_both_sides(config, tmp_path, fraction):
+def test_few_documents_still_give_every_part(config, tmp_path, fraction):
     for n in range(1, 40):
         folder = tmp_path / f"few{n}"
         folder.mkdir()
-        for side in ("a", "b"):
+        for side in ("a", "b", "c"):
             (folder / f"{side}.txt").write_text(f"{side}{n}")
-        few = config.replace(path=str(folder), valid_fraction=fraction, split_files="never")
-        held_out, _ = split_by_document(corpus(few), few)
-        assert held_out.sum() == 1
+        few = config.replace(path=str(folder), valid_fraction=fraction, test_fraction=0.4, split_files="never")
+        assert sorted(split_by_document(corpus(few), few)[0]) == [0, 1, 2]
+        (folder / "c.txt").unlink()
+        two = few.replace(test_fraction=0.0)
+        assert sorted(split_by_document(corpus(two), two)[0]) == [0, 1]
+        with pytest.raises(DataError) as found:
+            split_by_document(corpus(few), few)
+        assert (found.value.got, found.value.allowed) == (2, ">= 3")
+
+
+def test_near_copies_lie_in_one_part(config, tmp_path):
+    draw = np.random.default_rng(0)
+    folder = tmp_path / "near"
+    folder.mkdir()
+    for n in range(60):
+        words = draw.integers(0, 10_000, 400)
+        (folder / f"{n:02d}a.txt").write_text(" ".join(map(str, words)))
+        words[draw.integers(0, 400, 8)] += 1  # a word in fifty is another one
+        (folder / f"{n:02d}b.txt").write_text(" ".join(map(str, words)))
+    near = config.replace(path=str(folder), test_fraction=0.2)
+    parts, _ = split_by_document(corpus(near), near)
+    assert (parts[::2] == parts[1::2]).all()
+    assert all((parts == part).sum() >= 2 for part in range(3))
+
+
+def test_copied_runs_are_not_measured(config, tmp_path):
+    draw = np.random.default_rng(1)
+    folder = tmp_path / "licence"
+    folder.mkdir()
+    licence = "This text stands at the head of every file, and nobody should be praised for remembering it by heart.\n"
+    for n in range(80):
+        (folder / f"{n}.txt").write_text(licence + " ".join(map(str, draw.integers(0, 10**6, 150))))
+    for tokenizer in ("bytes", "bpe:300"):
+        licensed = config.replace(path=str(folder), tokenizer=tokenizer)
+        found = open_shards(corpus(licensed), licensed)
+        share = len(licence) * found.valid.documents / found.valid.bytes
+        assert found.valid.copied[0] == pytest.approx(share, rel=0.02)
+        assert found.valid.copied[1] == 0  # no run of 256 bytes
+        end = found.tokenizer.separator
+        left = [
+            found.tokenizer.decode(ids[(ids != end) & kept].tolist())
+            for ids, kept in zip(
+                np.split(found.valid.tokens, np.flatnonzero(found.valid.tokens == end) + 1)[:-1],
+                np.split(found.valid.counted, np.flatnonzero(found.valid.tokens == end) + 1)[:-1],
+                strict=True,
+            )
+        ]
+        assert all(len(text) > 400 and "remembering" not in text and text[0].isdigit() for text in left)
+        windows = open_source(licensed).valid_batches(10_000, 4, 32)
+        assert 0.7 < np.mean([batch.mask_BL.double().mean() for batch in windows]) < 0.95
+
+
+def test_text_that_mostly_repeats_itself_is_measured_whole(config):
+    found = open_shards(corpus(config), config.replace(path=config.path))
+    assert found.valid.copied[0] == 0  # each document's text is its own
+    folder = config.cache.parent / "log"
+    folder.mkdir()
+    for n in range(40):
+        (folder / f"{n}.txt").write_text("a machine that reports its state, again and again, " * 40 + str(n))
+    log = config.replace(path=str(folder))
+    repeated = open_shards(corpus(log), log)
+    assert repeated.valid.copied[0] > 0.9
+    assert repeated.valid.counted is None
 
 
 def test_one_document_cannot_be_split(config, tmp_path):
     for name in ("one", "copy"):
         (tmp_path / "corpus" / f"{name}.md").write_text("the only text\n" * 3)
     only = config.replace(path=str(tmp_path / "corpus" / "*.md"), split_files="never")
-    with pytest.raises(DataError, match=r"only one document \(or copies of it\).*set data.split_files=always"):
+    with pytest.raises(DataError, match=r"set data.split_files=always") as found:
         open_source(only)
+    assert (found.value.got, found.value.allowed) == (1, ">= 3")
 
 
-def test_bytes_are_counted_with_one_for_each_separator(config):
+def test_bytes_are_those_of_the_text_without_separators(config):
     found = open_shards(corpus(config), config)
-    assert found.valid.bytes == len(found.valid.tokens)
-    assert open_source(config).bytes_per_token == 1.0
+    assert found.valid.bytes == len(found.valid.tokens) - found.valid.documents
     bpe = open_shards(corpus(config), config.replace(tokenizer="bpe:300"))
     assert bpe.valid.bytes == found.valid.bytes
-    assert open_source(config.replace(tokenizer="bpe:300")).bytes_per_token == bpe.valid.bytes / len(bpe.valid.tokens)
+    lengths = open_source(config.replace(tokenizer="bpe:300")).token_lengths
+    assert lengths[bpe.valid.tokens].sum() == bpe.valid.bytes
 
 
 def test_ids_take_the_smallest_unsigned_type(config):

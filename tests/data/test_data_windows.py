@@ -17,7 +17,7 @@ def source_of(n_train, n_valid=1000):
     """A source whose ids are their own positions, so that a batch tells where it was cut."""
     train = Split(np.arange(n_train, dtype=np.uint32), n_train, 1)
     valid = Split(np.arange(n_valid, dtype=np.uint32), n_valid, 1)
-    return TextSource(Shards(train, valid, ByteTokenizer(), "0" * 64), name="positions")
+    return TextSource(Shards(train, valid, valid, ByteTokenizer(), "0" * 64), name="positions")
 
 
 def keys(seed):
@@ -148,7 +148,8 @@ def test_the_standard_library_trains_on_bytes_of_python(stdlib):
     assert stdlib.train_tokens > 5_000_000
     assert 0.02 < stdlib.valid_tokens / stdlib.train_tokens < 0.12
     assert stdlib.vocab_size == 256
-    assert stdlib.bytes_per_token == 1.0
+    assert stdlib.token_lengths.tolist() == [0] + [1] * 255
+    assert 0.02 < stdlib.test_tokens / stdlib.train_tokens < 0.12
     batches = [stdlib.train_batch(step, 16, 256, 0) for step in range(20)]
     text = " ".join(stdlib.tokenizer.decode(row.tolist()) for b in batches for row in b.inputs_BL)
     assert text.count("def ") > 20
@@ -156,9 +157,40 @@ def test_the_standard_library_trains_on_bytes_of_python(stdlib):
     assert all(int(b.inputs_BL.min()) >= 0 and int(b.inputs_BL.max()) < 256 for b in batches)
 
 
+def windows_of(ids, width):
+    """Return the hash of every window, as the polynomial of its bytes: written apart from the code that is tested."""
+    factor, done = np.uint64(0x9E3779B97F4A7C15), 1
+    hashes = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
+    with np.errstate(over="ignore"):
+        while done < width:
+            hashes, factor, done = hashes[:-done] * factor + hashes[done:], factor * factor, 2 * done
+    return hashes
+
+
+def copied_share(train, held_out, width, counted):
+    """Return the share of the bytes that count which lie in a copied window of bytes that count."""
+    whole = np.convolve(counted, np.ones(width, dtype=np.int64), "valid") == width
+    known, asked = np.sort(windows_of(train, width)), windows_of(held_out, width)
+    found = known[np.searchsorted(known, asked).clip(max=len(known) - 1)] == asked
+    hits = np.flatnonzero(found & whole)
+    inside = np.zeros(len(held_out), dtype=bool)
+    for hit in hits:
+        inside[hit : hit + width] = True
+    return inside.sum() / counted.sum()
+
+
+def test_of_what_is_measured_of_the_standard_library_less_than_a_hundredth_is_copied(stdlib):
+    shards = stdlib._shards
+    for part in (shards.valid, shards.test):
+        assert 0.9 < part.counted.mean() < 1
+        assert copied_share(shards.train.tokens, part.tokens, 64, part.counted) < 0.01
+        assert 0 < part.copied[1] < part.copied[0] < 0.1
+
+
 def test_a_source_says_what_it_reads_in_one_line(stdlib):
     said = stdlib.describe()
     assert said.startswith("standard library of Python 3.")
-    assert f"{stdlib.train_tokens:,} tokens" in said
+    assert f"({stdlib.train_tokens:,} tokens)" in said
+    assert f"documents, {stdlib._shards.test.bytes:,} bytes to report (" in said
     assert "tokenizer bytes, 256 tokens, 1.00 bytes per token" in said
     assert "\n" not in said

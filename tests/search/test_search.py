@@ -162,9 +162,9 @@ def test_a_replay_of_an_unknown_trial_names_the_trained_ones(study):
 
 def test_a_replay_on_other_data_is_refused(tmp_path, tiny):
     text = tmp_path / "words.txt"
-    text.write_text("state space expert mamba token router layer\n" * 400)
+    text.write_text("".join(f"state space expert mamba token router layer {n}\n" for n in range(400)))
     summary = run(tmp_path, [*tiny, f"data.path={text}", "n_trials=1"])
-    text.write_text("another text altogether, of other words\n" * 400)
+    text.write_text("".join(f"another text altogether, of other words {n}\n" for n in range(400)))
     with pytest.raises(StudyError, match="was searched on other data"):
         replay(summary.folder, 0)
 
@@ -206,8 +206,8 @@ def test_a_trial_is_replayed_from_another_folder_though_its_data_had_a_relative_
     begun, elsewhere = tmp_path / "begun", tmp_path / "elsewhere"
     for folder in (begun, elsewhere):
         folder.mkdir()
-    (begun / "words.txt").write_text("state space expert mamba token router layer\n" * 400)
-    (elsewhere / "words.txt").write_text("another text altogether, of other words\n" * 400)
+    (begun / "words.txt").write_text("".join(f"state space expert mamba token router layer {n}\n" for n in range(400)))
+    (elsewhere / "words.txt").write_text("".join(f"another text altogether, of other words {n}\n" for n in range(400)))
     monkeypatch.chdir(begun)
     summary = run(tmp_path / "runs", [*tiny, "data.path=words.txt", "n_trials=1"])
     monkeypatch.chdir(elsewhere)

@@ -220,9 +220,9 @@ def test_a_first_call_that_went_wrong_can_be_corrected(tmp_path, tiny, capsys):
 
 def test_other_data_under_the_same_path_is_refused(tmp_path, tiny, capsys):
     text = tmp_path / "words.txt"
-    text.write_text("state space expert mamba token router layer\n" * 400)
+    text.write_text("".join(f"state space expert mamba token router layer {n}\n" for n in range(400)))
     search(capsys, tmp_path, [*tiny, f"data.path={text}", "n_trials=1"])
-    text.write_text("another text altogether, of other words\n" * 400)
+    text.write_text("".join(f"another text altogether, of other words {n}\n" for n in range(400)))
     kept = {name: (tmp_path / "demo" / name).read_bytes() for name in ("study.json", ".lock")}
     printed = search(capsys, tmp_path, [*tiny, f"data.path={text}", "n_trials=2"], code=2)
     assert "was begun with another data fingerprint" in printed
