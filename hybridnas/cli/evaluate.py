@@ -40,6 +40,9 @@ class Settings(Command):
     max_gib: float | None = option(None, "lengths=: memory that the state may take; none: what is free [GiB]", gt=0)
     out: Path | None = option(None, "lengths=: CSV of the results")
     valid_tokens: int | None = option(None, "validation tokens; none: as in training, else 131,072 [tokens]", ge=1)
+    part: str = option(
+        "valid", "what is measured: valid, by which candidates are chosen, or test", choices=("valid", "test")
+    )
     seq_len: int | None = option(None, "context; none: that of the training, else 256 [tokens]", ge=1)
     batch_size: int = option(16, "sequences in one forward pass [count]", ge=1)
     seed: int = option(0, "seed of the weights of an untrained model", ge=0, le=2**63 - 1)
@@ -63,7 +66,7 @@ class Settings(Command):
 
 
 def run(settings: Settings) -> Done:
-    """Measure on the data's validation part and print loss, bits per byte, accuracy and speed; or run a suite."""
+    """Measure on a held-out part of the data and print loss, bits per byte, accuracy and speed; or run a suite."""
     from hybridnas.hardware import pick_device
 
     device = pick_device(settings.device)  # refused before any data is read
@@ -97,6 +100,7 @@ def run(settings: Settings) -> Done:
         device=device,
         precision=settings.precision,
         allow_noncausal=settings.allow_noncausal,
+        part=settings.part,
     )
     seconds = time.perf_counter() - began
     rows = [["loss [nats per token]", f"{score.loss:.4f}"]]
@@ -105,14 +109,15 @@ def run(settings: Settings) -> Done:
     rows.append(["accuracy", f"{score.accuracy:.4f}"])
     rows.append(["tokens measured", f"{score.tokens:,}"])
     rows.append([f"tokens/s on {device}", f"{score.tokens / seconds:,.0f}"])
-    if isinstance(facts.get("valid_loss"), float):
-        rows.append(["loss recorded in training", f"{facts['valid_loss']:.4f}"])
+    recorded = facts.get(f"{settings.part}_loss")
+    if isinstance(recorded, float):
+        rows.append(["loss recorded in training", f"{recorded:.4f}"])
     if not model.arch.causal:
         show.line(NONCAUSAL)
-    show.table("Validation", ["figure", "value"], rows)
+    show.table({"valid": "Validation", "test": "Test"}[settings.part], ["figure", "value"], rows)
     found = {name: getattr(score, name) for name in ("loss", "bits_per_byte", "accuracy", "tokens")}
     about = {"pattern": str(model.arch.pattern), "fingerprint": model.arch.fingerprint(), "data": source.describe()}
-    return Done({**about, **found, "seconds": seconds, "device": str(device)})
+    return Done({**about, "part": settings.part, **found, "seconds": seconds, "device": str(device)})
 
 
 def _exported(settings: Settings) -> tuple[HybridLM, Source, dict[str, Any]]:

@@ -109,6 +109,11 @@ def run(settings: Settings) -> Done:
         if not leads():
             end_follower()
         _table(result.evals)
+        if result.test_loss is not None:
+            test = {name: result.evals[-1].aux.get(f"test_{name}") for name in ("loss", "bits_per_byte", "accuracy")}
+            words = {"loss": "nats/token", "bits_per_byte": "bits/byte", "accuracy": "accuracy"}
+            found = ", ".join(f"{value:.4f} {words[name]}" for name, value in test.items() if value is not None)
+            show.line(f"test: {found}, on data that nothing was chosen by")
         if result.status == "failed":
             raise TrainingError(f"{folder}: {result.reason}")
         show.line(result.reason or f"completed: {folder}")
@@ -125,6 +130,7 @@ def _export(
 ) -> str:
     """Leave the trained model as a folder that ``hybridnas.load`` reads."""
     from hybridnas.arch.model import HybridLM
+    from hybridnas.export.card import TEST_LABELS
     from hybridnas.export.folder import export
     from hybridnas.export.trials import data_words
 
@@ -136,6 +142,7 @@ def _export(
         "tokens": last.tokens,
         **{name: getattr(config, name) for name in ("batch_size", "seq_len", "lr", "seed", "valid_tokens")},
         **{name: getattr(last, name) for name in ("valid_loss", "bits_per_byte", "accuracy", "seconds")},
+        **{name: value for name, value in last.aux.items() if name in TEST_LABELS},
     }
     assert isinstance(result.model, HybridLM)
     where = export(result.model, folder / "model", source=source, card={k: v for k, v in card.items() if v is not None})

@@ -9,6 +9,11 @@ from typing import Any
 from hybridnas.arch.arch import Arch
 from hybridnas.registry import BLOCKS
 
+TEST_LABELS = {
+    "test_loss": "test loss [nats per token]",
+    "test_bits_per_byte": "test bits per byte",
+    "test_accuracy": "test accuracy [share of tokens]",
+}
 # Facts of the training that have words of their own; any other key of the card is shown under its name.
 _LABELS = {
     "study": "study",
@@ -26,6 +31,7 @@ _LABELS = {
     "valid_loss": "validation loss [nats per token]",
     "bits_per_byte": "validation bits per byte",
     "accuracy": "validation accuracy [share of tokens]",
+    **TEST_LABELS,
     "seconds": "training time [s]",
     "tokens_per_second": "training speed [tokens/s]",
     "machine": "machine",

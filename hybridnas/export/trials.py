@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from hybridnas.export.card import TEST_LABELS
+
 
 class Plain(Protocol):
     """Anything that gives its fields as plain values: a trial's record, a search's config."""
@@ -28,7 +30,7 @@ def card_facts(record: Plain, study: str, config: Plain) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_per_active_param": tokens / active if active else None,
         **{key: budget.get(key) for key in ("batch_size", "seq_len", "lr", "weight_decay")},
-        **{key: trial.get(key) for key in ("seed", "valid_loss", "bits_per_byte", "accuracy")},
+        **{key: trial.get(key) for key in ("seed", "valid_loss", "bits_per_byte", "accuracy", *TEST_LABELS)},
         "valid_tokens": budget.get("valid_tokens"),
         **{key: trial.get(key) for key in ("seconds", "tokens_per_second")},
         "state": None if trial.get("state") == "COMPLETE" else trial.get("reason") or trial.get("state"),

@@ -32,11 +32,13 @@ class Eval:
     step: int  # optimiser steps done
     train_loss: float  # cross-entropy of training batches [nats per token], auxiliary losses not in it
     valid_loss: float  # cross-entropy of validation batches [nats per token]
-    bits_per_byte: float | None  # valid_loss / ln 2 / bytes per token; None where the data has no bytes
+    bits_per_byte: float | None  # loss of all validation tokens over their bytes; None where the data has none
     accuracy: float  # share of validation tokens whose likeliest prediction is right [0 to 1]
     tokens_per_second: float  # training alone, measurements and checkpoints left out
     seconds: float  # time of the run so far, all processes that worked on it together [s]
-    aux: dict[str, float] = field(default_factory=dict)  # auxiliary losses, routing statistics, grad_norm, lr
+    # auxiliary losses, routing statistics, grad_norm, lr; at the end of a run test_loss, test_accuracy and
+    # test_bits_per_byte of the part that nothing is chosen by, where the data has one
+    aux: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Eval:
@@ -65,6 +67,11 @@ class TrainResult:
     def valid_loss(self) -> float | None:
         """The last measured validation loss [nats per token], or None when nothing was measured."""
         return self.evals[-1].valid_loss if self.evals else None
+
+    @property
+    def test_loss(self) -> float | None:
+        """The loss on the test part [nats per token]; None for a run that is not complete, or data without one."""
+        return self.evals[-1].aux.get("test_loss") if self.evals else None
 
 
 def read_evals(folder: str | Path) -> list[Eval]:
@@ -200,6 +207,8 @@ def eval_line(value: Eval, total: int) -> str:
     ]
     if value.bits_per_byte is not None:
         parts.insert(3, f"{value.bits_per_byte:.4f} bits/byte")
+    if "test_loss" in value.aux:
+        parts.append(f"test {value.aux['test_loss']:.4f} nats/token")
     if "dropped" in value.aux:
         parts.append(f"dropped {value.aux['dropped']:.1%}")
     return "  ".join(parts)

@@ -59,7 +59,10 @@ class Tracking(Callback):
     def on_eval(self, run: Run, evaluation: Eval) -> Action:
         """Record a measurement."""
         if self._tracker is not None:
-            self._tracker.log_eval(self._number, asdict(evaluation))
+            values = asdict(evaluation)
+            tested = {name: value for name, value in evaluation.aux.items() if name.startswith("test_")}
+            values["aux"] = {name: value for name, value in evaluation.aux.items() if name not in tested}
+            self._tracker.log_eval(self._number, {**values, **tested})
         return Action.CONTINUE
 
     def on_end(self, run: Run, result: TrainResult) -> None:

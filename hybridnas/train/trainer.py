@@ -23,7 +23,7 @@ from hybridnas.errors import TrainingDiverged
 from hybridnas.train import checkpoint, optim
 from hybridnas.train.callbacks import Action, Callback, CallbackList, Run
 from hybridnas.train.distributed import Group
-from hybridnas.train.evaluate import autocast, counted, evaluate, mean_stats, to_device
+from hybridnas.train.evaluate import Score, autocast, counted, evaluate, mean_stats, to_device
 from hybridnas.train.objective import Loss, Objective
 from hybridnas.train.records import Eval, append_eval, eval_line
 
@@ -282,9 +282,9 @@ class Trainer:
         self._lap_start = time.perf_counter()
         return value
 
-    def _evaluate(self) -> Eval:
-        config, state = self.config, self.state
-        score = evaluate(
+    def _score(self, part: str) -> Score:
+        config = self.config
+        return evaluate(
             self.model,
             self.source,
             n_tokens=config.valid_tokens,
@@ -294,11 +294,19 @@ class Trainer:
             precision=config.precision,
             heads=self.heads,
             allow_noncausal=config.allow_noncausal,
+            part=part,
         )
+
+    def _evaluate(self) -> Eval:
+        """Measure on the validation part, and at the end of the run on the test part, where the data has one."""
+        config, state = self.config, self.state
+        score = self._score("valid")
         means = {name: float(value) / state.since_steps for name, value in self._sums.items()}
         train_loss = means.pop("loss")
         means["lr"] = optim.learning_rate(config, self.tokens)
         means.update(score.figures())
+        if state.step == config.steps and self.source.test_tokens != 0:
+            means.update(self._score("test").test_figures())
         return Eval(
             tokens=self.tokens,
             step=state.step,

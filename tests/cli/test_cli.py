@@ -35,7 +35,7 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "export": "out runs study trial",
     "generate": "device echo eos_token_id max_new_tokens model prompt runs seed stop_at_end study temperature top_k "
     "top_p",
-    "evaluate": "allow_noncausal arch batch_size device lengths max_gib model out pattern patterns precision seed "
+    "evaluate": "allow_noncausal arch batch_size device lengths max_gib model out part pattern patterns precision seed "
     "seq_len tracking valid_tokens",
     "replay": "device out runs study trial",
     "bench": "keep_memory minutes out part patience quick repeats space suite threads tiny",
@@ -543,7 +543,7 @@ def test_a_script_for_slurm_keeps_lists_and_quotes_its_name(tmp_path, monkeypatc
 
 
 def test_a_name_outside_the_encoding_of_the_terminal_is_printed_with_replacements(tmp_path):
-    (tmp_path / "größe.txt").write_text("line of text\n" * 400)
+    (tmp_path / "größe.txt").write_text("".join(f"line of text {n}\n" for n in range(400)))
     small = ["train.tokens=128", "train.batch_size=2", "train.seq_len=16", "train.valid_tokens=32"]
     command = [
         sys.executable,

@@ -188,12 +188,22 @@ def test_an_exported_model_is_measured(study: Path, text: dict[str, Any], evalua
         weights_of(1), source, n_tokens=2048, batch_size=16, seq_len=64, device=torch.device("cpu"), precision="float32"
     )
     assert got["loss [nats per token]"] == f"{wanted.loss:.4f}"
-    assert got["bits per byte"] == f"{wanted.loss / math.log(2):.4f}"
+    assert wanted.bits_per_byte is not None
+    assert got["bits per byte"] == f"{wanted.bits_per_byte:.4f}"
     assert got["accuracy"] == f"{wanted.accuracy:.4f}"
     assert got["tokens measured"] == f"{wanted.tokens:,}"
     assert got["loss recorded in training"] == "2.2500"
     assert "tokens/s on cpu" in got
     assert "untrained" not in got["news"]
+
+
+def test_the_test_part_is_measured_when_it_is_asked_for(study: Path, text: dict[str, Any], evaluated: Measured) -> None:
+    export.run(settings(study))
+    got = evaluated(model=str(study.parent / "out"), part="test")
+    source, how = open_source(source_config(text)), {"batch_size": 16, "seq_len": 64, "device": torch.device("cpu")}
+    wanted = measure(weights_of(1), source, n_tokens=2048, precision="float32", part="test", **how)
+    assert got["loss [nats per token]"] == f"{wanted.loss:.4f}"
+    assert "loss recorded in training" not in got  # none was measured on this part
 
 
 def test_data_is_read_in_the_models_own_tokens(tmp_path: Path, text: dict[str, Any], evaluated: Measured) -> None:

@@ -23,6 +23,7 @@ from hybridnas.tracking.secrets import masked
 from hybridnas.tracking.study import StudyTracking
 from hybridnas.tracking.tracker import numbers, record_params
 from hybridnas.train.callbacks import Callback
+from hybridnas.train.records import read_evals
 from hybridnas.train.tracking import Tracking
 
 TAGS = {"pattern": "(ME)x4", "fingerprint": "ab" * 32, "preset": "moe_mamba"}
@@ -415,6 +416,8 @@ def test_a_refused_training_leaves_the_finished_one_as_it_is(tmp_path, corpus):
     [(status, end_time, tags)] = before.values()
     assert (status, tags["hybridnas.preset"], tags["hybridnas.pattern"]) == ("FINISHED", "mine", "MF")
     assert end_time is not None
+    [run] = [run for run in runs_of(folder)[1] if run.info.status == "FINISHED"]
+    assert run.data.metrics["test_loss"] == read_evals(folder)[-1].aux["test_loss"]
     with pytest.raises(CheckpointError), Tracking() as tracking:
         hybridnas.fit(arch, data=data, tokens=512, folder=folder, callbacks=[tracking], **TINY)
     assert snapshot(folder) == before

@@ -2,7 +2,9 @@
 
 import json
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,13 +13,14 @@ from hybridnas import train
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
 from hybridnas.cli.progress import ProgressBar, ProgressLines, progress
-from hybridnas.data import Batch, Source
+from hybridnas.data import Batch, Source, open_source, source_config
 from hybridnas.errors import DataError
 from hybridnas.train import objective
 from hybridnas.train.callbacks import Action, OnEval
 from hybridnas.train.config import TrainConfig
 from hybridnas.train.evaluate import evaluate, mean_stats
 from hybridnas.train.optim import learning_rate, no_decay_names
+from hybridnas.train.records import read_evals
 
 VOCAB = 16
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +31,7 @@ class Counting(Source):
 
     vocab_size = VOCAB
     fingerprint = "counting"
-    bytes_per_token = 2.0
+    token_lengths = np.full(VOCAB, 2)
 
     def __init__(self, masked=False):
         self.masked = masked
@@ -160,12 +163,72 @@ def test_places_under_the_mask_count_neither_in_loss_nor_in_accuracy():
     assert score.accuracy == pytest.approx(float(hits.float().mean()))
 
 
+class Reported(Counting):
+    """Counting with a test part of other sequences."""
+
+    test_tokens = 256
+
+    def test_batches(self, n_tokens, batch_size, seq_len):
+        yield self._batch(torch.Generator().manual_seed(10**7), batch_size, seq_len)
+
+
+def test_the_test_part_is_measured_once_at_the_end_and_changes_nothing(tmp_path):
+    plain = train.run(arch_of(), Counting(), settings(12), folder=tmp_path / "plain", device="cpu")
+    source = Reported()
+    tested = train.run(arch_of(), source, settings(12), folder=tmp_path / "tested", device="cpu")
+    assert [set(value.aux) - set(plain.evals[0].aux) for value in tested.evals[:-1]] == [set()] * 5
+    assert [value.valid_loss for value in tested.evals] == [value.valid_loss for value in plain.evals]
+    for ours, theirs in zip(tested.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    kwargs = {"n_tokens": 256, "batch_size": 4, "seq_len": 16, "device": torch.device("cpu"), "part": "test"}
+    score = evaluate(tested.model, source, **kwargs)
+    last = tested.evals[-1]
+    assert (last.aux["test_loss"], last.aux["test_accuracy"]) == (score.loss, score.accuracy)
+    assert last.aux["test_bits_per_byte"] == pytest.approx(score.loss / math.log(2) / 2)
+    assert tested.test_loss == score.loss != last.valid_loss
+    assert plain.test_loss is None
+    assert read_evals(tmp_path / "tested") == tested.evals
+
+
+def test_a_run_that_was_stopped_has_no_test_figures(tmp_path):
+    stop = OnEval(lambda value: Action.STOP if value.step >= 4 else None)
+    result = run(tmp_path, settings(12), source=Reported(), callbacks=[stop])
+    assert result.status == "stopped"
+    assert result.test_loss is None
+
+
+@pytest.mark.parametrize(
+    ("data", "n_tokens"),
+    [({"tokenizer": "bpe:300"}, 20_000), ({"tokenizer": "bpe:300", "path": "long.jsonl"}, 700), ({}, 3000)],
+    ids=["short-rows", "a-part-of-it", "bytes"],
+)
+@pytest.mark.parametrize("part", ["valid", "test"])
+def test_bits_per_byte_are_the_loss_of_all_places_over_the_bytes_of_the_text_measured(tmp_path, data, n_tokens, part):
+    draw = random.Random(0)
+    words = ["cat", "dog", "run", "fish"]
+    for name, length in (("short.jsonl", 4), ("long.jsonl", 40)):
+        rows = [" ".join(draw.choice(words) for _ in range(draw.randint(2, length))) for _ in range(1500)]
+        (tmp_path / name).write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    path = str(tmp_path / data.get("path", "short.jsonl"))
+    source = open_source(source_config({"kind": "text", "cache_dir": str(tmp_path / "c"), **data, "path": path}))
+    model = HybridLM(Arch.from_pattern("F", d_model=8, vocab_size=source.vocab_size))
+    found = evaluate(model, source, n_tokens=n_tokens, batch_size=8, seq_len=64, device=torch.device("cpu"), part=part)
+    batches = source.test_batches if part == "test" else source.valid_batches
+    ids = []
+    for batch in batches(n_tokens, 8, 64):
+        kept = batch.targets_BL if batch.mask_BL is None else batch.targets_BL[batch.mask_BL]
+        ids += kept.flatten().tolist()
+    text = sum(len(source.tokenizer.token_bytes(one)) for one in ids if one != source.tokenizer.separator)
+    assert found.tokens == len(ids)
+    assert found.bits_per_byte == pytest.approx(found.loss * len(ids) / math.log(2) / text)
+
+
 def test_a_source_without_validation_tokens_says_so():
     class Empty(Counting):
         def valid_batches(self, n_tokens, batch_size, seq_len):
             return iter(())
 
-    with pytest.raises(DataError, match="counting: no validation tokens to measure; raise valid_fraction"):
+    with pytest.raises(DataError, match="counting: no valid tokens to measure"):
         evaluate(HybridLM(arch_of("F")), Empty(), n_tokens=9, batch_size=1, seq_len=4, device=torch.device("cpu"))
 
 
