@@ -25,6 +25,7 @@ from hybridnas.study.records import (
     COMPLETE,
     DUPLICATE,
     PRUNED,
+    TEST_FIGURES,
     StudyMeta,
     TrialRecord,
     load_records,
@@ -239,9 +240,13 @@ class Trial:
 
     @property
     def scores(self) -> dict[str, float]:
-        """The objectives at the trial's end, and loss, bits per byte and accuracy where they were measured."""
+        """The objectives at the trial's end, and loss, bits per byte and accuracy where they were measured.
+
+        ``test_loss`` and the like are of the part of the data that nothing is chosen by.
+        """
         record = self.record
         measured = {"val_loss": record.valid_loss, "bits_per_byte": record.bits_per_byte, "accuracy": record.accuracy}
+        measured |= {name: getattr(record, name) for name in TEST_FIGURES}
         return {**{name: value for name, value in measured.items() if value is not None}, **record.objectives}
 
     @property
@@ -334,6 +339,7 @@ class Trial:
             "duplicate_of": record.duplicate_of,
             "reason": record.reason,
             **{f"confirmed.seed{seed}": value for seed, value in record.confirmed.items()},
+            **{f"confirmed_test.seed{seed}": value for seed, value in record.confirmed_test.items()},
         }
 
     def _folder(self) -> Path:

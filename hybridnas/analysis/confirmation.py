@@ -3,6 +3,8 @@
 A search chooses its best by the results of one seed, so that seed's results are too good for whatever was chosen; none
 of them enters here. A seed decides weights and the order of the data, so two architectures trained with the same seed
 are a pair, and their differences have a paired t-interval.
+
+Which of them is best is decided on the validation part; by how much is stated on the test part, where there is one.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from hybridnas.analysis.held_out import TEST, VALID
 from hybridnas.study.objectives import OBJECTIVES, TRAINED, eligible, objectives_of
 from hybridnas.study.records import TrialRecord
 
@@ -75,10 +78,22 @@ class Summary:
         return -self.mean if trained_objective(self.record) == "accuracy" else self.mean
 
 
-def confirmed_scores(record: TrialRecord) -> dict[str, float | None]:
-    """Return a record's confirmed results so that less is better."""
+def confirmed_scores(record: TrialRecord, part: str = VALID) -> dict[str, float | None]:
+    """Return a record's confirmed results on a part of the data so that less is better."""
     maximize = trained_objective(record) == "accuracy"
-    return {seed: -v if maximize and v is not None else v for seed, v in record.confirmed.items()}
+    values = record.confirmed_test if part == TEST else record.confirmed
+    return {seed: -v if maximize and v is not None else v for seed, v in values.items()}
+
+
+def confirmed_part(records: Iterable[TrialRecord]) -> str:
+    """Return the part that differences are stated on: test where every confirmed result has one, else validation."""
+    known = [record for record in records if record.confirmed]
+    missing = any(
+        value is not None and record.confirmed_test.get(seed) is None
+        for record in known
+        for seed, value in record.confirmed.items()
+    )
+    return VALID if missing or not known else TEST
 
 
 def trained_objective(record: TrialRecord) -> str:
@@ -86,11 +101,11 @@ def trained_objective(record: TrialRecord) -> str:
     return next((name for name in objectives_of(record) if OBJECTIVES[name].kind == TRAINED), "val_loss")
 
 
-def summaries(records: Iterable[TrialRecord]) -> list[Summary]:
-    """Return every confirmed architecture, the best mean first."""
+def summaries(records: Iterable[TrialRecord], part: str = VALID) -> list[Summary]:
+    """Return every confirmed architecture, the best mean on a part of the data first."""
     found = []
     for record in records:
-        values = list(confirmed_scores(record).values())
+        values = list(confirmed_scores(record, part).values())
         if not values:
             continue
         good = [value for value in values if value is not None]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from hybridnas.analysis import pareto
 from hybridnas.analysis.confirmation import confirmed_winner
+from hybridnas.analysis.held_out import VALID, loss_on, stated_part
 from hybridnas.study.objectives import DEFAULT, eligible, objectives_of, of_eval, point, score
 from hybridnas.study.records import COMPLETE, DUPLICATE, FAIL, INFEASIBLE, PRUNED, RUNNING, TrialRecord
 
@@ -24,9 +25,10 @@ class Row:
     record: TrialRecord
     rank: int | None  # completed trials only, from 1
     loss: float | None  # of a stopped trial: at its last rung [nats per token]
-    gap: float | None  # the loss minus the reference preset's, completed trials only; negative: better than it
+    gap: float | None  # the loss on ``part`` minus the reference preset's, completed trials only; negative: better
     tokens_per_active: float | None  # training tokens over active parameters
     front: bool = False  # no other completed trial beats it in all objectives
+    part: str = VALID  # of the data, on which ``gap`` is stated; the order is always that of validation
 
     @property
     def is_preset(self) -> bool:
@@ -46,7 +48,8 @@ def rows(records: Iterable[TrialRecord], reference: str | None = None) -> list[R
     ``reference`` names the preset that losses are compared with.
     """
     known = list(records)
-    mark = preset_loss(known, reference)
+    part = stated_part(known)
+    mark = preset_loss(known, reference, part)
     on_front = {record.number for record in front(known)}
     ranked = 0
     found = []
@@ -56,10 +59,11 @@ def rows(records: Iterable[TrialRecord], reference: str | None = None) -> list[R
         if record.state == COMPLETE and loss is not None:
             ranked += 1
             rank = ranked
-        gap = loss - mark if rank and loss is not None and mark is not None else None
+        stated = loss_on(record, part)
+        gap = stated - mark if rank and stated is not None and mark is not None else None
         active = record.cost.get("active_params")
         ratio = record.tokens / active if active and record.tokens else None
-        found.append(Row(record, rank, loss, gap, ratio, record.number in on_front))
+        found.append(Row(record, rank, loss, gap, ratio, record.number in on_front, part))
     return found
 
 
@@ -88,10 +92,10 @@ def preset_record(records: Iterable[TrialRecord], preset: str | None) -> TrialRe
     return None
 
 
-def preset_loss(records: Iterable[TrialRecord], preset: str | None) -> float | None:
-    """Return the final loss of a preset's trial [nats per token], None where it did not complete."""
+def preset_loss(records: Iterable[TrialRecord], preset: str | None, part: str = VALID) -> float | None:
+    """Return the final loss of a preset's trial on a part [nats per token], None where it did not complete."""
     record = preset_record(records, preset)
-    return record.valid_loss if record else None
+    return loss_on(record, part) if record else None
 
 
 def last_loss(record: TrialRecord) -> float | None:

@@ -117,7 +117,8 @@ def _print(summary: Any, search: SearchConfig) -> Done:
         sure = (
             f"confirmed by {several(len(best.confirmed), 'fresh seed')}" if best.confirmed else "one seed: unconfirmed"
         )
-        show.line(f"winner: trial {best.number}, {best.pattern}, loss {best.valid_loss:.4f} ({sure})")
+        test = "" if best.test_loss is None else f", test loss {best.test_loss:.4f}"
+        show.line(f"winner: trial {best.number}, {best.pattern}, loss {best.valid_loss:.4f}{test} ({sure})")
     if summary.report is None:
         show.line("other workers go on; the last one to end writes the report, or the search's own command does")
     else:
@@ -132,8 +133,11 @@ def _found(summary: Any, search: SearchConfig) -> dict[str, Any]:
     best = summary.best
     trial = None
     if best is not None:
-        names = ("number", "preset", "pattern", "fingerprint", "choices", "cost", "tokens", "valid_loss", "accuracy")
-        trial = {name: getattr(best, name) for name in (*names, "bits_per_byte", "objectives", "confirmed")}
+        from hybridnas.study.records import TEST_FIGURES
+
+        known = ("number", "preset", "pattern", "fingerprint", "choices", "cost", "tokens", "valid_loss", "accuracy")
+        more = ("bits_per_byte", *TEST_FIGURES, "objectives", "confirmed", "confirmed_test")
+        trial = {name: getattr(best, name) for name in (*known, *more)}
     return {
         "study": search.name,
         "folder": str(summary.folder),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridnas.analysis.confirmation import summaries
+from hybridnas.analysis.held_out import TEST
 from hybridnas.analysis.ranking import Row, rows
 from hybridnas.study.records import COMPLETE, DUPLICATE, FAIL, INFEASIBLE, PRUNED, TrialRecord, save
 from hybridnas.units import human, human_bytes
@@ -19,6 +20,7 @@ from hybridnas.units import human, human_bytes
 if TYPE_CHECKING:
     from rich.console import Console
 
+TESTED = "Ordered on validation data, which chose them; test and the differences are of data that chose nothing."
 CSV_COLUMNS = (
     "rank",
     "front",
@@ -31,13 +33,19 @@ CSV_COLUMNS = (
     "state_bytes",
     "flops_per_token",
     "valid_loss",
+    "test_loss",
     "reference",
     "vs_reference",
+    "vs_reference_part",
     "confirmed_mean",
     "confirmed_error",
     "confirmed_seeds",
+    "confirmed_test_mean",
+    "confirmed_test_error",
     "bits_per_byte",
     "accuracy",
+    "test_bits_per_byte",
+    "test_accuracy",
     "ms_per_token",
     "tokens_read_per_second",
     "tokens",
@@ -70,6 +78,7 @@ def exact(row: Row, reference: str | None) -> list[str]:
     """Return a row's values in the order of ``CSV_COLUMNS``, unrounded; unknown values are empty."""
     record, cost = row.record, row.record.cost
     confirmed = next(iter(summaries([record])), None)
+    tested = next(iter(summaries([record], TEST)), None)
     values: dict[str, Any] = {
         **{column: getattr(record, column, None) for column in CSV_COLUMNS},
         **{name: cost.get(name) for name in ("params", "active_params", "embedding_params", "state_bytes")},
@@ -82,9 +91,12 @@ def exact(row: Row, reference: str | None) -> list[str]:
         "confirmed_mean": confirmed.value if confirmed else None,
         "confirmed_error": confirmed.error if confirmed else None,
         "confirmed_seeds": confirmed.n if confirmed else None,
+        "confirmed_test_mean": tested.value if tested else None,
+        "confirmed_test_error": tested.error if tested else None,
         "valid_loss": row.loss,
         "reference": reference,
         "vs_reference": row.gap,
+        "vs_reference_part": None if row.gap is None else row.part,
         "tokens_per_active_param": row.tokens_per_active,
     }
     return ["" if values[column] is None else " ".join(str(values[column]).split()) for column in CSV_COLUMNS]
@@ -112,7 +124,7 @@ def _print_table(lines: Sequence[Row], console: Console, limit: int, reference: 
 
     shown = [row for row in lines if row.record.state in (COMPLETE, PRUNED, FAIL)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = _columns(console.width, reference)
+    columns = _columns(console.width, reference, any(row.part == TEST for row in lines))
     for name, left in columns:
         table.add_column(name, justify="left" if left else "right", overflow="fold" if left else "ellipsis")
     for row in shown[:limit]:
@@ -124,9 +136,11 @@ def _print_table(lines: Sequence[Row], console: Console, limit: int, reference: 
         console.print(Text(sentence, style="dim"))
 
 
-def _columns(width: int, reference: str | None) -> list[tuple[str, bool]]:
+def _columns(width: int, reference: str | None, tested: bool) -> list[tuple[str, bool]]:
     """Choose the columns that a terminal of this width can show: their names, and whether they align left."""
     names = ["#", "trial", "architecture", "params", "active", "loss", "state"]
+    if tested:
+        names[-1:-1] = ["test"]
     if reference is not None:
         names[-1:-1] = [f"vs {reference}"]
     if width >= 110:
@@ -150,6 +164,7 @@ def human_cells(row: Row, reference: str | None) -> dict[str, str]:
         "memory": human_bytes(cost.get("state_bytes")),
         "FLOPs": human(cost.get("flops_per_token")),
         "loss": "" if row.loss is None else f"{row.loss:.4f}" + ("" if row.rank else "*"),
+        "test": "" if record.test_loss is None else f"{record.test_loss:.4f}",
         f"vs {reference}": signed(row.gap),
         "acc": "" if record.accuracy is None else f"{100 * record.accuracy:.1f}%",
         "tok/s": human(record.tokens_per_second),
@@ -162,6 +177,8 @@ def footnotes(lines: Sequence[Row], hidden: int = 0) -> list[str]:
     notes = []
     if hidden > 0:
         notes.append(f"{hidden} more in leaderboard.csv.")
+    if any(row.part == TEST for row in lines):
+        notes.append(TESTED)
     if any(row.record.state == PRUNED and row.loss is not None for row in lines):
         notes.append("* at the last rung before the trial was stopped: not comparable with a full trial.")
     for state, meaning in ((DUPLICATE, "repeated an architecture and reused its result"), (INFEASIBLE, "rejected")):

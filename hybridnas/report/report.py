@@ -12,7 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridnas.analysis.confirmation import confirmed_scores, confirmed_winner, paired, trained_objective
+from hybridnas.analysis.confirmation import (
+    confirmed_part,
+    confirmed_scores,
+    confirmed_winner,
+    paired,
+    trained_objective,
+)
+from hybridnas.analysis.held_out import TEST, VALID, loss_on, stated_part
 from hybridnas.analysis.ranking import Row, preset_loss, preset_record, rows, winner
 from hybridnas.errors import HybridNASError
 from hybridnas.report import leaderboard as board
@@ -82,32 +89,44 @@ def headline(records: Sequence[TrialRecord], reference: str | None) -> str:
         over = [record for record in records if record.state in (FAIL, INFEASIBLE)]
         count = several(len(over), "trial")
         return f"Nothing has completed: {count} failed" if over else "No trial has completed yet"
+    part = stated_part(records)
+    where = " on the test part" if part == TEST else ""
+    loss = loss_on(best, part)
     if trained_objective(best) == "accuracy" and next(iter(objectives_of(best)), "") == "accuracy":
-        return f"{best.name} is best, with accuracy {best.accuracy:.4f}"
+        accuracy = best.test_accuracy if part == TEST else best.accuracy
+        return f"{best.name} is best, with accuracy {accuracy:.4f}{where}"
     if reference is None:
-        return f"{best.name} is best, at {best.valid_loss:.4f} nats per token"
+        return f"{best.name} is best, at {loss:.4f} nats per token{where}"
     compared = preset_record(records, reference)
     if confirmed_winner(records) is not None and compared is not None and compared.confirmed:
-        return _confirmed_headline(best, compared, reference)
-    if compared is None or compared.valid_loss is None:
-        return f"Best so far: {best.name} at {best.valid_loss:.4f} nats per token ({reference} has not completed)"
+        return _confirmed_headline(best, compared, reference, confirmed_part(records))
+    mark = None if compared is None else loss_on(compared, part)
+    if compared is None or mark is None or loss is None:
+        return f"Best so far: {best.name} at {loss:.4f} nats per token{where} ({reference} has not completed)"
     if compared.number == best.number:
         others = sum(record.state == COMPLETE for record in records) - 1
         ahead = "the other architecture" if others == 1 else f"all {others} other architectures"
         return f"{reference} stays ahead of {ahead}" if others else f"Only {reference} has completed"
-    gap = compared.valid_loss - best.valid_loss
-    if gap < 5e-5:
-        return f"{best.name} and {reference} end at the same loss"
-    return f"{best.name} beats {reference} by {gap:.4f} nats per token"
+    gap = mark - loss
+    if abs(gap) < 5e-5 or (gap < 0 and part == VALID):  # the first objective may be another one than the loss
+        return f"{best.name} and {reference} end at the same loss{where}"
+    if gap < 0:
+        return (
+            f"{best.name} was chosen on validation data, but {reference} is better by {-gap:.4f} nats per token{where}"
+        )
+    return f"{best.name} beats {reference} by {gap:.4f} nats per token{where}"
 
 
-def _confirmed_headline(best: TrialRecord, compared: TrialRecord, reference: str) -> str:
+def _confirmed_headline(best: TrialRecord, compared: TrialRecord, reference: str, part: str) -> str:
+    where = " on the test part" if part == TEST else ""
     if best.number == compared.number:
         return f"{reference} stays ahead over {several(len(best.confirmed), 'fresh seed')}"
-    gap = paired(confirmed_scores(best), confirmed_scores(compared))
+    gap = paired(confirmed_scores(best, part), confirmed_scores(compared, part))
     if not gap.clear:
-        return f"{best.name} is best on average, but its lead over {reference} is inside the noise"
-    return f"{best.name} beats {reference} by {-gap.mean:.4f} ± {gap.half:.4f} nats per token over {gap.n} fresh seeds"
+        return f"{best.name} is best on average, but its lead over {reference}{where} is inside the noise"
+    verb = "beats" if gap.mean < 0 else "was chosen on validation data, but loses to"
+    size = f"{abs(gap.mean):.4f} ± {gap.half:.4f} nats per token{where}"
+    return f"{best.name} {verb} {reference} by {size} over {gap.n} fresh seeds"
 
 
 def _searched(records: Sequence[TrialRecord], meta: StudyMeta) -> str:
@@ -152,10 +171,13 @@ def _cards(records: Sequence[TrialRecord], meta: StudyMeta) -> list[dict[str, st
     best = winner(records)
     cards = []
     if best is not None and best.valid_loss is not None:
-        cards.append(_card(f"{best.valid_loss:.4f}", f"lowest validation loss, trial {best.number}"))
-        mark = preset_loss(records, meta.reference)
-        if mark is not None:
-            gap = best.valid_loss - mark
+        part = stated_part(records)
+        loss = loss_on(best, part)
+        what = f"test loss, trial {best.number} (validation {best.valid_loss:.4f})"
+        cards.append(_card(f"{loss:.4f}", what if part == TEST else f"lowest validation loss, trial {best.number}"))
+        mark = preset_loss(records, meta.reference, part)
+        if mark is not None and loss is not None:
+            gap = loss - mark
             cards.append(_card(difference(gap), f"to {meta.reference} ({mark:.4f})", _tone(gap)))
         active = best.cost.get("active_params")
         if active and best.tokens:
@@ -198,19 +220,21 @@ def _drawing(study_folder: Path, best: TrialRecord | None) -> tuple[Any, str]:
 
 def _table(lines: Sequence[Row], given: ReportInput) -> dict[str, Any]:
     reference = given.meta.reference
+    tested = any(row.part == TEST for row in lines)
     names = [
         ("#", "rank among completed trials"), ("trial", ""), ("architecture", ""), ("params", "without embeddings"),
         ("active", "parameters used for one token"), ("state", "bytes one sequence carries"),
-        ("FLOPs", "forward, per token"), ("loss", "nats per token"),
+        ("FLOPs", "forward, per token"), ("loss", "nats per token, validation"),
+        *([("test", "nats per token of data that nothing was chosen by")] if tested else []),
         *([(f"vs {reference}", "negative is better")] if reference is not None else []),
         ("accuracy", "of the next token"), ("tokens/s", "while training"), ("", ""),
     ]  # fmt: skip
     columns = [{"name": name, "help": meaning, "text": name in ("architecture", "")} for name, meaning in names]
-    shown = [_table_row(row, given) for row in lines if row.record.state != INFEASIBLE]
+    shown = [_table_row(row, given, tested) for row in lines if row.record.state != INFEASIBLE]
     return {"columns": columns, "rows": shown}
 
 
-def _table_row(row: Row, given: ReportInput) -> dict[str, Any]:
+def _table_row(row: Row, given: ReportInput, tested: bool) -> dict[str, Any]:
     reference = given.meta.reference
     record, cost = row.record, row.record.cost
     texts = board.human_cells(row, reference)
@@ -232,6 +256,7 @@ def _table_row(row: Row, given: ReportInput) -> dict[str, Any]:
         cell(human_bytes(cost.get("state_bytes")), cost.get("state_bytes")),
         cell(texts["FLOPs"], cost.get("flops_per_token")),
         cell(texts["loss"], row.loss),
+        *([cell(texts["test"], record.test_loss)] if tested else []),
         *([cell(difference(row.gap), row.gap, _tone(row.gap))] if reference is not None else []),
         cell(texts["acc"], record.accuracy),
         cell(texts["tok/s"], record.tokens_per_second),

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from hybridnas.analysis import effects, rung_correlation
-from hybridnas.analysis.confirmation import LEVEL, Paired, confirmed_scores, paired, summaries, trained_objective
+from hybridnas.analysis.confirmation import (
+    LEVEL,
+    Paired,
+    confirmed_part,
+    confirmed_scores,
+    paired,
+    summaries,
+    trained_objective,
+)
 from hybridnas.analysis.curves import best_so_far
+from hybridnas.analysis.held_out import TEST
 from hybridnas.analysis.ranking import front, last_loss, preset_record, winner
 from hybridnas.report.charts import bars_svg, effects_svg, steps_svg
 from hybridnas.report.html import cell, difference, markup, short
@@ -102,24 +111,31 @@ def _confirmed(given: ReportInput) -> Section | None:
     if not found:
         return None
     best = given.best
-    against: list[tuple[str, Mapping[str, float | None]]] = []
+    others: list[tuple[str, TrialRecord]] = []
     compared = preset_record(given.records, given.meta.reference)
     if compared is not None and compared.confirmed:
-        against.append((str(given.meta.reference), confirmed_scores(compared)))
-    if given.reference_study is not None and given.reference_study.confirmed:
-        theirs = {**given.reference_study.record.to_dict(), "confirmed": dict(given.reference_study.confirmed)}
-        against.append((given.reference_study.name, confirmed_scores(TrialRecord.from_dict(theirs))))
+        others.append((str(given.meta.reference), compared))
+    study = given.reference_study
+    if study is not None and study.confirmed:
+        theirs = replace(study.record, confirmed=study.confirmed, confirmed_test=study.confirmed_test)
+        others.append((study.name, theirs))
+    part = confirmed_part([*given.records, *(record for _, record in others)])
+    against = [(name, confirmed_scores(record, part)) for name, record in others]
+    tested = {one.record.number: one.value for one in summaries(given.records, part)} if part == TEST else {}
     columns = [("architecture", True), ("seeds", False), ("mean", False), ("standard error", False)]
+    columns += [("test mean", False)] if tested else []
     columns += [(f"vs {name}", False) for name, _ in against]
     rows = []
     for one in found:
-        gaps = [paired(confirmed_scores(one.record), values) for _, values in against]
+        gaps = [paired(confirmed_scores(one.record, part), values) for _, values in against]
+        test = tested.get(one.record.number)
         value = "a seed failed" if one.value is None else f"{one.value:.4f}"
         cells = [
             {**cell(one.record.pattern, one.record.name, "arch text"), "strong": one.record.preset or ""},
             cell(str(one.n), one.n),
             cell(value, one.value),
             cell("" if one.error is None else f"{one.error:.4f}", one.error),
+            *([cell("" if test is None else f"{test:.4f}", test)] if tested else []),
             *(_pair_cell(gap) for gap in gaps),
         ]
         first = best is not None and one.record.number == best.number
@@ -127,7 +143,7 @@ def _confirmed(given: ReportInput) -> Section | None:
     notes = []
     if best is not None and best.confirmed:
         notes = [
-            _sentence(paired(confirmed_scores(best), values).sentence(best.name, name, _unit(best)))
+            _sentence(paired(confirmed_scores(best, part), values).sentence(best.name, name, _unit(best)))
             for name, values in against
             if name != best.preset
         ]
@@ -136,6 +152,8 @@ def _confirmed(given: ReportInput) -> Section | None:
         f"The best of the search and the presets, trained again with {seeds} fresh seeds each at full length. The "
         f"search's own seed is left out: its results chose these. Pairs share seed and order of the data."
     )
+    if tested:
+        intro += " Their order is that of the validation means; differences are of the test part, which chose nothing."
     table = {"columns": [{"name": name, "help": "", "text": text} for name, text in columns], "rows": rows}
     caption = f"± is half the {LEVEL:.0%} interval of the paired difference; grey: inside the noise."
     return Section("Confirmation", intro, caption=caption, table=table, notes=notes)

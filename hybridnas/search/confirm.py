@@ -10,16 +10,19 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from hybridnas.analysis.confirmation import trained_objective
 from hybridnas.analysis.ranking import front
 from hybridnas.search.training import CellTrainer
 from hybridnas.study.objectives import eligible, score
 from hybridnas.study.records import COMPLETE, TrialRecord
+from hybridnas.study.reference import ReferenceStudy
 
 if TYPE_CHECKING:
     from hybridnas.search.session import Session
+
+Grown = TypeVar("Grown", TrialRecord, ReferenceStudy)
 
 
 def chosen(records: Sequence[TrialRecord], top: int) -> list[TrialRecord]:
@@ -57,22 +60,43 @@ def confirm(
         for number, record in grown.items():
             if str(seed) in record.confirmed:
                 continue
-            value = train_again(session, record, session.folder.trial(number), seed)
-            grown[number] = dataclasses.replace(record, confirmed={**record.confirmed, str(seed): value})
+            again = train_again(session, record, session.folder.trial(number), seed)
+            grown[number] = again.added(record, seed)
             save(grown[number])
-            shown = "failed" if value is None else f"{value:.4f}"
-            note(f"confirming trial {number:>3}  {record.name}  seed {seed}: {shown}")
+            note(f"confirming trial {number:>3}  {record.name}  seed {seed}: {again}")
 
 
 def _about(seconds: float) -> str:
     return f"about {math.ceil(seconds / 60)} min" if seconds >= 60 else "under a minute"
 
 
-def train_again(session: Session, record: TrialRecord, folder: Path, seed: int) -> float | None:
-    """Return what an architecture reaches with another seed at full length, in the first trained objective."""
+class Again(NamedTuple):
+    """What an architecture reached with another seed at full length, in the first trained objective; None: it failed.
+
+    Validation says which of the confirmed is best, test by how much: what chose is too good to be stated.
+    """
+
+    valid: float | None
+    test: float | None  # None where the data has no test part, too
+
+    def __str__(self) -> str:
+        if self.valid is None:
+            return "failed"
+        return f"{self.valid:.4f}" + ("" if self.test is None else f", test {self.test:.4f}")
+
+    def added(self, to: Grown, seed: int) -> Grown:
+        """Return a record, or a reference study, with this result."""
+        confirmed = {**to.confirmed, str(seed): self.valid}
+        return dataclasses.replace(to, confirmed=confirmed, confirmed_test={**to.confirmed_test, str(seed): self.test})
+
+
+def train_again(session: Session, record: TrialRecord, folder: Path, seed: int) -> Again:
+    """Return what an architecture reaches with another seed at full length."""
     assert isinstance(session.trainer, CellTrainer), "a search on a table confirms nothing"
     result = session.trainer.again(record, folder, seed)
     if result.status != "completed" or not result.evals:
-        return None
+        return Again(None, None)
     last = result.evals[-1]
-    return last.accuracy if trained_objective(record) == "accuracy" else last.valid_loss
+    if trained_objective(record) == "accuracy":
+        return Again(last.accuracy, last.aux.get("test_accuracy"))
+    return Again(last.valid_loss, last.aux.get("test_loss"))

@@ -50,8 +50,9 @@ def find_reference_study(
         raise StudyError(f"study {name!r} has no candidate that was trained to the end; choose another against=STUDY")
     best = min(drawn, key=lambda record: (score(record), record.number))
     known = read_reference_study(study)
-    kept = known.confirmed if known is not None and known.record.fingerprint == best.fingerprint else {}
-    reference = ReferenceStudy(name, best, trained_tokens(theirs), best_so_far(theirs), dict(kept))
+    reference = ReferenceStudy(name, best, trained_tokens(theirs), best_so_far(theirs))
+    if known is not None and known.record.fingerprint == best.fingerprint:
+        reference = dataclasses.replace(reference, confirmed=known.confirmed, confirmed_test=known.confirmed_test)
     write_reference_study(study, reference)
     return reference
 
@@ -64,11 +65,10 @@ def confirm_reference_study(
     folder = trial_folder(study.parent / reference.study, reference.record.number)
     for seed in seeds:
         if str(seed) not in reference.confirmed:
-            value = train_again(session, reference.record, folder, seed)
-            reference = dataclasses.replace(reference, confirmed={**reference.confirmed, str(seed): value})
+            again = train_again(session, reference.record, folder, seed)
+            reference = again.added(reference, seed)
             write_reference_study(study, reference)
-            shown = "failed" if value is None else f"{value:.4f}"
-            note(f"confirming {reference.name}  {reference.record.name}  seed {seed}: {shown}")
+            note(f"confirming {reference.name}  {reference.record.name}  seed {seed}: {again}")
     return reference
 
 

@@ -20,6 +20,7 @@ from hybridnas.study.records import (
     INFEASIBLE,
     PRUNED,
     RUNNING,
+    TEST_FIGURES,
     TrialRecord,
 )
 from hybridnas.train.callbacks import Action
@@ -28,7 +29,8 @@ from hybridnas.train.records import Eval, TrainResult
 DEATHS = 5  # times in a row that a trial's process ended without a step forward: then the trial itself is the cause
 _STATES = {"completed": COMPLETE, "stopped": PRUNED, "paused": PRUNED, "failed": FAIL}
 _REUSED = (
-    *("valid_loss", "bits_per_byte", "accuracy", "rungs", "curve", "tokens", "tokens_per_second"),
+    *("valid_loss", "bits_per_byte", "accuracy", *TEST_FIGURES),
+    *("rungs", "curve", "tokens", "tokens_per_second"),
     *("objectives", "figures", "violation"),
 )
 
@@ -194,6 +196,9 @@ def conclude(plan: Plan, record: TrialRecord, result: TrainResult, seconds: floa
         valid_loss=scored.valid_loss if scored else None,
         bits_per_byte=scored.bits_per_byte if scored else None,
         accuracy=scored.accuracy if scored else None,
+        test_loss=scored.aux.get("test_loss") if scored else None,
+        test_bits_per_byte=scored.aux.get("test_bits_per_byte") if scored else None,
+        test_accuracy=scored.aux.get("test_accuracy") if scored else None,
         rungs=[[value.tokens, value.valid_loss] for value in result.evals if value.tokens in plan.rungs],
         curve=curve,
         objectives=objectives.of_eval(plan.objectives, known, curve[-1]) if scored else known,

@@ -117,6 +117,15 @@ class StudyFolder:
         if difference and not self._begun():  # a first call that went wrong leaves nothing to be kept
             meta_path.unlink()
             return self._read_or_make(identity, facts)
+        if difference.field == "data.test_fraction" and difference.stored is None:
+            raise StudyError(
+                f"study folder {self.path} was begun when data had no test part and copies of training text were "
+                f"measured, so its trials cannot be compared with new ones: its report and its models are read as "
+                f"they are, but no search goes on in it; choose study=NEWNAME",
+                field=difference.field,
+                got=difference.asked,
+                allowed=None,
+            )
         if difference:
             raise StudyError(
                 f"study folder {self.path} holds another study: {difference}; "

@@ -26,6 +26,8 @@ INFEASIBLE = "INFEASIBLE"  # rejected before any training
 RUNNING = "RUNNING"  # trains now, or did when its process ended: then it goes on with the same choices
 STATES = (COMPLETE, PRUNED, FAIL, DUPLICATE, INFEASIBLE, RUNNING)
 
+TEST_FIGURES = ("test_loss", "test_bits_per_byte", "test_accuracy")  # of a record, and in the curve's last entry
+
 RESULT = "result.json"
 ARCH = "arch.json"  # the trial's architecture, in its folder
 CURVE = "metrics.jsonl"
@@ -33,7 +35,11 @@ CURVE = "metrics.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """One trial: what was tried, what it cost, how it went. Losses are validation cross-entropy [nats per token]."""
+    """One trial: what was tried, what it cost, how it went.
+
+    Losses are cross-entropy [nats per token] on the validation part, by which trials are stopped and chosen; figures
+    that begin with ``test`` are of the test part, measured where a training ended at full length and the data has one.
+    """
 
     number: int
     state: str  # one of STATES
@@ -45,6 +51,9 @@ class TrialRecord:
     valid_loss: float | None = None
     bits_per_byte: float | None = None
     accuracy: float | None = None  # of next-token predictions [0 to 1]
+    test_loss: float | None = None
+    test_bits_per_byte: float | None = None
+    test_accuracy: float | None = None
     rungs: Sequence[Sequence[float]] = ()  # [training tokens, validation loss] as reported to the pruner
     curve: Sequence[Mapping[str, Any]] = ()  # every evaluation: tokens, valid_loss, train_loss, ...
     tokens: int = 0  # trained
@@ -57,6 +66,7 @@ class TrialRecord:
     figures: Mapping[str, float] = field(default_factory=dict)  # measured here, and state_bytes as asked for
     violation: str | None = None  # which limit a preset passes: it is trained for comparison and cannot win
     confirmed: Mapping[str, float | None] = field(default_factory=dict)  # fresh seed -> result at full length
+    confirmed_test: Mapping[str, float | None] = field(default_factory=dict)  # the same on the test part
     legs: Sequence[Sequence[float]] = field(
         default_factory=list
     )  # [Unix time at its end, tokens trained] of each start
@@ -96,10 +106,11 @@ class TrialRecord:
         known = {key: value for key, value in values.items() if key in names}
         if type(known.get("number")) is not int or not isinstance(known.get("state"), str):
             raise StudyError("a trial's record needs an integer 'number' and a 'state'")
-        for key in ("choices", "cost", "objectives", "figures", "confirmed", "marks"):
+        for key in ("choices", "cost", "objectives", "figures", "confirmed", "confirmed_test", "marks"):
             if not isinstance(known.setdefault(key, {}), Mapping):
                 raise StudyError(f"a trial's record needs a mapping for {key!r}, got {type(known[key]).__name__}")
-        for key in ("valid_loss", "bits_per_byte", "accuracy", "tokens", "seconds", "tokens_per_second"):
+        numbers = ("valid_loss", "bits_per_byte", "accuracy", *TEST_FIGURES, "tokens", "seconds", "tokens_per_second")
+        for key in numbers:
             if not isinstance(known.get(key), (int, float, type(None))):
                 raise StudyError(f"a trial's record needs a number for {key!r}, got {type(known[key]).__name__}")
         return cls(**known)

@@ -28,6 +28,7 @@ class ReferenceStudy:
     tokens: int  # trained by the whole study
     steps: Sequence[Sequence[float]]  # [trained tokens, best score so far], falling
     confirmed: Mapping[str, float | None] = field(default_factory=dict)  # fresh seed -> result at full length
+    confirmed_test: Mapping[str, float | None] = field(default_factory=dict)  # the same on the test part
 
     @property
     def name(self) -> str:

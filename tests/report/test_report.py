@@ -165,6 +165,51 @@ def test_the_page_holds_the_winner_its_lead_and_every_trial(study, page):
     assert "python -m hybridnas.generate model=runs/mamba_moe-laptop/best prompt=" in found.code
 
 
+def with_test_part(records, shift):
+    """Give the trials that were trained to the end a test loss: the winner's by validation is not the best there."""
+    return [
+        dataclasses.replace(one, test_loss=one.valid_loss + shift * (1 + (one.number == 48)), test_accuracy=0.5)
+        if one.state == "COMPLETE"
+        else one
+        for one in records
+    ]
+
+
+def test_what_is_chosen_on_validation_is_stated_on_the_test_part(study, tmp_path):
+    records = with_test_part(study, 0.01)
+    page = Page(render_report(tmp_path, records, META))
+    assert page.title == "MM[M,E](ME)x2E beats moe_mamba by 0.0167 nats per token on the test part"
+    assert page.cards[0] == ["1.5413", "test loss, trial 48 (validation 1.5213)"]
+    assert page.cards[1] == ["\u22120.0167", "to moe_mamba (1.5580)"]
+    valid, test, gap = map(float, page.rows["48"][-6:-3])
+    assert (valid, test, gap) == pytest.approx((1.5213, 1.5413, 1.5413 - 1.558))
+    order = [row.record.number for row in rows(records, "moe_mamba")]
+    assert order == [row.record.number for row in rows(study, "moe_mamba")]
+    sheet = list(csv.DictReader(write_leaderboard(tmp_path, records, "moe_mamba").read_text().splitlines()))
+    assert (sheet[0]["valid_loss"], sheet[0]["vs_reference_part"]) == ("1.5213", "test")
+    assert float(sheet[0]["test_loss"]) == pytest.approx(1.5413)
+    assert float(sheet[0]["vs_reference"]) == pytest.approx(1.5413 - 1.558)
+    shown = io.StringIO()
+    render_leaderboard(records, "moe_mamba", Console(file=shown, width=120, force_terminal=True, no_color=True))
+    assert leaderboard.TESTED in shown.getvalue()
+    assert " test " in shown.getvalue()
+
+
+def test_a_trial_without_test_figures_leaves_all_differences_on_validation(study, tmp_path):
+    records = [
+        dataclasses.replace(one, test_loss=None) if one.number == 5 else one for one in with_test_part(study, 0.01)
+    ]
+    assert headline(records, "moe_mamba") == headline(study, "moe_mamba")
+    assert {row.part for row in rows(records, "moe_mamba")} == {"valid"}
+    assert Page(render_report(tmp_path, records, META)).cards[0] == ["1.5213", "lowest validation loss, trial 48"]
+
+
+def test_a_winner_that_loses_on_the_test_part_is_not_said_to_win(study):
+    said = headline(with_test_part(study, 0.05), "moe_mamba")
+    start = "MM[M,E](ME)x2E was chosen on validation data, but moe_mamba is better by "
+    assert said == start + "0.0233 nats per token on the test part"
+
+
 def test_a_study_without_a_reference_compares_with_none(study, tmp_path):
     alone = [one for one in study if one.preset != "moe_mamba"]
     text = write_report(tmp_path, alone, dataclasses.replace(META, reference=None)).read_text(encoding="utf-8")

@@ -98,6 +98,32 @@ def test_the_confirmation_separates_noise_from_differences():
     assert "demo-random" in fall.svg
 
 
+def on_test(records, shifts):
+    """Give every fresh seed of each trial a result on the test part: its validation result and a shift."""
+    return [
+        dataclasses.replace(one, confirmed_test={seed: value + shift for seed, value in one.confirmed.items()})
+        for one, shift in zip(records, shifts, strict=True)
+    ]
+
+
+def test_fresh_seeds_choose_on_validation_and_are_compared_on_the_test_part():
+    both = [confirmed(0, [1.30, 1.31, 1.32], preset="moe_mamba"), confirmed(1, [1.10, 1.12, 1.11])]
+    sure = on_test(both, (0.0, 0.1))
+    assert headline(sure, "moe_mamba") == headline(both, "moe_mamba").replace("0.2000", "0.1000").replace(
+        "nats per token", "nats per token on the test part"
+    )
+    section = titles(sure)["Confirmation"]
+    assert [column["name"] for column in section.table["columns"]][-2:] == ["test mean", "vs moe_mamba"]
+    best = section.table["rows"][0]
+    assert [one["sort"] for one in best["cells"][2:]] == pytest.approx([1.11, best["cells"][3]["sort"], 1.21, -0.1])
+    assert section.notes[0].startswith("MEME is better than moe_mamba: -0.1000 ± ")
+    lost = on_test(both, (0.0, 0.4))
+    assert titles(lost)["Confirmation"].table["rows"][0]["trial"] == 1  # validation alone chooses
+    assert "was chosen on validation data, but loses to moe_mamba by 0.2000 ± " in headline(lost, "moe_mamba")
+    partly = [sure[0], dataclasses.replace(sure[1], confirmed_test={"1": 1.2})]
+    assert headline(partly, "moe_mamba") == headline(both, "moe_mamba")
+
+
 def test_the_units_of_the_sections_are_those_of_the_objectives():
     assert set(UNITS) == {"val_loss", "accuracy"}
 

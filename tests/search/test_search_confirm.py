@@ -58,10 +58,14 @@ def test_the_best_and_the_baselines_are_trained_with_fresh_seeds(study):
             folder = summary.folder / f"trials/{one.number:04d}/confirm/seed{seed}"
             ran = json.loads((folder / "run.json").read_text())
             assert (ran["train"]["seed"], ran["status"]) == (int(seed), "completed")
-            assert value == json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["valid_loss"]
+            last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+            assert (value, one.confirmed_test[seed]) == (last["valid_loss"], last["aux"]["test_loss"])
             assert not list(folder.glob("checkpoint*"))
     assert len({json.dumps(one.confirmed) for one in sure}) == 4
     assert any("confirming trial   0  moe_mamba  seed 1: " in line for line in said)
+    done = [one for one in summary.records if one.state == "COMPLETE"]
+    assert all(one.test_loss == one.curve[-1]["test_loss"] for one in done)
+    assert all("test_loss" not in entry for one in summary.records for entry in one.curve[:-1])
 
 
 def test_the_confirmed_winner_is_exported_and_stands_in_the_leaderboard(study):
@@ -73,6 +77,7 @@ def test_the_confirmed_winner_is_exported_and_stands_in_the_leaderboard(study):
         row = next(row for row in csv.DictReader(file) if int(row["trial"]) == best.number)
     assert float(row["confirmed_mean"]) == pytest.approx(statistics.fmean(best.confirmed.values()))
     assert row["confirmed_seeds"] == "2"
+    assert float(row["confirmed_test_mean"]) == pytest.approx(statistics.fmean(best.confirmed_test.values()))
 
 
 def test_a_random_search_of_equal_cost_is_the_reference_study(study):
@@ -85,7 +90,7 @@ def test_a_random_search_of_equal_cost_is_the_reference_study(study):
     assert ours <= found.tokens == trained_tokens(theirs) <= ours + 2 * full
     drawn = [one for one in theirs if one.preset is None and one.state == "COMPLETE"]
     assert found.record.valid_loss == min(one.valid_loss for one in drawn)
-    assert set(found.confirmed) == {"1", "2"}
+    assert set(found.confirmed) == set(found.confirmed_test) == {"1", "2"}
     assert found.steps[-1][1] == min(one.valid_loss for one in theirs if one.state == "COMPLETE")
     assert any("searching at random, too" in line for line in said)
 

@@ -279,6 +279,19 @@ def test_a_study_json_that_is_not_ours_is_named(tmp_path, text, words):
         StudyFolder(tmp_path, "demo").open({}, {})
 
 
+def test_a_study_of_the_former_data_is_refused_in_words_and_left_as_it_is(tmp_path):
+    former, now = {"data": {"kind": "stdlib"}}, {"data": {"kind": "stdlib", "test_fraction": 0.05}}
+    first = StudyFolder(tmp_path, "demo")
+    first.open(former, {})
+    first.close()
+    first.trial(0).mkdir()
+    before = (first.path / "study.json").read_bytes()
+    with pytest.raises(StudyError, match=r"no test part .* are read as they are, but no search goes on") as found:
+        StudyFolder(tmp_path, "demo").open(now, {})
+    assert (found.value.field, found.value.got, found.value.allowed) == ("data.test_fraction", 0.05, None)
+    assert (first.path / "study.json").read_bytes() == before
+
+
 def test_a_refused_folder_is_not_kept_locked(tmp_path):
     first = StudyFolder(tmp_path, "demo")
     first.open({"seed": 0}, {})
