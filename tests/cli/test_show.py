@@ -1,0 +1,44 @@
+"""Tables in a terminal: whole words, whatever stands in brackets, at any width."""
+
+import pytest
+
+from hybridnas.cli import show
+
+COLUMNS = ["setting", "pattern", "params"]
+ROWS = [["qk_norm_zero_centered", "[M,E]x8 [tokens]", "79,674,391,296"], ["window", "", "0"]]
+
+
+@pytest.fixture
+def shown(monkeypatch, capsys):
+    def at(width, columns=COLUMNS, rows=ROWS):
+        monkeypatch.setattr(show, "is_terminal", lambda: True)
+        monkeypatch.setenv("COLUMNS", str(width))
+        show.table("A title [of 3]", columns, rows, left=(0, 1))
+        return capsys.readouterr().out
+
+    return at
+
+
+@pytest.mark.parametrize("width", [30, 49, 52, 60, 80, 200])
+def test_no_word_is_broken_and_none_in_brackets_is_lost(shown, width):
+    lines = shown(width).splitlines()
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).replace(":", " ").replace(",", " ").split()
+    for cell in (*COLUMNS[1:], *ROWS[0], "[of 3]"):
+        for word in cell.replace(",", " ").split():
+            assert word in words
+
+
+def test_a_row_is_one_line_where_there_is_room_for_it(shown):
+    assert [line.split() for line in shown(80).splitlines() if "qk_norm" in line] == [
+        ["qk_norm_zero_centered", "[M,E]x8", "[tokens]", "79,674,391,296"]
+    ]
+
+
+def test_what_has_no_room_side_by_side_is_written_row_by_row(shown):
+    assert shown(45).splitlines() == [
+        "A title [of 3]",
+        "qk_norm_zero_centered: pattern [M,E]x8 ",
+        "[tokens], params 79,674,391,296",
+        "window: params 0",
+    ]
