@@ -27,7 +27,8 @@ from hybridnas.bench.suites.decode import ours as seconds_per_token
 from hybridnas.layers.block import Block, BlockOutput
 from hybridnas.registry import BLOCKS
 
-KINDS = ("L{kind=lightning}", "L{kind=gla}", "L{kind=deltanet}", "L{kind=retnet}", "L{kind=hgrn2}")
+LIGHTNING = "L{head_dim=64,kind=lightning}"  # keys as wide as values, as in MiniMax
+KINDS = (LIGHTNING, "L{kind=gla}", "L{kind=deltanet}", "L{kind=retnet}", "L{kind=hgrn2}")
 LAYERS = ["linear_attention", "full_attention"]  # of which transformers' hybrids want both, whichever is built
 _LINEAR = 1.15  # how much more a token of a long sequence may cost and the step still count as linear in length
 
@@ -204,7 +205,7 @@ def _mamba2(config: Any) -> _Peer:
 PEERS: dict[str, Callable[[Any], _Peer]] = {
     "G": _gated_deltanet,
     "K": _kimi_delta,
-    "L{kind=lightning}": _lightning,
+    LIGHTNING: _lightning,
     "C": _gated_conv,
     "N": _mamba2,
 }
