@@ -19,7 +19,7 @@ from hybridnas.errors import ConfigError
 from hybridnas.hardware import Impl
 from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, Variant, exportable, truncated_normal_
 from hybridnas.layers.latent_attention import LatentAttention, LatentCache, LatentShape, LatentState, next_capacity
-from hybridnas.layers.mode import is_plain_eager
+from hybridnas.layers.mode import has_hooks, is_plain_eager
 from hybridnas.layers.norms import RMSNorm, ZeroCenteredRMSNorm, one_row
 from hybridnas.layers.rotary import Angles, rotate, rotation
 from hybridnas.layers.softmax_attention import scored_pairs, scored_width, softmax_attention
@@ -390,6 +390,8 @@ class Attention(Block):
 
     def one_token(self, norm: nn.Module, state: State) -> Callable[[Tensor], Tensor] | None:
         if type(self).forward is not Attention.forward or not is_plain_eager(state[0].device):
+            return None
+        if self.latent is not None and has_hooks(self.latent):  # its parts are called below, it is not
             return None
         normed = one_row(norm)
         if self.latent is not None:

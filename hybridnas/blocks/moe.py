@@ -39,7 +39,8 @@ class Moe(Block):
     Capacity counts the whole batch and by default limits training alone. Slots go to tokens in (B, L) order, as in
     Switch, so drops fall on the last sequences of a batch; which sequences are last is drawn anew at every step. With
     ``top_k`` of 2 and more a token's choices are served together, where GShard and ST-MoE serve all first choices
-    first. Accumulation splits the batch: each smaller pass has its own capacity and its own drops.
+    first. Accumulation splits the batch: each smaller pass has its own capacity and its own drops. So has each piece of
+    a text under ``eval_capacity_factor``: read in pieces or generated, its outputs differ from those of the whole.
     """
 
     float32 = ("routed.router.weight", "routed.correction_bias")

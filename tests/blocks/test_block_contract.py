@@ -285,6 +285,26 @@ def test_the_fast_step_takes_a_state_however_it_lies(case, layout):
 
 
 @every_causal_block
+def test_hooks_on_the_parts_of_a_block_run_at_every_fast_step(case):
+    block, x_BLD, calls = build(case), tokens(2, 6), []
+    with torch.no_grad():
+        _, state = run_in_chunks(block, x_BLD[:, :5], [5])
+        for name, part in block.named_modules():
+            if part is block:
+                continue  # whoever decodes looks at these
+            handle = part.register_forward_hook(lambda *_: calls.append(1))
+            block(x_BLD[:, 5:], state)
+            in_forward = bool(calls)
+            calls.clear()
+            step = block.one_token(nn.Identity(), map_state(torch.clone, state))
+            if step is not None:
+                step(x_BLD[:, 5].clone())
+                assert bool(calls) == in_forward, name
+            calls.clear()
+            handle.remove()
+
+
+@every_causal_block
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_the_default_dtype_does_not_touch_the_numbers(case, default):
     block, x_BLD = build(case), tokens(2, 40)
