@@ -300,7 +300,7 @@ def _state(given: ReportInput) -> Section | None:
     length = f" at {given.meta.seq_len} tokens" if given.meta.seq_len else ""
     axis = Axis(f"state of one sequence{length}", log=True, in_bytes=True)
     svg = scatter_svg([(axis, _series(given, complete, "state_bytes"))], "state", front=True)
-    intro = "What a model must remember while it generates: keys and values of attention, states of Mamba."
+    intro = "What a model must remember while it generates: keys and values of attention, states of the other mixers."
     caption = "The line joins the trials that none beats in both loss and state."
     return Section("Loss against state", intro, markup(svg), caption) if svg else None
 
