@@ -391,7 +391,7 @@ def test_an_unknown_implementation_is_refused_with_those_that_exist():
     with pytest.raises(ConfigError) as refused:
         Impl.of("fast")
     assert (refused.value.field, refused.value.got) == ("impl", "fast")
-    assert refused.value.allowed == ["auto", "reference", "torch", "native", "triton"]
+    assert refused.value.allowed == ["auto", "reference", "torch", "native", "triton", "fla"]
     assert torch.__version__ in hardware.describe_machine()
 
 

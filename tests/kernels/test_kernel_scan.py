@@ -336,7 +336,7 @@ def test_a_requested_implementation_runs_or_raises():
     with pytest.raises(ConfigError) as refused:
         selective_scan(**arguments(), impl="gpu")
     assert (refused.value.field, refused.value.got) == ("impl", "gpu")
-    assert refused.value.allowed == ["auto", "reference", "torch", "native", "triton"]
+    assert refused.value.allowed == ["auto", "reference", "torch", "native", "triton", "fla"]
     y, state = selective_scan(**arguments(), delta_softplus=True, impl="reference", return_final_state=True)
     torch.testing.assert_close(y, selective_scan(**arguments(), delta_softplus=True), rtol=1e-5, atol=1e-5)
     assert state.shape == (2, 3, 5)

@@ -154,7 +154,7 @@ def test_no_parameter_named_bias_decays_in_any_block():
     for letter in BLOCKS:
         config = BLOCKS.get(letter).Config
         biased = {name: True for name in config.field_names() if "bias" in name and config.type_of(name) is bool}
-        sizes = {"n_experts": 2} if "n_experts" in config.field_names() else {}
+        sizes = {name: size for name, size in {"n_experts": 2, "d_conv": 4}.items() if name in config.field_names()}
         model = HybridLM(Arch.from_pattern(letter, d_model=32, vocab_size=16, **{letter: {**biased, **sizes}}))
         spared = no_decay_names(model)
         assert {name for name in named_parameters(model) if "bias" in name.rpartition(".")[2]} <= spared, letter
