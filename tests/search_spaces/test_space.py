@@ -77,7 +77,8 @@ def test_every_drawn_candidate_meets_the_target_within_two_percent_or_says_why_n
     target = drawn.target(scale)
     proposal = proposed(drawn, Dice(seed), scale)
     if isinstance(proposal, str):
-        words = ("active parameters", "active_params", "requires", "no width to size", "min_attention", "max_mixers", "state bytes")
+        sizes = ("active parameters", "active_params", "no width to size", "state bytes")
+        words = (*sizes, "requires", "min_attention", "max_mixers")
         assert any(word in proposal for word in words), proposal
         return
     assert abs(proposal.arch.cost().active_params - target) <= 0.02 * target
