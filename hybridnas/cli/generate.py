@@ -30,7 +30,7 @@ class Settings(Command):
     top_p: float | None = option(
         None, "draw among the fewest likeliest tokens of this total probability; null: among all [0 to 1]", gt=0, le=1
     )
-    eos_token_id: tuple[int, ...] = option((), "token numbers that end the text, as [0,5] [tokens]", ge=0)
+    eos_token_id: tuple[int, ...] = option((), "token numbers that end the text, several as [0,5]", ge=0)
     seed: int = option(0, "seed of the draws", ge=0, le=2**63 - 1)
     stop_at_end: bool = option(True, "stop where the model ends the document [yes/no]")
     echo: bool = option(True, "print the prompt before its continuation [yes/no]")
