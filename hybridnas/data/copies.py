@@ -3,7 +3,7 @@
 Both come from one pass of hashes of all windows of ``WINDOW`` bytes. A document's sketch holds the smallest of its
 hashes (bottom-k sampling, Broder 1997: the share of a sketch that two documents have in common estimates the overlap
 of their texts). MinHash libraries hash every shingle with many functions in Python; here one hash per byte in NumPy
-serves both uses, and a gigabyte takes about a minute.
+serves both uses.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _shared_windows(sketches: Sequence[Hashes]) -> Iterator[tuple[int, int, int]
     for start, length in zip(starts[lengths > 1].tolist(), lengths[lengths > 1].tolist(), strict=True):
         members = owners[start : start + length].tolist()
         if length > _COMMON:
-            members = members[:2]  # whoever asks joins equal documents, so most of these meet all the same
+            members = members[:2]  # equal documents are joined by the caller, so most pairs are found anyway
         for place, second in enumerate(members):
             for first in members[:place]:
                 counts[first, second] = counts.get((first, second), 0) + 1

@@ -133,7 +133,7 @@ def _nearest(at: Callable[[float], Arch], low: float, high: float, measure: Call
             break
         low, high = (middle, high) if got is not None and got < target else (low, middle)
     if not tried:
-        at((low * high) ** 0.5)  # raises the block's own reason
+        return at((low * high) ** 0.5)  # as a rule this raises the block's own reason
     return tried[min(tried, key=lambda got: (abs(got - target), got))]
 
 

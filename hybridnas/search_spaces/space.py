@@ -325,8 +325,7 @@ class LetterSpace(_PatternSpace):
             if key not in self.fields:
                 problem = f"per_slot names {key!r}, which has no choices; add {key}: [...]"
                 self._refuse("per_slot", key, tuple(self.fields), problem)
-            widths = [x for x in BLOCKS if key.rpartition(".")[2] in ("d_expert", "d_ff") and self.match]
-            if widths:
+            if self.match and key.rpartition(".")[2] in ("d_expert", "d_ff"):
                 problem = f"per_slot names {key!r}, which matching sets; use width_ratio: [0.5, 1, 2], or match: false"
                 self._refuse("per_slot", key, "fields that matching leaves alone", problem)
         if self.width_ratio is not None:

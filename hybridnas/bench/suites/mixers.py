@@ -41,7 +41,7 @@ def run(config: BenchConfig) -> Result:
     )
     mixers = [x for x in BLOCKS if BLOCKS.get(x).role != "feed_forward"]
     mixers += [kind for kind in KINDS if kind[0] in mixers]
-    recurrent = [mixer for mixer in mixers if mixer[0] in "GKL"]  # on one kernel, which has the goals
+    recurrent = [mixer for mixer in mixers if mixer[0] in "GKL"]  # on kernels.gated_delta
     steps: dict[str, dict[str, list[float]]] = {}
     for length in lengths:
         case = f"step of {tokens:,} tokens at length {length:,}"
