@@ -50,14 +50,14 @@ class ProgressBar(ProgressLines):
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task("train", total=run.total_tokens, completed=run.tokens, loss="-", speed="-")
+        total = run.config.trained_steps() * run.config.step_tokens
+        self._task = self._bar.add_task("train", total=total, completed=run.trained_tokens, loss="-", speed="-")
         self._bar.start()
         super().on_start(run)
 
     def on_step(self, run: Run, step: int) -> None:
-        self._bar.update(
-            self._task, completed=run.tokens, loss=f"{run.loss:.4f}", speed=f"{run.tokens_per_second:,.0f}"
-        )
+        speed = f"{run.tokens_per_second:,.0f}"
+        self._bar.update(self._task, completed=run.trained_tokens, loss=f"{run.loss:.4f}", speed=speed)
 
     def on_end(self, run: Run, result: TrainResult) -> None:
         if self._bar is not None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 SAMPLERS = ("tpe", "evolution", "nsga2", "gp", "random", "bruteforce")
 PRUNERS = ("halving", "hyperband", "none")
 USUAL_SAMPLER = "evolution"  # fewest tokens to the best 1 % of the table: python -m hybridnas.bench samplers
+# Fields that older studies do not know, and the value they stand for.
+ADDED = {"schedule": "cosine", "decay_fraction": 0.15}
 # Of a budget, what may change when a study goes on.
 LIMITS_OF_A_CALL = ("n_trials", "minutes", "max_tokens", "name", "confirm", "confirm_top", "confirm_seeds")
 
@@ -58,6 +60,15 @@ class Budget(FrozenConfig):
     tokens_per_active_param: float = option(20.0, "training tokens of an unpruned trial [per active parameter]", gt=0)
     lr: float = option(TrainConfig().lr, "peak learning rate [1]", gt=0)
     weight_decay: float = option(0.1, "decoupled weight decay [1]", ge=0)
+    schedule: str = option(
+        "cosine",
+        "learning rate after warm-up; cosine: rungs compare unfinished models; wsd: at every rung a branch with its "
+        "own decay is scored, and what is promoted goes on from before it",
+        choices=("cosine", "wsd"),
+    )
+    decay_fraction: float = option(
+        0.15, "of wsd: the part of a rung's tokens over which the rate falls [1]", gt=0, le=0.9
+    )
     rungs: int = option(3, "rungs of the pruner, the last one the full run [count]", ge=1)
     reduction: int = option(3, "one in so many goes on from a rung to the next [count]", ge=2)
     growth: int | None = option(
@@ -106,8 +117,14 @@ class Budget(FrozenConfig):
 
     def train_config(self, active_params: int, seed: int) -> TrainConfig:
         """Return how every trial of the study is trained."""
+        rungs = self.rung_tokens(active_params)
+        annealed = self.schedule == "wsd"
         return TrainConfig(
-            tokens=self.rung_tokens(active_params)[-1],
+            tokens=rungs[-1],
+            schedule=self.schedule,
+            decay_fraction=self.decay_fraction,
+            final_lr_fraction=0.0 if annealed else TrainConfig().final_lr_fraction,
+            anneal_at=rungs[:-1] if annealed else (),
             batch_size=self.batch_size,
             seq_len=self.seq_len,
             lr=self.lr,
@@ -119,6 +136,11 @@ class Budget(FrozenConfig):
             devices=self.devices,
             seed=seed,
         )
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that decide a study's numbers, in the form that older studies have."""
+        kept = {name: value for name, value in self.to_dict().items() if name not in LIMITS_OF_A_CALL}
+        return {name: value for name, value in kept.items() if name not in ADDED or value != ADDED[name]}
 
     def scale(self, vocab_size: int) -> Scale:
         """Return the size at which the space is searched."""
@@ -223,6 +245,6 @@ class SearchConfig(FrozenConfig):
         return {
             "space": {k: v for k, v in self.space.items() if k != "description" and v not in (None, [], ())},
             "data": {k: v for k, v in data.items() if k != "cache_dir" and v is not None},
-            "budget": {k: v for k, v in self.budget.to_dict().items() if k not in LIMITS_OF_A_CALL},
+            "budget": self.budget.identity(),
             **{name: getattr(self, name) for name in kept},
         }

@@ -29,7 +29,7 @@ from hybridnas.cost import Cost
 from hybridnas.data.source import Batch, Source
 from hybridnas.errors import ConfigError, MatchError, StudyError
 from hybridnas.files import write_json, write_text
-from hybridnas.search.config import Budget, SearchConfig
+from hybridnas.search.config import ADDED, Budget, SearchConfig
 from hybridnas.search_spaces.space import Space
 from hybridnas.study.records import ARCH, TrialRecord, trial_folder
 from hybridnas.train.callbacks import Action
@@ -85,7 +85,8 @@ class TableSpec(FrozenConfig):
     def settings(self, space: Space) -> str:
         """Return 12 hex digits of all that decides a row's numbers: rows that differ in them cannot be compared."""
         limits = ("name", "n_trials", "minutes", "rungs", "reduction", "growth", "evals")
-        budget = {key: value for key, value in self.budget.to_dict().items() if key not in limits}
+        added = {key for key, value in ADDED.items() if getattr(self.budget, key) == value}
+        budget = {key: value for key, value in self.budget.to_dict().items() if key not in (*limits, *added)}
         data = {key: value for key, value in self.data.items() if key != "cache_dir"}
         text = json.dumps({"data": data, "budget": budget, "match": space.match}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

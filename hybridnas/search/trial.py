@@ -141,10 +141,10 @@ class TrialRun:
 
     def run(self, arch: Arch) -> TrialRecord:
         started = time.time()
-        resumed = self.record.tokens if self.trainer.kept(self.record.number) else 0
+        resumed = trained_tokens(self.record.curve) if self.trainer.kept(self.record.number) else 0
         result = self.trainer.train(self.record, arch, self._on_eval)
         record = conclude(self.plan, self.record, result, time.time() - started)
-        leg = [time.time(), max(0, record.tokens - resumed)]
+        leg = [time.time(), max(0, trained_tokens(record.curve) - resumed)]
         return dataclasses.replace(record, legs=[*record.legs, leg], deaths=[])
 
     def _on_eval(self, value: Eval) -> Action:
@@ -207,6 +207,11 @@ def conclude(plan: Plan, record: TrialRecord, result: TrainResult, seconds: floa
         tokens_per_second=result.tokens_per_second or None,
         reason=reason,
     )
+
+
+def trained_tokens(curve: Sequence[Mapping[str, Any]]) -> int:
+    """Return the training tokens that a curve has cost, those of the branches of schedule ``wsd`` included."""
+    return round(max((entry.get("trained_tokens", entry["tokens"]) for entry in curve), default=0))
 
 
 def died(plan: Plan, record: TrialRecord, progress: str) -> TrialRecord:

@@ -49,6 +49,7 @@ class Run:
     device: torch.device
     evals: list[Eval] = field(default_factory=list)  # all so far, those of earlier processes included
     step: int = 0  # optimizer steps done
+    branch_steps: int = 0  # steps of branches that were left again (schedule wsd)
     loss: float = math.nan  # running mean of the training cross-entropy [nats per token]
     tokens_per_second: float = 0.0  # of training alone, since the last measurement
 
@@ -56,6 +57,11 @@ class Run:
     def tokens(self) -> int:
         """Training tokens read so far."""
         return self.step * self.config.step_tokens
+
+    @property
+    def trained_tokens(self) -> int:
+        """Training tokens of all steps so far, those of branches included: what grows at every step."""
+        return (self.step + self.branch_steps) * self.config.step_tokens
 
     @property
     def total_tokens(self) -> int:

@@ -25,6 +25,7 @@ from hybridnas.errors import CheckpointError
 from hybridnas.train.records import FORMAT_VERSION, disk_error, read_run
 
 NEWEST, PREVIOUS = "checkpoint.safetensors", "checkpoint.prev.safetensors"
+STABLE = "checkpoint.stable.safetensors"  # of schedule wsd: the state before the decay under way, or the last one
 MODULE = "module"  # the key of a foreign module's class in a run's identity, in the place of an architecture
 _TEMPORARY = ".checkpoint"
 _HEADER = "hybridnas"
@@ -74,10 +75,13 @@ def save(
     model: dict[str, Tensor],
     optimizer: dict[str, Tensor],
     heads: dict[str, Tensor] | None = None,
+    *,
+    name: str = NEWEST,
 ) -> None:
     """Write a checkpoint beside the newest one, then let it take its place; the newest becomes the previous.
 
-    Raises TrainingError when the disk refuses; the checkpoints that were there stay as they were.
+    ``name``: NEWEST, or STABLE, which has no previous one. Raises TrainingError when the disk refuses; the checkpoints
+    that were there stay as they were.
     """
     tensors = {_MODEL + name: _plain(tensor) for name, tensor in model.items()}
     tensors.update({_HEADS + name: _plain(tensor) for name, tensor in (heads or {}).items()})
@@ -86,12 +90,12 @@ def save(
     temporary = folder / f"{_TEMPORARY}.{os.getpid()}.tmp"
     try:
         _write(temporary, tensors, {_HEADER: json.dumps(header)})
-        if (folder / NEWEST).exists():
+        if name == NEWEST and (folder / NEWEST).exists():
             (folder / NEWEST).replace(folder / PREVIOUS)
-        temporary.replace(folder / NEWEST)
+        temporary.replace(folder / name)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise disk_error(error, folder / NEWEST, f"the checkpoint of step {header['progress']['step']}") from None
+        raise disk_error(error, folder / name, f"the checkpoint of step {header['progress']['step']}") from None
 
 
 def load(folder: Path) -> Checkpoint | None:
@@ -118,7 +122,21 @@ def load(folder: Path) -> Checkpoint | None:
     return None
 
 
-def remove(folder: Path, *, names: tuple[str, ...] = (NEWEST, PREVIOUS)) -> None:
+def load_stable(folder: Path) -> Checkpoint:
+    """Return the state before a run's last decay; raises CheckpointError where it is absent or damaged."""
+    path = folder / STABLE
+    try:
+        return _read(path)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}, from which training goes on after a decay, cannot be read ({error or type(error).__name__}); "
+            f"delete {folder} to train from the start",
+            field="folder",
+            got=str(path),
+        ) from None
+
+
+def remove(folder: Path, *, names: tuple[str, ...] = (NEWEST, PREVIOUS, STABLE)) -> None:
     """Delete checkpoints, and what writes that were cut off left behind."""
     for name in names:
         (folder / name).unlink(missing_ok=True)

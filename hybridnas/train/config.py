@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from hybridnas.arch.presets import Recipe
 from hybridnas.config import MAX_SEED, FrozenConfig, option
@@ -11,7 +11,15 @@ from hybridnas.errors import ConfigError
 
 EVALUATIONS = 6  # how often a run is measured when eval_at names no points
 NOT_IDENTITY = ("checkpoint_seconds",)  # fields that may change when a run goes on: they touch no number
-ADDED = {"devices": 1, "allow_noncausal": False}  # fields that older runs do not know, and the value they stand for
+# Fields that older runs do not know, and the value they stand for.
+ADDED = {"devices": 1, "allow_noncausal": False, "decay_fraction": 0.15, "anneal_at": ()}
+
+
+class Decay(NamedTuple):
+    """A stretch of schedule ``wsd`` over which the rate falls, in optimizer steps [count]."""
+
+    start: int  # the last step at the full rate
+    end: int  # the step after which the model is finished and scored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +34,22 @@ class TrainConfig(FrozenConfig):
     accumulate: int = option(1, "forward passes whose gradients are summed into one step [count]", ge=1)
     lr: float = option(6e-3, "highest learning rate", gt=0)
     warmup_fraction: float = option(0.01, "linear warm-up, as a part of all tokens [1]", ge=0, le=1)
-    schedule: str = option("cosine", "how the learning rate goes on after warm-up", choices=("cosine", "constant"))
-    final_lr_fraction: float = option(0.1, "last learning rate of the cosine, as a part of the highest [1]", ge=0, le=1)
+    schedule: str = option(
+        "cosine",
+        "how the learning rate goes on after warm-up; wsd: constant, then a linear decay",
+        choices=("cosine", "constant", "wsd"),
+    )
+    final_lr_fraction: float = option(
+        0.1, "last learning rate of cosine and wsd, as a part of the highest [1]", ge=0, le=1
+    )
+    decay_fraction: float = option(
+        0.15, "of wsd: the part of the tokens up to a finished model over which its rate falls [1]", gt=0, le=0.9
+    )
+    anneal_at: tuple[int, ...] = option(
+        (),
+        "of wsd: training-token counts at which a finished model is scored on a branch with a decay of its own; "
+        "training goes on from before that decay; the end is always one [tokens]",
+    )
     weight_decay: float = option(0.1, "AdamW weight decay", ge=0)
     decay_all: bool = option(False, "decay biases, norms, embeddings and SSM parameters too, as the paper did [yes/no]")
     beta1: float = option(0.9, "AdamW decay of the gradient's mean", ge=0, le=1)
@@ -68,20 +90,39 @@ class TrainConfig(FrozenConfig):
                 got=self.tokens,
                 allowed=f">= {self.step_tokens}",
             )
-        for point in self.eval_at:
-            if not 0 < point <= self.tokens:
+        for name in ("eval_at", "anneal_at"):
+            points = getattr(self, name)
+            for point in points:
+                if not 0 < point <= self.tokens:
+                    raise ConfigError(
+                        f"{self.label()} {name} has {point!r}, it must hold whole numbers from 1 to "
+                        f"tokens={self.tokens}",
+                        field=f"train.{name}",
+                        got=point,
+                        allowed=f"1 to {self.tokens}",
+                    )
+            if list(points) != sorted(set(points)):
                 raise ConfigError(
-                    f"{self.label()} eval_at has {point!r}, it must hold whole numbers from 1 to tokens={self.tokens}",
-                    field="train.eval_at",
-                    got=point,
-                    allowed=f"1 to {self.tokens}",
+                    f"{self.label()} {name}={list(points)} must rise from point to point",
+                    field=f"train.{name}",
+                    got=list(points),
+                    allowed="rising counts",
                 )
-        if list(self.eval_at) != sorted(set(self.eval_at)):
+        if self.anneal_at and self.schedule != "wsd":
             raise ConfigError(
-                f"{self.label()} eval_at={list(self.eval_at)} must rise from point to point",
-                field="train.eval_at",
-                got=list(self.eval_at),
-                allowed="rising counts",
+                f"{self.label()} anneal_at={list(self.anneal_at)} needs schedule=wsd, got schedule={self.schedule}: "
+                f"only wsd has a constant rate to go on from",
+                field="train.anneal_at",
+                got=self.schedule,
+                allowed="wsd",
+            )
+        if self.anneal_at and self.anneal_at[0] <= self.warmup_tokens:
+            raise ConfigError(
+                f"{self.label()} anneal_at has {self.anneal_at[0]}, which lies within the warm-up of "
+                f"{self.warmup_tokens:,.0f} tokens; take later points or a smaller warmup_fraction",
+                field="train.anneal_at",
+                got=self.anneal_at[0],
+                allowed=f"above {self.warmup_tokens:,.0f}",
             )
 
     @classmethod
@@ -104,10 +145,34 @@ class TrainConfig(FrozenConfig):
         """Optimiser steps of the whole run; the last one may pass ``tokens`` by less than a step [count]."""
         return -(-self.tokens // self.step_tokens)
 
+    @property
+    def warmup_tokens(self) -> float:
+        """Tokens over which the learning rate rises."""
+        return self.warmup_fraction * self.tokens
+
     def eval_steps(self) -> tuple[int, ...]:
-        """Return the steps after which the model is measured: those that reach ``eval_at``, and the last."""
+        """Return the steps after which the model is measured: those that reach ``eval_at``, and the last.
+
+        With ``wsd`` also the ends of all decays, and nothing within a decay: there the model is neither at the full
+        rate nor finished.
+        """
         points = self.eval_at or tuple(self.tokens * i // EVALUATIONS for i in range(1, EVALUATIONS))
-        return tuple(sorted({-(-max(1, point) // self.step_tokens) for point in (*points, self.tokens)}))
+        steps = {-(-max(1, point) // self.step_tokens) for point in (*points, self.tokens)}
+        decays = self.decays()
+        steps = {step for step in steps if not any(decay.start < step < decay.end for decay in decays)}
+        return tuple(sorted(steps | {decay.end for decay in decays}))
+
+    def decays(self) -> tuple[Decay, ...]:
+        """Return the decays of schedule ``wsd`` in order, the last one that of the end; none for other schedules."""
+        if self.schedule != "wsd":
+            return ()
+        ends = sorted({-(-point // self.step_tokens) for point in (*self.anneal_at, self.tokens)})
+        return tuple(Decay(end - max(1, round(self.decay_fraction * end)), end) for end in ends)
+
+    def trained_steps(self, step: int | None = None) -> int:
+        """Return the steps trained up to the measurement at ``step``, branches included; None: at the end [count]."""
+        upto = self.steps if step is None else step
+        return upto + sum(decay.end - decay.start for decay in self.decays() if decay.end < upto)
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that decide the numbers of a run: what a checkpoint must agree with."""

@@ -9,23 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from hybridnas.errors import ConfigError
-from hybridnas.train.config import TrainConfig
+from hybridnas.train.config import Decay, TrainConfig
 
 
-def learning_rate(config: TrainConfig, tokens: int) -> float:
-    """Return the rate of the step that brings the run to ``tokens``: linear warm-up, then cosine or constant.
+def learning_rate(config: TrainConfig, tokens: int, decay: Decay | None = None) -> float:
+    """Return the rate of the step that brings the run to ``tokens``: linear warm-up, then what the schedule says.
 
-    The rate reaches ``lr`` where warm-up ends and ``lr * final_lr_fraction`` at ``config.tokens``, and stays there.
+    The rate reaches ``lr`` where warm-up ends. With a cosine it is ``lr * final_lr_fraction`` at ``config.tokens``, and
+    stays there. With ``wsd`` it stays at ``lr`` and falls linearly to that value within ``decay``, the one under way.
     """
-    warmup = config.warmup_fraction * config.tokens
+    warmup = config.warmup_tokens
     if tokens < warmup:
         return config.lr * tokens / warmup
     if warmup >= config.tokens:  # the last step may pass ``tokens``: it has no cosine to fall along
         return config.lr
-    if config.schedule == "constant":
+    low = config.final_lr_fraction
+    if config.schedule == "wsd" and decay is not None:
+        start, end = (step * config.step_tokens for step in decay)
+        return config.lr * (low + (1 - low) * min(1.0, max(0.0, (end - tokens) / (end - start))))
+    if config.schedule != "cosine":
         return config.lr
     part = min(1.0, (tokens - warmup) / (config.tokens - warmup))
-    low = config.final_lr_fraction
     return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * part)))
 
 
@@ -82,8 +86,9 @@ def optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.o
 def restore_optimizer(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what :func:`optimizer_tensors` gave, on each parameter's device."""
+    """Put back what :func:`optimizer_tensors` gave, on each parameter's device; nothing else stays."""
     for name, p in parameters.items():
+        optimizer.state.pop(p, None)
         own = {key: tensors[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors}
         if own:
             optimizer.state[p] = {key: value.clone().to(p.device) for key, value in own.items()}

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from hybridnas.data.source import Batch
 from hybridnas.errors import TrainingDiverged
 from hybridnas.train import checkpoint, optim
 from hybridnas.train.callbacks import Action, Callback, CallbackList, Run
+from hybridnas.train.config import Decay
 from hybridnas.train.distributed import Group
 from hybridnas.train.evaluate import Score, autocast, counted, evaluate, mean_stats, to_device
 from hybridnas.train.objective import Loss, Objective
@@ -54,6 +56,9 @@ class Position:
     first_loss: float | None = None
     sums: dict[str, float] = field(default_factory=dict)  # since the last measurement
     smooth_loss: float = 0.0
+    decay: int = 0  # of schedule wsd: the end of the decay under way [step]; 0: the rate is constant
+    annealed: int = 0  # the end of the last decay that training has come back from [step]
+    branch_steps: int = 0  # steps of the branches that training has come back from [count]
 
 
 class Trainer:
@@ -91,6 +96,7 @@ class Trainer:
         self._autocast = autocast(run.config.precision, run.device)
         self._sums: dict[str, Tensor] = {}
         self._smooth = self._scalar(0.0)
+        self._stable: checkpoint.Checkpoint | None = None
         self._started = self._lap_start = self._saved_at = time.perf_counter()
         objective.train()
 
@@ -102,14 +108,24 @@ class Trainer:
     @property
     def tokens_per_second(self) -> float:
         """Mean speed of training alone over the whole run."""
-        return self.tokens / self.state.train_seconds if self.state.train_seconds else 0.0
+        return self.trained_tokens / self.state.train_seconds if self.state.train_seconds else 0.0
+
+    @property
+    def trained_tokens(self) -> int:
+        """Training tokens of all steps taken, those of branches that were left included [count]."""
+        return (self.state.step + self.state.branch_steps) * self.config.step_tokens
+
+    @property
+    def decay(self) -> Decay | None:
+        """The decay under way, or None at a constant rate and with other schedules than ``wsd``."""
+        return next((decay for decay in self.config.decays() if decay.end == self.state.decay), None)
 
     def train(self, interrupted: threading.Event, max_seconds: float | None) -> Outcome:
         """Run to the end, a stop or an interrupt; saves at measurements, at times, and before it leaves.
 
         Raises TrainingDiverged when the run cannot go on, KeyboardInterrupt when ``interrupted`` is set.
         """
-        self.run.step = self.state.step
+        self.run.step, self.run.branch_steps = self.state.step, self.state.branch_steps
         if self.group.size > 1:
             self._forward = self.group.parallel(self._objective)
         try:
@@ -127,6 +143,7 @@ class Trainer:
         points = frozenset(self.config.eval_steps())
         self._started = self._lap_start = self._saved_at = time.perf_counter()
         while self.state.step < self.config.steps:
+            self._turn()
             self._step()
             self._look()
             if self.group.first:
@@ -151,6 +168,41 @@ class Trainer:
                 self.save()
         return Outcome("completed")
 
+    def _turn(self) -> None:
+        """Begin a decay where one starts; after the end of a branch, go back to the state before its decay."""
+        state = self.state
+        if state.decay and state.step >= state.decay:
+            self._return()
+        if self.state.decay:
+            return
+        for decay in self.config.decays():
+            if decay.start == self.state.step and decay.end > self.state.annealed:
+                self._branch(decay)
+                return
+
+    def _branch(self, decay: Decay) -> None:
+        """Keep the present state, and let the rate fall from here to the end of ``decay``."""
+        self._lap()
+        header, weights, moments, heads = self._contents()
+        self._stable = checkpoint.Checkpoint(header, _copied(weights), _copied(moments), _copied(heads))
+        if self.group.first and self.folder is not None:
+            checkpoint.save(self.folder, header, weights, moments, heads, name=checkpoint.STABLE)
+        self.state.decay = decay.end
+        self._lap_start = time.perf_counter()
+
+    def _return(self) -> None:
+        """Take up the state before the branch that has ended; time and trained steps go on."""
+        assert self._stable is not None or self.folder is not None
+        found = self._stable or checkpoint.load_stable(self.folder)  # type: ignore[arg-type]
+        branch = self.state
+        self._take(found, checkpoint.STABLE)
+        state = self.state
+        state.annealed = branch.decay
+        state.branch_steps = branch.branch_steps + branch.step - state.step
+        state.seconds, state.train_seconds = branch.seconds, branch.train_seconds
+        self._stable = None
+        self.run.step, self.run.branch_steps = state.step, state.branch_steps
+
     def _decide(self, interrupted: threading.Event, max_seconds: float | None) -> int:
         now = time.perf_counter()
         if interrupted.is_set():
@@ -168,7 +220,8 @@ class Trainer:
         """Take one optimizer step; raises TrainingDiverged, with nothing changed, where it cannot be taken."""
         config, step, group = self.config, self.state.step, self.group
         self._seed(step)
-        optim.set_learning_rate(self.optimizer, optim.learning_rate(config, (step + 1) * config.step_tokens))
+        rate = optim.learning_rate(config, (step + 1) * config.step_tokens, self.decay)
+        optim.set_learning_rate(self.optimizer, rate)
         # One draw of the whole step, then cut: accumulation reads exactly what one large batch would read.
         order = config.seed if config.data_seed is None else config.data_seed
         whole = self.source.train_batch(step, config.batch_size * config.accumulate, config.seq_len, order)
@@ -303,7 +356,10 @@ class Trainer:
         score = self._score("valid")
         means = {name: float(value) / state.since_steps for name, value in self._sums.items()}
         train_loss = means.pop("loss")
-        means["lr"] = optim.learning_rate(config, self.tokens)
+        means["lr"] = optim.learning_rate(config, self.tokens, self.decay)
+        if config.schedule == "wsd":
+            means["annealed"] = float(self.state.decay == state.step)
+            means["trained_tokens"] = float(self.trained_tokens)
         means.update(score.figures())
         if state.step == config.steps and self.source.test_tokens != 0:
             means.update(self._score("test").test_figures())
@@ -325,20 +381,26 @@ class Trainer:
             self._saved_at = time.perf_counter()
             return
         self._lap()
+        header, weights, moments, heads = self._contents()
+        checkpoint.save(self.folder, header, weights, moments if with_optimizer else {}, heads)
+        self._saved_at = self._lap_start = time.perf_counter()
+
+    def _contents(self) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Return what a checkpoint of this moment holds: header, weights, moments and heads."""
         self.state.sums = {name: float(value) for name, value in self._sums.items()}
         self.state.smooth_loss = float(self._smooth)
-        position = {**asdict(self.state), "seconds": self._seconds()}
-        moments = optim.optimizer_tensors(self._named, self.optimizer) if with_optimizer else {}
-        header = {**self.identity, "progress": position}
-        weights, heads = checkpoint.model_tensors(self.model), checkpoint.model_tensors(self.heads)
-        checkpoint.save(self.folder, header, weights, moments, heads)
-        self._saved_at = self._lap_start = time.perf_counter()
+        header = {**self.identity, "progress": {**asdict(self.state), "seconds": self._seconds()}}
+        moments = optim.optimizer_tensors(self._named, self.optimizer)
+        return header, checkpoint.model_tensors(self.model), moments, checkpoint.model_tensors(self.heads)
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
         """Take up a checkpoint: weights, moments, position and sums."""
-        assert self.folder is not None
-        checkpoint.restore_model(self.model, found.model, self.folder / checkpoint.NEWEST)
-        checkpoint.restore_model(self.heads, found.heads, self.folder / checkpoint.NEWEST)
+        self._take(found, checkpoint.NEWEST)
+
+    def _take(self, found: checkpoint.Checkpoint, name: str) -> None:
+        path = Path(name) if self.folder is None else self.folder / name
+        checkpoint.restore_model(self.model, found.model, path)
+        checkpoint.restore_model(self.heads, found.heads, path)
         optim.restore_optimizer(self._named, self.optimizer, found.optimizer)
         self.state = Position(**found.header["progress"])
         self._sums = {name: self._scalar(value) for name, value in self.state.sums.items()}
@@ -381,6 +443,10 @@ def _slice(batch: Batch, start: int, length: int) -> Batch:
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _left(value: Eval, action: Action) -> Outcome:

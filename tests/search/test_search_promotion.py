@@ -188,3 +188,16 @@ def test_two_workers_cannot_both_take_a_promotion(tmp_path):
     one.release(0)
     assert not two.begin(going_on)  # it looked before the end was written
     assert [record.state for record in two.changes()] == ["COMPLETE"]
+
+
+def test_every_rung_of_wsd_scores_a_finished_model_and_its_branches_are_paid_for(tmp_path, tiny):
+    settings = [*tiny, *HALVING, "budget.schedule=wsd", "budget.tokens_per_active_param=4", "budget.decay_fraction=0.3"]
+    summary = run(tmp_path, [*settings, "space.baselines=[]", "n_trials=6"])
+    rungs = rungs_of(summary)
+    for record in trained(summary):
+        at = {entry["tokens"]: entry for entry in record.curve}
+        assert all(at[tokens]["annealed"] == 1 for tokens, _ in record.rungs)
+        assert sum(tokens for _, tokens in record.legs) == at[record.tokens]["trained_tokens"]
+    again = next(record for record in summary.records if record.state == "COMPLETE" and len(record.legs) > 1)
+    assert again.curve[-1]["trained_tokens"] > rungs[-1]  # branches cost more than the tokens of the last model
+    assert replay(summary.folder, again.number).identical
