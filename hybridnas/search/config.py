@@ -21,7 +21,7 @@ SAMPLERS = ("tpe", "evolution", "nsga2", "gp", "random", "bruteforce")
 PRUNERS = ("halving", "hyperband", "none")
 USUAL_SAMPLER = "evolution"  # fewest tokens to the best 1 % of the table: python -m hybridnas.bench samplers
 # Fields that older studies do not know, and the value they stand for.
-ADDED = {"schedule": "cosine", "decay_fraction": 0.15}
+ADDED = {"schedule": "cosine", "decay_fraction": 0.15, "rate": "shared"}
 # Of a budget, what may change when a study goes on.
 LIMITS_OF_A_CALL = ("n_trials", "minutes", "max_tokens", "name", "confirm", "confirm_top", "confirm_seeds")
 
@@ -59,6 +59,11 @@ class Budget(FrozenConfig):
     batch_size: int = option(16, "sequences per step [count]", ge=1)
     tokens_per_active_param: float = option(20.0, "training tokens of an unpruned trial [per active parameter]", gt=0)
     lr: float = option(TrainConfig().lr, "peak learning rate [1]", gt=0)
+    rate: str = option(
+        "shared",
+        "shared: every trial trains at lr; tuned: each races rates around it to the first rung, and the best goes on",
+        choices=("shared", "tuned"),
+    )
     weight_decay: float = option(0.1, "decoupled weight decay [1]", ge=0)
     schedule: str = option(
         "cosine",

@@ -28,6 +28,8 @@ class Plan:
     objectives: tuple[str, ...] = ("val_loss",)
     limits: Mapping[str, float] = field(default_factory=dict)  # of a candidate: max_params, ...
     state_length: int | None = None  # context at which state_bytes counts [tokens]; None: that of the scale
+    rate: str = "shared"  # or tuned: every candidate races for its own learning rate
+    lr: float = 0.0  # the budget's learning rate, where races start
     hardware: bool = False  # whether candidates are measured on this machine
     presets: tuple[str, ...] = ()  # trained first
     minutes: float | None = None  # no trial starts that would end later

@@ -95,12 +95,13 @@ def replay(
     folder = _fresh(out, study / "replays" / f"{number:04d}")
     until = math.inf if record.state == FAIL else record.tokens
     end = OnEval(lambda value: Action.STOP if value.tokens >= until else Action.CONTINUE)
+    config = budget.train_config(target, identity["seed"])
     with _threads_of(trial_folder(study, number)):
         cell = Cell(
             key=folder.name,
             model=arch,
             source=source,
-            config=budget.train_config(target, identity["seed"]),
+            config=config if record.lr is None else config.replace(lr=record.lr),
             folder=folder,
             device=device,
         )

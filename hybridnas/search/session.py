@@ -140,6 +140,8 @@ def make_plan(settings: Settings, source: Source) -> Plan:
         objectives=config.objectives,
         limits=config.limits,
         state_length=config.state_length,
+        rate=budget.rate,
+        lr=budget.lr,
         hardware=config.hardware,
         presets=space.baselines,
         minutes=budget.minutes,

@@ -30,6 +30,7 @@ from hybridnas.data.source import Batch, Source
 from hybridnas.errors import ConfigError, MatchError, StudyError
 from hybridnas.files import write_json, write_text
 from hybridnas.search.config import ADDED, Budget, SearchConfig
+from hybridnas.search.rates import Tried
 from hybridnas.search_spaces.space import Space
 from hybridnas.study.records import ARCH, TrialRecord, trial_folder
 from hybridnas.train.callbacks import Action
@@ -269,6 +270,15 @@ class LookupTrainer:
 
     def progress(self, number: int) -> str:
         return ""
+
+    def try_rate(self, record: TrialRecord, arch: Arch, lr: float, tokens: int) -> Tried:
+        raise ConfigError(
+            "a search on a table trains nothing, so candidates have no learning rates to choose from; set rate=shared "
+            "in its budget",
+            field="budget.rate",
+            got="tuned",
+            allowed="shared",
+        )
 
 
 class TableTrainer(LookupTrainer):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,6 +15,8 @@ from hybridnas.files import write_json
 from hybridnas.search.config import SearchConfig
 from hybridnas.search.history import TRAINED, History
 from hybridnas.search.plan import Plan
+from hybridnas.search.rates import Tried
+from hybridnas.search.trial import flat, trained_tokens
 from hybridnas.study.objectives import eligible, score
 from hybridnas.study.records import ARCH, TrialRecord, trial_folder
 from hybridnas.train import checkpoint
@@ -23,6 +27,7 @@ from hybridnas.train.records import Eval, TrainResult, read_evals
 if TYPE_CHECKING:
     from hybridnas.data import Source
 
+RATES = "rates"  # in a trial's folder: the runs of its race
 KEPT_CHECKPOINTS = 3  # of the best trials besides the presets; others come back through replay
 
 
@@ -60,17 +65,32 @@ class CellTrainer:
 
         return measure(self.study, arch, self.config)
 
+    def try_rate(self, record: TrialRecord, arch: Arch, lr: float, tokens: int) -> Tried:
+        folder = self.folder(record.number) / RATES / f"{lr:.4g}"
+        pause = OnEval(lambda value: Action.PAUSE if value.tokens >= tokens else Action.CONTINUE)
+        with self._quiet():
+            result = run_cell(self._cell(arch, folder, record.seed, lr=lr), callbacks=[pause, *self.callbacks])
+        spent = trained_tokens([flat(value) for value in result.evals])
+        loss = math.inf if result.status == "failed" or result.valid_loss is None else result.valid_loss
+        return Tried(lr, loss, spent)
+
     def train(self, record: TrialRecord, arch: Arch, on_eval: Callable[[Eval], Action]) -> TrainResult:
         folder = self.folder(record.number)
         if not (folder / ARCH).exists():
             write_json(folder / ARCH, arch.to_dict())
-        quiet: AbstractContextManager[None] = nullcontext()
-        if self.config.hardware:
-            from hybridnas.search.latency import training
+        if record.lr is not None and (folder / RATES).is_dir():
+            _take_over(folder / RATES / f"{record.lr:.4g}", folder)
+        with self._quiet():
+            cell = self._cell(arch, folder, record.seed, lr=record.lr)
+            return run_cell(cell, callbacks=[OnEval(on_eval), *self.callbacks])
 
-            quiet = training(self.study)
-        with quiet:
-            return run_cell(self._cell(arch, folder, record.seed), callbacks=[OnEval(on_eval), *self.callbacks])
+    def _quiet(self) -> AbstractContextManager[None]:
+        """Return what keeps trainings from running while another worker measures this machine's speed."""
+        if not self.config.hardware:
+            return nullcontext()
+        from hybridnas.search.latency import training
+
+        return training(self.study)
 
     def again(self, record: TrialRecord, folder: Path, seed: int) -> TrainResult:
         """Train a recorded trial's architecture with another seed at full length; its weights are not kept.
@@ -78,15 +98,16 @@ class CellTrainer:
         ``folder``: of the trial, whose architecture lies there.
         """
         arch = Arch.from_dict(json.loads((folder / ARCH).read_text(encoding="utf-8")))
-        cell = self._cell(arch, folder / "confirm" / f"seed{seed}", seed, keep=False)
+        cell = self._cell(arch, folder / "confirm" / f"seed{seed}", seed, keep=False, lr=record.lr)
         return run_cell(cell, callbacks=self.callbacks)
 
-    def _cell(self, arch: Arch, folder: Path, seed: int, *, keep: bool = True) -> Cell:
+    def _cell(self, arch: Arch, folder: Path, seed: int, *, keep: bool = True, lr: float | None = None) -> Cell:
+        config = self.config.budget.train_config(self.target, seed)
         return Cell(
             key=folder.name,
             model=arch,
             source=self.source,
-            config=self.config.budget.train_config(self.target, seed),
+            config=config if lr is None else config.replace(lr=lr),
             folder=folder,
             device=self.config.device,
             keep_checkpoint=keep,
@@ -107,3 +128,11 @@ class CellTrainer:
             if record.state in TRAINED and record.number not in keep:
                 for path in self.folder(record.number).glob("checkpoint*"):
                     path.unlink(missing_ok=True)
+
+
+def _take_over(run: Path, folder: Path) -> None:
+    """Make the winner of a race the trial's own run, file by file, and delete the others; safe to be repeated."""
+    for path in sorted(run.glob("*")):
+        if path.name != ".lock":
+            path.replace(folder / path.name)
+    shutil.rmtree(run.parent)

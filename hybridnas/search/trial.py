@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from hybridnas.arch.arch import Arch
+from hybridnas.search import rates
 from hybridnas.search.history import History
 from hybridnas.search.plan import Plan
 from hybridnas.search.pruning import hyperband
@@ -30,7 +31,7 @@ DEATHS = 5  # times in a row that a trial's process ended without a step forward
 _STATES = {"completed": COMPLETE, "stopped": PRUNED, "paused": PRUNED, "failed": FAIL}
 _REUSED = (
     *("valid_loss", "bits_per_byte", "accuracy", *TEST_FIGURES),
-    *("rungs", "curve", "tokens", "tokens_per_second"),
+    *("rungs", "curve", "tokens", "tokens_per_second", "lr"),
     *("objectives", "figures", "violation"),
 )
 
@@ -52,6 +53,10 @@ class Trainer(Protocol):
 
     def figures(self, arch: Arch) -> dict[str, float]:
         """Return what was measured of an architecture on this machine, by objective; takes seconds."""
+        ...
+
+    def try_rate(self, record: TrialRecord, arch: Arch, lr: float, tokens: int) -> rates.Tried:
+        """Train an architecture at a learning rate up to its measurement at ``tokens``."""
         ...
 
     def train(self, record: TrialRecord, arch: Arch, on_eval: Callable[[Eval], Action]) -> TrainResult:
@@ -141,11 +146,27 @@ class TrialRun:
 
     def run(self, arch: Arch) -> TrialRecord:
         started = time.time()
+        if self.plan.rate == "tuned" and self.record.lr is None:
+            self._race(arch)
         resumed = trained_tokens(self.record.curve) if self.trainer.kept(self.record.number) else 0
         result = self.trainer.train(self.record, arch, self._on_eval)
         record = conclude(self.plan, self.record, result, time.time() - started)
         leg = [time.time(), max(0, trained_tokens(record.curve) - resumed)]
         return dataclasses.replace(record, legs=[*record.legs, leg], deaths=[])
+
+    def _race(self, arch: Arch) -> None:
+        """Give the trial its own learning rate, and note it with what the others cost."""
+        lr, agreed = rates.start(self.history, self.record, self.plan.lr)
+        first = self.plan.rungs[0]
+        tried = [] if agreed else rates.race(lambda rate: self.trainer.try_rate(self.record, arch, rate, first), lr)
+        leg = [time.time(), rates.losers_tokens(tried)]
+        self.record = dataclasses.replace(
+            self.record,
+            lr=tried[0].lr if tried else lr,
+            rates=[list(one) for one in tried],
+            legs=[*self.record.legs, *([leg] if tried else [])],
+        )
+        self.note(self.record)
 
     def _on_eval(self, value: Eval) -> Action:
         entry = flat(value)

@@ -61,6 +61,8 @@ class TrialRecord:
     tokens_per_second: float | None = None
     reason: str | None = None  # why it failed, was pruned or rejected
     seed: int = 0
+    lr: float | None = None  # peak learning rate where the trial has its own; None: the budget's
+    rates: Sequence[Sequence[float | None]] = ()  # of its race, best first: [rate, loss at the first rung, tokens]
     duplicate_of: int | None = None  # number of the trial whose result is reused
     objectives: Mapping[str, float] = field(default_factory=dict)  # asked for, in their order and directions
     figures: Mapping[str, float] = field(default_factory=dict)  # measured here, and state_bytes as asked for
@@ -163,7 +165,10 @@ class StudyMeta:
 
 
 def trained_tokens(records: Iterable[TrialRecord]) -> int:
-    """Return the tokens that a study trained in all: each once, but again where a candidate had to start anew."""
+    """Return the tokens that a study trained in all, branches and races over rates included.
+
+    Each counts once, but again where a candidate had to start anew.
+    """
     own = [record for record in records if record.state != DUPLICATE]
     return sum(round(sum(tokens for _, tokens in r.legs)) if r.legs else r.tokens for r in own)
 

@@ -201,3 +201,17 @@ def test_every_rung_of_wsd_scores_a_finished_model_and_its_branches_are_paid_for
     again = next(record for record in summary.records if record.state == "COMPLETE" and len(record.legs) > 1)
     assert again.curve[-1]["trained_tokens"] > rungs[-1]  # branches cost more than the tokens of the last model
     assert replay(summary.folder, again.number).identical
+
+
+def test_every_trial_of_a_tuned_search_goes_on_with_the_best_rate_of_its_race(tmp_path, tiny):
+    settings = [*tiny, *HALVING, "budget.schedule=wsd", "budget.rate=tuned", "budget.tokens_per_active_param=4"]
+    summary = run(tmp_path, [*settings, "space.baselines=[]", "n_trials=4"])
+    raced = [record for record in trained(summary) if record.rates]
+    assert raced
+    for record in raced:
+        assert record.lr == record.rates[0][0]
+        assert record.rates[0][1] == record.rungs[0][1] == min(loss for _, loss, _ in record.rates if loss is not None)
+        own = record.curve[-1]["trained_tokens"]
+        assert sum(tokens for _, tokens in record.legs) == own + sum(tokens for _, _, tokens in record.rates[1:])
+        assert not (summary.folder / "trials" / f"{record.number:04d}" / training.RATES).exists()
+    assert replay(summary.folder, raced[0].number).identical
