@@ -10,7 +10,7 @@ import importlib
 import time
 from collections.abc import Callable
 
-from hybridnas.bench.context import SUITES, BenchConfig, keep_freed_memory, release_memory
+from hybridnas.bench.context import LONG, SUITES, BenchConfig, keep_freed_memory, release_memory
 from hybridnas.bench.result import Result
 from hybridnas.errors import ConfigError, suggest
 
@@ -18,7 +18,7 @@ from hybridnas.errors import ConfigError, suggest
 def chosen(names: str) -> list[str]:
     """Return the suites that ``suite=`` names; raises ConfigError for an unknown one."""
     if names == "all":
-        return [name for name in SUITES if name != "table"]
+        return [name for name in SUITES if name not in LONG]
     asked = [name.strip() for name in names.split(",")]
     for name in asked:
         if name not in SUITES:

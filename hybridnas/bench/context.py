@@ -35,7 +35,10 @@ SUITES: dict[str, str] = {
     "samplers": "searches on a table: which sampler and pruner find the best architectures for the fewest tokens",
     "fidelity": "rank correlation between early and full scores, on a table",
     "table": "builds a space's table, every architecture trained; hours, so never part of all",
+    "truth": "trains the truth set, by which the accuracy of budgets is measured; many hours, so never part of all",
 }
+
+LONG = ("table", "truth")  # suites that take hours: never part of suite=all
 
 # environment variables that change what is measured
 _TELLING = (
@@ -61,7 +64,11 @@ class BenchConfig(FrozenConfig):
     space: str = option("tabular", "samplers, fidelity, table: the space whose table is read or built [name]")
     repeats: int | None = option(None, "samplers: searches of each sampler with each pruner; none: 100 [count]", ge=1)
     part: str = option("0/1", "table: which share of the trainings this process takes, as INDEX/COUNT")
-    minutes: float | None = option(None, "table: no training starts that would end later; none: no limit", gt=0)
+    minutes: float | None = option(
+        None, "table: no training starts that would end later; truth: stop then, to go on; none: no limit", gt=0
+    )
+    truth: Path = option(Path("experiments/results/truth.csv"), "truth, decisions: the truth set's rows [path]")
+    sizes: tuple[int, ...] = option((), "truth: active parameters of the sizes to train; none: all [counts]", ge=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

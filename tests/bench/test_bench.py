@@ -8,7 +8,7 @@ import torch
 
 from hybridnas.bench import child, chosen, floor, method, models, peers, plain
 from hybridnas.bench import run as run_suites
-from hybridnas.bench.context import SUITES, BenchConfig, provenance
+from hybridnas.bench.context import LONG, SUITES, BenchConfig, provenance
 from hybridnas.bench.method import Form, Spread, measure, ratios
 from hybridnas.bench.result import Result, goal_rows, met_text, ratio_rows, ratio_text, seconds_text, timed_rows
 from hybridnas.bench.suites import gpu, lengths, roofline, scan
@@ -339,7 +339,7 @@ def test_wrong_settings_are_refused_in_a_sentence():
     with pytest.raises(ConfigError, match="takes key=value settings, got 'moe'"):
         read_settings("bench", ["scan", "moe"])
     assert chosen("scan,moe") == ["scan", "moe"]
-    assert chosen("all") == [name for name in SUITES if name != "table"]
+    assert chosen("all") == [name for name in SUITES if name not in LONG]
 
 
 def test_the_help_names_every_suite():

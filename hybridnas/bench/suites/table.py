@@ -26,7 +26,7 @@ def run(config: BenchConfig) -> Result:
         table = tiny_table()
     else:
         table = build(
-            load_space(config.space), part=_part(config.part), minutes=config.minutes, report=_say, origin=_origin()
+            load_space(config.space), part=_part(config.part), minutes=config.minutes, report=say, origin=origin()
         )
     result.tables.append(summary(table))
     result.tables.append(fidelity(table))
@@ -62,13 +62,14 @@ def fidelity(table: Table, points: tuple[int, ...] | None = None) -> Sheet:
     return Sheet(title, ("tokens", "of the full run", "Spearman", "Kendall", "architectures"), rows)
 
 
-def _origin() -> dict[str, str]:
+def origin() -> dict[str, str]:
     """Return the command and commit that a row of the table names."""
     facts = provenance(sys.argv[1:])
     return {"command": facts["command"], "commit": (facts["commit"] or "unknown")[:12]}
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a line at once, also into a pipe."""
     print(text, flush=True)
 
 
