@@ -18,6 +18,7 @@ from hybridnas.layers.norms import one_row
 
 if TYPE_CHECKING:
     from hybridnas.arch.model import HybridLM, LMState
+    from hybridnas.arch.padding import RowStates
 
 _Step = Callable[[Tensor], Tensor]
 
@@ -45,6 +46,21 @@ class Decoder:
             x_BD = step(x_BD)
         logits_BV: Tensor = self._head(scaled(x_BD, self._factors[1]))
         return logits_BV
+
+
+class RowDecoder:
+    """A decoder for each group of rows of a batch that go together: logits of one more token of every row."""
+
+    def __init__(self, model: HybridLM, states: RowStates) -> None:
+        self._groups = [(rows_R, Decoder(model, state)) for rows_R, state in states.groups]
+
+    def __call__(self, ids_B: Tensor) -> Tensor:
+        """Return the logits (B, V) after one more token (B,) of each row."""
+        if len(self._groups) == 1:
+            return self._groups[0][1](ids_B)
+        found = [decode(ids_B[rows_R]) for rows_R, decode in self._groups]
+        rows_B = torch.cat([rows_R for rows_R, _ in self._groups])
+        return torch.cat(found)[rows_B.argsort()]
 
 
 def _step_of(layer: ResidualLayer, given: Iterator[State]) -> _Step:

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridnas.arch.arch import Arch
-from hybridnas.arch.decode import Decoder
+from hybridnas.arch.decode import RowDecoder
 from hybridnas.arch.layer import ResidualLayer, make_norm, scaled
+from hybridnas.arch.padding import RowStates
 from hybridnas.errors import ConfigError, TrainingError
 from hybridnas.hardware import Impl
 from hybridnas.kernels import cross_entropy as loss_kernel
@@ -189,6 +190,7 @@ class HybridLM(nn.Module):
         ids: Tensor,
         max_new_tokens: int,
         *,
+        lengths: Tensor | Sequence[int] | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         temperature: float = 1.0,
@@ -198,8 +200,10 @@ class HybridLM(nn.Module):
         on_token: Callable[[Tensor], bool | None] | None = None,
         prefill_chunk: int = 1024,
     ) -> Tensor:
-        """Sample up to ``max_new_tokens`` after prompts (B, L) of one length, token by token from the explicit state.
+        """Sample up to ``max_new_tokens`` after prompts (B, L), token by token from the explicit state.
 
+        ``lengths`` (B,): the prompt of a row is its first so many tokens, at least one; None: all of them. What a row
+        draws stands right after its prompt, and the rest of its ids moves behind that.
         ``temperature`` 0 is greedy; ``top_k`` draws among that many likeliest tokens, ``top_p`` among the fewest
         likeliest whose probabilities sum to at least that much (after temperature and ``top_k``). A row that drew one
         of ``eos_token_id`` is finished: ``pad_token_id`` (by default the first of ``eos_token_id``) fills it up.
@@ -216,18 +220,14 @@ class HybridLM(nn.Module):
                 got=tuple(ids.shape),
                 allowed="(B, L) with L >= 1",
             )
+        length_B = None if lengths is None else _prompt_lengths(lengths, ids)
         ends = _token_ids(eos_token_id, "eos_token_id", self.arch.vocab_size)
         pad = next(iter(_token_ids(pad_token_id, "pad_token_id", self.arch.vocab_size) or ends), None)
         _check_sampling(max_new_tokens, temperature, top_k, top_p)
         check_seed("generate", seed)
         with evaluating(self):
             generator = torch.Generator(device=ids.device).manual_seed(seed)
-            state: LMState | None = self.init_state(ids.shape[0])
-            x_BLD = self.embedding(ids[:, :0])
-            for chunk_BL in torch.split(ids, prefill_chunk, dim=1):
-                x_BLD, state, _ = self.hidden(chunk_BL, state)
-            assert state is not None
-            logits_BV, decode = self.head(x_BLD[:, -1]), Decoder(self, state)
+            logits_BV, decode = _after_prompts(self, ids, length_B, prefill_chunk)
             _check_finite(logits_BV, "after the prompt")
             finished_B = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
             ends_E = torch.tensor(ends, dtype=ids.dtype, device=ids.device)
@@ -242,7 +242,8 @@ class HybridLM(nn.Module):
                 if stop or step == max_new_tokens - 1 or (ends and bool(finished_B.all())):
                     break
                 logits_BV = decode(next_B)
-            return torch.cat(pieces, dim=1)
+            drawn_BL = torch.cat(pieces, dim=1)
+            return drawn_BL if length_B is None else _closed_up(drawn_BL, length_B, ids.shape[1])
 
     @torch.no_grad()
     def after_step(self, counts: Mapping[str, Tensor]) -> None:
@@ -419,6 +420,48 @@ def _drawn(
     except RuntimeError:  # torch.multinomial refuses probabilities that are not numbers
         _check_finite(logits_BV, f"after {step} new tokens")
         raise
+
+
+def _after_prompts(
+    model: HybridLM, ids_BL: Tensor, length_B: Tensor | None, prefill_chunk: int
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return the logits (B, V) after each row's prompt, and what gives those after one more token (B,)."""
+    states = RowStates(model, ids_BL.shape[0])
+    if length_B is None:
+        x_BLD = model.embedding(ids_BL[:, :0])
+        for chunk_BL in torch.split(ids_BL, prefill_chunk, dim=1):
+            x_BLD = states.read(model, chunk_BL)
+        return model.head(x_BLD[:, -1]), RowDecoder(model, states)
+    last_BD = model.embedding.weight.new_zeros(ids_BL.shape[0], model.arch.d_model)
+    for start in range(0, int(length_B.max()), prefill_chunk):
+        chunk_BL = ids_BL[:, start : start + prefill_chunk]
+        left_B = length_B - start
+        x_BLD = states.read(model, chunk_BL, torch.arange(chunk_BL.shape[1], device=ids_BL.device) < left_B[:, None])
+        ending_R = ((left_B > 0) & (left_B <= chunk_BL.shape[1])).nonzero()[:, 0]
+        last_BD = last_BD.to(x_BLD.dtype).index_copy(0, ending_R, x_BLD[ending_R, left_B[ending_R] - 1])
+    return model.head(last_BD), RowDecoder(model, states)
+
+
+def _closed_up(ids_BL: Tensor, length_B: Tensor, columns: int) -> Tensor:
+    """Return the rows with what stands between a prompt and column ``columns`` moved to the end."""
+    place_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
+    padding_BL = (place_BL >= length_B[:, None]) & (place_BL < columns)
+    return ids_BL.gather(1, padding_BL.to(torch.int8).argsort(dim=1, stable=True))
+
+
+def _prompt_lengths(lengths: Tensor | Sequence[int], ids_BL: Tensor) -> Tensor:
+    length_B = torch.as_tensor(lengths, device=ids_BL.device)
+    whole = length_B.dtype in (torch.int64, torch.int32) and length_B.shape == ids_BL.shape[:1]
+    if not whole or bool(((length_B < 1) | (length_B > ids_BL.shape[1])).any()):
+        allowed = f"{ids_BL.shape[0]} integers from 1 to {ids_BL.shape[1]}"
+        got = length_B.tolist()
+        raise ConfigError(
+            f"generate lengths={got} must be {allowed}, one for each row of ids",
+            field="lengths",
+            got=got,
+            allowed=allowed,
+        )
+    return length_B
 
 
 def _check_finite(logits_BV: Tensor, where: str) -> None:

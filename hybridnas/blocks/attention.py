@@ -391,7 +391,9 @@ class Attention(Block):
     def one_token(self, norm: nn.Module, state: State) -> Callable[[Tensor], Tensor] | None:
         if type(self).forward is not Attention.forward or not is_plain_eager(state[0].device):
             return None
-        if self.latent is not None and has_hooks(self.latent):  # its parts are called below, it is not
+        if self.latent is not None and (
+            has_hooks(self.latent) or not self.latent.reads_weight
+        ):  # called in parts below
             return None
         normed = one_row(norm)
         if self.latent is not None:

@@ -9,7 +9,6 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +60,7 @@ def export(
     target = home(folder)
     tokenizer = tokenizer if tokenizer is not None or source is None else source.tokenizer
     _refuse_foreign(target)
-    config = make_config(model, dict(card or {}), _version())
+    config = make_config(model.arch, dict(card or {}), str(model.embedding.weight.dtype).removeprefix("torch."))
     with _whole_folder(target) as partial:
         _write_text(partial / CONFIG, json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         _write_weights(partial / WEIGHTS, model)
@@ -202,10 +201,3 @@ def _fsync(path: Path) -> None:
 def _generation() -> dict[str, Any]:
     """The settings that ``python -m hybridnas.generate`` uses by default, in Hugging Face words."""
     return {"do_sample": True, "temperature": 0.8, "top_k": 40, "max_new_tokens": 200}
-
-
-def _version() -> str:
-    try:
-        return version("hybridnas")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return "unknown"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ CONFIG, WEIGHTS, CARD, GENERATION = "config.json", "model.safetensors", "README.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 OWN_FILES = (CONFIG, WEIGHTS, CARD, GENERATION, *TOKENIZER_FILES)  # replaced by the next export, or removed by it
 MODEL_TYPE = "hybridnas"
+CLASS = "HybridNASForCausalLM"  # of hybridnas.hf, for programs that look for a class of transformers
 FORMAT_VERSION = 1  # raised when an older hybridnas could no longer read the folder
 COST_SEQ_LEN = 1024  # at which config.json and the model card state FLOPs and state bytes [tokens]
 
@@ -74,15 +76,14 @@ def _layer_type(node: Node) -> str:
     return _LAYER_TYPES.get(letter, BLOCKS.get(letter).name)
 
 
-def make_config(model: HybridLM, facts: Mapping[str, Any], version: str) -> dict[str, Any]:
+def make_config(arch: Arch, facts: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Return the content of config.json: the architecture, its identity and cost, and how it was trained."""
-    arch = model.arch
     cost = arch.cost(COST_SEQ_LEN)
     return {
-        "architectures": ["HybridLM"],
+        "architectures": [CLASS],
         "model_type": MODEL_TYPE,
         "format_version": FORMAT_VERSION,
-        "hybridnas_version": version,
+        "hybridnas_version": _version(),
         "fingerprint": arch.fingerprint(),
         "arch": arch.to_dict(),
         "hybrid_layer_pattern": arch.pattern.letters,
@@ -91,11 +92,18 @@ def make_config(model: HybridLM, facts: Mapping[str, Any], version: str) -> dict
         "hidden_size": arch.d_model,
         "num_hidden_layers": len(arch.pattern),
         "tie_word_embeddings": arch.model.tie_embeddings,
-        "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
+        "dtype": dtype,
         **_common_sizes(arch),
         "cost": {"seq_len": COST_SEQ_LEN, **dataclasses.asdict(cost)},
         "training": plain(facts),
     }
+
+
+def _version() -> str:
+    try:
+        return version("hybridnas")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "unknown"
 
 
 def _common_sizes(arch: Arch) -> dict[str, Any]:

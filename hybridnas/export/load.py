@@ -160,8 +160,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_arch(folder: Path) -> Arch:
     """Return the architecture of an exported folder, checked against its fingerprint."""
-    config = read_config(folder)
-    path = folder / CONFIG
+    return arch_of(read_config(folder), folder / CONFIG)
+
+
+def arch_of(config: Mapping[str, Any], path: str | Path) -> Arch:
+    """Return the architecture that a config.json holds, checked against its fingerprint; ``path`` is for messages."""
     try:
         arch = Arch.from_dict(config["arch"])
     except (HybridNASError, KeyError, TypeError, AttributeError) as error:

@@ -173,7 +173,10 @@ class RoutedExperts(nn.Module):
     def _logits(self, x_ND: Tensor) -> Tensor:
         wide = torch.promote_types(x_ND.dtype, torch.float32)
         with torch.autocast(x_ND.device.type, enabled=False):
-            return F.linear(x_ND.to(wide), self.router.weight.to(wide))
+            if type(self.router) is nn.Linear:
+                return F.linear(x_ND.to(wide), self.router.weight.to(wide))
+            logits_NE: Tensor = self.router(x_ND.to(wide))  # wrapped: what an adapter adds is in its forward
+            return logits_NE
 
     def _scores(self, logits_NE: Tensor) -> Tensor:
         return logits_NE.sigmoid() if self.shape.scores == "sigmoid" else logits_NE.softmax(dim=-1)

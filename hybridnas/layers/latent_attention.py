@@ -105,6 +105,7 @@ class LatentAttention(nn.Module):
         # Multiplications of a head: L T (2 C + R) + L C (P + V) over latents, else L T (P + R + V) + T C (P + V).
         if (
             state is not None
+            and self.reads_weight
             and length * (total * (2 * shape.kv_rank - kept) + shape.kv_rank * kept) < total * shape.kv_rank * kept
         ):
             return self.over_latents(q_BHLP, latent_BTN, sink_H), state
@@ -116,6 +117,11 @@ class LatentAttention(nn.Module):
             q_BHLP, k_BHTP, v_BHTV, scale=self.scale, softcap=self.softcap, sink_H=sink_H, impl=self.impl
         )
         return y_BHLV, state
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether ``kv_up_proj`` is its weight and nothing else: no adapter is around it."""
+        return type(self.kv_up_proj) is nn.Linear
 
     def over_latents(self, q_BHLP: Tensor, latent_BTN: Tensor, sink_H: Tensor | None) -> Tensor:
         """Return (B, H, L, V) for the last L positions without expanding the latents."""

@@ -93,7 +93,7 @@ def test_config_says_what_the_model_is(tmp_path: Path) -> None:
     config = json.loads((export(model, tmp_path / "best", card=facts) / "config.json").read_text())
     cost = model.arch.cost(1024)
     assert config["model_type"] == "hybridnas"
-    assert config["architectures"] == ["HybridLM"]
+    assert config["architectures"] == ["HybridNASForCausalLM"]
     assert config["format_version"] == 1
     assert config["fingerprint"] == model.arch.fingerprint()
     assert Arch.from_dict(config["arch"]) == model.arch
