@@ -106,6 +106,23 @@ def test_torch_agrees_with_the_specification():
     )
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_z_loss_adds_the_squared_logarithm_of_the_normalizer_of_what_counts(path, reduction, small_chunks):
+    x, weight, targets = make(23, 5, 31, ignored=0.3, seed=4, dtype=torch.float64)
+    got = PATHS[path](x, weight, targets, reduction=reduction, z_loss=0.1)
+    counts = targets != -100
+    logits = x @ weight.T
+    true = F.cross_entropy(logits, targets, reduction="none") + 0.1 * torch.logsumexp(logits, 1).square() * counts
+    true = {"mean": true.sum() / counts.sum(), "sum": true.sum(), "none": true}[reduction]
+    upstream = torch.randn(true.shape, dtype=torch.float64)
+    assert_close(got, true, 1e-12)
+    for mine, theirs in zip(
+        torch.autograd.grad(got, (x, weight), upstream), torch.autograd.grad(true, (x, weight), upstream), strict=True
+    ):
+        assert_close(mine, theirs, 1e-12)
+
+
 @pytest.mark.parametrize("impl", ["reference", "torch", "auto"])
 def test_nothing_counted_costs_nothing(impl):
     x, weight, targets = make(6, 4, 9, ignored=1.0)
@@ -212,9 +229,9 @@ def test_equal_likeliest_tokens_count_as_the_first():
 @pytest.mark.parametrize("need", [(True, True), (False, False), (True, False)])
 def test_the_operators_keep_torchs_contract(small_chunks, need):
     x, weight, targets = make(13, 4, 9, dtype=torch.float32)
-    torch.library.opcheck(OPS.linear_cross_entropy, (x, weight, targets, -100, *need, False))
+    torch.library.opcheck(OPS.linear_cross_entropy, (x, weight, targets, -100, 1e-3, *need, False))
     logits = (x @ weight.T).detach().requires_grad_()
-    torch.library.opcheck(OPS.cross_entropy, (logits, targets, -100, False))
+    torch.library.opcheck(OPS.cross_entropy, (logits, targets, -100, 1e-3, False))
 
 
 def test_both_compile_in_one_graph_and_export():

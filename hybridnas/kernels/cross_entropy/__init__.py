@@ -59,16 +59,18 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     mask: Tensor | None = None,
     reduction: str = "mean",
+    z_loss: float = 0.0,
     impl: str | Impl = Impl.AUTO,
 ) -> Tensor:
     """Return the cross-entropy [nats] of ``logits = x weight^T`` against ``targets``, in float32 or wider.
 
     x (..., D); weight (V, D), of x's dtype unless autocast is on; targets (...) integers; ``mask`` (...) bool, False
     where a token does not count, like a target of ``ignore_index``. ``reduction``: mean over the tokens that count
-    (0 when there are none), sum, or none: (...). x and weight are differentiable, once. ``impl``: see ``Impl``;
-    torch works in chunks of tokens, triton the same with Triton rows, there is no native form. auto takes torch
-    with all logits at once where no token may be left out and they fill no more than one chunk (8 MiB), which is as
-    fast there.
+    (0 when there are none), sum, or none: (...). ``z_loss`` times the squared logarithm of the softmax's normalizer is
+    added to every token's loss, which keeps that near 0 (PaLM, 2204.02311, section 5). x and weight are
+    differentiable, once. ``impl``: see ``Impl``; torch works in chunks of tokens, triton the same with Triton rows,
+    there is no native form. auto takes torch with all logits at once where no token may be left out and they fill no
+    more than one chunk (8 MiB), which is as fast there.
 
     Raises KernelInputError for a wrong rank, shape, dtype, device or target, ConfigError for an unknown reduction,
     KernelUnavailableError for an implementation that cannot run here. Source: the idea is Liger's, arXiv 2410.10989.
@@ -77,12 +79,18 @@ def linear_cross_entropy(
     chosen = _OPERATIONS["linear_cross_entropy"].choose(impl, x.device, dtypes_of(x_ND, weight))
     small = mask is None and _is_small(x_ND.shape[0], weight.shape[0])
     if Impl.of(impl) is Impl.AUTO and chosen is Impl.TORCH and small:
-        return _torchs_own(_plain_linear(x_ND, weight), targets, targets_N, ignore_index, reduction)
+        return _torchs_own(_plain_linear(x_ND, weight), targets, targets_N, ignore_index, reduction, z_loss)
     if chosen is Impl.REFERENCE:
-        loss_N, _ = linear_cross_entropy_reference(x_ND, weight, targets_N, ignore_index)
+        loss_N, _ = linear_cross_entropy_reference(x_ND, weight, targets_N, ignore_index, z_loss)
         return _reduced(loss_N.sum(), loss_N, targets, targets_N, ignore_index, reduction)
     total, loss_N, _ = linear_cross_entropy_eager(
-        x_ND, weight, targets_N, ignore_index, per_token=reduction == "none", triton=chosen is Impl.TRITON
+        x_ND,
+        weight,
+        targets_N,
+        ignore_index,
+        per_token=reduction == "none",
+        z_loss=z_loss,
+        triton=chosen is Impl.TRITON,
     )
     return _reduced(total, loss_N, targets, targets_N, ignore_index, reduction)
 
@@ -94,6 +102,7 @@ def cross_entropy(
     ignore_index: int = -100,
     mask: Tensor | None = None,
     reduction: str = "mean",
+    z_loss: float = 0.0,
     impl: str | Impl = Impl.AUTO,
 ) -> Tensor:
     """Return the cross-entropy [nats] of logits (..., V), for a head that must show its logits anyway.
@@ -105,11 +114,11 @@ def cross_entropy(
     logits_NV, targets_N = logits.flatten(0, -2), _effective(targets, mask, ignore_index)
     chosen = _OPERATIONS["cross_entropy"].choose(impl, logits.device, dtypes_of(logits))
     if Impl.of(impl) is Impl.AUTO and chosen is Impl.TORCH and _is_small(*logits_NV.shape):
-        return _torchs_own(logits_NV, targets, targets_N, ignore_index, reduction)
+        return _torchs_own(logits_NV, targets, targets_N, ignore_index, reduction, z_loss)
     if chosen is Impl.REFERENCE:
-        loss_N, _ = cross_entropy_reference(logits_NV, targets_N, ignore_index)
+        loss_N, _ = cross_entropy_reference(logits_NV, targets_N, ignore_index, z_loss)
     else:
-        loss_N, _ = cross_entropy_eager(logits_NV, targets_N, ignore_index, triton=chosen is Impl.TRITON)
+        loss_N, _ = cross_entropy_eager(logits_NV, targets_N, ignore_index, z_loss=z_loss, triton=chosen is Impl.TRITON)
     return _reduced(loss_N.sum(), loss_N, targets, targets_N, ignore_index, reduction)
 
 
@@ -135,12 +144,17 @@ def token_scores(
     return TokenScores(*(v.view(targets.shape) for v in scores))
 
 
-def _torchs_own(logits_NV: Tensor, targets: Tensor, targets_N: Tensor, ignore_index: int, reduction: str) -> Tensor:
+def _torchs_own(
+    logits_NV: Tensor, targets: Tensor, targets_N: Tensor, ignore_index: int, reduction: str, z_loss: float
+) -> Tensor:
     if not torch.compiler.is_compiling():
         require_in_vocabulary(targets_N[targets_N != ignore_index], logits_NV.shape[1], ignore_index)
     kind = "none" if reduction == "none" else "sum"
     logits_NV = logits_NV.to(state_dtype(logits_NV))
     loss = F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index, reduction=kind)
+    if z_loss:
+        squares_N = (z_loss * logits_NV.logsumexp(-1).square()).masked_fill(targets_N == ignore_index, 0.0)
+        loss = loss + (squares_N if reduction == "none" else squares_N.sum())
     return _reduced(loss, loss, targets, targets_N, ignore_index, reduction)
 
 

@@ -48,7 +48,13 @@ def require_in_vocabulary(targets: Tensor, vocabulary: int, ignore_index: int) -
 
 
 def losses(
-    logits_TV: Tensor, targets_T: Tensor, scale_T: Tensor | None, out_TV: Tensor, *, gradient: bool
+    logits_TV: Tensor,
+    targets_T: Tensor,
+    scale_T: Tensor | None,
+    out_TV: Tensor,
+    *,
+    gradient: bool,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return losses and logarithms of the normalisers (T,); ``out`` is working memory, and holds, where ``gradient``,
     the gradient of sum(scale * loss) by the logits.
@@ -64,12 +70,15 @@ def losses(
     torch.softmax(logits_TV, 1, out=p_TV)
     logsumexp_T = peak_T - p_TV.amax(1).log_()
     if gradient:
+        if z_loss:
+            p_TV.mul_((1 + 2 * z_loss * logsumexp_T)[:, None])
         p_TV.scatter_add_(1, targets_T[:, None], p_TV.new_full((1, 1), -1.0).expand(p_TV.shape[0], 1))
         if scale_T is not None:
             p_TV.mul_(scale_T[:, None])
         if p_TV is not out_TV:
             out_TV.copy_(p_TV)
-    return logsumexp_T - chosen_T, logsumexp_T
+    loss_T = logsumexp_T - chosen_T
+    return (loss_T + z_loss * logsumexp_T.square() if z_loss else loss_T), logsumexp_T
 
 
 def _chunk_rows(logits: Tensor) -> int:
@@ -78,7 +87,7 @@ def _chunk_rows(logits: Tensor) -> int:
 
 
 def _logits_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    logits, targets, ignore_index, triton = args
+    logits, targets, ignore_index, z_loss, triton = args
     (count, vocabulary), size, wide = logits.shape, _chunk_rows(logits), state_dtype(logits)
     counts, run = targets != ignore_index, row_function(triton)
     require_in_vocabulary(targets[counts] if logits.device.type == "cpu" else targets, vocabulary, ignore_index)
@@ -87,7 +96,7 @@ def _logits_forward(*args: Any) -> tuple[Tensor, Tensor]:
     memory = logits.new_empty(min(size, count), vocabulary, dtype=wide)
     for part in slices(count, size):
         out_TV = memory[: part.stop - part.start]
-        loss[part], logsumexp[part] = run(logits[part], index[part], None, out_TV, gradient=False)
+        loss[part], logsumexp[part] = run(logits[part], index[part], None, out_TV, gradient=False, z_loss=z_loss)
     zero = torch.zeros_like(loss)
     return torch.where(counts, loss, zero), torch.where(counts, logsumexp, zero)
 
@@ -99,18 +108,18 @@ def _fake_logits(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _logits_backward(*args: Any) -> Tensor:
-    logits, targets, ignore_index, triton, _, upstream = args
+    logits, targets, ignore_index, z_loss, triton, _, upstream = args
     counts, run = targets != ignore_index, row_function(triton)
     index, scale = targets.masked_fill(~counts, 0), torch.where(counts, upstream, torch.zeros_like(upstream))
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for part in slices(logits.shape[0], _chunk_rows(logits)):
-        run(logits[part], index[part], scale[part], dlogits[part], gradient=True)
+        run(logits[part], index[part], scale[part], dlogits[part], gradient=True, z_loss=z_loss)
     return dlogits
 
 
 register_differentiable_op(
     "cross_entropy",
-    "Tensor logits, Tensor targets, int ignore_index, bool triton",
+    "Tensor logits, Tensor targets, int ignore_index, float z_loss, bool triton",
     2,
     forward=_logits_forward,
     fake=_fake_logits,
@@ -121,10 +130,10 @@ register_differentiable_op(
 
 
 def cross_entropy_eager(
-    logits_NV: Tensor, targets_N: Tensor, ignore_index: int, *, triton: bool = False
+    logits_NV: Tensor, targets_N: Tensor, ignore_index: int, *, z_loss: float = 0.0, triton: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return the losses (N,) and the logarithms of the normalisers (N,), 0 where ignored."""
-    loss_N, logsumexp_N = torch.ops.hybridnas.cross_entropy(logits_NV, targets_N, ignore_index, triton)
+    loss_N, logsumexp_N = torch.ops.hybridnas.cross_entropy(logits_NV, targets_N, ignore_index, z_loss, triton)
     return loss_N, logsumexp_N
 
 
@@ -182,6 +191,7 @@ def _fused(
     targets: Tensor,
     upstream: Tensor | None,
     ignore_index: int,
+    z_loss: float,
     need: tuple[bool, bool],
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -206,7 +216,7 @@ def _fused(
             torch.mm(x[part], weight.t(), out=logits_TV)
             scale_T = None if scale is None else scale[part]
             loss[part], logsumexp[part] = run(
-                logits_TV, counted.targets[part], scale_T, gradient_TV, gradient=any(need)
+                logits_TV, counted.targets[part], scale_T, gradient_TV, gradient=any(need), z_loss=z_loss
             )
             if need[0]:
                 torch.mm(gradient_TV, weight, out=dx[part])
@@ -219,12 +229,12 @@ def _fused(
 
 
 _INPUTS = "Tensor x, Tensor weight, Tensor targets"
-_OPTIONS = "int ignore_index, bool need_dx, bool need_dweight, bool triton"
+_OPTIONS = "int ignore_index, float z_loss, bool need_dx, bool need_dweight, bool triton"
 
 
 def _head_forward(*args: Any) -> tuple[Tensor, ...]:
-    x, weight, targets, ignore_index, need_dx, need_dweight, triton = args
-    loss_N, *rest = _fused(x, weight, targets, None, ignore_index, (need_dx, need_dweight), triton)
+    x, weight, targets, ignore_index, z_loss, need_dx, need_dweight, triton = args
+    loss_N, *rest = _fused(x, weight, targets, None, ignore_index, z_loss, (need_dx, need_dweight), triton)
     return loss_N.sum(), loss_N, *rest
 
 
@@ -234,18 +244,18 @@ def _gradients_like(x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool
 
 
 def _fake_head(*args: Any) -> tuple[Tensor, ...]:
-    x, weight, _, _, need_dx, need_dweight, _ = args
+    x, weight, _, _, _, need_dx, need_dweight, _ = args
     loss_N = x.new_empty(x.shape[0], dtype=state_dtype(x))
     return loss_N.new_empty(()), loss_N, torch.empty_like(loss_N), *_gradients_like(x, weight, need_dx, need_dweight)
 
 
 def _head_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    x, weight, targets, upstream, ignore_index, need_dx, need_dweight, triton = args
-    return _fused(x, weight, targets, upstream, ignore_index, (need_dx, need_dweight), triton)[2:]
+    x, weight, targets, upstream, ignore_index, z_loss, need_dx, need_dweight, triton = args
+    return _fused(x, weight, targets, upstream, ignore_index, z_loss, (need_dx, need_dweight), triton)[2:]
 
 
 def _fake_head_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    x, weight, _, _, _, need_dx, need_dweight, _ = args
+    x, weight, _, _, _, _, need_dx, need_dweight, _ = args
     return _gradients_like(x, weight, need_dx, need_dweight)
 
 
@@ -260,7 +270,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 @differentiable_once("linear_cross_entropy")
 def _backpropagate(ctx: Any, dtotal: Tensor | None, dloss_N: Tensor | None, *_: Any) -> tuple[Any, ...]:
     x, weight, targets, dx, dweight = ctx.saved_tensors
-    ignore_index, had_dx, had_dweight, triton = ctx.options
+    ignore_index, z_loss, had_dx, had_dweight, triton = ctx.options
     need_dx, need_dweight = ctx.needs_input_grad[:2]
     if dloss_N is None and dtotal is not None and had_dx >= need_dx and had_dweight >= need_dweight:
         dx, dweight = (dx * dtotal if need_dx else dx), (dweight * dtotal if need_dweight else dweight)
@@ -268,10 +278,10 @@ def _backpropagate(ctx: Any, dtotal: Tensor | None, dloss_N: Tensor | None, *_: 
         upstream_N = x.new_zeros(x.shape[0], dtype=state_dtype(x)) if dloss_N is None else dloss_N
         upstream_N = upstream_N if dtotal is None else upstream_N + dtotal
         dx, dweight = torch.ops.hybridnas.linear_cross_entropy_backward(
-            x, weight, targets, upstream_N, ignore_index, need_dx, need_dweight, triton
+            x, weight, targets, upstream_N, ignore_index, z_loss, need_dx, need_dweight, triton
         )
     gradients = (dx.to(x.dtype) if need_dx else None, dweight.to(weight.dtype) if need_dweight else None)
-    return *gradients, None, None, None, None, None
+    return *gradients, None, None, None, None, None, None
 
 
 # the backward depends on which of the losses is differentiated, which the general helper does not know
@@ -287,7 +297,14 @@ torch.library.register_autograd("hybridnas::linear_cross_entropy", _backpropagat
 
 
 def linear_cross_entropy_eager(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignore_index: int, *, per_token: bool, triton: bool = False
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    ignore_index: int,
+    *,
+    per_token: bool,
+    z_loss: float = 0.0,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum of the losses, the losses (N,) and the logarithms of the normalisers (N,), 0 where ignored.
 
@@ -296,7 +313,7 @@ def linear_cross_entropy_eager(
     prepare = torch.is_grad_enabled() and not per_token
     need = (prepare and x_ND.requires_grad, prepare and weight_VD.requires_grad)
     total, loss_N, logsumexp_N, _, _ = torch.ops.hybridnas.linear_cross_entropy(
-        x_ND, weight_VD, targets_N, ignore_index, *need, triton
+        x_ND, weight_VD, targets_N, ignore_index, z_loss, *need, triton
     )
     return total, loss_N, logsumexp_N
 

@@ -24,7 +24,13 @@ def tiles(vocabulary: int) -> list[Tile]:
 
 
 def losses(
-    logits_TV: Tensor, targets_T: Tensor, scale_T: Tensor | None, out_TV: Tensor, *, gradient: bool
+    logits_TV: Tensor,
+    targets_T: Tensor,
+    scale_T: Tensor | None,
+    out_TV: Tensor,
+    *,
+    gradient: bool,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return losses and normalisers (T,); with ``gradient``, fill ``out`` with that of sum(scale * loss)."""
     count, vocabulary = logits_TV.shape
@@ -36,7 +42,7 @@ def losses(
             kernels.cross_entropy_rows,
             lambda constants: count,
             tiles(vocabulary),
-            ("V", "GRADIENT"),
+            ("V", "GRADIENT", "Z_LOSS"),
             logits_TV.device,
             logits=logits_TV,
             targets=targets_T.int(),
@@ -48,5 +54,6 @@ def losses(
             logits_row=logits_TV.stride(0),
             out_row=out_TV.stride(0) if gradient else 0,
             GRADIENT=gradient,
+            Z_LOSS=z_loss,
         )
     return loss_T, logsumexp_T

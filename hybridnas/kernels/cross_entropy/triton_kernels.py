@@ -23,6 +23,7 @@ def cross_entropy_rows(
     logits_row,
     out_row,
     GRADIENT: tl.constexpr,
+    Z_LOSS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -44,7 +45,10 @@ def cross_entropy_rows(
     normaliser = peak + tl.log(tl.sum(sum_B * tl.exp(peak_B - peak), 0))
     target = tl.load(targets + row)
     chosen = tl.load(logits + target).to(wide)
-    tl.store(loss + row, normaliser - chosen)
+    value = normaliser - chosen
+    if Z_LOSS != 0.0:
+        value += Z_LOSS * normaliser * normaliser
+    tl.store(loss + row, value)
     tl.store(logsumexp + row, normaliser)
     if GRADIENT:
         out += row * out_row
@@ -52,6 +56,8 @@ def cross_entropy_rows(
             inside = start + columns < V
             x_B = tl.load(logits + start + columns, mask=inside, other=float("-inf")).to(wide)
             gradient_B = tl.exp(x_B - normaliser)
+            if Z_LOSS != 0.0:
+                gradient_B *= 1.0 + 2.0 * Z_LOSS * normaliser
             gradient_B = tl.where(start + columns == target, gradient_B - 1.0, gradient_B)
             if scale is not None:
                 gradient_B *= tl.load(scale + row).to(wide)
