@@ -27,6 +27,7 @@ from hybridnas.kernels import rmsnorm as norm_kernel
 from hybridnas.layers.block import Aux, Block, State, exportable, truncated_normal_
 from hybridnas.layers.canon import Canon
 from hybridnas.layers.mode import evaluating
+from hybridnas.layers.width import WidthRule
 from hybridnas.registry import BLOCKS
 
 # One state per block in the order of execution; where a block has a Canon layer, that one's state before the block's.
@@ -260,6 +261,12 @@ class HybridLM(nn.Module):
                     own[block][key] = own[block].get(key, 0) + counts[name]
         for block, found in own.items():
             block.after_step(found)
+
+    def width_rules(self, base_width: int) -> dict[str, WidthRule]:
+        """Return how the head is drawn and trained: its logits keep their size at every width."""
+        growth = self.arch.d_model / base_width
+        # A tied matrix is read as an embedding, too, whose size must not fall below the norms' epsilon.
+        return {"head.weight": WidthRule(rate=1 / growth, init=1.0 if self.arch.model.tie_embeddings else growth**-0.5)}
 
     def blocks(self) -> Iterator[Block]:
         """Every block in the order of execution; a shared one comes once per use."""

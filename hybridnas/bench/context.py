@@ -34,6 +34,7 @@ SUITES: dict[str, str] = {
     "gpu": "the Triton kernels on this machine's GPU against mamba-ssm, flash-linear-attention and torch",
     "samplers": "searches on a table: which sampler and pruner find the best architectures for the fewest tokens",
     "fidelity": "rank correlation between early and full scores, on a table",
+    "coordinates": "sizes of activations and of updates against width, for every letter, with and without muP",
     "table": "builds a space's table, every architecture trained; hours, so never part of all",
     "truth": "trains the truth set, by which the accuracy of budgets is measured; many hours, so never part of all",
 }

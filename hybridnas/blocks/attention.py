@@ -23,6 +23,7 @@ from hybridnas.layers.mode import has_hooks, is_plain_eager
 from hybridnas.layers.norms import RMSNorm, ZeroCenteredRMSNorm, one_row
 from hybridnas.layers.rotary import Angles, rotate, rotation
 from hybridnas.layers.softmax_attention import scored_pairs, scored_width, softmax_attention
+from hybridnas.layers.width import WidthRule
 from hybridnas.registry import register_block
 
 _Norm = Callable[[Tensor], Tensor]
@@ -176,13 +177,22 @@ class Attention(Block):
         @property
         def heads(self) -> int:
             """Return n_heads, by default near d_model / 64 and lowered until heads of even width fill d_model."""
+            return self._heads_at(self.d_model)
+
+        def _heads_at(self, d_model: int) -> int:
             if self.n_heads is not None:
                 return self.n_heads
             if self.head_dim is not None:
-                return max(1, self.d_model // self.head_dim)
-            most, kv = max(1, self.d_model // 64), self.n_kv_heads or 1
-            fits = (h for h in range(most, 0, -1) if self.d_model % (2 * h) == 0 and h % kv == 0)
+                return max(1, d_model // self.head_dim)
+            most, kv = max(1, d_model // 64), self.n_kv_heads or 1
+            fits = (h for h in range(most, 0, -1) if d_model % (2 * h) == 0 and h % kv == 0)
             return next(fits, 1)
+
+        def head_growth(self, base_width: int) -> float:
+            """Return how many times wider a head is than at another width of the model."""
+            if self.head_dim is not None:
+                return 1.0
+            return self.head_width * self._heads_at(base_width) / base_width
 
         @property
         def kv_heads(self) -> int:
@@ -305,6 +315,22 @@ class Attention(Block):
         self.sinks = nn.Parameter(torch.empty(config.heads)) if config.sink else None
         self.out_proj = nn.Linear(config.heads * config.value_width, config.d_model, bias=out_bias)
         self.reset_parameters()
+
+    def width_rules(self, base_width: int) -> dict[str, WidthRule]:
+        """Return that of the queries where heads grow with the model: q k grows as a head's width, its scale as a root.
+
+        Norms of queries and keys (``qk_norm``) hold the size of their product, so that nothing is left to do.
+        """
+        config: Attention.Config = self.config
+        growth = config.head_growth(base_width)
+        if growth == 1 or config.qk_norm != "none":
+            return {}
+        factor = growth**-0.5 if config.scale is None else 1 / growth
+        rate = base_width / config.d_model
+        if self.latent is None:
+            return {"qkv_proj.weight": WidthRule(rate=rate, rows=config.heads * config.head_width, row_factor=factor)}
+        name = "latent.down_proj.weight" if config.q_rank is None else "latent.q_up_proj.weight"
+        return {name: WidthRule(rate=rate, rows=self.latent.shape.query, row_factor=factor)}
 
     @classmethod
     def test_configs(cls) -> Sequence[Variant]:

@@ -27,6 +27,7 @@ from hybridnas.layers.linear_recurrence import (
     largest_divisor,
     softplus_decay,
 )
+from hybridnas.layers.width import WidthRule, matrix
 from hybridnas.registry import register_block
 
 _HEAD = 64  # channels of a head by default; the released models have 128
@@ -110,16 +111,22 @@ class KimiDelta(LinearRecurrence):
         @property
         def heads(self) -> int:
             """Return n_heads with its default resolved."""
+            return self._heads_at(self.d_model)
+
+        def _heads_at(self, d_model: int) -> int:
             if self.n_heads is not None:
                 return self.n_heads
             if self.head_dim is not None:
-                return max(1, self.d_model // self.head_dim)
-            return largest_divisor(self.d_model, max(1, self.d_model // _HEAD))
+                return max(1, d_model // self.head_dim)
+            return largest_divisor(d_model, max(1, d_model // _HEAD))
 
         @property
         def key_dim(self) -> int:
             """Return head_dim with its default resolved."""
-            return self.head_dim if self.head_dim is not None else self.d_model // self.heads
+            return self._key_dim_at(self.d_model)
+
+        def _key_dim_at(self, d_model: int) -> int:
+            return self.head_dim if self.head_dim is not None else max(1, d_model // self._heads_at(d_model))
 
         @property
         def value_dim(self) -> int:
@@ -129,16 +136,17 @@ class KimiDelta(LinearRecurrence):
         @property
         def rank(self) -> int:
             """Return decay_rank with its default resolved."""
-            return self.decay_rank if self.decay_rank is not None else self._default_rank
+            return self.decay_rank if self.decay_rank is not None else self.default_rank(self.d_model)
 
-        @property
-        def _default_rank(self) -> int:
-            return min(self.value_dim, max(1, self.d_model // 4))  # the first in the paper, 128 of 2304
+        def default_rank(self, d_model: int) -> int:
+            """Return the inner width of decay and gate at a width of the model."""
+            values = self.value_head_dim if self.value_head_dim is not None else self._key_dim_at(d_model)
+            return min(values, max(1, d_model // 4))  # the first in the paper, 128 of 2304
 
         @property
         def shape(self) -> RecurrenceShape:
             keys = self.heads * self.key_dim
-            gate_rank = self.gate_rank if self.gate_rank is not None else self._default_rank
+            gate_rank = self.gate_rank if self.gate_rank is not None else self.default_rank(self.d_model)
             return RecurrenceShape(
                 d_model=self.d_model,
                 key_heads=self.heads,
@@ -210,6 +218,17 @@ class KimiDelta(LinearRecurrence):
         )
         decay_proj = None if self.decay_proj is None else self.decay_proj.weight
         return self.weights(decay_proj=decay_proj, A_log=self.A_log, dt_bias=self.dt_bias), form
+
+    def width_rules(self, base_width: int) -> dict[str, WidthRule]:
+        """Return those of the second matrices of decay and gate, whose fan-in is a rank."""
+        config: KimiDelta.Config = self.config
+        default = matrix(config.default_rank(config.d_model) / config.default_rank(base_width))
+        parts = {"decay_proj": (self.decay_proj, config.decay_rank), "gate_proj": (self.gate_proj, config.gate_rank)}
+        return {
+            f"{name}.weight": default if rank is None else matrix(1.0)
+            for name, (part, rank) in parts.items()
+            if part is not None
+        }
 
     def reset_parameters(self, init_scale: float = 0.1) -> None:
         """Draw plain PyTorch linears and the authors' decays: steps in [1e-3, 1e-1], -A in [1, 16], 1 with a bound."""

@@ -35,6 +35,7 @@ from hybridnas.layers.linear_recurrence import (
     largest_divisor,
 )
 from hybridnas.layers.rotary import rotate, rotation
+from hybridnas.layers.width import WidthRule, matrix
 from hybridnas.registry import register_block
 
 _HEAD = 64  # value channels of a head by default
@@ -360,6 +361,10 @@ class LinearAttention(LinearRecurrence):
             frequency=turns if kind == "retnet" else None,
         )
         return weights, form
+
+    def width_rules(self, base_width: int) -> dict[str, WidthRule]:
+        """Return that of the decay's second matrix, whose fan-in is the same at every width."""
+        return {} if self.decay_proj is None else {"decay_proj.weight": matrix(1.0)}
 
     def reset_parameters(self, init_scale: float = 0.1) -> None:
         super().reset_parameters(init_scale)

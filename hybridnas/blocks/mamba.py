@@ -31,6 +31,7 @@ from hybridnas.layers.norms import RMSNorm
 from hybridnas.layers.short_conv import ShortConvolution
 from hybridnas.layers.split_linear import split_linear
 from hybridnas.layers.step import readable, run_in_place, step_norm
+from hybridnas.layers.width import WidthRule, matrix
 from hybridnas.registry import register_block
 
 _SELECTIVE = ("dt", "B", "C")
@@ -122,7 +123,7 @@ class Mamba(Block):
         @property
         def rank(self) -> int:
             """Return dt_rank with its default resolved."""
-            return self.dt_rank if self.dt_rank is not None else math.ceil(self.d_model / 16)
+            return self.dt_rank if self.dt_rank is not None else _default_rank(self.d_model)
 
         @property
         def selected(self) -> tuple[str, ...]:
@@ -303,6 +304,14 @@ class Mamba(Block):
         for routed in self.inner.values():
             cast(RoutedExperts, routed).reset_parameters(init_scale)
 
+    def width_rules(self, base_width: int) -> dict[str, WidthRule]:
+        """Return that of the step size's projection, whose fan-in is the rank."""
+        config: Mamba.Config = self.config
+        if self.dt_proj.weight is None:
+            return {}
+        grows = config.dt_rank is None
+        return {"dt_proj.weight": matrix(config.rank / _default_rank(base_width) if grows else 1.0)}
+
     def implementations(self, device: torch.device) -> dict[str, str]:
         operations = [scan_kernel.OPERATION, conv_kernel.OPERATION]
         if self.config.inner:
@@ -390,6 +399,10 @@ class _StepProjection(nn.Module):
             low, high = math.log(_DT_MIN), math.log(_DT_MAX)
             dt_I = torch.rand_like(self.bias, dtype=torch.float32).mul_(high - low).add_(low).exp_().clamp_(_DT_FLOOR)
             self.bias.copy_(dt_I + torch.log(-torch.expm1(-dt_I)))  # the inverse of softplus
+
+
+def _default_rank(d_model: int) -> int:
+    return math.ceil(d_model / 16)
 
 
 def _parts(text: str | bool, allowed: tuple[str, ...], label: str, field: str) -> tuple[str, ...]:

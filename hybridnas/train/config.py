@@ -11,8 +11,18 @@ from hybridnas.errors import ConfigError
 
 EVALUATIONS = 6  # how often a run is measured when eval_at names no points
 NOT_IDENTITY = ("checkpoint_seconds",)  # fields that may change when a run goes on: they touch no number
-# Fields that older runs do not know, and the value they stand for.
-ADDED = {"devices": 1, "allow_noncausal": False, "decay_fraction": 0.15, "anneal_at": ()}
+# Fields that older runs do not know, and the value they stand for, as ``to_dict`` has it.
+ADDED = {
+    "devices": 1,
+    "allow_noncausal": False,
+    "decay_fraction": 0.15,
+    "anneal_at": [],
+    "rate_scaling": "none",
+    "base_width": 48,
+    "optimizer": "adamw",
+    "embedding_lr": 1.0,
+    "z_loss": 0.0,
+}
 
 
 class Decay(NamedTuple):
@@ -49,6 +59,22 @@ class TrainConfig(FrozenConfig):
         (),
         "of wsd: training-token counts at which a finished model is scored on a branch with a decay of its own; "
         "training goes on from before that decay; the end is always one [tokens]",
+    )
+    rate_scaling: str = option(
+        "none",
+        "mup: learning rates and initial weights by width and kind of weight, so that the best lr at base_width is "
+        "that of every width (hybridnas.train.scaling); none: one rate for all weights",
+        choices=("none", "mup"),
+    )
+    base_width: int = option(48, "d_model at which lr was found, for rate_scaling=mup [channels]", ge=1)
+    embedding_lr: float = option(1.0, "learning rate of the embedding, in units of lr [1]", gt=0)
+    optimizer: str = option(
+        "adamw",
+        "muon: Muon for the matrices inside the blocks, AdamW for all other weights, at the same lr",
+        choices=("adamw", "muon"),
+    )
+    z_loss: float = option(
+        0.0, "weight of the squared logarithm of the logits' normalizer, added to the training loss [1]", ge=0
     )
     weight_decay: float = option(0.1, "AdamW weight decay", ge=0)
     decay_all: bool = option(False, "decay biases, norms, embeddings and SSM parameters too, as the paper did [yes/no]")

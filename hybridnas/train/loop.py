@@ -38,6 +38,7 @@ from hybridnas.train.records import (
     repair_evals,
     write_run,
 )
+from hybridnas.train.scaling import scale_weights
 from hybridnas.train.trainer import Outcome, Trainer
 
 Trainee = Arch | nn.Module | Callable[[], nn.Module]
@@ -125,7 +126,7 @@ class _Subject:
     def of(cls, model: Trainee, config: TrainConfig, impl: str) -> _Subject:
         if isinstance(model, Arch):
             check_causal(model, config.allow_noncausal)
-            return cls(model, lambda: HybridLM(model, impl=impl, seed=config.seed), _arch_identity(model), impl)
+            return cls(model, lambda: _drawn(model, config, impl), _arch_identity(model), impl)
         given = isinstance(model, nn.Module)
         built = model if isinstance(model, nn.Module) else build_seeded(model, config.seed)
         if isinstance(built, HybridLM):
@@ -375,6 +376,13 @@ def _module_identity(module: nn.Module) -> dict[str, Any]:
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     about = {checkpoint.MODULE: name, "params": count_params(module), "tensors": digest[:12]}
     return {"fingerprint": digest, "architecture": about}
+
+
+def _drawn(arch: Arch, config: TrainConfig, impl: str) -> HybridLM:
+    """Return a model with fresh weights, at the size that the learning rates of its width need."""
+    model = HybridLM(arch, impl=impl, seed=config.seed)
+    scale_weights(model, config)
+    return model
 
 
 def count_params(module: nn.Module) -> int:

@@ -40,11 +40,16 @@ class Objective(nn.Module):
         *,
         vocab_size: int | None = None,
         compile_model: bool = False,
+        z_loss: float = 0.0,
     ) -> None:
-        """``vocab_size``: of the data, which a module that is no HybridLM must have logits for."""
+        """``vocab_size``: of the data, which a module that is no HybridLM must have logits for.
+
+        ``z_loss``: weight of the squared logarithm of the logits' normalizer in what ``forward`` returns.
+        """
         super().__init__()
         self.model = model
         self.vocab_size = vocab_size
+        self.z_loss = z_loss
         self.heads = heads if heads is not None else nn.ModuleDict()
         own: Callable[[Tensor], Any] = model.hidden if isinstance(model, HybridLM) else model
         compiled = torch.compile(own) if compile_model else own
@@ -57,13 +62,13 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> Loss:
         """Return the loss of a batch, differentiable."""
         if not isinstance(self.model, HybridLM):
-            return Loss(self._cross_entropy(self._logits(batch), batch, "sum"), {}, {})
+            return Loss(self._cross_entropy(self._logits(batch), batch, "sum", self.z_loss), {}, {})
         hidden = self._read(batch.inputs_BL)
         x_BLD = self._through_head(hidden.x_BLD, batch)
         if self._linear_head:
-            total = cross_entropy_sum(x_BLD, self.model.head.weight, batch, self.model.loss_impl)
+            total = cross_entropy_sum(x_BLD, self.model.head.weight, batch, self.model.loss_impl, z_loss=self.z_loss)
         else:
-            total = self._cross_entropy(self.model.head(x_BLD), batch, "sum")
+            total = self._cross_entropy(self.model.head(x_BLD), batch, "sum", self.z_loss)
         return Loss(total, hidden.aux.losses, hidden.aux.stats)
 
     @torch.no_grad()
@@ -87,9 +92,11 @@ class Objective(nn.Module):
         """Whether logits are the head's matrix times what it reads, so that a loss may take them in chunks."""
         return isinstance(self.model, HybridLM) and self.model.arch.model.final_softcap is None
 
-    def _cross_entropy(self, logits_BLV: Tensor, batch: Batch, reduction: str) -> Tensor:
+    def _cross_entropy(self, logits_BLV: Tensor, batch: Batch, reduction: str, z_loss: float = 0.0) -> Tensor:
         impl = self.model.loss_impl if isinstance(self.model, HybridLM) else Impl.AUTO
-        return cross_entropy(logits_BLV, batch.targets_BL, mask=batch.mask_BL, reduction=reduction, impl=impl)
+        return cross_entropy(
+            logits_BLV, batch.targets_BL, mask=batch.mask_BL, reduction=reduction, z_loss=z_loss, impl=impl
+        )
 
     def _through_head(self, x_BLD: Tensor, batch: Batch) -> Tensor:
         if batch.head is None:
@@ -133,12 +140,17 @@ class Objective(nn.Module):
         return logits_BLV
 
 
-def cross_entropy_sum(x_BLD: Tensor, head_VD: Tensor, batch: Batch, impl: Impl = Impl.AUTO) -> Tensor:
+def cross_entropy_sum(
+    x_BLD: Tensor, head_VD: Tensor, batch: Batch, impl: Impl = Impl.AUTO, *, z_loss: float = 0.0
+) -> Tensor:
     """Return the sum of ``-log p(target)`` over the places that count [nats], computed in float32.
 
+    ``z_loss`` as in :func:`hybridnas.kernels.cross_entropy.linear_cross_entropy`.
     x (B, L, D) is what the output matrix reads: all logits exist at once only where that is faster.
     """
-    return linear_cross_entropy(x_BLD, head_VD, batch.targets_BL, mask=batch.mask_BL, reduction="sum", impl=impl)
+    return linear_cross_entropy(
+        x_BLD, head_VD, batch.targets_BL, mask=batch.mask_BL, reduction="sum", z_loss=z_loss, impl=impl
+    )
 
 
 def logits_of(output: Any, model: nn.Module) -> Tensor:

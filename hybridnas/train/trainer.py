@@ -85,7 +85,13 @@ class Trainer:
         self.identity = identity
         self.callbacks = CallbackList(callbacks)
         self.group = group or Group()
-        objective = Objective(model, heads, vocab_size=self.source.vocab_size, compile_model=run.config.compile)
+        objective = Objective(
+            model,
+            heads,
+            vocab_size=self.source.vocab_size,
+            compile_model=run.config.compile,
+            z_loss=run.config.z_loss,
+        )
         self.optimizer = optim.make_optimizer(objective, run.config)
         self.state = Position()
         self._objective = objective
