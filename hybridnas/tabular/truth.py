@@ -29,7 +29,18 @@ from hybridnas.errors import MatchError
 from hybridnas.files import locked
 from hybridnas.search_spaces.fit import fit
 from hybridnas.study.locks import FileLock
-from hybridnas.study.truth import CHOOSING, MQAR, REPORTING, RUNGS, TEXT, Listed, TruthRow, read_truth, write_truth
+from hybridnas.study.truth import (
+    CHOOSING,
+    MQAR,
+    RATES,
+    REPORTING,
+    RUNGS,
+    TEXT,
+    Listed,
+    TruthRow,
+    read_truth,
+    write_truth,
+)
 from hybridnas.train.callbacks import Callback, Run
 from hybridnas.train.config import TrainConfig
 from hybridnas.train.experiment import Cell, CellResult, Experiment
@@ -67,7 +78,7 @@ class TruthSpec:
     recall_tokens: int = 1_000_000
     tokens_per_active_param: float = 100.0
     seq_len: int = 128
-    rates: tuple[float, ...] = (0.012, 0.004, 0.036)  # in the order in which they are trained
+    rates: tuple[float, ...] = RATES  # in the order in which they are trained
     seeds: int = 3  # at the best rate
     schedule: str = "wsd"  # or constant, whose scores at the rungs are plain ones
 
