@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from hybridnas.arch.model import HybridLM
     from hybridnas.config import FrozenConfig
     from hybridnas.data.tokenizers import Tokenizer
+    from hybridnas.export.hf.writing import NativeExport
     from hybridnas.search.config import SearchConfig
     from hybridnas.search.runner import SearchSummary
     from hybridnas.train.callbacks import Callback
@@ -318,6 +319,19 @@ class Trial:
 
         card = card_facts(self.record, self.study.name, self.study.config)
         return export(self.model(), Path(folder).expanduser(), tokenizer=self.study.tokenizer(), card=card)
+
+    def export_native(self, folder: str | Path, *, format: str = "auto") -> NativeExport:
+        """Write the trained model in the layout of a transformers class; returns the folder and what a reload gave.
+
+        ``format``: a model type such as ``nemotron_h``, or ``auto``. Raises ConfigError that says what the class
+        cannot express, ExportError where the reloaded logits differ.
+        """
+        from hybridnas.export.hf.writing import export_native
+        from hybridnas.export.trials import card_facts
+
+        card = card_facts(self.record, self.study.name, self.study.config)
+        tokenizer = self.study.tokenizer()
+        return export_native(self.model(), Path(folder).expanduser(), format=format, tokenizer=tokenizer, card=card)
 
     def row(self) -> dict[str, Any]:
         """Return the trial as one row of a table."""

@@ -40,6 +40,7 @@ class Settings(Command):
     arch: Mapping[str, Any] = option({}, ARCH)
     seq_len: int = option(1024, "length at which FLOPs and state are stated [tokens]", ge=1)
     out: Path | None = option(None, "draws the architecture: FILE.svg, .png or .pdf; several presets: FILE.svg")
+    exportable: bool = option(False, "lists the classes of transformers, and which can hold the architecture [yes/no]")
     device: str = option("auto", f"whose kernels are named: {DEVICE}")
 
     @classmethod
@@ -66,6 +67,8 @@ def run(settings: Settings) -> Done:
     found["implementations"] = _kernels(arch, settings.device)
     if not arch.causal:
         show.line(NONCAUSAL)
+    if settings.exportable:
+        found["exportable"] = _exportable(arch)
     if settings.out is not None:
         from hybridnas.draw.svg import draw_svg
 
@@ -86,6 +89,16 @@ def facts(arch: Arch, seq_len: int) -> dict[str, Any]:
         "cost": asdict(arch.cost(seq_len)),
         "active": active_counts(arch),
     }
+
+
+def _exportable(arch: Arch) -> dict[str, str]:
+    """Print which formats can hold the architecture, and why the others cannot."""
+    from hybridnas.export.hf.fitting import exportable
+
+    reasons = exportable(arch)
+    rows = [[name, "yes" if not reason else "no", reason] for name, reason in reasons.items()]
+    show.table("Formats of python -m hybridnas.export", ["format", "fits", "what it lacks"], rows, left=(0, 1, 2))
+    return reasons
 
 
 def active_counts(arch: Arch) -> dict[str, int]:

@@ -1,20 +1,26 @@
-"""python -m hybridnas.export study=NAME out=DIR: a trial of a study as a folder that hybridnas.load reads."""
+"""python -m hybridnas.export study=NAME out=DIR: a trial of a study, or a model, as a folder of some format."""
 
 from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybridnas.cli import show
 from hybridnas.cli.command import Command, Done
-from hybridnas.cli.wanted import study_folder
+from hybridnas.cli.wanted import model_folder, study_folder
 from hybridnas.config import option
 from hybridnas.errors import ConfigError, StudyError
 
 if TYPE_CHECKING:
+    from hybridnas.export.hf.writing import NativeExport
     from hybridnas.studies import Study, Trial
+
+
+FORMATS = (
+    "layout: hybridnas; a model_type of transformers, such as nemotron_h; auto: the first class that can hold the model"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +28,9 @@ class Settings(Command):
     """Settings of the command."""
 
     study: str | None = option(None, "name of the study, or its folder")
+    model: Path | None = option(None, "in place of a study: folder of a model, ours or that of a transformers class")
     out: Path | None = option(None, "folder to write; an earlier export there is replaced")
+    format: str = option("hybridnas", FORMATS)
     trial: int | None = option(None, "number of the trial; null: the best of the study", ge=0)
     runs: Path = option(Path("runs"), "folder in which studies lie")
 
@@ -32,22 +40,71 @@ class Settings(Command):
 
 
 def run(settings: Settings) -> Done:
-    """Export the asked or the best trial, and say where it is and what it is."""
-    if not settings.study or not settings.out:
-        missing = "out" if settings.study else "study"
-        raise ConfigError("export needs study=NAME and out=DIR, e.g. study=mamba_moe-laptop out=model", field=missing)
+    """Export the asked or the best trial, or a model, and say where it is and what it is."""
+    if not (settings.study or settings.model) or not settings.out:
+        missing = "out" if settings.study or settings.model else "study"
+        raise ConfigError(
+            "export needs study=NAME or model=DIR, and out=DIR, e.g. study=mamba_moe-laptop out=model", field=missing
+        )
+    if settings.model:
+        if settings.study or settings.trial is not None:
+            raise ConfigError(
+                f"give model={settings.model} or a trial of a study, not both", field="model", got=settings.model
+            )
+        return _export_model(settings.model, settings.out, settings.format)
     from hybridnas.studies import load_study
 
+    assert settings.study is not None
     study = load_study(study_folder(settings.study, settings.runs))
     trial = study.best if settings.trial is None else _trial(study, settings.trial)
-    folder = trial.export(settings.out)
     record = trial.record
     loss = f", loss {record.valid_loss:.4f}" if record.valid_loss is not None else ""
-    show.line(f"trial {record.number}, {record.pattern}{loss}: reloaded with equal logits")
+    about = f"trial {record.number}, {record.pattern}{loss}"
+    facts = {"trial": record.number, "pattern": record.pattern, "fingerprint": record.fingerprint}
+    facts["valid_loss"] = record.valid_loss
+    if settings.format != "hybridnas":
+        native = trial.export_native(settings.out, format=settings.format)
+        return _native_done(native, about, facts)
+    folder = trial.export(settings.out)
+    show.line(f"{about}: reloaded with equal logits")
     then = shlex.join(["python", "-m", "hybridnas.generate", f"model={folder}", "prompt=def "])
     show.line(f"model:  {folder}   {then}")
-    found = {"model": str(folder), "trial": record.number, "pattern": record.pattern}
-    return Done({**found, "fingerprint": record.fingerprint, "valid_loss": record.valid_loss})
+    return Done({"model": str(folder), "format": settings.format, **facts})
+
+
+def _export_model(folder: Path, out: Path, format: str) -> Done:
+    """Export the model of a folder, ours or that of a transformers class."""
+    from hybridnas.data.tokenizers import load_tokenizer
+    from hybridnas.export.folder import export
+    from hybridnas.export.hf import read
+    from hybridnas.export.hf.writing import export_native
+    from hybridnas.export.layout import MODEL_TYPE, TOKENIZER_FILES
+    from hybridnas.export.load import load, read_config, read_json
+
+    where = model_folder(folder.expanduser())
+    content = read_json(where)
+    ours = isinstance(content, dict) and content.get("model_type") == MODEL_TYPE
+    model = load(where, device="cpu") if ours else read(where)
+    card = read_config(where)["training"] if ours else {}
+    tokenizer = load_tokenizer(where) if (where / TOKENIZER_FILES[0]).is_file() else None
+    facts = {"pattern": str(model.arch.pattern), "fingerprint": model.arch.fingerprint()}
+    if format == "hybridnas":
+        written = export(model, out, tokenizer=tokenizer, card=card)
+        show.line(f"{model.arch.pattern}: reloaded with equal logits")
+        show.line(f"model:  {written}")
+        return Done({"model": str(written), "format": format, **facts})
+    native = export_native(model, out, format=format, tokenizer=tokenizer, card=card)
+    return _native_done(native, str(model.arch.pattern), facts)
+
+
+def _native_done(native: NativeExport, about: str, facts: dict[str, Any]) -> Done:
+    assert native.reloaded is not None
+    show.line(
+        f"{about} as {native.format}: {native.reloaded.class_name} of transformers {native.reloaded.transformers}"
+    )
+    show.line(native.reloaded.words())
+    show.line(f"model:  {native.folder}   transformers.AutoModelForCausalLM.from_pretrained({str(native.folder)!r})")
+    return Done({**native.to_dict(), **facts})
 
 
 def _trial(study: Study, number: int) -> Trial:

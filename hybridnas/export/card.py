@@ -39,11 +39,16 @@ _LABELS = {
 _TAGS = {"M": "mamba", "N": "mamba2", "A": "attention", "E": "mixture-of-experts", "S": "sliding-window-attention"}
 
 
-def model_card(arch: Arch, config: Mapping[str, Any], name: str, *, has_tokenizer: bool) -> str:
-    """Return README.md: front matter, the pattern and its drawing, counts, how it was trained, how to use it."""
+def model_card(
+    arch: Arch, config: Mapping[str, Any], name: str, *, has_tokenizer: bool, class_name: str | None = None
+) -> str:
+    """Return README.md: front matter, the pattern and its drawing, counts, how it was trained, how to use it.
+
+    ``class_name``: transformers' class whose layout the folder has; None: it has our own.
+    """
     facts: Mapping[str, Any] = config["training"]
     parts = [
-        _front_matter(arch, can_generate=has_tokenizer and arch.causal),
+        _front_matter(arch, can_generate=has_tokenizer and arch.causal, native=class_name is not None),
         f"# {_title(arch, facts)}",
         _summary(arch, facts),
         "## Architecture",
@@ -53,15 +58,22 @@ def model_card(arch: Arch, config: Mapping[str, Any], name: str, *, has_tokenize
         "## Training",
         _training(facts),
         "## Use",
-        _usage(arch, name or ".", has_tokenizer=has_tokenizer),
+        _usage(arch, name or ".", has_tokenizer=has_tokenizer)
+        if class_name is None
+        else _native_usage(class_name, name or ".", has_tokenizer=has_tokenizer),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(arch: Arch, *, can_generate: bool) -> str:
+def _front_matter(arch: Arch, *, can_generate: bool, native: bool) -> str:
     letters = sorted({slot.letter for slot in arch.pattern.slots})
     tags = ["hybridnas", "hybrid", *(_TAGS[letter] for letter in letters if letter in _TAGS)]
-    lines = ["---", "library_name: hybridnas", "tags:", *(f"- {tag}" for tag in tags)]
+    lines = [
+        "---",
+        f"library_name: {'transformers' if native else 'hybridnas'}",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+    ]
     if can_generate:
         lines.append("pipeline_tag: text-generation")
     return "\n".join([*lines, "---"])
@@ -128,6 +140,17 @@ def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
+
+
+def _native_usage(class_name: str, name: str, *, has_tokenizer: bool) -> str:
+    code = ["from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if has_tokenizer else ""), ""]
+    code.append(f'model = AutoModelForCausalLM.from_pretrained("{name}")  # {class_name}')
+    if has_tokenizer:
+        code.append(f'tokenizer = AutoTokenizer.from_pretrained("{name}")')
+        code.append('ids = tokenizer("def ", return_tensors="pt").input_ids')
+        code.append("print(tokenizer.decode(model.generate(ids)[0]))")
+    text = "```python\n" + "\n".join(code) + "\n```"
+    return text + f'\n\n`hybridnas.from_hf("{name}")` reads the folder back as a model of hybridnas.'
 
 
 def _usage(arch: Arch, name: str, *, has_tokenizer: bool) -> str:

@@ -25,13 +25,15 @@ from hybridnas.export.layout import (
     CONFIG,
     GENERATION,
     OWN_FILES,
+    OWN_KEY,
+    SHARD,
     WEIGHTS,
     home,
     make_config,
     probe_ids,
     stored_tensors,
 )
-from hybridnas.export.load import load, read_ours
+from hybridnas.export.load import load, read_json, read_ours
 from hybridnas.layers.mode import evaluating
 from hybridnas.study.locks import FileLock
 
@@ -59,15 +61,16 @@ def export(
     """
     target = home(folder)
     tokenizer = tokenizer if tokenizer is not None or source is None else source.tokenizer
-    _refuse_foreign(target)
+    refuse_foreign(target)
     config = make_config(model.arch, dict(card or {}), str(model.embedding.weight.dtype).removeprefix("torch."))
-    with _whole_folder(target) as partial:
-        _write_text(partial / CONFIG, json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    with whole_folder(target) as partial:
+        write_text(partial / CONFIG, json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "
+")
         _write_weights(partial / WEIGHTS, model)
-        _write_text(partial / GENERATION, json.dumps(_generation(), indent=2) + "\n")
+        write_text(partial / GENERATION, json.dumps(generation_settings(), indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save(partial)
-        _write_text(
+        write_text(
             partial / CARD, model_card(model.arch, config, name or target.name, has_tokenizer=tokenizer is not None)
         )
         if check:
@@ -94,19 +97,21 @@ def check_logits(trained: HybridLM, reloaded: HybridLM) -> None:
         )
 
 
-def _refuse_foreign(target: Path) -> None:
+def refuse_foreign(target: Path) -> None:
+    """Raise ExportError for a folder with files that is no export of ours, in our own format or in another."""
     if target.exists() and not target.is_dir():
         raise ExportError(f"{target} is a file; give a folder to export into")
     if not target.is_dir() or not any(target.iterdir()):
         return
     try:
-        read_ours(target)
+        if OWN_KEY not in read_json(target):
+            read_ours(target)
     except ExportError as error:
         raise ExportError(f"{target} is not ours: {error}; give an empty or a new folder") from None
 
 
 @contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path) -> Iterator[Path]:
     """Yield a folder beside ``target`` to write into; on success it takes the target's place, else it vanishes."""
     host = socket.gethostname()
     partial = target.parent / f".{target.name}.{host}.{os.getpid()}.partial"
@@ -169,7 +174,7 @@ def _discard(old: Path, target: Path) -> None:
     if not old.exists():
         return
     for path in old.iterdir():
-        if path.name not in OWN_FILES and not (target / path.name).exists():
+        if path.name not in OWN_FILES and not SHARD.fullmatch(path.name) and not (target / path.name).exists():
             path.rename(target / path.name)
     shutil.rmtree(old)
 
@@ -184,7 +189,8 @@ def _write_weights(path: Path, model: HybridLM) -> None:
     )  # safetensors makes private files; a model is shared like any other
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file of the folder that is being made."""
     path.write_text(text, encoding="utf-8")
 
 
@@ -198,6 +204,6 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _generation() -> dict[str, Any]:
+def generation_settings() -> dict[str, Any]:
     """The settings that ``python -m hybridnas.generate`` uses by default, in Hugging Face words."""
     return {"do_sample": True, "temperature": 0.8, "top_k": 40, "max_new_tokens": 200}

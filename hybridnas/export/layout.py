@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,9 +19,13 @@ from hybridnas.registry import BLOCKS
 
 CONFIG, WEIGHTS, CARD, GENERATION = "config.json", "model.safetensors", "README.md", "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-OWN_FILES = (CONFIG, WEIGHTS, CARD, GENERATION, *TOKENIZER_FILES)  # replaced by the next export, or removed by it
+INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+# Replaced by the next export, or removed by it.
+OWN_FILES = (CONFIG, WEIGHTS, INDEX, CARD, GENERATION, *TOKENIZER_FILES)
 MODEL_TYPE = "hybridnas"
 CLASS = "HybridNASForCausalLM"  # of hybridnas.hf, for programs that look for a class of transformers
+OWN_KEY = "hybridnas"  # in a config.json of another format: which architecture of ours it is
 FORMAT_VERSION = 1  # raised when an older hybridnas could no longer read the folder
 COST_SEQ_LEN = 1024  # at which config.json and the model card state FLOPs and state bytes [tokens]
 

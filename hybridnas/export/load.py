@@ -109,8 +109,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizers.load_tokenizer(where)
 
 
-def read_ours(folder: Path) -> dict[str, Any]:
-    """Return config.json of one of our folders, of whatever version; raises ExportError for anything else."""
+def read_json(folder: Path) -> Any:
+    """Return the content of a folder's config.json; raises ExportError for anything else."""
     if not folder.is_dir():
         raise ExportError(
             f"{folder} is not a folder; give the folder that 'python -m hybridnas.export' wrote",
@@ -121,9 +121,14 @@ def read_ours(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ExportError(f"{folder} has no {CONFIG}, so it is not an exported model", field=CONFIG)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ExportError(f"{path} cannot be read as JSON ({error}); export the model again", field=CONFIG) from None
+
+
+def read_ours(folder: Path) -> dict[str, Any]:
+    """Return config.json of one of our folders, of whatever version; raises ExportError for anything else."""
+    config, path = read_json(folder), folder / CONFIG
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != MODEL_TYPE:
         raise ExportError(

@@ -14,6 +14,7 @@ In the first two, every other key is a choice for a block's field: ``n_experts: 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ from hybridnas.search_spaces.choice import Choice, Chooser, read_choice
 from hybridnas.search_spaces.fit import STATE_TOLERANCE, fit, share_free, spread, with_state
 from hybridnas.search_spaces.listing import space_file, space_settings
 from hybridnas.search_spaces.placement import PLACEMENTS, place
+
+# What decides which format holds an architecture. It reads and writes models, so it lies above this package: looked up
+# where a space asks for it.
+_FORMATS = "hybridnas.export.hf.fitting"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +91,9 @@ class Space(FrozenConfig, ABC):
     state_bytes: int | None = option(
         None, "state for equal: [state_bytes], at the budget's seq_len; none: the reference's [bytes]", ge=1
     )
+    exportable: str | None = option(
+        None, "format of python -m hybridnas.export that must hold a candidate, such as nemotron_h [name]"
+    )
     match: bool = option(True, "whether widths are sized to the target of active parameters [yes/no]")
     table: Mapping[str, Any] = option(
         {}, "results of all candidates, if known; read by the package tabular, opaque here [mapping]"
@@ -107,6 +115,8 @@ class Space(FrozenConfig, ABC):
         super().__post_init__()
         self._check_names("reference", () if self.reference is None else (self.reference,), list_presets())
         self._check_names("baselines", self.baselines, list_presets())
+        if self.exportable is not None:
+            self._check_names("exportable", (self.exportable,), importlib.import_module(_FORMATS).formats())
 
     def target(self, scale: Scale) -> int:
         """Return the active parameters that every candidate is matched to [count per token].
@@ -147,6 +157,36 @@ class Space(FrozenConfig, ABC):
     @abstractmethod
     def choose(self, chooser: Chooser, scale: Scale) -> None:
         """Draw one candidate's choices and build nothing, to know them before an architecture is made."""
+
+    def _held(self, arch: Arch) -> Arch:
+        """Return the architecture with what the class of ``exportable`` has beside the sizes and options given.
+
+        Raises MatchError where the class has not the pattern, or another value of an option that was drawn or given.
+        """
+        if self.exportable is None:
+            return arch
+        try:
+            found: Arch = importlib.import_module(_FORMATS).completed(arch, self.exportable)
+        except ConfigError as error:
+            raise self._unfit(error) from None
+        return found
+
+    def _checked(self, arch: Arch) -> Arch:
+        """Return the architecture if the class of ``exportable`` holds it; raises MatchError."""
+        if self.exportable is not None:
+            try:
+                importlib.import_module(_FORMATS).fit(arch, self.exportable)
+            except ConfigError as error:
+                raise self._unfit(error) from None
+        return arch
+
+    def _unfit(self, error: ConfigError) -> MatchError:
+        return MatchError(
+            f"{error}, and space {self.name!r} sets exportable={self.exportable}",
+            field="space.exportable",
+            got=error.got,
+            allowed=error.allowed,
+        )
 
     def _matched(self, arch: Arch, scale: Scale, share: float | None = None) -> Arch:
         state = self._state_target(scale) if "state_bytes" in self.equal else None
@@ -234,12 +274,12 @@ class _PatternSpace(Space):
     def propose(self, chooser: Chooser, scale: Scale) -> Proposal:
         choices: dict[str, Any] = {}
         pattern, fields, share = self._choices(chooser, scale, choices)
-        arch = Arch.from_pattern(pattern, d_model=scale.d_model, vocab_size=scale.vocab_size, **fields)
+        arch = self._held(Arch.from_pattern(pattern, d_model=scale.d_model, vocab_size=scale.vocab_size, **fields))
         arch = self._matched(arch, scale, share)
         ratios = self._width_ratios(choices, scale)
         if self.match and len(set(ratios)) > 1:
             arch = spread(arch, self.target(scale), ratios, scale.multiple)
-        return Proposal(arch, choices)
+        return Proposal(self._checked(arch), choices)
 
     def _width_ratios(self, choices: Mapping[str, Any], scale: Scale) -> list[float]:
         """Return the drawn proportions of the layers' expert and MLP widths, one per layer; none: no proportions."""
@@ -425,7 +465,8 @@ class CandidateSpace(Space):
             pieces = [str(layer) for layer in parse(chosen.text).layers]
             pattern = _cycle(pieces, scale.depth if chosen.kind == "motif" else len(pieces))
             arch = Arch.from_pattern(pattern, d_model=scale.d_model, vocab_size=scale.vocab_size, **chosen.fields)
-        return Proposal(self._matched(arch, scale, chosen.split), {"candidate": chosen.name}, chosen.name)
+        arch = self._checked(self._matched(self._held(arch), scale, chosen.split))
+        return Proposal(arch, {"candidate": chosen.name}, chosen.name)
 
     def choose(self, chooser: Chooser, scale: Scale) -> None:
         self._chosen(chooser)

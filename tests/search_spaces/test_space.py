@@ -78,7 +78,7 @@ def test_every_drawn_candidate_meets_the_target_within_two_percent_or_says_why_n
     proposal = proposed(drawn, Dice(seed), scale)
     if isinstance(proposal, str):
         sizes = ("active parameters", "active_params", "no width to size", "state bytes")
-        words = (*sizes, "requires", "min_attention", "max_mixers")
+        words = (*sizes, "requires", "min_attention", "max_mixers", "exportable")
         assert any(word in proposal for word in words), proposal
         return
     assert abs(proposal.arch.cost().active_params - target) <= 0.02 * target
@@ -617,3 +617,27 @@ def test_the_linear_family_has_equal_states_and_equal_active_parameters():
             cost = drawn.propose(optuna.trial.FixedTrial({"candidate": candidate.name}), scale).arch.cost(256)
             assert cost.state_bytes == pytest.approx(reference.state_bytes, rel=0.05)
             assert cost.active_params == pytest.approx(reference.active_params, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("format", "letters"), [("nemotron_h", "NAFE"), ("lfm2", "CAF")])
+def test_a_space_can_be_restricted_to_what_a_class_of_transformers_holds(format, letters):
+    from hybridnas.export.hf.fitting import fit as held_by
+
+    settings = {"letters": [*letters, "S"], "motif_length": [2], "n_experts": [4], "A.gate": ["none", "head"]}
+    drawn = space(**settings, exportable=format)
+    found = [proposed(drawn, Dice(seed), SCALE) for seed in range(20)]
+    kept = [proposal.arch for proposal in found if not isinstance(proposal, str)]
+    assert kept
+    for arch in kept:
+        assert held_by(arch, format).name == format
+        assert arch.model.norm == "rmsnorm"
+    with pytest.raises(MatchError) as error:
+        drawn.propose(optuna.trial.FixedTrial({"slot0": "A", "slot1": "F", "A.gate": "head"}), SCALE)
+    assert (error.value.field, error.value.got, error.value.allowed) == ("space.exportable", "head", ("none",))
+    with pytest.raises(MatchError) as error:
+        drawn.propose(optuna.trial.FixedTrial({"slot0": "S", "slot1": "F"}), SCALE)
+    assert error.value.field == "space.exportable"
+    with pytest.raises(ConfigError) as error:
+        space(**settings, exportable="bert")
+    assert (error.value.field, error.value.got) == ("space.exportable", "bert")
+    assert format in error.value.allowed

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from hybridnas.arch.arch import Arch
-from hybridnas.arch.presets import layered
+from hybridnas.arch.presets import SWIGLU, layered
+from hybridnas.export.hf.configs import activation, around, first, heads, layers, places, rope
+from hybridnas.export.hf.configs import mamba2 as mamba2_config
 from hybridnas.export.hf.family import Family, register
 from hybridnas.export.hf.settings import Settings
 from hybridnas.export.hf.weights import Piece, attention, mamba2, mlp, norm, surroundings
@@ -50,6 +53,23 @@ def arch(config: Settings) -> Arch:
     )
 
 
+def config(arch: Arch) -> dict[str, Any]:
+    """Return the config nearest to an architecture."""
+    pairs, a, f = layers(arch, "NA", "F"), first(arch, "A"), first(arch, "F")
+    return {
+        **around(arch),
+        **heads(a, arch.d_model),
+        **rope(a, fraction=True),
+        **mamba2_config(first(arch, "N"), arch.d_model),
+        "num_hidden_layers": len(pairs),
+        "attn_layer_indices": places(pairs, "A"),
+        "intermediate_size": f.hidden,
+        "hidden_act": activation(f),
+        "attention_bias": a is not None and a.biases[0],
+        "mlp_bias": f.bias,
+    }
+
+
 def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
     """Yield which tensor holds what."""
     yield from surroundings(arch, "model.embed_tokens", "model.final_layernorm")
@@ -64,4 +84,14 @@ def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
             yield from mlp(node, f"{there}.feed_forward")
 
 
-register(Family(model_types=("bamba",), defaults=DEFAULTS, arch=arch, pieces=pieces))
+register(
+    Family(
+        model_types=("bamba",),
+        class_name="BambaForCausalLM",
+        defaults=DEFAULTS,
+        arch=arch,
+        pieces=pieces,
+        config=config,
+        style={"F": SWIGLU, "A": {"rotary_fraction": 0.5}},
+    )
+)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.presets import layered
+from hybridnas.export.hf.configs import activation, around, first, layers, rope
 from hybridnas.export.hf.family import Family, register
-from hybridnas.export.hf.kimi_linear import latent, routed
+from hybridnas.export.hf.kimi_linear import experts_config, latent, latent_config, routed
 from hybridnas.export.hf.settings import Settings
 from hybridnas.export.hf.weights import Piece, experts, latent_attention, mlp, norm, surroundings
 
@@ -53,6 +55,23 @@ def arch(config: Settings) -> Arch:
     )
 
 
+def config(arch: Arch) -> dict[str, Any]:
+    """Return the config nearest to an architecture."""
+    pairs = layers(arch, "A", "FE")
+    a, f, e = (first(arch, letter) for letter in "AFE")
+    found = {
+        **around(arch),
+        **latent_config(a),
+        **rope(a),
+        "rope_interleave": True,
+        "num_hidden_layers": len(pairs),
+        "first_k_dense_replace": next((i for i, pair in enumerate(pairs) if "E" in pair), len(pairs)),
+        "intermediate_size": (f or e).hidden,
+        "hidden_act": activation(f, e),
+    }
+    return found if e is None else {**found, **experts_config(e), "n_routed_experts": e.n_experts}
+
+
 def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
     """Yield which tensor holds what."""
     yield from surroundings(arch, "model.embed_tokens", "model.norm")
@@ -70,9 +89,11 @@ def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
 register(
     Family(
         model_types=("deepseek_v3",),
+        class_name="DeepseekV3ForCausalLM",
         defaults=DEFAULTS,
         arch=arch,
         pieces=pieces,
+        config=config,
         aliases={"n_routed_experts": "num_local_experts"},
         unused=(r"model\.layers\.61\.",),  # the head for a token further ahead, beside 61 layers
     )

@@ -14,6 +14,8 @@ import torch
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.presets import layered
+from hybridnas.export.hf.configs import activation, around, check_parallel, first, heads, rope
+from hybridnas.export.hf.configs import mamba2 as mamba2_config
 from hybridnas.export.hf.family import Family, register
 from hybridnas.export.hf.settings import Settings
 from hybridnas.export.hf.weights import Piece, attention, mamba2, mlp, norm, surroundings
@@ -90,6 +92,36 @@ def arch(config: Settings) -> Arch:
     )
 
 
+def config(arch: Arch) -> dict[str, Any]:
+    """Return the config nearest to an architecture; multipliers of rows of a matrix are part of the matrix."""
+    count = check_parallel(arch)
+    n, a, f = (first(arch, letter) for letter in "NAF")
+    return {
+        **around(arch),
+        **heads(a, arch.d_model, always=True),
+        **rope(a),
+        **mamba2_config(n, arch.d_model, expand=False),
+        "mamba_d_ssm": n.width,
+        "mamba_rms_norm": n.gated_norm,
+        "mamba_norm_before_gate": False,
+        "projectors_bias": n.bias,
+        "num_hidden_layers": count,
+        "intermediate_size": f.hidden,
+        "hidden_act": activation(f),
+        "attention_bias": a.biases[0],
+        "mlp_bias": f.bias,
+        "embedding_multiplier": arch.model.embedding_multiplier,
+        "lm_head_multiplier": arch.model.logits_multiplier,
+        "key_multiplier": 1.0,
+        "attention_in_multiplier": a.in_multiplier,
+        "attention_out_multiplier": a.out_multiplier,
+        "ssm_in_multiplier": n.in_multiplier,
+        "ssm_out_multiplier": n.out_multiplier,
+        "ssm_multipliers": [1.0] * 5,
+        "mlp_multipliers": [1.0, f.out_multiplier],
+    }
+
+
 def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
     """Yield which tensor holds what."""
     yield from surroundings(arch, "model.embed_tokens", "model.final_layernorm")
@@ -112,9 +144,11 @@ def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
 register(
     Family(
         model_types=("falcon_h1",),
+        class_name="FalconH1ForCausalLM",
         defaults=DEFAULTS,
         arch=arch,
         pieces=pieces,
+        config=config,
         unused=(r".*\.mamba\.mup_vector",),
     )
 )

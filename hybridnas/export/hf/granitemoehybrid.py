@@ -8,9 +8,11 @@ from typing import Any
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.presets import DROPLESS, layered
+from hybridnas.export.hf.configs import activation, around, first, heads, layers, rope
+from hybridnas.export.hf.configs import mamba2 as mamba2_config
 from hybridnas.export.hf.family import Family, register
 from hybridnas.export.hf.settings import FULL, LINEAR, Settings
-from hybridnas.export.hf.weights import Piece, attention, experts, mamba2, norm, prefix, renamed, surroundings
+from hybridnas.export.hf.weights import Hub, Piece, attention, experts, mamba2, norm, prefix, renamed, surroundings
 
 DEFAULTS = {
     "vocab_size": 32000,
@@ -80,6 +82,43 @@ def arch(config: Settings) -> Arch:
     )
 
 
+def config(arch: Arch) -> dict[str, Any]:
+    """Return the config nearest to an architecture; experts without a shared one get one of a channel, of zeros."""
+    routed = first(arch, "E") is not None
+    pairs = layers(arch, "NA", "E" if routed else "F")
+    a, f, e = (first(arch, letter) for letter in "AFE")
+    turned = a is not None and a.positions == "rope"
+    mixer = first(arch, "A") or first(arch, "N")
+    found: dict[str, Any] = {
+        **around(arch),
+        **heads(a, arch.d_model),
+        **(rope(a) if turned else {}),
+        **mamba2_config(first(arch, "N"), arch.d_model),
+        "num_hidden_layers": len(pairs),
+        "layer_types": ["attention" if "A" in pair else "mamba" for pair in pairs],
+        "position_embedding_type": "rope" if turned else "nope",
+        "hidden_act": activation(f, e),
+        "attention_bias": a is not None and a.biases[0],
+        "embedding_multiplier": arch.model.embedding_multiplier,
+        "logits_scaling": 1 / arch.model.logits_multiplier,
+        "residual_multiplier": mixer.out_multiplier,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+    }
+    if a is not None:
+        found["attention_multiplier"] = a.head_width**-0.5 if a.scale is None else a.scale
+    if e is None:
+        return {**found, "shared_intermediate_size": f.hidden, "intermediate_size": f.hidden}
+    return {
+        **found,
+        "num_local_experts": e.n_experts,
+        "num_experts_per_tok": e.top_k,
+        "intermediate_size": e.hidden,
+        "shared_intermediate_size": e.d_shared or 1,
+        "router_aux_loss_coef": e.load_balance_weight,
+    }
+
+
 def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
     """Yield which tensor holds what; gate and value of the MLP are one matrix there too."""
     yield from surroundings(arch, "model.embed_tokens", "model.norm")
@@ -101,14 +140,24 @@ def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
 register(
     Family(
         model_types=("granitemoehybrid",),
+        class_name="GraniteMoeHybridForCausalLM",
         defaults=DEFAULTS,
         arch=arch,
         pieces=pieces,
+        config=config,
         aliases={"layers_block_type": "layer_types"},
         renames=(
             (r"block_sparse_moe\.input_linear\.weight", "block_sparse_moe.experts.gate_up_proj"),
             (r"block_sparse_moe\.output_linear\.weight", "block_sparse_moe.experts.down_proj"),
             (r"block_sparse_moe\.router\.layer\.weight", "block_sparse_moe.router.weight"),
+        ),
+        hub=Hub(
+            renames=(
+                (r"block_sparse_moe\.experts\.gate_up_proj", "block_sparse_moe.input_linear.weight"),
+                (r"block_sparse_moe\.experts\.down_proj", "block_sparse_moe.output_linear.weight"),
+                (r"block_sparse_moe\.router\.weight", "block_sparse_moe.router.layer.weight"),
+            ),
+            experts=None,
         ),
     )
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.presets import DROPLESS, layered
+from hybridnas.errors import ConfigError
+from hybridnas.export.hf.configs import activation, around, first, heads, layers, places, whole_factor
 from hybridnas.export.hf.family import Family, register
 from hybridnas.export.hf.settings import Settings
 from hybridnas.export.hf.weights import Piece, attention, experts, mamba, mlp, norm, surroundings
@@ -74,6 +77,49 @@ def arch(config: Settings) -> Arch:
     )
 
 
+def config(arch: Arch) -> dict[str, Any]:
+    """Return the config nearest to an architecture; raises ConfigError where attention or experts have no period."""
+    pairs = layers(arch, "MA", "FE")
+    m, a, f, e = (first(arch, letter) for letter in "MAFE")
+    found: dict[str, Any] = {
+        **around(arch),
+        **heads(a, arch.d_model),
+        "num_hidden_layers": len(pairs),
+        "intermediate_size": (f or e).hidden,
+        "hidden_act": activation(f, e),
+        "num_experts": 1,
+    }
+    found["attn_layer_period"], found["attn_layer_offset"] = _period(places(pairs, "A"), len(pairs), "A")
+    found["expert_layer_period"], found["expert_layer_offset"] = _period(places(pairs, "E"), len(pairs), "E")
+    if e is not None:
+        found |= {"num_experts": e.n_experts, "num_experts_per_tok": e.top_k}
+        found["router_aux_loss_coef"] = e.load_balance_weight
+    if m is not None:
+        found |= {
+            "mamba_d_state": m.d_state,
+            "mamba_d_conv": m.d_conv,
+            "mamba_expand": whole_factor(m),
+            "mamba_dt_rank": m.rank,
+            "mamba_conv_bias": m.conv_bias,
+            "mamba_proj_bias": m.bias,
+        }
+    return found
+
+
+def _period(where: Sequence[int], count: int, letter: str) -> tuple[int, int]:
+    """Return the period and the offset of the layers that have a letter; one beyond the last layer where none has."""
+    for period in range(1, count + 2):
+        for offset in range(period):
+            if list(range(offset, count, period)) == list(where):
+                return period, offset
+    raise ConfigError(
+        f"layers {', '.join(map(str, where))} of {count} have {letter}, and the class has it at a period alone",
+        field="pattern",
+        got=tuple(where),
+        allowed="layers at equal distances",
+    )
+
+
 def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
     """Yield which tensor holds what."""
     yield from surroundings(arch, "model.embed_tokens", "model.final_layernorm")
@@ -93,9 +139,11 @@ def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
 register(
     Family(
         model_types=("jamba",),
+        class_name="JambaForCausalLM",
         defaults=DEFAULTS,
         arch=arch,
         pieces=pieces,
+        config=config,
         aliases={"num_local_experts": "num_experts"},
     )
 )

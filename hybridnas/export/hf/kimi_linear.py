@@ -7,9 +7,12 @@ from typing import Any
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.presets import DROPLESS, SIGMOID, layered
+from hybridnas.errors import ConfigError
+from hybridnas.export.hf.configs import activation, around, first, layers
 from hybridnas.export.hf.family import Family, register
 from hybridnas.export.hf.settings import FULL, LINEAR, Settings
 from hybridnas.export.hf.weights import (
+    Hub,
     Piece,
     experts,
     latent_attention,
@@ -130,6 +133,75 @@ def _types(config: Settings, released: dict[str, Any]) -> list[str]:
     return [FULL if i and i % 4 == 0 else LINEAR for i in range(count)]
 
 
+def latent_config(a: Any) -> dict[str, Any]:
+    """Return latent attention by DeepSeek's names; raises ConfigError for attention of another kind."""
+    if a.kv_rank is None:
+        raise ConfigError(
+            "the attention has kv_rank=None, and the class has latent attention alone",
+            field="kv_rank",
+            got=None,
+            allowed=">= 1",
+        )
+    return {
+        "num_attention_heads": a.heads,
+        "num_key_value_heads": a.heads,
+        "kv_lora_rank": a.kv_rank,
+        "q_lora_rank": a.q_rank,
+        "qk_rope_head_dim": a.rotary,
+        "qk_nope_head_dim": a.head_width,
+        "v_head_dim": a.value_width,
+        "attention_bias": a.biases[0],
+    }
+
+
+def experts_config(e: Any) -> dict[str, Any]:
+    """Return DeepSeek's experts, the shared one as wide as several routed ones (of zeros where there is none).
+
+    Raises ConfigError where it is not.
+    """
+    if e.d_shared % e.hidden:
+        raise ConfigError(
+            f"the experts have d_shared={e.d_shared}, and the class has multiples of d_expert={e.hidden}",
+            field="d_shared",
+            got=e.d_shared,
+            allowed=f"a multiple of {e.hidden}",
+        )
+    return {
+        "num_experts_per_tok": e.top_k,
+        "moe_intermediate_size": e.hidden,
+        "n_shared_experts": e.d_shared // e.hidden or 1,
+        "routed_scaling_factor": e.routed_scale,
+        "n_group": e.expert_groups,
+        "topk_group": e.top_groups,
+        "norm_topk_prob": e.renormalize,
+    }
+
+
+def config(arch: Arch) -> dict[str, Any]:
+    """Return the config nearest to an architecture, by the names of transformers and by those of the release."""
+    pairs = layers(arch, "KA", "FE")
+    k, a, f, e = (first(arch, letter) for letter in "KAFE")
+    found: dict[str, Any] = {
+        **around(arch),
+        "num_hidden_layers": len(pairs),
+        "layer_types": [FULL if "A" in pair else LINEAR for pair in pairs],
+        "mlp_layer_types": ["dense" if "F" in pair else "sparse" for pair in pairs],
+        "intermediate_size": (f or e).hidden,
+        "hidden_act": activation(f, e),
+    }
+    if k is not None:
+        found |= {"linear_head_dim": k.key_dim, "linear_num_heads": k.heads, "linear_conv_kernel_dim": k.d_conv}
+    if a is not None:
+        found |= latent_config(a)
+    if e is not None:
+        shared = experts_config(e)
+        for theirs, name in ALIASES.items():
+            if name in shared:
+                shared[theirs] = shared.pop(name)
+        found |= {**shared, "num_experts": e.n_experts}
+    return found
+
+
 def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
     """Yield which tensor holds what."""
     yield from surroundings(arch, "model.embed_tokens", "model.norm")
@@ -159,7 +231,7 @@ def _delta_attention(node: Any, there: str) -> Iterator[Piece]:
     }
     parts = [(f"{there}.{name}.weight", size) for name, size in sizes.items()]
     yield from stacked(f"{ours}.in_proj.weight", parts)
-    yield Piece(ours=f"{ours}.A_log", theirs=f"{there}.forget_gate.A_log", flat=True)
+    yield Piece(ours=f"{ours}.A_log", theirs=f"{there}.forget_gate.A_log", shape=(1, 1, -1, 1))
     names = {
         "gate_proj.weight": "g_b_proj.weight",
         "decay_proj.weight": "forget_gate.f_b_proj.weight",
@@ -171,22 +243,33 @@ def _delta_attention(node: Any, there: str) -> Iterator[Piece]:
     yield from renamed(names, ours, there)
 
 
+ALIASES = {
+    "moe_renormalize": "norm_topk_prob",
+    "num_expert_group": "n_group",
+    "num_experts": "num_local_experts",
+    "num_experts_per_token": "num_experts_per_tok",
+    "num_shared_experts": "n_shared_experts",
+}
 register(
     Family(
         model_types=("kimi_linear",),
+        class_name="KimiLinearForCausalLM",
         defaults=DEFAULTS,
         arch=arch,
         pieces=pieces,
-        aliases={
-            "moe_renormalize": "norm_topk_prob",
-            "num_expert_group": "n_group",
-            "num_experts": "num_local_experts",
-            "num_experts_per_token": "num_experts_per_tok",
-            "num_shared_experts": "n_shared_experts",
-        },
+        config=config,
+        aliases=ALIASES,
         renames=(
             (r"self_attn\.(f_a_proj|f_b_proj|dt_bias|A_log)", r"self_attn.forget_gate.\1"),
             (r"\.block_sparse_moe\.", ".mlp."),
+        ),
+        hub=Hub(
+            renames=(
+                (r"\.forget_gate\.", "."),
+                (r"\.mlp\.(experts|gate|shared_experts)\.", r".block_sparse_moe.\1."),
+            ),
+            experts=("w1", "w3", "w2"),
+            split_convolutions=True,
         ),
     )
 )

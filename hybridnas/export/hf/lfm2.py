@@ -7,9 +7,10 @@ from typing import Any
 
 from hybridnas.arch.arch import Arch, Node
 from hybridnas.arch.presets import DROPLESS, SIGMOID, layered
+from hybridnas.export.hf.configs import around, first, heads, layers, rope
 from hybridnas.export.hf.family import Family, register
 from hybridnas.export.hf.settings import FULL, Settings
-from hybridnas.export.hf.weights import Piece, attention, experts, mlp, norm, prefix, renamed, surroundings
+from hybridnas.export.hf.weights import Hub, Piece, attention, experts, mlp, norm, prefix, renamed, surroundings
 
 _SHARED = {
     "vocab_size": 65536,
@@ -102,6 +103,51 @@ def _arch(
     )
 
 
+def lfm2_config(arch: Arch) -> dict[str, Any]:
+    """Return the config of LFM2, with the MLP's own width."""
+    width = first(arch, "F").hidden if first(arch, "F") is not None else 0
+    return {
+        **_config(arch, layers(arch, "CA", "F")),
+        "intermediate_size": width,
+        "block_ff_dim": width,
+        "block_auto_adjust_ff_dim": False,
+    }
+
+
+def lfm2_moe_config(arch: Arch) -> dict[str, Any]:
+    """Return the config of LFM2-MoE."""
+    pairs = layers(arch, "CA", "FE")
+    f, e = first(arch, "F"), first(arch, "E")
+    found = {
+        **_config(arch, pairs),
+        "num_dense_layers": next((i for i, pair in enumerate(pairs) if "E" in pair), len(pairs)),
+        "intermediate_size": (f or e).hidden,
+    }
+    if e is not None:
+        found |= {
+            "num_experts": e.n_experts,
+            "num_experts_per_tok": e.top_k,
+            "moe_intermediate_size": e.hidden,
+            "use_expert_bias": e.correction_bias,
+            "routed_scaling_factor": e.routed_scale,
+            "norm_topk_prob": e.renormalize,
+        }
+    return found
+
+
+def _config(arch: Arch, pairs: list[str]) -> dict[str, Any]:
+    c, a = first(arch, "C"), first(arch, "A")
+    return {
+        **around(arch, "norm_eps"),
+        **heads(a, arch.d_model),
+        **rope(a),
+        "num_hidden_layers": len(pairs),
+        "layer_types": [FULL if "A" in pair else "conv" for pair in pairs],
+        "conv_L_cache": 3 if c is None else c.d_conv,
+        "conv_bias": c is not None and c.conv_bias,
+    }
+
+
 def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
     """Yield which tensor holds what."""
     yield from surroundings(arch, "model.embed_tokens", "model.embedding_norm")
@@ -128,18 +174,23 @@ def _convolution(node: Node, there: str) -> Iterator[Piece]:
 register(
     Family(
         model_types=("lfm2",),
+        class_name="Lfm2ForCausalLM",
         defaults=LFM2,
         arch=lfm2,
         pieces=pieces,
+        config=lfm2_config,
         aliases={"tie_embedding": "tie_word_embeddings", "block_ff_dim": "intermediate_size"},
     )
 )
 register(
     Family(
         model_types=("lfm2_moe",),
+        class_name="Lfm2MoeForCausalLM",
         defaults=LFM2_MOE,
         arch=lfm2_moe,
         pieces=pieces,
+        config=lfm2_moe_config,
+        hub=Hub(experts=("w1", "w3", "w2")),
         aliases={"tie_embedding": "tie_word_embeddings"},
     )
 )

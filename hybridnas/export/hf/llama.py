@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.presets import layered
+from hybridnas.export.hf.configs import activation, around, first, heads, layers, rope
 from hybridnas.export.hf.family import Family, register
 from hybridnas.export.hf.settings import Settings
 from hybridnas.export.hf.weights import Piece, attention, mlp, norm, surroundings
@@ -51,6 +53,27 @@ def mistral(config: Settings) -> Arch:
     return plain if window is None else plain.replace(A={"window": window})
 
 
+def config(arch: Arch) -> dict[str, Any]:
+    """Return the config of Llama; of Mistral with the window, which Llama has not."""
+    pairs, a, f = layers(arch, "A", "F"), first(arch, "A"), first(arch, "F")
+    return {
+        **around(arch),
+        **heads(a, arch.d_model, always=True),
+        **rope(a),
+        "num_hidden_layers": len(pairs),
+        "intermediate_size": f.hidden,
+        "hidden_act": activation(f),
+        "attention_bias": a.biases[0],
+        "mlp_bias": f.bias,
+    }
+
+
+def mistral_config(arch: Arch) -> dict[str, Any]:
+    """Return the config of Mistral, which has no biases and may have a window."""
+    plain = {name: value for name, value in config(arch).items() if not name.endswith("_bias")}
+    return {**plain, "sliding_window": first(arch, "A").window}
+
+
 def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
     """Yield which tensor holds what."""
     yield from surroundings(arch, "model.embed_tokens", "model.norm")
@@ -64,5 +87,10 @@ def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
             yield from mlp(node, f"{there}.mlp")
 
 
-register(Family(model_types=("llama",), defaults=DEFAULTS, arch=arch, pieces=pieces))
-register(Family(model_types=("mistral",), defaults=MISTRAL, arch=mistral, pieces=pieces))
+for name, class_name, defaults, read, write in (
+    ("llama", "LlamaForCausalLM", DEFAULTS, arch, config),
+    ("mistral", "MistralForCausalLM", MISTRAL, mistral, mistral_config),
+):
+    register(
+        Family(model_types=(name,), class_name=class_name, defaults=defaults, arch=read, pieces=pieces, config=write)
+    )

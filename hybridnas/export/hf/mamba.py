@@ -8,6 +8,7 @@ from typing import Any
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.presets import layered
+from hybridnas.export.hf.configs import around, first, layers, whole_factor
 from hybridnas.export.hf.family import Family, register
 from hybridnas.export.hf.settings import Settings
 from hybridnas.export.hf.weights import Piece, mamba, mamba2, norm, surroundings
@@ -84,6 +85,44 @@ def mamba2_arch(config: Settings) -> Arch:
     return layered(["N"] * config["num_hidden_layers"], **config.model("layer_norm_epsilon"), N=mixer)
 
 
+def mamba_config(arch: Arch) -> dict[str, Any]:
+    """Return the config of a Mamba."""
+    blocks, m = layers(arch, "M"), first(arch, "M")
+    return {
+        **around(arch, "layer_norm_epsilon"),
+        "num_hidden_layers": len(blocks),
+        "state_size": m.d_state,
+        "conv_kernel": m.d_conv,
+        "expand": whole_factor(m),
+        "intermediate_size": m.width,
+        "time_step_rank": m.rank,
+        "use_conv_bias": m.conv_bias,
+        "use_bias": m.bias,
+    }
+
+
+def falcon_mamba_config(arch: Arch) -> dict[str, Any]:
+    """Return the config of a Falcon-Mamba."""
+    return {**mamba_config(arch), "mixer_rms_eps": first(arch, "M").selective_norm_eps}
+
+
+def mamba2_config(arch: Arch) -> dict[str, Any]:
+    """Return the config of a Mamba-2."""
+    blocks, n = layers(arch, "N"), first(arch, "N")
+    return {
+        **around(arch, "layer_norm_epsilon"),
+        "num_hidden_layers": len(blocks),
+        "num_heads": n.heads,
+        "head_dim": n.head_width,
+        "n_groups": n.n_groups,
+        "state_size": n.d_state,
+        "conv_kernel": n.d_conv,
+        "expand": whole_factor(n),
+        "use_conv_bias": n.conv_bias,
+        "use_bias": n.bias,
+    }
+
+
 def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
     """Yield which tensor holds what."""
     yield from surroundings(arch, "backbone.embeddings", "backbone.norm_f")
@@ -95,9 +134,19 @@ def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
 
 # The first checkpoints of Mamba call the embedding in the singular, as transformers itself does not.
 RENAMES = ((r"^backbone\.embedding\.", "backbone.embeddings."),)
-for name, defaults, read in (
-    ("mamba", MAMBA, mamba_arch),
-    ("falcon_mamba", FALCON_MAMBA, falcon_mamba_arch),
-    ("mamba2", MAMBA2, mamba2_arch),
+for name, class_name, defaults, read, write in (
+    ("mamba", "MambaForCausalLM", MAMBA, mamba_arch, mamba_config),
+    ("falcon_mamba", "FalconMambaForCausalLM", FALCON_MAMBA, falcon_mamba_arch, falcon_mamba_config),
+    ("mamba2", "Mamba2ForCausalLM", MAMBA2, mamba2_arch, mamba2_config),
 ):
-    register(Family(model_types=(name,), defaults=defaults, arch=read, pieces=pieces, renames=RENAMES))
+    register(
+        Family(
+            model_types=(name,),
+            class_name=class_name,
+            defaults=defaults,
+            arch=read,
+            pieces=pieces,
+            config=write,
+            renames=RENAMES,
+        )
+    )

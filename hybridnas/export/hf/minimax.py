@@ -14,9 +14,10 @@ import torch
 
 from hybridnas.arch.arch import Arch, Node
 from hybridnas.arch.presets import DROPLESS, layered
+from hybridnas.export.hf.configs import activation, around, first, heads, layers, rope
 from hybridnas.export.hf.family import Family, register
 from hybridnas.export.hf.settings import FULL, LINEAR, Settings
-from hybridnas.export.hf.weights import Piece, attention, experts, norm, prefix, renamed, surroundings
+from hybridnas.export.hf.weights import Hub, Piece, attention, experts, norm, prefix, renamed, surroundings
 
 DEFAULTS = {
     "vocab_size": 32000,
@@ -104,6 +105,32 @@ def decay_factor(layer: int, layers: int) -> float:
     return 1 - layer / (layers - 1 + 1e-5) + 1e-5
 
 
+def config(arch: Arch) -> dict[str, Any]:
+    """Return the config nearest to an architecture."""
+    pairs = layers(arch, "LA", "E")
+    lightning, a, e = (first(arch, letter) for letter in "LAE")
+    found: dict[str, Any] = {
+        **around(arch),
+        **heads(a, arch.d_model, always=True),
+        **rope(a),
+        "num_hidden_layers": len(pairs),
+        "layer_types": [FULL if "A" in pair else LINEAR for pair in pairs],
+        "intermediate_size": e.hidden,
+        "hidden_act": activation(e),
+        "sliding_window": None if a is None else a.window,
+        "num_local_experts": e.n_experts,
+        "num_experts_per_tok": e.top_k,
+        "router_aux_loss_coef": e.load_balance_weight,
+    }
+    if a is None:
+        found |= {"num_attention_heads": lightning.heads, "num_key_value_heads": lightning.heads}
+        found["head_dim"] = lightning.key_dim
+    for kind, own in (("full_attn", a), ("linear_attn", lightning), ("mlp", e)):
+        if own is not None:
+            found |= {f"{kind}_alpha_factor": own.stream_multiplier, f"{kind}_beta_factor": own.out_multiplier}
+    return found
+
+
 def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
     """Yield which tensor holds what."""
     yield from surroundings(arch, "model.embed_tokens", "model.norm")
@@ -136,14 +163,17 @@ _FACTORS = {"full_attention": "full_attn", "linear_attention": "linear_attn", "m
 register(
     Family(
         model_types=("minimax", "minimax_text_01"),
+        class_name="MiniMaxForCausalLM",
         defaults=DEFAULTS,
         arch=arch,
         pieces=pieces,
+        config=config,
         aliases={
             "num_experts": "num_local_experts",
             **{f"layernorm_{a}_{x}": f"{b}_{x}_factor" for a, b in _FACTORS.items() for x in ("alpha", "beta")},
         },
         renames=((r"\.block_sparse_moe\.", ".mlp."),),
+        hub=Hub(renames=((r"\.mlp\.", ".block_sparse_moe."),), experts=("w1", "w3", "w2")),
         unused=(r".*\.self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)",),  # follow from the config
     )
 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.presets import DROPLESS, layered
+from hybridnas.export.hf.configs import activation, around, first, heads, layers, rope
 from hybridnas.export.hf.family import Family, register
 from hybridnas.export.hf.settings import Settings
-from hybridnas.export.hf.weights import Piece, attention, experts, norm, surroundings
+from hybridnas.export.hf.weights import Hub, Piece, attention, experts, norm, surroundings
 
 DEFAULTS = {
     "vocab_size": 32000,
@@ -49,6 +51,23 @@ def arch(config: Settings) -> Arch:
     )
 
 
+def config(arch: Arch) -> dict[str, Any]:
+    """Return the config nearest to an architecture."""
+    pairs, a, e = layers(arch, "A", "E"), first(arch, "A"), first(arch, "E")
+    return {
+        **around(arch),
+        **heads(a, arch.d_model, always=True),
+        **rope(a),
+        "num_hidden_layers": len(pairs),
+        "intermediate_size": e.hidden,
+        "hidden_act": activation(e),
+        "sliding_window": a.window,
+        "num_local_experts": e.n_experts,
+        "num_experts_per_tok": e.top_k,
+        "router_aux_loss_coef": e.load_balance_weight,
+    }
+
+
 def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
     """Yield which tensor holds what."""
     yield from surroundings(arch, "model.embed_tokens", "model.norm")
@@ -65,10 +84,13 @@ def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
 register(
     Family(
         model_types=("mixtral",),
+        class_name="MixtralForCausalLM",
         defaults=DEFAULTS,
         arch=arch,
         pieces=pieces,
+        config=config,
         aliases={"num_experts": "num_local_experts"},
         renames=((r"\.block_sparse_moe\.", ".mlp."),),
+        hub=Hub(renames=((r"\.mlp\.", ".block_sparse_moe."),), experts=("w1", "w3", "w2")),
     )
 )

@@ -12,9 +12,10 @@ from typing import Any
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.presets import DROPLESS, SIGMOID, layered
+from hybridnas.export.hf.configs import activation, around, first, heads, layers
 from hybridnas.export.hf.family import Family, register
 from hybridnas.export.hf.settings import FULL, LINEAR, Settings
-from hybridnas.export.hf.weights import Piece, attention, experts, feed_forward, mamba2, norm, prefix, surroundings
+from hybridnas.export.hf.weights import Hub, Piece, attention, experts, feed_forward, mamba2, norm, prefix, surroundings
 
 DEFAULTS = {
     "vocab_size": 131072,
@@ -99,6 +100,54 @@ def _types(config: Settings) -> list[str]:
     return [_MEGATRON[letter] for letter in letters]
 
 
+def config(arch: Arch) -> dict[str, Any]:
+    """Return the config nearest to an architecture; experts without a shared one get one of a channel, of zeros.
+
+    Layers are named in both ways that servers read, and so is the epsilon of the norms. ``time_step_min`` is next to
+    zero, so that no step falls below it.
+    """
+    letters = layers(arch, "NAFE")
+    n, a, f, e = (first(arch, letter) for letter in "NAFE")
+    kinds, signs = ({v: k for k, v in names.items()} for names in (LETTERS, _MEGATRON))
+    found: dict[str, Any] = {
+        **around(arch, "layer_norm_epsilon"),
+        "rms_norm_eps": arch.model.norm_eps,
+        **heads(a, arch.d_model, always=True),
+        "num_hidden_layers": len(letters),
+        "layers_block_type": [kinds[letter] for letter in letters],
+        "hybrid_override_pattern": "".join(signs[kinds[letter]] for letter in letters),
+        "mlp_hidden_act": "relu2" if f is None and e is None else activation(f, e),
+        "mlp_bias": f is not None and f.bias,
+        "intermediate_size": (f or e).hidden if f or e else 4 * arch.d_model,
+        "time_step_min": 1e-12,
+    }
+    if n is not None:
+        found |= {
+            "mamba_num_heads": n.heads,
+            "mamba_head_dim": n.head_width,
+            "ssm_state_size": n.d_state,
+            "n_groups": n.n_groups,
+            "conv_kernel": n.d_conv,
+            "expand": max(1, n.width // n.d_model),
+            "use_conv_bias": n.conv_bias,
+            "use_bias": n.bias,
+            "mamba_proj_bias": n.bias,
+        }
+    if e is not None:
+        found |= {
+            "n_routed_experts": e.n_experts,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": e.top_k,
+            "moe_intermediate_size": e.hidden,
+            "moe_shared_expert_intermediate_size": e.d_shared or 1,
+            "norm_topk_prob": e.renormalize,
+            "routed_scaling_factor": e.routed_scale,
+            "n_group": e.expert_groups,
+            "topk_group": e.top_groups,
+        }
+    return found
+
+
 def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
     """Yield which tensor holds what."""
     yield from surroundings(arch, "model.embeddings", "model.norm_f")
@@ -119,9 +168,11 @@ def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
 register(
     Family(
         model_types=("nemotron_h",),
+        class_name="NemotronHForCausalLM",
         defaults=DEFAULTS,
         arch=arch,
         pieces=pieces,
+        config=config,
         aliases={
             "layer_types": "layers_block_type",
             "num_local_experts": "n_routed_experts",
@@ -130,6 +181,8 @@ register(
             "mamba_conv_bias": "use_conv_bias",
         },
         renames=((r"^backbone\.", "model."), (r"^model\.embedding\.", "model.embeddings.")),
+        style={key: {"activation": "relu2", "gated": False, "bias": False} for key in "FE"},
+        hub=Hub(renames=((r"^model\.", "backbone."),)),
         unused=(r"mtp\b",),  # heads for several tokens ahead
     )
 )

@@ -7,9 +7,10 @@ from typing import Any
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.presets import layered
+from hybridnas.export.hf.configs import activation, around, first, heads, layers, rope
 from hybridnas.export.hf.family import Family, register
 from hybridnas.export.hf.settings import FULL, LINEAR, Settings
-from hybridnas.export.hf.weights import Piece, attention, mlp, norm, prefix, renamed, stacked, surroundings
+from hybridnas.export.hf.weights import Hub, Piece, attention, mlp, norm, prefix, renamed, stacked, surroundings
 
 DEFAULTS = {
     "vocab_size": 100352,
@@ -80,6 +81,34 @@ def _positions(config: Settings) -> dict[str, Any]:
     return config.rope()
 
 
+def config(arch: Arch) -> dict[str, Any]:
+    """Return the config nearest to an architecture."""
+    pairs = layers(arch, "GA", "F")
+    g, a, f = (first(arch, letter) for letter in "GAF")
+    found: dict[str, Any] = {
+        **around(arch),
+        **heads(a, arch.d_model),
+        **rope(a),
+        "num_hidden_layers": len(pairs),
+        "layer_types": [FULL if "A" in pair else LINEAR for pair in pairs],
+        "intermediate_size": f.hidden,
+        "hidden_act": activation(f),
+        "attention_bias": a is not None and a.biases[0],
+    }
+    if a is not None and a.positions == "none":
+        found |= {"rope_parameters": {"rope_type": "default", "rope_theta": None}, "rope_theta": None}
+    if g is not None:
+        found |= {
+            "linear_num_key_heads": g.heads,
+            "linear_num_value_heads": g.value_heads,
+            "linear_key_head_dim": g.key_dim,
+            "linear_value_head_dim": g.value_dim,
+            "linear_conv_kernel_dim": g.d_conv,
+            "linear_allow_neg_eigval": g.negative_eigenvalues,
+        }
+    return found
+
+
 def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
     """Yield which tensor holds what."""
     yield from surroundings(arch, "model.embed_tokens", "model.norm")
@@ -109,9 +138,12 @@ def _deltanet(node: Any, there: str) -> Iterator[Piece]:
 register(
     Family(
         model_types=("olmo_hybrid",),
+        class_name="OlmoHybridForCausalLM",
         defaults=DEFAULTS,
         arch=arch,
         pieces=pieces,
+        config=config,
+        hub=Hub(split_convolutions=True),
         renames=(
             (r"\.attention_layer_norm\.", ".input_layernorm."),
             (r"\.feedforward_layer_norm\.", ".post_attention_layernorm."),

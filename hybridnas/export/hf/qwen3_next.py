@@ -9,6 +9,7 @@ import torch
 
 from hybridnas.arch.arch import Arch, Node
 from hybridnas.arch.presets import DROPLESS, layered
+from hybridnas.export.hf.configs import activation, around, first, heads, layers, places, rope
 from hybridnas.export.hf.family import Family, register
 from hybridnas.export.hf.settings import FULL, LINEAR, Settings
 from hybridnas.export.hf.weights import (
@@ -148,6 +149,59 @@ def _arch(config: Settings, feed: list[str], *, d_ff: int | None = None, renorma
     )
 
 
+def qwen3_next_config(arch: Arch) -> dict[str, Any]:
+    """Return the config of Qwen3-Next."""
+    pairs = layers(arch, "GA", "FE")
+    f, e = first(arch, "F"), first(arch, "E")
+    found = {
+        **_config(arch, pairs),
+        "intermediate_size": (f or e).hidden,
+        "mlp_only_layers": places(pairs, "F"),
+        "decoder_sparse_step": 1,
+    }
+    return {**found, "norm_topk_prob": e.renormalize} if e is not None else {**found, "num_experts": 0}
+
+
+def qwen3_5_config(arch: Arch) -> dict[str, Any]:
+    """Return the config of Qwen3.5, which has an MLP in every layer."""
+    return {**_config(arch, layers(arch, "GA", "F")), "intermediate_size": first(arch, "F").hidden}
+
+
+def qwen3_5_moe_config(arch: Arch) -> dict[str, Any]:
+    """Return the config of Qwen3.5-MoE, which has experts in every layer."""
+    return _config(arch, layers(arch, "GA", "E"))
+
+
+def _config(arch: Arch, pairs: list[str]) -> dict[str, Any]:
+    g, a, f, e = (first(arch, letter) for letter in "GAFE")
+    found: dict[str, Any] = {
+        **around(arch),
+        **heads(a, arch.d_model, always=True),
+        **rope(a, fraction=True),
+        "num_hidden_layers": len(pairs),
+        "layer_types": [FULL if "A" in pair else LINEAR for pair in pairs],
+        "hidden_act": activation(f, e),
+        "attention_bias": a is not None and a.biases[0],
+    }
+    if g is not None:
+        found |= {
+            "linear_num_key_heads": g.heads,
+            "linear_num_value_heads": g.value_heads,
+            "linear_key_head_dim": g.key_dim,
+            "linear_value_head_dim": g.value_dim,
+            "linear_conv_kernel_dim": g.d_conv,
+        }
+    if e is not None:
+        found |= {
+            "num_experts": e.n_experts,
+            "num_experts_per_tok": e.top_k,
+            "moe_intermediate_size": e.hidden,
+            "shared_expert_intermediate_size": e.d_shared or 1,
+            "router_aux_loss_coef": e.load_balance_weight,
+        }
+    return found
+
+
 def pieces(config: Settings, arch: Arch) -> Iterator[Piece]:
     """Yield which tensor holds what."""
     yield from surroundings(arch, "model.embed_tokens", "model.norm")
@@ -203,22 +257,26 @@ _VISION = r"model\.visual\."
 register(
     Family(
         model_types=("qwen3_next",),
+        class_name="Qwen3NextForCausalLM",
         defaults=QWEN3_NEXT,
         arch=qwen3_next,
         pieces=pieces,
+        config=qwen3_next_config,
         unused=(_HEADS_AHEAD,),
     )
 )
-for types, defaults, arch in (
-    (("qwen3_5_text", "qwen3_5"), QWEN3_5, qwen3_5),
-    (("qwen3_5_moe_text", "qwen3_5_moe"), QWEN3_5_MOE, qwen3_5_moe),
+for types, class_name, defaults, arch, config in (
+    (("qwen3_5_text", "qwen3_5"), "Qwen3_5ForCausalLM", QWEN3_5, qwen3_5, qwen3_5_config),
+    (("qwen3_5_moe_text", "qwen3_5_moe"), "Qwen3_5MoeForCausalLM", QWEN3_5_MOE, qwen3_5_moe, qwen3_5_moe_config),
 ):
     register(
         Family(
             model_types=types,
+            class_name=class_name,
             defaults=defaults,
             arch=arch,
             pieces=pieces,
+            config=config,
             renames=_LANGUAGE_MODEL,
             unused=(_HEADS_AHEAD, _VISION),
         )

@@ -18,10 +18,8 @@ from hybridnas.errors import ConfigError, ExportError
 from hybridnas.export.hf.family import FAMILIES, Family
 from hybridnas.export.hf.settings import Settings
 from hybridnas.export.hf.weights import Loaders, as_in_class, filled
-from hybridnas.export.layout import CONFIG, WEIGHTS, home
+from hybridnas.export.layout import CONFIG, INDEX, WEIGHTS, home
 from hybridnas.hardware import Impl
-
-_INDEX = "model.safetensors.index.json"
 
 
 def read_arch(config: Mapping[str, Any] | object) -> Arch:
@@ -31,7 +29,7 @@ def read_arch(config: Mapping[str, Any] | object) -> Arch:
     that our blocks cannot express.
     """
     family, values = _family(_mapping(config))
-    return _arch(family, family.settings(values))
+    return arch_of(family, family.settings(values))
 
 
 def read(model_or_folder: nn.Module | str | Path, *, impl: str | Impl = Impl.AUTO) -> HybridLM:
@@ -58,10 +56,12 @@ def read(model_or_folder: nn.Module | str | Path, *, impl: str | Impl = Impl.AUT
         stored: Loaders = {name: functools.partial(tensors.__getitem__, name) for name in tensors}
     else:
         folder = home(model_or_folder)
-        config, stored, where = _config_of(folder), _stored(folder), str(folder)
+        config, where = _config_of(folder), str(folder)
+        _family(config)  # a model that we do not know is refused before its weights are looked at
+        stored = _stored(folder)
     family, values = _family(config)
     settings = family.settings(values)
-    arch = _arch(family, settings)
+    arch = arch_of(family, settings)
     model = HybridLM(arch, impl=impl, device="meta")
     expected = model.state_dict()
     if arch.model.tie_embeddings:
@@ -114,6 +114,14 @@ def _family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
             got=kind,
             allowed=tuple(FAMILIES),
         )
+    if config.get("auto_map") and kind not in FAMILIES:
+        raise ConfigError(
+            f"the config has model_type={kind!r}, which we do not know, and auto_map, code of its own, which is never "
+            f"run; allowed model types: {', '.join(FAMILIES)}",
+            field="auto_map",
+            got=config["auto_map"],
+            allowed=tuple(FAMILIES),
+        )
     family = FAMILIES.get(kind)
     if config.get("quantization_config") is not None:
         raise ConfigError(
@@ -129,7 +137,8 @@ def _family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
     return family, {**text, "model_type": kind, "tie_word_embeddings": tied}
 
 
-def _arch(family: Family, settings: Settings) -> Arch:
+def arch_of(family: Family, settings: Settings) -> Arch:
+    """Return the architecture of a config; raises ConfigError also for settings that describe no model."""
     try:
         return family.arch(settings)
     except (
@@ -162,13 +171,13 @@ def _config_of(folder: Path) -> Mapping[str, Any]:
 
 def _stored(folder: Path) -> Loaders:
     """Return how to read every tensor of a folder's safetensors; raises ExportError for missing or damaged files."""
-    index = folder / _INDEX
+    index = folder / INDEX
     names = [WEIGHTS]
     if index.is_file():
         try:
             names = sorted({str(x) for x in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ExportError(f"{index} is damaged ({error}); download the model again", field=_INDEX) from None
+            raise ExportError(f"{index} is damaged ({error}); download the model again", field=INDEX) from None
     stored: Loaders = {}
     for name in names:
         path = folder / name

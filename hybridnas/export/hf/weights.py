@@ -32,7 +32,7 @@ class Piece:
     rows: Tensor | None = None  # rows of theirs, in the order of ours; None: all, as they are
     factor: float | Tensor = 1.0  # what their module multiplies the result by, one factor or one per row of ours
     swapped: bool = False  # ours has the last two dimensions the other way round, as experts do
-    flat: bool = False  # theirs has dimensions of size 1 that ours has not
+    shape: tuple[int, ...] | None = None  # of theirs where it has dimensions of size 1 that ours has not
 
     def value(self, theirs: Tensor) -> Tensor:
         """Return what of their tensor ours holds."""
@@ -41,9 +41,32 @@ class Piece:
             found = found * self.factor.to(found.device).view(-1, *[1] * (found.dim() - 1)).to(found.dtype)
         elif self.factor != 1.0:
             found = found * self.factor
-        if self.flat:
+        if self.shape is not None:
             found = found.flatten()
         return found.transpose(-1, -2) if self.swapped else found
+
+    def back(self, ours: Tensor) -> Tensor:
+        """Return the rows of their tensor that ours holds, in the order of ours: the inverse of :meth:`value`."""
+        found = ours if self.at is None else ours[self.at]
+        found = found.transpose(-1, -2) if self.swapped else found
+        if self.shape is not None:
+            found = found.view(self.shape)
+        if isinstance(self.factor, Tensor):
+            return found / self.factor.view(-1, *[1] * (found.dim() - 1)).to(found.dtype)
+        return found if self.factor == 1.0 else found / self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub:
+    """How released checkpoints name what transformers' class holds under other names: the inverse of the renames."""
+
+    renames: Sequence[tuple[str, str]] = ()  # regular expression of a name of the class -> what is stored
+    experts: tuple[str, str, str] | None = (
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )  # of one expert; None: all in one tensor
+    split_convolutions: bool = False  # whether queries, keys and values have convolutions of their own
 
 
 def renamed(pairs: Mapping[str, str], ours: str, theirs: str) -> Iterator[Piece]:
@@ -339,3 +362,49 @@ def _wrong_shape(where: str | Path, piece: Piece, words: str, got: Any, needed: 
         got=got,
         allowed=needed,
     )
+
+
+def in_class(pieces: Iterable[Piece], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of transformers' class that hold ours: the inverse of :func:`filled`."""
+    parts: dict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        parts[piece.theirs].append(piece)
+    found = {}
+    for name, own in parts.items():
+        values = [piece.back(ours[piece.ours]) for piece in own]
+        if own[0].rows is None:
+            found[name] = values[0]
+            continue
+        found[name] = torch.empty(sum(map(len, values)), *values[0].shape[1:], dtype=values[0].dtype)
+        for piece, value in zip(own, values, strict=True):
+            found[name][piece.rows] = value
+    return found
+
+
+_STACKED = re.compile(r"(.+\.experts)\.(gate_up_proj|up_proj|down_proj)")
+_JOINED_CONVOLUTION = re.compile(r"(.+)\.conv1d\.weight")
+
+
+def as_on_hub(tensors: Mapping[str, Tensor], hub: Hub) -> dict[str, Tensor]:
+    """Return tensors of transformers' class as released checkpoints store them: the inverse of :func:`as_in_class`."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if hub.experts is not None and (match := _STACKED.fullmatch(name)):
+            gate, up, down = hub.experts
+            names = {"gate_up_proj": (gate, up), "up_proj": (up,), "down_proj": (down,)}[match[2]]
+            for i, matrix in enumerate(tensor):
+                chunks = matrix.chunk(len(names))
+                found |= {f"{match[1]}.{i}.{x}.weight": chunk for x, chunk in zip(names, chunks, strict=True)}
+        elif (
+            hub.split_convolutions
+            and (match := _JOINED_CONVOLUTION.fullmatch(name))
+            and f"{match[1]}.q_proj.weight" in tensors
+        ):
+            sizes = [tensors[f"{match[1]}.{x}_proj.weight"].shape[0] for x in "qkv"]
+            thirds = zip("qkv", torch.split(tensor, sizes), strict=True)
+            found |= {f"{match[1]}.{x}_conv1d.weight": third for x, third in thirds}
+        else:
+            found[name] = tensor
+    for pattern, by in hub.renames:
+        found = {re.sub(pattern, by, name): tensor for name, tensor in found.items()}
+    return found
