@@ -14,12 +14,14 @@ from hybridnas.config import option
 from hybridnas.errors import ConfigError, StudyError
 
 if TYPE_CHECKING:
+    from hybridnas.arch.model import HybridLM
     from hybridnas.export.hf.writing import NativeExport
     from hybridnas.studies import Study, Trial
 
 
 FORMATS = (
-    "layout: hybridnas; a model_type of transformers, such as nemotron_h; auto: the first class that can hold the model"
+    "layout: hybridnas; gguf: a file for llama.cpp; a model_type of transformers, such as nemotron_h; auto: the first "
+    "class of transformers that can hold the model"
 )
 
 
@@ -44,7 +46,8 @@ def run(settings: Settings) -> Done:
     if not (settings.study or settings.model) or not settings.out:
         missing = "out" if settings.study or settings.model else "study"
         raise ConfigError(
-            "export needs study=NAME or model=DIR, and out=DIR, e.g. study=mamba_moe-laptop out=model", field=missing
+            "export needs study=NAME and out=DIR, e.g. study=mamba_moe-laptop out=model, or model=DIR and out=DIR",
+            field=missing,
         )
     if settings.model:
         if settings.study or settings.trial is not None:
@@ -62,6 +65,8 @@ def run(settings: Settings) -> Done:
     about = f"trial {record.number}, {record.pattern}{loss}"
     facts = {"trial": record.number, "pattern": record.pattern, "fingerprint": record.fingerprint}
     facts["valid_loss"] = record.valid_loss
+    if settings.format == "gguf":
+        return _gguf_done(trial.model(), settings.out, about, facts)
     if settings.format != "hybridnas":
         native = trial.export_native(settings.out, format=settings.format)
         return _native_done(native, about, facts)
@@ -93,8 +98,19 @@ def _export_model(folder: Path, out: Path, format: str) -> Done:
         show.line(f"{model.arch.pattern}: reloaded with equal logits")
         show.line(f"model:  {written}")
         return Done({"model": str(written), "format": format, **facts})
+    if format == "gguf":
+        return _gguf_done(model, out, str(model.arch.pattern), facts)
     native = export_native(model, out, format=format, tokenizer=tokenizer, card=card)
     return _native_done(native, str(model.arch.pattern), facts)
+
+
+def _gguf_done(model: HybridLM, out: Path, about: str, facts: dict[str, Any]) -> Done:
+    from hybridnas.export.gguf import export_gguf
+
+    path, name = export_gguf(model, out)
+    show.line(f"{about} as {name} of llama.cpp, float32, without a vocabulary: it takes and gives token ids")
+    show.line(f"model:  {path}")
+    return Done({"model": str(path), "format": "gguf", "architecture": name, **facts})
 
 
 def _native_done(native: NativeExport, about: str, facts: dict[str, Any]) -> Done:

@@ -64,8 +64,7 @@ def export(
     refuse_foreign(target)
     config = make_config(model.arch, dict(card or {}), str(model.embedding.weight.dtype).removeprefix("torch."))
     with whole_folder(target) as partial:
-        write_text(partial / CONFIG, json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "
-")
+        write_text(partial / CONFIG, json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         _write_weights(partial / WEIGHTS, model)
         write_text(partial / GENERATION, json.dumps(generation_settings(), indent=2) + "\n")
         if tokenizer is not None:
