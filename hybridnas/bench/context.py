@@ -36,6 +36,7 @@ SUITES: dict[str, str] = {
     "fidelity": "rank correlation between early and full scores, on a table",
     "coordinates": "sizes of activations and of updates against width, for every letter, with and without muP",
     "decisions": "how often cheap comparisons decide as the truth set does, by policy and compute",
+    "interop": "patterns by formats of transformers: which hold them, and the error of reloaded logits",
     "table": "builds a space's table, every architecture trained; hours, so never part of all",
     "truth": "trains the truth set, by which the accuracy of budgets is measured; many hours, so never part of all",
 }
