@@ -31,8 +31,8 @@ from hybridnas.search_spaces.fit import fit
 from hybridnas.study.locks import FileLock
 from hybridnas.study.truth import (
     CHOOSING,
-    MQAR,
     RATES,
+    RECALL,
     REPORTING,
     RUNGS,
     TEXT,
@@ -74,7 +74,7 @@ class TruthSpec:
     architectures: Sequence[Listed]
     sizes: Sequence[TruthSize]
     data: Mapping[str, Any] = field(default_factory=lambda: {"kind": "stdlib"})
-    recall: Mapping[str, Any] = field(default_factory=lambda: RECALL)
+    recall: Mapping[str, Any] = field(default_factory=lambda: RECALL_DATA)
     recall_tokens: int = 1_000_000
     tokens_per_active_param: float = 100.0
     seq_len: int = 128
@@ -83,7 +83,12 @@ class TruthSpec:
     schedule: str = "wsd"  # or constant, whose scores at the rungs are plain ones
 
 
-RECALL: Mapping[str, Any] = {"kind": "in_context_recall", "vocab_size": 16, "seq_len": 128, "n_train_examples": None}
+RECALL_DATA: Mapping[str, Any] = {
+    "kind": "in_context_recall",
+    "vocab_size": 16,
+    "seq_len": 128,
+    "n_train_examples": None,
+}
 SIZES = (
     TruthSize(active_params=4_608, d_model=12, batch_size=8, valid_tokens=65_536, recall=True, cosine=True),
     TruthSize(active_params=16_384, d_model=24, batch_size=16, valid_tokens=65_536, recall=True, cosine=True),
@@ -287,7 +292,7 @@ class _Builder:
             if size.recall:
                 for one in spec.architectures:
                     if one.pattern in best:
-                        yield _Training(one, size, MQAR, "cosine", best[one.pattern], 0)
+                        yield _Training(one, size, RECALL, "cosine", best[one.pattern], 0)
             if size.cosine:
                 for one in spec.architectures:
                     yield _Training(one, size, TEXT, "cosine", spec.rates[0], 0)

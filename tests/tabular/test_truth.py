@@ -13,7 +13,7 @@ from hybridnas.bench.suites.truth import ARCHITECTURES, _sizes
 from hybridnas.data import open_source, source_config
 from hybridnas.errors import ConfigError, StudyError
 from hybridnas.study.locks import FileLock
-from hybridnas.study.truth import CHOOSING, MQAR, REPORTING, RUNGS, TEXT, Listed, read_listed, read_truth, write_truth
+from hybridnas.study.truth import CHOOSING, RECALL, REPORTING, RUNGS, TEXT, Listed, read_listed, read_truth, write_truth
 from hybridnas.tabular.proxies import proxies
 from hybridnas.tabular.truth import SIZES, TruthSize, TruthSpec, build_truth, draw_architectures, rate_beyond, sized
 from hybridnas.train import experiment
@@ -57,7 +57,7 @@ def test_every_architecture_has_all_rates_seeds_at_the_best_recall_and_a_cosine(
         assert rate_beyond({rate: row.loss for rate, row in firsts.items()}, spec.rates) is None
         best = min(firsts, key=lambda rate: firsts[rate].loss)
         assert [row.rate for row in own if row.seed == 1] == [best]
-        assert [row.rate for row in own if row.task == MQAR] == [best]
+        assert [row.rate for row in own if row.task == RECALL] == [best]
         assert [row.rate for row in own if row.task == TEXT and row.schedule == "cosine"] == [spec.rates[0]]
         assert {row.half for row in own} == {one.half}
 

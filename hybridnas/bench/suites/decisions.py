@@ -19,7 +19,7 @@ from hybridnas.bench.context import BenchConfig, provenance
 from hybridnas.bench.result import Result, Table
 from hybridnas.errors import StudyError
 from hybridnas.files import write_atomic, write_json
-from hybridnas.study.truth import CHOOSING, HALVES, RATES, REPORTING, RUNGS, TEXT, TruthRow, read_truth
+from hybridnas.study.truth import CHOOSING, HALVES, RATES, RECALL, REPORTING, RUNGS, TEXT, TruthRow, read_truth
 
 LIMIT = 1 / 8  # compute of the default policy at most, as a part of the truth's
 BEFORE = "0.012"  # the rate for all, in one cosine, by which searches compared before this was measured
@@ -34,14 +34,15 @@ def run(config: BenchConfig) -> Result:
     """Judge all policies; returns the tables, and files beside the truth set."""
     result = Result("decisions")
     try:
-        rows = Rows(simulated(16) if config.tiny else read_truth(config.truth))
+        read = simulated(16) if config.tiny else read_truth(config.truth)
+        rows = Rows(read)
         truth = rows.truth()
     except StudyError as error:
         if config.suite != "all":
             raise
         result.notes.append(f"not run: {error}")
         return result
-    signals = {} if config.tiny else _signals(truth, rows)
+    signals = {} if config.tiny else _signals(truth, rows, read)
     body = measure(rows, truth, signals, draws=config.pick(1000, 200, 20))
     result.tables += tables(body)
     if not config.tiny:
@@ -61,7 +62,7 @@ def measure(
     ``policies`` are judged on both halves together; ``default`` was chosen on the choosing half and ``reporting`` is
     its quality on the other. ``signals``: name -> pattern -> value, of which more should be better.
     """
-    wanted = list(decisions.policies(rows))
+    wanted = [policy for policy in decisions.policies(rows) if policy.size <= truth.size]
     both = [judged for policy in wanted if (judged := decisions.judge(rows, policy, truth, draws=draws))]
     choosing = [j for policy in wanted if (j := decisions.judge(rows, policy, truth, CHOOSING, draws=2))]
     chosen = decisions.choose(choosing, LIMIT)
@@ -97,8 +98,8 @@ def _share_dict(one: StepShare) -> dict[str, Any]:
     return {**vars(one), "interval": None if one.interval is None else list(one.interval)}
 
 
-def _signals(truth: Truth, rows: Rows) -> dict[str, dict[str, float]]:
-    """Return the costs of the architectures at the truth's size, and their proxies at initialization."""
+def _signals(truth: Truth, rows: Rows, read: Sequence[TruthRow]) -> dict[str, dict[str, float]]:
+    """Return costs at the truth's size, proxies at initialization, and recall where every architecture has it."""
     from hybridnas.data import open_source, source_config
     from hybridnas.tabular.proxies import proxies
     from hybridnas.tabular.truth import SIZES, sized
@@ -114,7 +115,11 @@ def _signals(truth: Truth, rows: Rows) -> dict[str, dict[str, float]]:
     for pattern in truth.scores:
         for name, value in proxies(sized(pattern, size, source.vocab_size), source).items():
             found.setdefault(name, {})[pattern] = value
-    return found
+    recall: dict[str, dict[str, float]] = {}
+    for row in read:
+        if row.task == RECALL and not row.failed and row.size <= truth.size:
+            recall.setdefault(f"recall at {row.size:,}", {})[row.pattern] = row.accuracies[1.0]
+    return found | {name: values for name, values in recall.items() if set(truth.scores) <= set(values)}
 
 
 def tables(body: Mapping[str, Any]) -> list[Table]:
