@@ -1,14 +1,19 @@
-# make search | test | lint | docs | bench | install: each does all of its own set-up in .venv; a second call installs nothing.
+# make search | fast | test | lint | docs | bench | install: each does all of its own set-up in .venv; a second call installs nothing.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: search test lint docs site bench install clean
+.PHONY: search fast test lint docs site bench install clean
 .DEFAULT_GOAL := search
 
 search: install
 	@$(BIN)/python -m hybridnas.search space=mamba_moe $(ARGS)
+
+# bytecode is kept: without it every process that tests start compiles the package again
+fast test: export PYTHONDONTWRITEBYTECODE =
+fast: install
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)

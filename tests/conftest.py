@@ -24,10 +24,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the back
 # Triton has no wheel for macOS and Windows; these files import it
 collect_ignore_glob = [] if find_spec("triton") else ["kernels/test_triton_*.py"]
 
-# Files whose tests start processes, seconds to minutes each: marked slow, and handed out first, so that no process is
-# left alone with one of them at the end.
+# Files whose tests search or start processes, seconds to minutes each: marked slow, and handed out first, so that no
+# process is left alone with one of them at the end.
 SLOW_FILES = (
     "test_examples.py",
+    "test_search.py",
+    "test_studies.py",
     "test_search_workers.py",
     "test_search_postgres.py",
     "test_search_chaos.py",
@@ -68,17 +70,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int | None:
-    """One process more than processors: many tests wait for other processes, for deadlines, and for a database."""
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """One process more than processors where slow tests run: they wait for other processes and for deadlines."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ or not hasattr(os, "sched_getaffinity"):
         return None  # pytest-xdist's own choice
-    return len(os.sched_getaffinity(0)) + 1
+    return len(os.sched_getaffinity(0)) + (config.option.markexpr != "not slow")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Shards, tokenizers and compiled kernels of the tests lie in a folder of their own."""
-    os.environ["HYBRIDNAS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Shards, tokenizers and compiled kernels lie in a folder of this run, one for all its processes."""
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    cache.mkdir(exist_ok=True)
+    os.environ["HYBRIDNAS_CACHE"] = str(cache)
 
 
 @pytest.fixture(scope="module")

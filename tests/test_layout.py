@@ -52,6 +52,7 @@ def test_a_block_imported_through_a_link_is_refused_with_the_reason():
     ) in done.stderr
 
 
+@pytest.mark.slow
 @needs_repository
 def test_the_wheel_holds_the_package_alone_and_all_its_files(tmp_path):
     pytest.importorskip("build", reason="the package 'build' is in the extra [dev]")
@@ -122,6 +123,7 @@ def test_no_file_names_a_place_of_one_machine():
     assert found == []
 
 
+@pytest.mark.slow
 @needs_repository
 def test_imports_keep_the_contracts_of_pyproject():
     pytest.importorskip("importlinter", reason="import-linter is in the extra [dev]")
@@ -130,6 +132,7 @@ def test_imports_keep_the_contracts_of_pyproject():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 @needs_repository
 def test_no_module_imports_itself_by_way_of_others():
     """The contract of siblings does not see a package that imports a module of its own which imports the package."""

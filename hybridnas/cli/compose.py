@@ -120,6 +120,15 @@ def _chosen(command: str, group: str, name: str, default: str | None) -> str | N
 
 def _composed(command: str, settings: type[FrozenConfig], chosen: Mapping[str, str | None]) -> dict[str, Any]:
     """Let Hydra merge defaults, choices and experiment, in this order; raises ConfigError."""
+    wanted = groups_of(settings)
+    own: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        if "group" not in field.metadata:
+            value = field.default_factory() if callable(field.default_factory) else field.default
+            own[field.name] = plain(value)
+    if not any({**wanted, **chosen}.values()):  # nothing to merge: Hydra takes a quarter of a second to import
+        return own
+
     from hydra import compose as hydra_compose
     from hydra import initialize
     from hydra.core.config_store import ConfigStore
@@ -129,14 +138,8 @@ def _composed(command: str, settings: type[FrozenConfig], chosen: Mapping[str, s
     from omegaconf.errors import OmegaConfBaseException
 
     store = ConfigStore.instance()
-    defaults: list[Any] = ["_self_", *({group: name} for group, name in groups_of(settings).items())]
-    own: dict[str, Any] = {}
-    for field in dataclasses.fields(settings):
-        if "group" not in field.metadata:
-            value = field.default_factory() if callable(field.default_factory) else field.default
-            own[field.name] = plain(value)
+    defaults: list[Any] = ["_self_", *({group: name} for group, name in wanted.items())]
     store.store(name=command, node={"defaults": defaults, **own})
-    wanted = groups_of(settings)
     anew: dict[str, str | None] = {}
     if chosen.get("experiment"):
         name = str(chosen["experiment"])

@@ -264,6 +264,7 @@ def test_matching_counts_what_stands_around_the_blocks():
     assert match(start, active_params=target, free="d_ff", multiple=1).cost().active_params == target
 
 
+@pytest.mark.slow
 @every_option
 def test_a_model_exports_with_its_state(name):
     model = model_of("FA[A,F]", **{k: v for k, v in OPTIONS[name].items() if k not in "MNE"})

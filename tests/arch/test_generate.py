@@ -207,6 +207,7 @@ def test_wrong_settings_are_named(best: Path, field: str, got: object, allowed: 
     assert (caught.value.field, caught.value.got, caught.value.allowed) == (field, got, allowed)
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error(best: Path) -> None:
     command = (
         f'"{sys.executable}" -m hybridnas.generate model="{best}" prompt="def " max_new_tokens=3000 stop_at_end=false'

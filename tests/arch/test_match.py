@@ -33,7 +33,7 @@ layers = st.sampled_from(["M", "A", "F", "E", "[M,E]", "E{n_experts=4}", "M{d_st
 patterns = st.lists(layers, min_size=1, max_size=6).map("".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_the_residual_is_within_half_a_step_for_any_pattern_and_target(data):
     pattern = data.draw(patterns)
@@ -55,12 +55,12 @@ def test_the_residual_is_within_half_a_step_for_any_pattern_and_target(data):
     assert match(found.arch, active_params=found.active_params, free=free, multiple=multiple) == found.arch
 
 
-@settings(max_examples=25, deadline=None)
-@given(patterns.filter(lambda p: any(x in p for x in WIDTH_OF)), st.integers(5_000, 150_000))
+@settings(max_examples=20, deadline=None)
+@given(patterns.filter(lambda p: any(x in p for x in WIDTH_OF)), st.integers(5_000, 75_000))
 def test_one_field_agrees_with_trying_every_multiple(pattern, target):
     arch = small(pattern)
     field = next(WIDTH_OF[x] for x in WIDTH_OF if any(slot.letter == x for slot in arch.pattern.slots))
-    tried = {size: active(arch.replace(**{field: size})) for size in range(8, 801, 8)}
+    tried = {size: active(arch.replace(**{field: size})) for size in range(8, 401, 8)}
     assume(min(tried.values()) <= target <= max(tried.values()))
     best = min(tried, key=lambda size: (abs(tried[size] - target), size))
     found = solve(arch, active_params=target, free=field)
@@ -69,8 +69,7 @@ def test_one_field_agrees_with_trying_every_multiple(pattern, target):
 
 
 @pytest.mark.parametrize("heads", [{"n_heads": 3}, {"n_heads": 5}, {"n_kv_heads": 1}, {"n_heads": 4, "n_kv_heads": 2}])
-@pytest.mark.parametrize("target", [30_000, 100_001, 333_333, 1_000_000])
-def test_d_model_agrees_with_trying_every_width_that_heads_allow(heads, target):
+def test_d_model_agrees_with_trying_every_width_that_heads_allow(heads):
     arch = Arch.from_pattern("AFA", d_model=240, vocab_size=64, **heads)
     tried = {}
     for width in range(8, 1201, 8):
@@ -78,10 +77,11 @@ def test_d_model_agrees_with_trying_every_width_that_heads_allow(heads, target):
             tried[width] = active(arch.replace(d_model=width))
         except ConfigError:
             continue
-    best = min(tried, key=lambda width: (abs(tried[width] - target), tried[width], width))
-    found = solve(arch, active_params=target, free="d_model")
-    assert found.values == {"d_model": best}
-    assert found.active_params == tried[best]
+    for target in (30_000, 100_001, 333_333, 1_000_000):
+        best = min(tried, key=lambda width: (abs(tried[width] - target), tried[width], width))
+        found = solve(arch, active_params=target, free="d_model")
+        assert found.values == {"d_model": best}
+        assert found.active_params == tried[best]
 
 
 def test_of_two_equally_near_architectures_the_smaller_is_returned():

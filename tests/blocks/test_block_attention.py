@@ -171,6 +171,7 @@ def test_a_few_queries_over_many_latents_read_them_unexpanded():
     assert counter.get_total_flops() < expanded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"window": 4}, {"softcap": 2.0, "sink": True}, LATENT, {"gate": "head"}], ids=str)
 def test_an_exported_attention_takes_other_lengths(fields):
     block = Attention(Attention.Config(d_model=16, **fields)).eval()

@@ -99,21 +99,27 @@ def test_the_values_of_a_command_are_the_defaults_of_its_fields(command):
             assert getattr(settings, field.name) == field.default, field.name
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_answers_without_anything_heavy(command):
+@pytest.mark.slow
+def test_help_answers_without_anything_heavy():
     code = (
-        "import sys; from hybridnas.cli import run\n"
-        f"assert run([{command!r}, '--help']) == 0\n"
+        "import contextlib, io, json, sys; from hybridnas.cli import COMMANDS, run\n"
         "heavy = {'torch', 'mlflow', 'optuna', 'datasets', 'tokenizers', 'matplotlib', 'transformers'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+        "for command in COMMANDS:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as text:\n"
+        "        code = run([command, '--help'])\n"
+        "    print(json.dumps([command, code, text.getvalue(), sorted(heavy & set(sys.modules))]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"python -m hybridnas.{command} [key=value ...]")
-    for setting in set(SURFACE[command].split()) - {"train"}:
-        assert f"\n  {setting}=" in done.stdout
-    for name in ENVIRONMENT:
-        assert name in done.stdout
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [command for command, *_ in answers] == list(COMMANDS)
+    for command, code, text, heavy in answers:
+        assert (code, heavy) == (0, []), command
+        assert text.startswith(f"python -m hybridnas.{command} [key=value ...]")
+        for setting in set(SURFACE[command].split()) - {"train"}:
+            assert f"\n  {setting}=" in text
+        for name in ENVIRONMENT:
+            assert name in text
 
 
 @pytest.mark.parametrize(
@@ -145,6 +151,7 @@ def test_help_lists_choices_and_the_values_that_they_bring():
     assert "\n  preset.n_experts=32 " in text
 
 
+@pytest.mark.slow
 def test_the_console_script_and_the_modules_are_one(capsys):
     assert run(["describe", "--help"]) == 0
     done = subprocess.run([sys.executable, "-m", "hybridnas.describe", "-h"], capture_output=True, text=True)
@@ -298,6 +305,7 @@ def test_a_refusal_is_one_sentence_and_exit_code_2(command, settings, kind, tmp_
     assert err.count("\n") <= (4 if kind == "PatternError" else 1)  # the pattern, the caret, what is known
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_a_process_with_2_and_no_traceback(tmp_path):
     command = [sys.executable, "-m", "hybridnas", "describe", "preset=mambo"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -542,6 +550,7 @@ def test_a_script_for_slurm_keeps_lists_and_quotes_its_name(tmp_path, monkeypatc
     assert subprocess.run(["bash", "-n", found["script"]], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_name_outside_the_encoding_of_the_terminal_is_printed_with_replacements(tmp_path):
     (tmp_path / "größe.txt").write_text("".join(f"line of text {n}\n" for n in range(400)))
     small = ["train.tokens=128", "train.batch_size=2", "train.seq_len=16", "train.valid_tokens=32"]
@@ -555,7 +564,7 @@ def test_a_name_outside_the_encoding_of_the_terminal_is_printed_with_replacement
         "tracking=off",
         "out=run",
     ]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "HYBRIDNAS_CACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
         [*command, "data=text", "data.path=größe.txt"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -51,11 +52,9 @@ def found(folder):
     """Run every command once and keep what it printed."""
     import contextlib
     import io
-    import os
 
     before, kept = Path.cwd(), {}
     os.chdir(folder)
-    os.environ["HYBRIDNAS_CACHE"], cache = str(folder / "cache"), os.environ.get("HYBRIDNAS_CACHE")
     try:
         for command, (settings, _) in CASES.items():
             out, err = io.StringIO(), io.StringIO()
@@ -64,9 +63,6 @@ def found(folder):
             kept[command] = (code, out.getvalue(), err.getvalue())
     finally:
         os.chdir(before)
-        os.environ.pop("HYBRIDNAS_CACHE")
-        if cache is not None:
-            os.environ["HYBRIDNAS_CACHE"] = cache
     return kept
 
 

@@ -263,6 +263,7 @@ print(source.fingerprint, source.train_tokens)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locks", [True, False], ids=["locked", "no-locks"])
 def test_processes_that_build_at_once_agree_and_leave_one_sound_folder(config, locks):
     blind = "" if locks else "import sys; sys.modules['fcntl'] = None\n"

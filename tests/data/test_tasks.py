@@ -264,6 +264,7 @@ SMALLEST = {  # so few different examples that chance alone would put many on bo
 }
 
 
+@pytest.mark.slow
 def test_every_process_sees_the_same_examples():
     code = (
         "import json, sys, hashlib\n"

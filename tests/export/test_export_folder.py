@@ -134,6 +134,7 @@ def test_the_model_card_has_the_facts(tmp_path: Path) -> None:
     assert 'python -m hybridnas.generate model=best prompt="def "' in card
 
 
+@pytest.mark.slow
 def test_the_python_of_the_model_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = export(small("MF"), tmp_path / "best", tokenizer=ByteTokenizer())
     code = (target / "README.md").read_text().split("```python\n")[1].split("```")[0]
@@ -168,6 +169,7 @@ def test_the_tokenizer_travels_with_the_model(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_a_moved_folder_loads_in_a_fresh_process_with_nothing_else(tmp_path: Path) -> None:
     model = small("ME@s[A,E@s]")
     export(model, tmp_path / "here", tokenizer=ByteTokenizer())

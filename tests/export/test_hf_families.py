@@ -301,6 +301,7 @@ def test_what_was_read_is_saved_and_loaded_as_any_model_of_ours(name, tmp_path):
     assert torch.equal(hybridnas.load(tmp_path / "model")(ids_BL(9)).logits, ours(ids_BL(9)).logits)
 
 
+@pytest.mark.slow
 def test_a_folder_is_read_without_transformers(tmp_path):
     theirs_of("llama").save_pretrained(tmp_path)
     program = f"import sys; sys.modules['transformers'] = None; import hybridnas; hybridnas.from_hf({str(tmp_path)!r})"

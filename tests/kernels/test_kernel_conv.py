@@ -129,6 +129,7 @@ def test_the_same_bits_for_any_number_of_threads():
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+@pytest.mark.slow
 @needs_c
 def test_the_operator_is_registered_as_torch_demands():
     values = inputs(2, 9, 20, 4, dtype=torch.float32)

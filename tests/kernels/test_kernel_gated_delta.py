@@ -203,6 +203,7 @@ def test_not_a_number_is_not_swallowed(form):
     assert o[1].isfinite().all() and o[0, :, 0].isfinite().all()
 
 
+@pytest.mark.slow
 @needs_c
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("delta", [False, True], ids=["plain", "delta"])
@@ -215,6 +216,7 @@ def test_the_operator_is_registered_as_torch_demands(decay, delta):
         torch.library.opcheck(torch.ops.hybridnas.gated_delta, (*tensors, reset, 0.5, True))
 
 
+@pytest.mark.slow
 @needs_c
 def test_export_keeps_the_operator():
     class Recurrence(torch.nn.Module):
@@ -227,6 +229,7 @@ def test_export_keeps_the_operator():
     torch.testing.assert_close(program.module()(*args), Recurrence()(*args))
 
 
+@pytest.mark.slow
 @needs_c
 def test_compile_goes_through_in_one_graph_with_gradients():
     values = inputs(1, 9, 1, 2, 4, 3, decay="channel", dtype=torch.float32)

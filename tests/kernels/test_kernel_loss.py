@@ -226,6 +226,7 @@ def test_equal_likeliest_tokens_count_as_the_first():
     assert scores.correct.tolist() == [True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("need", [(True, True), (False, False), (True, False)])
 def test_the_operators_keep_torchs_contract(small_chunks, need):
     x, weight, targets = make(13, 4, 9, dtype=torch.float32)
@@ -234,6 +235,7 @@ def test_the_operators_keep_torchs_contract(small_chunks, need):
     torch.library.opcheck(OPS.cross_entropy, (logits, targets, -100, 1e-3, False))
 
 
+@pytest.mark.slow
 def test_both_compile_in_one_graph_and_export():
     x, weight, targets = make(13, 4, 9, dtype=torch.float32)
 

@@ -119,6 +119,7 @@ def test_a_row_does_not_depend_on_its_batch():
     assert torch.equal(rms_norm(x, weight)[7], rms_norm(x[7:8], weight)[0])
 
 
+@pytest.mark.slow
 def test_norms_compile_in_one_graph_and_export():
     x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(8, requires_grad=True)
 

@@ -16,7 +16,6 @@ from hybridnas.train import read_evals
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
-    monkeypatch.setenv("HYBRIDNAS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     for number in range(20):
         (tmp_path / f"text{number}.txt").write_text(f"{number} men went to mow, went to mow a meadow. " * 40)

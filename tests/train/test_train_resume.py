@@ -158,6 +158,7 @@ def test_a_paused_run_whose_checkpoint_was_deleted_is_trained_again_to_the_same_
     assert (tmp_path / "metrics.jsonl").read_text().startswith(before)
 
 
+@pytest.mark.slow
 def test_kill_9_loses_nothing_that_was_measured(tmp_path, undisturbed):
     code = f"""
 import os, signal, sys
