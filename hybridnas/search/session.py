@@ -129,6 +129,7 @@ def make_plan(settings: Settings, source: Source) -> Plan:
     """Return what the search decides by."""
     config, space, budget = settings.config, settings.space, settings.config.budget
     scale = budget.scale(source.vocab_size)
+    space.check(scale)
     return Plan(
         candidates=Candidates(space, scale, settings.table.require if settings.table is not None else _trainable),
         rungs=budget.rung_tokens(space.target(scale)),

@@ -188,6 +188,9 @@ class Space(FrozenConfig, ABC):
             allowed=error.allowed,
         )
 
+    def check(self, scale: Scale) -> None:
+        """Raise ConfigError where no candidate of this scale can meet the space's rules; before anything is drawn."""
+
     def _matched(self, arch: Arch, scale: Scale, share: float | None = None) -> Arch:
         state = self._state_target(scale) if "state_bytes" in self.equal else None
         if state is not None:
@@ -271,6 +274,20 @@ class _PatternSpace(Space):
                 except ConfigError as error:
                     self._refuse(key, value, error.allowed, f"{key}: {error}")
 
+    def _check_letters(self, *pieces: str) -> None:
+        """Refuse choices for a letter that none of these pieces of patterns holds."""
+        letters = sorted({slot.letter for piece in pieces for slot in parse(piece).slots})
+        lacking = [key for key in self.fields if "." in key and key.partition(".")[0] not in letters]
+        if lacking:
+            problem = f"has choices for {' and '.join(lacking)}, but only the letters {', '.join(letters)}"
+            self._refuse(lacking[0], lacking[0], tuple(letters), f"{problem}; set what is not needed to null")
+
+    def check(self, scale: Scale) -> None:
+        most = self._most_attention(scale)
+        if self.min_attention > most:
+            problem = f"sets min_attention={self.min_attention}, but its patterns of budget.depth={scale.depth} have"
+            self._refuse("min_attention", self.min_attention, f"0 to {most}", f"{problem} 0 to {most} attention layers")
+
     def propose(self, chooser: Chooser, scale: Scale) -> Proposal:
         choices: dict[str, Any] = {}
         pattern, fields, share = self._choices(chooser, scale, choices)
@@ -344,6 +361,10 @@ class _PatternSpace(Space):
             )
 
     @abstractmethod
+    def _most_attention(self, scale: Scale) -> int:
+        """Return the attention layers of the pattern that has most of them at a scale [count]."""
+
+    @abstractmethod
     def _pattern(self, chooser: Chooser, scale: Scale, choices: dict[str, Any]) -> Pattern:
         """Draw the pattern and put what was chosen into ``choices``."""
 
@@ -378,10 +399,14 @@ class LetterSpace(_PatternSpace):
             self._refuse("motif_length", self.motif_length, "whole numbers of 1 or more", problem)
         for piece in self.letters:
             self._parsed("letters", piece, layers=1)
+        self._check_letters(*self.letters)
 
     def lengths(self, scale: Scale) -> list[int]:
         """Return the different lengths that a motif can have at a scale; a longer one would be cut to the depth."""
         return sorted({min(length, scale.depth) for length in self.motif_length})
+
+    def _most_attention(self, scale: Scale) -> int:
+        return scale.depth * max((_attention(piece) for piece in self.letters), default=0)
 
     def _pattern(self, chooser: Chooser, scale: Scale, choices: dict[str, Any]) -> Pattern:
         length = _drawn(chooser, "motif_length", self.lengths(scale), choices)
@@ -428,11 +453,22 @@ class PlacementSpace(_PatternSpace):
         if not any(str(layer)[0] == self.replace_letter for layer in layers):
             problem = f"base={self.base!r} has no {self.replace_letter!r} to replace"
             self._refuse("replace", self.replace_letter, tuple(sorted({str(layer)[0] for layer in layers})), problem)
+        self._check_letters(self.base, self.insert or "")
 
-    def _pattern(self, chooser: Chooser, scale: Scale, choices: dict[str, Any]) -> Pattern:
+    def _most_attention(self, scale: Scale) -> int:
+        base, slots, counts = self._at(scale)
+        gained = [_attention(str(self.insert)) - _attention(str(base.layers[i])) for i in slots]
+        return _attention(str(base)) + max(sum(sorted(gained)[len(gained) - count :]) for count in counts)
+
+    def _at(self, scale: Scale) -> tuple[Pattern, list[int], list[int]]:
+        """Return the base at a scale, the places of the slots that may be replaced, and how many may be."""
         base = _cycle([str(layer) for layer in parse(self.base).layers], scale.depth)
         slots = [i for i, layer in enumerate(base.layers) if str(layer)[0] == self.replace_letter]
-        count = _drawn(chooser, "n_inserted", [n for n in self.n_inserted if n <= len(slots)] or [0], choices)
+        return base, slots, [n for n in self.n_inserted if n <= len(slots)] or [0]
+
+    def _pattern(self, chooser: Chooser, scale: Scale, choices: dict[str, Any]) -> Pattern:
+        base, slots, counts = self._at(scale)
+        count = _drawn(chooser, "n_inserted", counts, choices)
         partly = 0 < count < len(slots)
         where = _drawn(chooser, "placement", self.placement, choices) if partly else self.placement[0]
         chosen = {slots[i] for i in place(where, count, len(slots))}
@@ -570,6 +606,14 @@ def _candidate(space: Any, index: int, entry: Any) -> Candidate:
                 got=key,
                 allowed=allowed,
             )
+        if name in BLOCKS and not isinstance(value, Mapping):
+            raise ConfigError(
+                f"space {space!r} candidate {index} sets {key}={value!r}, which must be a mapping of the letter's "
+                f"fields, {key}: {{field: value}}",
+                field="space.candidates",
+                got=value,
+                allowed="a mapping of fields",
+            )
         if dot:  # E.router is the field of one letter, as in a space with choices
             fields[letter] = {**fields.get(letter, {}), name: value}
         else:
@@ -581,6 +625,11 @@ def _keys(shape: type[Space]) -> set[str]:
     """Return the keys of a shape's YAML."""
     names = {name for name in shape.field_names() if name not in ("fields", "replace_letter")}
     return names | ({"replace"} if issubclass(shape, PlacementSpace) else set())
+
+
+def _attention(text: str) -> int:
+    """Return how many attention layers a piece of a pattern has."""
+    return sum(BLOCKS.get(slot.letter).role == "attention" for slot in parse(text).slots)
 
 
 def _empty(value: Any) -> bool:

@@ -103,6 +103,7 @@ class _Builder:
         self.path = self.spec.file()
         self.source: Source = open_source(source_config(self.spec.data))
         self.scale = self.spec.budget.scale(self.source.vocab_size)
+        space.check(self.scale)
         self.target = space.target(self.scale)
         self.points = self.spec.points(self.target)
         self.wanted = architectures(space, self.scale)

@@ -385,6 +385,8 @@ def test_an_unknown_space_is_met_with_the_nearest():
         ({**LETTERS, "n_expert": [1]}, "space.n_expert", "n_expert"),
         ({**LETTERS, "E.n_expert": [1]}, "space.E.n_expert", "E.n_expert"),
         ({**LETTERS, "Q.n_experts": [1]}, "space.Q.n_experts", "Q.n_experts"),
+        ({**LETTERS, "A.gate": ["none"]}, "space.A.gate", "A.gate"),
+        ({**BASE, "E.top_k": [1]}, "space.E.top_k", "E.top_k"),
         ({**LETTERS, "d_model": [64]}, "space.d_model", "d_model"),
         ({**LETTERS, "n_experts": []}, "space.n_experts", []),
         ({**LETTERS, "n_experts": [0]}, "space.n_experts", 0),
@@ -418,6 +420,9 @@ def test_an_unknown_space_is_met_with_the_nearest():
         ({"candidates": [{"motif": "ME", "E.ruoter": "top_k"}]}, "space.candidates", "E.ruoter"),
         ({"candidates": [{"motif": "ME", "Q.router": "top_k"}]}, "space.candidates", "Q.router"),
         ({"candidates": [{"motif": "ME", "d_model": 64}]}, "space.candidates", "d_model"),
+        ({"candidates": [{"motif": "ME", "E": 5}]}, "space.candidates", 5),
+        ({"candidates": [{"motif": "ME", "E": 5, "E.top_k": 2}]}, "space.candidates", 5),
+        ({"candidates": [{"motif": "ME", "E.top_k": 2, "E": 5}]}, "space.candidates", 5),
         ({"candidates": [{"name": "a", "motif": "M"}, {"name": "a", "motif": "E"}]}, "space.candidates", "a"),
         ({"candidates": [{"motif": "M"}], "n_experts": [4]}, "space.n_experts", "n_experts"),
         ({**LETTERS, "match": "maybe"}, "space.match", "maybe"),
@@ -592,6 +597,27 @@ def test_rules_that_mean_nothing_are_refused(keys, field):
     with pytest.raises(ConfigError) as found:
         space(**LETTERS, **keys)
     assert found.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("keys", "most"),
+    [
+        ({"letters": ["M", "A"], "motif_length": [2]}, 4),
+        ({"letters": ["M", "[A,S]"], "motif_length": [1]}, 8),
+        ({"letters": ["M", "F"], "motif_length": [2]}, 0),
+        ({**BASE, "n_inserted": [1, 3, 9]}, 3),
+        ({"base": "AM", "replace": "A", "insert": "F", "n_inserted": [1, 2]}, 1),
+    ],
+)
+def test_more_attention_than_any_pattern_has_is_refused_before_anything_is_drawn(keys, most):
+    space(**keys, min_attention=most).check(SCALE)
+    with pytest.raises(ConfigError) as found:
+        space(**keys, min_attention=most + 1).check(SCALE)
+    assert (found.value.field, found.value.got, found.value.allowed) == (
+        "space.min_attention",
+        most + 1,
+        f"0 to {most}",
+    )
 
 
 def test_the_modern_space_has_attention_and_one_kind_of_mixer_and_its_baselines_match():
