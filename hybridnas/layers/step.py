@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from hybridnas.kernels.mamba_step.native import takes
+from hybridnas.kernels._build.step import takes
 from hybridnas.kernels.mamba_step.reference import Norm
 from hybridnas.layers.block import State
 from hybridnas.layers.mode import has_hooks

@@ -91,7 +91,7 @@ class MLflowTracker:
         self._client = connect(self.uri)
         with quiet(self.uri):
             self._experiment = _experiment(self._client, home.as_uri() if home else None)
-            self._id = self._study_id()
+            self._id = self._own_id()
             for run in search_runs(self._client, self._experiment, f"tags.`hybridnas.study_id` = '{self._id}'"):
                 tags = run.data.tags
                 if tags.get("hybridnas.kind") == self._kind:
@@ -181,7 +181,7 @@ class MLflowTracker:
             tags=[RunTag(name, value[:_LIMIT]) for name, value in (tags or {}).items()],
         )
 
-    def _study_id(self) -> str:
+    def _own_id(self) -> str:
         path = self._folder / _CARD
         try:
             return str(json.loads(path.read_text(encoding="utf-8"))["study_id"])

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridnas.errors import ConfigError, KernelInputError
+from hybridnas.kernels._build import step
 from hybridnas.kernels.delta_step import Form, Weights, delta_step, native, step_reference
 from hybridnas.kernels.mamba_step import Norm
 
@@ -114,11 +115,11 @@ def test_writing_over_its_own_input_gives_the_same_and_the_given_states_stay():
 @needs_compiler
 @pytest.mark.parametrize("norm", ["head", "whole"])
 def test_threads_and_the_rest_of_the_batch_change_no_bit(norm, monkeypatch):
-    monkeypatch.setattr(native, "THREAD_WEIGHTS", 1)
+    monkeypatch.setattr(step, "THREAD_ELEMENTS", 1)
     inputs = case(5, 33, 3, key=16, value=24, low_rank=True, norm=norm)
     results = []
     for count in (1, 2, 3, 7):
-        monkeypatch.setattr(native, "threads", lambda count=count: count)
+        monkeypatch.setattr(step, "threads", lambda count=count: count)
         results.append(run(inputs))
     alone = [run((*(t[b : b + 1] for t in inputs[:3]), *inputs[3:])) for b in range(5)]
     results.append(tuple(torch.cat(parts) for parts in zip(*alone, strict=True)))

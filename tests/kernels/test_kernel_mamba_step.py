@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridnas.errors import ConfigError, KernelInputError, KernelUnavailableError
+from hybridnas.kernels._build import step
 from hybridnas.kernels.mamba_step import Norm, Weights, describe, mamba_step, native, step_reference
 
 needs_compiler = pytest.mark.skipif(not native.available(), reason="no C compiler")
@@ -100,11 +101,11 @@ def test_writing_over_its_own_input_gives_the_same():
 
 @needs_compiler
 def test_threads_and_the_rest_of_the_batch_change_no_bit(monkeypatch):
-    monkeypatch.setattr(native, "THREAD_WEIGHTS", 1)
+    monkeypatch.setattr(step, "THREAD_ELEMENTS", 1)
     inputs = case(5, 33, 75, 16, 4, 3)
     results = []
     for count in (1, 2, 3, 7):
-        monkeypatch.setattr(native, "threads", lambda count=count: count)
+        monkeypatch.setattr(step, "threads", lambda count=count: count)
         results.append(mamba_step(*inputs[:4], norm=inputs[4], residual=True))
     alone = [
         mamba_step(*(t[b : b + 1] for t in inputs[:3]), inputs[3], norm=inputs[4], residual=True) for b in range(5)

@@ -80,6 +80,7 @@ class Cut(_Scores):
         return super().train(record, arch, seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", ["halving", "none", "hyperband"])
 @pytest.mark.parametrize("sampler", ["evolution", "tpe", "nsga2", "random"])
 def test_a_search_that_was_interrupted_takes_the_course_of_one_that_was_not(plain, scores, sampler, pruner):
@@ -99,6 +100,7 @@ def test_a_search_that_was_interrupted_takes_the_course_of_one_that_was_not(plai
     assert [bare(record) for record in again.history.ordered()] == [bare(record) for record in whole.history.ordered()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", ["halving", "none"])
 @pytest.mark.parametrize("sampler", ["evolution", "tpe", "nsga2", "random"])
 def test_a_simulated_search_is_the_search_on_the_table(tmp_path, sampler, pruner):
@@ -216,8 +218,7 @@ def test_optuna_is_used_through_its_public_names_alone():
     for path in Path(hybridnas.__file__).parent.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)):
-            own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
-            if isinstance(node, ast.Attribute) and not own and node.attr in ("_storage", "_trial_id", "_study_id"):
+            if isinstance(node, ast.Attribute) and node.attr in ("_storage", "_trial_id", "_study_id"):
                 private.append((path.name, node.attr))
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("optuna"):
                 names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]

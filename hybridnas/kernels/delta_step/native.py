@@ -6,16 +6,16 @@ Shapes as in ``reference.py``. float32, contiguous.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hybridnas.kernels._build import Library, library, threads
+from hybridnas.kernels._build import Library, library
 from hybridnas.kernels._build.arguments import pointer
+from hybridnas.kernels._build.step import NORM_KINDS, NativeStep
 from hybridnas.kernels.delta_step.reference import DECAYS, GATES, MAPS, NORMS, Form, Weights
-from hybridnas.kernels.mamba_step.native import NORM_KINDS, THREAD_WEIGHTS, takes
 from hybridnas.kernels.mamba_step.reference import Norm
 
 SOURCE = Path(__file__).resolve().with_name("step.c")
@@ -45,17 +45,16 @@ def available() -> bool:
     return compiled().handle is not None
 
 
-class Step:
-    """A layer's arguments, ready but for the token and the state. Holds no tensor: the caller's must live on."""
+class Step(NativeStep):
+    """The arguments of a layer around a linear recurrence; the states are (B, T - 1, C) and (B, H, K, M)."""
 
     def __init__(self, weights: Weights, form: Form, norm: Norm | None, residual: bool) -> None:
         w, (mixed, gate_in, decay_in, _) = weights, form.columns
         width, taps = w.in_proj.shape[1], 0 if w.conv is None else w.conv.shape[-1]
         decays = decay_in if w.decay_proj is None else w.decay_proj.shape[0]
         memory = (form.value_heads, form.key_dim, form.value_dim + (form.norm == "sum"))
-        self._shapes = ((width,), (max(0, taps - 1), mixed), memory)
-        self._size = sum(t.numel() for t in weights if t is not None)
-        self._args = _Args(
+        shapes = ((width,), (max(0, taps - 1), mixed), memory)
+        arguments = _Args(
             D=width, C=mixed, T=taps, G=form.key_heads, H=form.value_heads, K=form.key_dim, N=form.value_dim, X=decays,
             gate_in=gate_in, decay_in=decay_in, silu=form.silu, map=MAPS.index(form.feature_map),
             decay=DECAYS.index(form.decay), out_norm=NORMS.index(form.norm), gate=GATES.index(form.gate),
@@ -68,37 +67,8 @@ class Step:
             frequency=pointer(w.frequency), gate_weight=pointer(w.gate_proj), out_norm_weight=pointer(w.norm),
             out_weight=pointer(w.out_proj),
         )  # fmt: skip
-        handle = compiled().handle
-        assert handle is not None
-        self._function = handle.hybridnas_delta_step
-
-    def fits(self, *tensors: Tensor) -> bool:
-        """Whether a token (B, D) and its states (B, T - 1, C), (B, H, K, M) are as step.c reads them."""
-        batch = tensors[0].shape[0]
-        for tensor, shape in zip(tensors, self._shapes, strict=True):
-            if not takes(tensor) or tensor.shape != (batch, *shape):
-                return False
-        return True
-
-    def bound(self, conv: tuple[Tensor, Tensor], memory: tuple[Tensor, Tensor]) -> Callable[[Tensor, Tensor], None]:
-        """Return what writes y, given x and y (B, D), and the second tensor of each (before, after) pair of states.
-
-        Outputs may be their inputs. The states must live as long as the call; one call at a time.
-        """
-        args = _Args.from_buffer_copy(self._args)
-        args.B = batch = conv[0].shape[0]
-        args.conv_in, args.conv_out = conv[0].data_ptr(), conv[1].data_ptr()
-        args.memory_in, args.memory_out = memory[0].data_ptr(), memory[1].data_ptr()
-        most = max(1, (self._size * batch + memory[0].numel()) // THREAD_WEIGHTS)
-        function, reference = self._function, ctypes.byref(args)
-
-        def run(x_BD: Tensor, y_BD: Tensor) -> None:
-            args.x, args.y = x_BD.data_ptr(), y_BD.data_ptr()
-            args.threads = 1 if most == 1 else min(threads(), most)
-            if function(reference):
-                raise MemoryError("hybridnas_delta_step could not allocate its working memory")
-
-        return run
+        elements = sum(t.numel() for t in weights if t is not None) + math.prod(memory)
+        super().__init__(SOURCE, "hybridnas_delta_step", arguments, ("conv", "memory"), shapes, elements)
 
 
 def step_native(
