@@ -30,6 +30,8 @@ SLOW_FILES = (
     "test_examples.py",
     "test_search.py",
     "test_studies.py",
+    "test_tracking.py",
+    "test_search_slurm.py",
     "test_search_workers.py",
     "test_search_postgres.py",
     "test_search_chaos.py",
