@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # the same names as in _LAZY, for type checkers and editors
     from hybridnas.cost import Cost
     from hybridnas.data.task import register_task
     from hybridnas.export.load import load
+    from hybridnas.ladders.ladder import ladder
     from hybridnas.search_spaces.listing import register_space
     from hybridnas.studies import create_study, load_study
     from hybridnas.train.config import TrainConfig
@@ -62,6 +63,7 @@ _LAZY = {  # public name -> the module that is imported when the name is first u
     "create_study": "hybridnas.studies",
     "fit": "hybridnas.train.fit",
     "from_hf": "hybridnas.api",
+    "ladder": "hybridnas.ladders.ladder",
     "list_blocks": "hybridnas.api",
     "list_presets": "hybridnas.arch.presets",
     "list_search_spaces": "hybridnas.api",
@@ -100,6 +102,7 @@ __all__ = [
     "create_study",
     "fit",
     "from_hf",
+    "ladder",
     "list_blocks",
     "list_presets",
     "list_search_spaces",

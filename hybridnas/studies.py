@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from hybridnas.config import FrozenConfig
     from hybridnas.data.tokenizers import Tokenizer
     from hybridnas.export.hf.writing import NativeExport
+    from hybridnas.ladders.ladder import LadderResult
     from hybridnas.search.config import SearchConfig
     from hybridnas.search.runner import SearchSummary
     from hybridnas.train.callbacks import Callback
@@ -205,6 +206,12 @@ class Study:
     def export(self, folder: str | Path) -> Path:
         """Write the best trial's model as a folder that :func:`hybridnas.load` reads; returns the folder."""
         return self.best.export(folder)
+
+    def ladder(self, **settings: Any) -> LadderResult:
+        """Train the best and the baselines at growing size; see :func:`hybridnas.ladder` for the settings."""
+        from hybridnas.ladders.ladder import ladder
+
+        return ladder(str(self.path), **{"runs": self.path.parent, **settings})
 
     def tokenizer(self) -> Tokenizer | None:
         """Return the study's tokenizer, from ``best/``, which needs no corpus, else from the data; None without text.

@@ -48,6 +48,7 @@ SLOW_FILES = (
     "test_plugins.py",
     "test_samplers.py",
     "test_json.py",
+    "test_ladder.py",
 )
 
 

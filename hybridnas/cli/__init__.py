@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "generate": "stream text from an exported model",
     "evaluate": "measure a model's loss, its accuracy by length, or architectures on a suite of tasks",
     "replay": "run a trial of a study again: same seed, same data, same numbers on CPU",
+    "ladder": "train architectures at growing size, fit scaling laws, and say whether their order holds",
     "bench": "measure kernels, training and decoding beside other packages that are installed",
 }
 

@@ -1,0 +1,316 @@
+"""A ladder from settings to verdict: plan, train, fit, draw; the same call again goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybridnas.analysis.scaling_law import LEVEL
+from hybridnas.config import plain
+from hybridnas.errors import ConfigError, StudyError, suggest
+from hybridnas.files import locked, write_json
+from hybridnas.hardware import describe_machine, pick_device
+from hybridnas.ladders.config import FREE, LadderConfig
+from hybridnas.ladders.rows import Row, best_rates, ended, rows_of, write_rows
+from hybridnas.ladders.verdict import Verdict, judge
+from hybridnas.search.config import Budget
+from hybridnas.search.named import named_budget
+from hybridnas.study.folder import first_difference
+from hybridnas.units import human, several
+
+if TYPE_CHECKING:
+    from hybridnas.ladders.plan import LadderRun, Plan
+    from hybridnas.train.callbacks import Callback
+
+FORMAT = 1
+log = logging.getLogger("hybridnas.ladders")
+
+
+@dataclass(frozen=True)
+class LadderResult:
+    """What a call of a ladder left: all rows so far, what they say, and the files."""
+
+    folder: Path
+    rows: tuple[Row, ...]
+    verdict: Verdict
+    rates: Mapping[str, float]  # each architecture's multiple of the law's rate
+    done: bool  # whether every run has ended
+    failed: tuple[str, ...]  # runs that failed, with the reason
+    seconds: float
+    figures: tuple[Path, ...]
+
+
+def ladder(
+    study: str | None = None,
+    *,
+    callbacks: Iterable[Callback] = (),
+    report: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> LadderResult:
+    """Train architectures at growing size and fit scaling laws to them; the same call again goes on.
+
+    ``study``: name or folder of a study, whose best and whose baselines are trained. ``settings``: fields of
+    :class:`hybridnas.ladders.config.LadderConfig` (``presets=``, ``patterns=``, ``sizes=``, ``seeds=``, ``tokens=``,
+    ``hold_out=``, ``runs=`` ...); ``budget`` and ``data`` also by name, and fields of the budget (``d_model=``,
+    ``depth=``, ``seq_len=`` ...) by themselves. ``report`` gets lines of progress, by default the logger
+    ``hybridnas.ladders``.
+
+    >>> result = hybridnas.ladder(presets=["mamba", "transformer"], sizes=[1, 2, 4, 8])
+    >>> for pair in result.verdict.pairs: print(pair.sentence())
+
+    Raises ConfigError, MatchError or StudyError before anything is trained, KeyboardInterrupt after Ctrl-C.
+    """
+    own, sizes = set(LadderConfig.field_names()), set(Budget.field_names()) - set(LadderConfig.field_names())
+    for key in settings:
+        if key not in own | sizes:
+            raise ConfigError(
+                f"ladder has no setting {key!r}{suggest(key, own | sizes)}",
+                field=key,
+                got=settings[key],
+                allowed=tuple(sorted(own | sizes)),
+            )
+    given = {key: value for key, value in settings.items() if key in own}
+    changed = {key: value for key, value in settings.items() if key in sizes}
+    if changed or given.get("budget") is not None:
+        given["budget"] = {**named_budget(given.get("budget") or "laptop"), **changed}
+    if isinstance(given.get("data"), str):
+        given["data"] = {"kind": given["data"]}
+    return Ladder(LadderConfig.from_dict({"study": study, **given})).run(callbacks, report=report)
+
+
+class Ladder:
+    """One ladder; :meth:`run` in the same or another process goes on where it stopped."""
+
+    def __init__(self, config: LadderConfig) -> None:
+        """Read settings, study and data, and grow every architecture; nothing is written."""
+        from hybridnas.data import open_source, source_config
+        from hybridnas.ladders.entrants import ground
+        from hybridnas.ladders.plan import make_plan
+
+        name = config.title
+        if any(c in name for c in "/\\") or name.startswith("."):
+            raise StudyError(
+                f"ladder name={name!r} must be a plain folder name, without slashes and not starting with a dot",
+                field="ladder.name",
+                got=name,
+                allowed="a plain folder name",
+            )
+        pick_device(config.device)
+        base = ground(config)
+        self.config = config
+        self.plan: Plan = make_plan(config, base, open_source(source_config(base.data)))
+        self.folder = self.plan.folder
+        kept = {key: value for key, value in config.to_dict().items() if key not in FREE}
+        own = {"budget": base.budget.to_dict(), "data": dict(base.data), "active_params": self.plan.target}
+        own["data_fingerprint"] = self.plan.source.fingerprint
+        self.identity: dict[str, Any] = json.loads(json.dumps(plain({**kept, **own})))
+
+    def run(self, callbacks: Iterable[Callback] = (), *, report: Callable[[str], None] | None = None) -> LadderResult:
+        """Train what is missing, then fit, draw and write the results; also after Ctrl-C, which is raised then.
+
+        Raises StudyError for a folder that is busy or holds a ladder of other settings, and what training raises.
+        """
+        say = report or (lambda text: log.info("%s", text))
+        began = time.time()
+        with self._held():
+            try:
+                rates = self._train(tuple(callbacks), say, began)
+            except KeyboardInterrupt:
+                say("stopping: writing what is finished; the same command goes on from here")
+                self._write(self._rates(), began)
+                raise
+            return self._write(rates, began)
+
+    def _rates(self) -> dict[str, float]:
+        return best_rates(self.plan.tuning(), self.plan.archs, self.config.rates[0])
+
+    def _train(self, callbacks: Sequence[Callback], say: Callable[[str], None], began: float) -> dict[str, float]:
+        from hybridnas.ladders.train import train
+
+        plan, config = self.plan, self.config
+        until = None if config.minutes is None else began + 60 * config.minutes
+        tuning = plan.tuning()
+        listed = [*tuning, *plan.runs(self._rates())]
+        watch = _Watch(say, listed)
+        self._announce(say, listed)
+        train(plan, tuning, watch.told, callbacks=callbacks, until=until)
+        rates = self._rates()
+        if tuning and all(ended(run) for run in tuning):
+            say("rates: " + ", ".join(f"{name} {rate:g} times the law's" for name, rate in rates.items()))
+        if until is None or time.time() < until:
+            train(plan, list(plan.runs(rates)), watch.told, callbacks=callbacks, until=until)
+        return rates
+
+    def _announce(self, say: Callable[[str], None], listed: Sequence[LadderRun]) -> None:
+        from hybridnas.ladders.speed import expected_seconds
+
+        plan, config = self.plan, self.config
+        counts = [f"{len(plan.archs)} architectures", f"{len(config.sizes)} sizes", several(config.seeds, "seed")]
+        missing = [run for run in listed if not ended(run)]
+        tokens = sum(run.trained_tokens for run in missing)
+        say(f"ladder {config.title} in {self.folder}, {describe_machine()}")
+        say(f"data: {plan.source.describe()}")
+        say(f"plan: {', '.join(counts)}: {len(listed)} trainings, {len(listed) - len(missing)} of them done")
+        if missing:
+            seconds = expected_seconds(plan, missing) / config.workers
+            say(
+                f"to train: {human(tokens)} tokens, about {_duration(seconds)} with "
+                f"{several(config.workers, 'worker')}, by a few steps of each size"
+            )
+
+    def _write(self, rates: Mapping[str, float], began: float) -> LadderResult:
+        """Write CSV, figures and JSON from the folders of the runs."""
+        runs = list(self.plan.runs(dict(rates)))
+        rows = [row for run in runs for row in rows_of(run, self.plan.target)]
+        verdict = judge(rows, self.config, self.plan.target)
+        failed = tuple(f"{run.key}: {_reason(run)}" for run in runs if ended(run) not in ("", "completed"))
+        figures: tuple[Path, ...] = ()
+        if rows:
+            from hybridnas.ladders.plots import draw
+
+            write_rows(self.folder / "ladder.csv", rows)
+            figures = draw(rows, verdict, self.plan.target, self.folder / "ladder")
+        done = all(ended(run) for run in runs)
+        result = LadderResult(
+            self.folder, tuple(rows), verdict, dict(rates), done, failed, time.time() - began, figures
+        )
+        write_json(self.folder / "ladder.json", {**self._stored(), "result": found(result)})
+        return result
+
+    def _stored(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "identity": self.identity,
+            "settings": self.config.to_dict(),
+            "machine": describe_machine(),
+        }
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold the folder alone, and refuse one of other settings."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StudyError(f"ladder folder {self.folder} cannot be made: {error.strerror or error}") from None
+        with locked(self.folder / ".lock", wait=False) as taken:
+            if not taken:
+                raise StudyError(
+                    f"ladder {self.config.title!r} is being written by another process; wait for it, or choose "
+                    f"name=NEWNAME",
+                    field="ladder.name",
+                    got=self.config.title,
+                )
+            path = self.folder / "ladder.json"
+            if (self.folder / "study.json").exists():
+                raise StudyError(
+                    f"folder {self.folder} holds a study; choose another name=NEWNAME for the ladder",
+                    field="ladder.name",
+                    got=self.config.title,
+                )
+            if path.exists():
+                try:
+                    stored = json.loads(path.read_text(encoding="utf-8"))["identity"]
+                except (ValueError, KeyError, TypeError):
+                    raise StudyError(f"{path} is damaged; delete it to make it again from the trainings") from None
+                differing = first_difference(stored, self.identity)
+                if differing:
+                    raise StudyError(
+                        f"ladder folder {self.folder} holds another ladder: {differing}; choose name=NEWNAME, or the "
+                        f"same settings to go on",
+                        field=f"ladder.{differing.field}",
+                        got=differing.asked,
+                        allowed=differing.stored,
+                    )
+            else:
+                write_json(path, self._stored())
+            yield
+
+
+def found(result: LadderResult) -> dict[str, Any]:
+    """Return a result as plain values for JSON; figures that do not exist are null."""
+    models = [
+        {
+            "name": model.name,
+            "rate": result.rates.get(model.name),
+            "law": None
+            if model.fit is None
+            else {name: model.fit.coefficient(name)._asdict() for name in ("E", "A", "a", "B", "b")}
+            | {"n_unit": model.fit.law.n_unit, "d_unit": model.fit.law.d_unit, "deviation": model.fit.deviation},
+            "why_no_law": model.why,
+            "held_out": [
+                {**asdict(one), "predicted": one.predicted._asdict(), "error": one.error} for one in model.held_out
+            ],
+            "why_untested": model.why_untested,
+            "predictions": [
+                {"compute": times, "params": n, "tokens": d, "loss": loss._asdict()}
+                for times, n, d, loss in model.ahead
+            ],
+        }
+        for model in result.verdict.models
+    ]
+    pairs = [
+        {
+            "lower": pair.first,
+            "higher": pair.second,
+            "held": pair.held,
+            "gaps": [asdict(gap) for gap in pair.gaps],
+            "crossing": None if pair.crossing is None else asdict(pair.crossing),
+            "predictions": [{"compute": times, "gap": gap._asdict()} for times, gap in pair.ahead],
+            "words": pair.sentence(),
+        }
+        for pair in result.verdict.pairs
+    ]
+    about = {"done": result.done, "failed": list(result.failed), "seconds": result.seconds, "level": LEVEL}
+    about["flops"] = sum(
+        max(row.flops for row in result.rows if row.folder == f) for f in {r.folder for r in result.rows}
+    )
+    whole: dict[str, Any] = _finite({**about, "models": models, "pairs": pairs, "notes": list(result.verdict.notes)})
+    return whole
+
+
+class _Watch:
+    """Says of each run how it ended, how many are left, and for about how long."""
+
+    def __init__(self, say: Callable[[str], None], listed: Sequence[LadderRun]) -> None:
+        self.say = say
+        self.total = len(listed)
+        self.done = sum(bool(ended(run)) for run in listed)
+        self.left = {run.key: run.trained_tokens for run in listed if not ended(run)}
+        self.trained = 0
+        self.began = time.monotonic()
+
+    def told(self, key: str, status: str, reason: str) -> None:
+        self.done += 1
+        self.trained += self.left.pop(key, 0)
+        seconds = (time.monotonic() - self.began) / max(1, self.trained) * sum(self.left.values())
+        words = f"; about {_duration(seconds)} left" if self.left else ""
+        self.say(f"[{self.done}/{self.total}] {key}: {status}{': ' if reason else ''}{reason}{words}")
+
+
+def _reason(run: LadderRun) -> str:
+    from hybridnas.train.records import read_run
+
+    return str((read_run(run.folder) or {}).get("reason", ""))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _finite(value: Any) -> Any:
+    """Return plain values in which numbers that are not finite are null."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value
