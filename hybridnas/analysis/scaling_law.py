@@ -37,13 +37,20 @@ class Point(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A figure and its bootstrap interval."""
+    """A figure and its bootstrap interval; its ends are not a number where there were too few runs for one."""
 
     value: float
     low: float
     high: float
 
+    @property
+    def known(self) -> bool:
+        """Whether there is an interval."""
+        return not math.isnan(self.low)
+
     def __str__(self) -> str:
+        if not self.known:
+            return f"{self.value:.4f} (too few runs for an interval)"
         return f"{self.value:.4f} ({self.low:.4f} to {self.high:.4f})"
 
 

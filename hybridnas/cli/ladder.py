@@ -102,10 +102,10 @@ def _print_laws(result: LadderResult) -> None:
         if model.why_untested and model.fit is not None:
             show.line(f"{model.name}: extrapolation not tested: {model.why_untested}")
         for one in model.held_out:
-            inside = "inside" if one.inside else "outside"
+            inside = {True: ", inside the interval", False: ", outside the interval", None: ""}[one.inside]
             show.line(
                 f"{model.name}: held-out size {one.size:g} at {one.tokens:,} tokens: predicted {one.predicted}, "
-                f"measured {one.measured:.4f}, error {one.error:+.4f} nats, {inside} the interval"
+                f"measured {one.measured:.4f}, error {one.error:+.4f} nats{inside}"
             )
 
 
@@ -114,4 +114,4 @@ def _shown(value: float | None) -> str:
 
 
 def _interval(found: Any) -> str:
-    return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
+    return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})" if found.known else f"{found.value:.3f}"

@@ -66,6 +66,8 @@ class LadderConfig(FrozenConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for field in ("sizes", "tokens", "rates"):  # 1 and 1.0 are written alike
+            object.__setattr__(self, field, tuple(map(float, getattr(self, field))))
         for field in ("sizes", "tokens"):
             values = getattr(self, field)
             if not values or list(values) != sorted(set(values)):

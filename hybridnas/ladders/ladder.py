@@ -143,6 +143,9 @@ class Ladder:
         rates = self._rates()
         if tuning and all(ended(run) for run in tuning):
             say("rates: " + ", ".join(f"{name} {rate:g} times the law's" for name, rate in rates.items()))
+            ends = {min(config.rates), max(config.rates)}
+            if at_end := [name for name, rate in rates.items() if rate in ends]:
+                say(f"warning: the best rate of {', '.join(at_end)} is an end of rates={list(config.rates)}; try more")
         if until is None or time.time() < until:
             train(plan, list(plan.runs(rates)), watch.told, callbacks=callbacks, until=until)
         return rates
@@ -244,7 +247,8 @@ def found(result: LadderResult) -> dict[str, Any]:
             | {"n_unit": model.fit.law.n_unit, "d_unit": model.fit.law.d_unit, "deviation": model.fit.deviation},
             "why_no_law": model.why,
             "held_out": [
-                {**asdict(one), "predicted": one.predicted._asdict(), "error": one.error} for one in model.held_out
+                {**asdict(one), "predicted": one.predicted._asdict(), "error": one.error, "inside": one.inside}
+                for one in model.held_out
             ],
             "why_untested": model.why_untested,
             "predictions": [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -41,9 +42,9 @@ class HeldOut:
         return self.predicted.value - self.measured
 
     @property
-    def inside(self) -> bool:
-        """Whether the interval of the prediction holds what was measured."""
-        return self.predicted.low <= self.measured <= self.predicted.high
+    def inside(self) -> bool | None:
+        """Whether the interval of the prediction holds what was measured; None without an interval."""
+        return None if not self.predicted.known else self.predicted.low <= self.measured <= self.predicted.high
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,10 @@ class PairVerdict:
             found = self.crossing
             places = " and ".join(human(n) for n in found.params)
             text += f"; the fits cross at {places} active parameters" if places else "; the fits do not cross"
-            text += f" ({found.share:.0%} of resamples cross)"
+            text += "" if math.isnan(found.share) else f" ({found.share:.0%} of resamples cross)"
         for times, gap in self.ahead:
-            text += f"; at {times} times the compute {gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})"
+            sure = f" ({gap.low:+.4f} to {gap.high:+.4f})" if gap.known else ""
+            text += f"; at {times} times the compute {gap.value:+.4f}{sure}"
         return text
 
 

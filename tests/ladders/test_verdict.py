@@ -58,7 +58,7 @@ def test_held_out_sizes_are_predicted_by_a_fit_that_has_not_seen_them():
     assert {one.size for one in model.held_out} == {16, 32}
     for one in model.held_out:  # the fit has not seen that the larger ones are 0.3 nats worse
         assert one.error == pytest.approx(-0.3, abs=0.02)
-        assert not one.inside
+        assert one.inside is False
 
 
 def test_the_predictions_are_at_ten_and_a_hundred_times_the_compute_of_the_largest():
