@@ -107,7 +107,7 @@ class Ladder:
         self.plan: Plan = make_plan(config, base, open_source(source_config(base.data)))
         self.folder = self.plan.folder
         kept = {key: value for key, value in config.to_dict().items() if key not in FREE}
-        own = {"budget": base.budget.to_dict(), "data": dict(base.data), "active_params": self.plan.target}
+        own = {"budget": base.budget.identity(), "data": dict(base.data), "active_params": self.plan.target}
         own["data_fingerprint"] = self.plan.source.fingerprint
         self.identity: dict[str, Any] = json.loads(json.dumps(plain({**kept, **own})))
 
