@@ -36,6 +36,10 @@ CASES = {  # command -> settings, and what must be in the object; in an order in
         {"loss", "accuracy", "bits_per_byte", "tokens"},
     ),
     "replay": (["study=tiny", "trial=0", "device=cpu"], {"identical", "losses", "folder"}),
+    "ladder": (
+        ["study=tiny", "top=1", "sizes=[1]", "seeds=1", "tokens=[0.2]", "warmup=0.1", "hold_out=0", "device=cpu"],
+        {"ladder", "folder", "models", "pairs", "done"},
+    ),
     "bench": (["conv", "tiny=true"], {"suites", "settings", "machine"}),
 }
 
