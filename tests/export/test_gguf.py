@@ -47,7 +47,7 @@ def _has_shared(model):
 
 
 def test_what_llama_cpp_lacks_is_refused():
-    mixed = built("nemotron_h", "NFNE").arch
+    mixed = built("nemotron_h", "NFAE").arch
     assert fit(mixed, "nemotron_h")
     with pytest.raises(ConfigError) as error:
         gguf_fit(mixed)

@@ -92,6 +92,7 @@ register(
         arch=arch,
         pieces=pieces,
         config=config,
+        needs_attention=True,
         style={"F": SWIGLU, "A": {"rotary_fraction": 0.5}},
     )
 )

@@ -31,6 +31,7 @@ class Family:
     style: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: dict.fromkeys("FE", SWIGLU)
     )  # of the releases
+    needs_attention: bool = False  # whether the class cannot decode without, since its cache counts tokens there
     hub: Hub = Hub()  # names of released checkpoints
 
     def settings(self, config: Mapping[str, Any]) -> Settings:

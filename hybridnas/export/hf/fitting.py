@@ -20,7 +20,7 @@ from torch import Tensor
 from hybridnas.arch.arch import Arch, Node
 from hybridnas.arch.model import HybridLM
 from hybridnas.errors import ConfigError
-from hybridnas.export.hf.configs import kind
+from hybridnas.export.hf.configs import first, kind
 from hybridnas.export.hf.family import FAMILIES, Family
 from hybridnas.export.hf.reading import arch_of
 from hybridnas.export.hf.weights import prefix
@@ -62,6 +62,14 @@ def nearest(arch: Arch, name: str) -> Fit:
     Raises ConfigError for a name that is no format, and where no config of the class has the pattern.
     """
     family = FAMILIES.get(name)
+    if family.needs_attention and first(arch, "A") is None:
+        raise ConfigError(
+            f"the pattern '{arch.pattern}' has no attention, and the class cannot decode without: its cache counts "
+            f"tokens there",
+            field="pattern",
+            got=str(arch.pattern),
+            allowed="at least one A",
+        )
     config = {"model_type": family.model_types[0], **family.config(arch)}
     return Fit(family, config, arch_of(family, family.settings(config)))
 

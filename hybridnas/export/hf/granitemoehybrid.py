@@ -145,6 +145,7 @@ register(
         arch=arch,
         pieces=pieces,
         config=config,
+        needs_attention=True,
         aliases={"layers_block_type": "layer_types"},
         renames=(
             (r"block_sparse_moe\.input_linear\.weight", "block_sparse_moe.experts.gate_up_proj"),

@@ -144,6 +144,7 @@ register(
         arch=arch,
         pieces=pieces,
         config=config,
+        needs_attention=True,
         aliases={"num_local_experts": "num_experts"},
     )
 )

@@ -258,6 +258,7 @@ register(
         arch=arch,
         pieces=pieces,
         config=config,
+        needs_attention=True,
         aliases=ALIASES,
         renames=(
             (r"self_attn\.(f_a_proj|f_b_proj|dt_bias|A_log)", r"self_attn.forget_gate.\1"),

@@ -179,6 +179,7 @@ register(
         arch=lfm2,
         pieces=pieces,
         config=lfm2_config,
+        needs_attention=True,
         aliases={"tie_embedding": "tie_word_embeddings", "block_ff_dim": "intermediate_size"},
     )
 )
@@ -190,6 +191,7 @@ register(
         arch=lfm2_moe,
         pieces=pieces,
         config=lfm2_moe_config,
+        needs_attention=True,
         hub=Hub(experts=("w1", "w3", "w2")),
         aliases={"tie_embedding": "tie_word_embeddings"},
     )

@@ -173,6 +173,7 @@ register(
         arch=arch,
         pieces=pieces,
         config=config,
+        needs_attention=True,
         aliases={
             "layer_types": "layers_block_type",
             "num_local_experts": "n_routed_experts",

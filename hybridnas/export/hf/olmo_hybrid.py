@@ -143,6 +143,7 @@ register(
         arch=arch,
         pieces=pieces,
         config=config,
+        needs_attention=True,
         hub=Hub(split_convolutions=True),
         renames=(
             (r"\.attention_layer_norm\.", ".input_layernorm."),

@@ -262,6 +262,7 @@ register(
         arch=qwen3_next,
         pieces=pieces,
         config=qwen3_next_config,
+        needs_attention=True,
         unused=(_HEADS_AHEAD,),
     )
 )
@@ -277,6 +278,7 @@ for types, class_name, defaults, arch, config in (
             arch=arch,
             pieces=pieces,
             config=config,
+            needs_attention=True,
             renames=_LANGUAGE_MODEL,
             unused=(_HEADS_AHEAD, _VISION),
         )

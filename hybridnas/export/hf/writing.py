@@ -194,7 +194,7 @@ def compared(
     """
     if "error" in facts:
         raise ExportError(
-            f"transformers could not load the folder ({facts['error']}), so nothing was exported",
+            f"transformers could not load or run the folder ({facts['error']}), so nothing was exported",
             field="format",
             got=facts["error"],
         )
