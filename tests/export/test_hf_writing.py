@@ -223,7 +223,7 @@ def arch_of(pattern, **changes):
         (arch_of("M", like="mamba", M={"d_inner": 40}), "mamba", "d_inner", 40),
         (arch_of("NAFF{d_ff=8}", like="nemotron_h"), "nemotron_h", "d_ff", 8),
         (arch_of("MFMEAEMF", like="jamba"), "jamba", "pattern", (1, 2)),
-        (arch_of("N@s F N@s F", like="bamba"), "bamba", "pattern", "N@s"),
+        (arch_of("AF N@s F N@s F", like="bamba"), "bamba", "pattern", "N@s"),
         (arch_of("AFA", like="llama"), "llama", "pattern", "A"),
         (arch_of("AF", like="llama", A={"kv_rank": 4, "n_kv_heads": None}), "llama", "kv_rank", 4),
         (arch_of("AE", like="deepseek_v3", E={"d_shared": 5}), "deepseek_v3", "d_shared", 5),
