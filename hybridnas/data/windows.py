@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,9 @@ from hybridnas.data.shards import LONG_COPY, Shards, Split, open_shards, token_l
 from hybridnas.data.source import Batch, Source
 from hybridnas.data.tokenizers import Tokenizer
 from hybridnas.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ROUNDS = 6
 _SORTED = 1024  # so few windows are shuffled by sorting: Feistel rounds on few bits walk long
@@ -87,7 +91,12 @@ class TextSource(Source):
         self._require(seq_len)
         if not self.test_tokens:
             raise DataError(f"{self._name} has no test part, since data.test_fraction=0; set it above 0")
-        return _spread(self._shards.test, n_tokens, batch_size, seq_len)
+        return _spread(self._shards.test, n_tokens, batch_size, seq_len, ends=self._test_ends)
+
+    @cached_property
+    def _test_ends(self) -> npt.NDArray[np.int64]:
+        """Places of the separators in the test part: where each document ends."""
+        return np.flatnonzero(self._shards.test.tokens == self.tokenizer.separator)
 
     def _require(self, seq_len: int) -> None:
         parts = {"train on": self.train_tokens, "validate on": self.valid_tokens, "test on": self.test_tokens}
@@ -116,13 +125,28 @@ def _copies(part: Split) -> str:
     return f" ({short:.1%} of them in runs of {WINDOW} bytes copied from training, {long:.1%} of {LONG_COPY}; {kept})"
 
 
-def _spread(part: Split, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
-    """Yield the same windows of a part at every call, evenly spread over it, none twice."""
+def _spread(
+    part: Split, n_tokens: int, batch_size: int, seq_len: int, *, ends: npt.NDArray[np.int64] | None = None
+) -> Iterator[Batch]:
+    """Yield the same windows of a part at every call, evenly spread over it, none twice.
+
+    ``ends``: where each document ends; the batches then say which document each target is of.
+    """
     existing = (len(part.tokens) - 1) // seq_len
     wanted = min(existing, max(1, -(-n_tokens // seq_len)))
     starts = (2 * np.arange(wanted) + 1) * existing // (2 * wanted) * seq_len
     pieces = (starts[first : first + batch_size] for first in range(0, wanted, batch_size))
-    return (_gather(part.tokens, piece, seq_len, part.counted) for piece in pieces)
+    for piece in pieces:
+        batch = _gather(part.tokens, piece, seq_len, part.counted)
+        yield batch if ends is None else batch._replace(documents_BL=_documents(ends, piece, seq_len))
+
+
+def _documents(ends: npt.NDArray[np.int64], starts_B: npt.NDArray[np.int64], seq_len: int) -> Tensor:
+    """Return the document of each target, int64 (B, L); a separator is of the document that it ends."""
+    import torch
+
+    places_BL = starts_B[:, None] + 1 + np.arange(seq_len)
+    return torch.from_numpy(np.searchsorted(ends, places_BL).astype(np.int64))
 
 
 def open_text(corpus: FileCorpus, config: DataConfig) -> TextSource:

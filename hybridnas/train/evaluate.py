@@ -19,6 +19,7 @@ from hybridnas.arch.model import HybridLM
 from hybridnas.data.source import Batch, Source
 from hybridnas.errors import DataError
 from hybridnas.layers.mode import evaluating
+from hybridnas.study.documents import DocumentSums
 from hybridnas.train.objective import Objective, check_causal
 
 Autocast = Callable[[], AbstractContextManager[object]]
@@ -40,6 +41,7 @@ class Score(NamedTuple):
     accuracy: float
     tokens: int
     parts: Mapping[str, Part] = MappingProxyType({})  # by name, where the data has several
+    documents: DocumentSums | None = None  # where they were asked for, of data in one part
 
     def figures(self) -> dict[str, float]:
         """Return each part's loss and accuracy as ``loss.NAME`` and ``accuracy.NAME``."""
@@ -91,11 +93,15 @@ def evaluate(
     heads: nn.ModuleDict | None = None,
     allow_noncausal: bool = False,
     part: str = "valid",
+    by_document: bool = False,
 ) -> Score:
     """Measure a model on the source's held-out batches, the same ones at every call; leaves the mode as it was.
 
     ``part``: ``valid``, by which candidates are chosen, or ``test``, for final figures. Bits per byte are the loss of
     all places over the bytes that they stand for: a separator adds to the loss and has none.
+
+    ``by_document``: keep the sums of each document, too, for an interval over documents. Data in several parts has
+    none, since their mean does not weigh places alike.
 
     ``model``: a HybridLM, or any module from ids (B, L) to logits (B, L, V). ``heads``: those of the source's tasks
     that were trained with it, where the source has any.
@@ -113,10 +119,11 @@ def evaluate(
     known = source.token_lengths
     lengths_V = None if known is None else torch.from_numpy(known)
     n_bytes = 0
+    sums = _ByDocument() if by_document and len(held_out) == 1 else None
     with evaluating(objective):
         parts: dict[str, Part] = {}
         for name, batches in held_out.items():
-            parts[name], read = _measure(objective, batches, device, around, lengths_V)
+            parts[name], read = _measure(objective, batches, device, around, lengths_V, sums)
             n_bytes += read
     if not parts or any(one.tokens == 0 for one in parts.values()):
         raise DataError(f"{source.describe()}: no {part} tokens to measure; raise data.{part}_fraction or add text")
@@ -124,16 +131,23 @@ def evaluate(
     accuracy = sum(one.accuracy for one in parts.values()) / len(parts)
     tokens = sum(one.tokens for one in parts.values())
     bits = loss * tokens / math.log(2) / n_bytes if n_bytes else None
-    return Score(loss, bits, accuracy, tokens, {name: one for name, one in parts.items() if name})
+    documents = None if sums is None else sums.found()
+    return Score(loss, bits, accuracy, tokens, {name: one for name, one in parts.items() if name}, documents)
 
 
 def _measure(
-    objective: Objective, batches: Iterable[Batch], device: torch.device, around: Autocast, lengths_V: Tensor | None
+    objective: Objective,
+    batches: Iterable[Batch],
+    device: torch.device,
+    around: Autocast,
+    lengths_V: Tensor | None,
+    sums: _ByDocument | None,
 ) -> tuple[Part, int]:
     """Return what was found of one part, and the bytes that its places stand for, 0 where bytes mean nothing."""
     total, right, places, n_bytes = 0.0, 0, 0, 0
     for raw in batches:
         batch = to_device(raw, device)
+        lengths_BL = None
         if lengths_V is not None:
             lengths_BL = lengths_V[raw.targets_BL]
             n_bytes += int(lengths_BL.sum() if raw.mask_BL is None else lengths_BL[raw.mask_BL].sum())
@@ -142,7 +156,42 @@ def _measure(
         total += float(scores.loss.sum())
         right += int(scores.correct.sum())
         places += int(counted(batch))
+        if sums is not None:
+            sums.add(raw, scores.loss, lengths_BL)
     return Part(total / max(1, places), right / max(1, places), places), n_bytes
+
+
+class _ByDocument:
+    """Sums of losses, places and bytes by document, batch after batch."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, tuple[float, int, int]] = {}
+        self._rows = 0
+
+    def add(self, batch: Batch, loss_BL: Tensor, lengths_BL: Tensor | None) -> None:
+        """Add a batch, the loss of each place (0 where it does not count) and the bytes that its target stands for."""
+        mask_BL = torch.ones_like(batch.targets_BL, dtype=torch.bool) if batch.mask_BL is None else batch.mask_BL
+        documents_BL = batch.documents_BL
+        if documents_BL is None:  # examples of a task are drawn one by one
+            rows = len(mask_BL)
+            documents_BL = torch.arange(self._rows, self._rows + rows)[:, None].expand_as(mask_BL)
+            self._rows += rows
+        found, index = torch.unique(documents_BL[mask_BL], return_inverse=True)
+        count = len(found)
+        columns = (
+            torch.bincount(index, weights=loss_BL.cpu().double()[mask_BL], minlength=count),
+            torch.bincount(index, minlength=count),
+            torch.zeros(count) if lengths_BL is None else torch.bincount(index, lengths_BL[mask_BL], minlength=count),
+        )
+        for number, *values in zip(found.tolist(), *(column.tolist() for column in columns), strict=True):
+            nats, tokens, n_bytes = self._sums.get(number, (0.0, 0, 0))
+            self._sums[number] = (nats + values[0], tokens + int(values[1]), n_bytes + int(values[2]))
+
+    def found(self) -> DocumentSums:
+        """Return the sums, by number of the document."""
+        known = sorted(self._sums.items())
+        nats, tokens, n_bytes = zip(*(sums for _, sums in known), strict=True) if known else ((), (), ())
+        return DocumentSums(tuple(number for number, _ in known), nats, tokens, n_bytes)
 
 
 def mean_stats(stats: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hybridnas.config import flatten
 from hybridnas.errors import CheckpointError, TrainingError
 from hybridnas.files import write_json
+from hybridnas.study.documents import DocumentSums, write_documents
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,6 +118,14 @@ def _parse(path: Path, raw: bytes) -> tuple[list[Eval], int]:
             break
         good += len(line) + 1
     return evals, min(good, len(raw))
+
+
+def keep_documents(folder: Path, sums: DocumentSums) -> None:
+    """Write what the test part's documents cost beside the run; raises TrainingError when the disk refuses."""
+    try:
+        write_documents(folder, sums)
+    except OSError as error:
+        raise disk_error(error, folder, "the losses of the test part's documents") from None
 
 
 def append_eval(folder: Path, value: Eval) -> None:

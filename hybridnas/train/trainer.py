@@ -27,7 +27,7 @@ from hybridnas.train.config import Decay
 from hybridnas.train.distributed import Group
 from hybridnas.train.evaluate import Score, autocast, counted, evaluate, mean_stats, to_device
 from hybridnas.train.objective import Loss, Objective
-from hybridnas.train.records import Eval, append_eval, eval_line
+from hybridnas.train.records import Eval, append_eval, eval_line, keep_documents
 
 _CHECK_EVERY = 16  # steps between looks at the loss on a device that would have to be waited for
 _SMOOTH = 0.95  # decay of the running mean of the loss
@@ -354,6 +354,7 @@ class Trainer:
             heads=self.heads,
             allow_noncausal=config.allow_noncausal,
             part=part,
+            by_document=part == "test",
         )
 
     def _evaluate(self) -> Eval:
@@ -368,7 +369,10 @@ class Trainer:
             means["trained_tokens"] = float(self.trained_tokens)
         means.update(score.figures())
         if state.step == config.steps and self.source.test_tokens != 0:
-            means.update(self._score("test").test_figures())
+            tested = self._score("test")
+            means.update(tested.test_figures())
+            if tested.documents is not None and self.folder is not None and math.isfinite(tested.loss):
+                keep_documents(self.folder, tested.documents)
         return Eval(
             tokens=self.tokens,
             step=state.step,

@@ -194,3 +194,13 @@ def test_a_source_says_what_it_reads_in_one_line(stdlib):
     assert f"documents, {stdlib._shards.test.bytes:,} bytes to report (" in said
     assert "tokenizer bytes, 256 tokens, 1.00 bytes per token" in said
     assert "\n" not in said
+
+
+def test_each_target_of_the_test_part_knows_its_document():
+    tokens = np.tile(np.array([7, 8, 9, 10, 0], dtype=np.uint32), 40)  # 0 ends a document
+    test = Split(tokens, len(tokens), 40)
+    source = TextSource(Shards(test, test, test, ByteTokenizer(), "0" * 64), name="fives")
+    rows = [row for batch in source.test_batches(200, 2, 12) for row in batch.documents_BL.tolist()]
+    starts = range(0, len(tokens) - 12, 12)
+    assert rows == [[(start + 1 + place) // 5 for place in range(12)] for start in starts]
+    assert all(batch.documents_BL is None for batch in source.valid_batches(200, 2, 12))

@@ -15,6 +15,7 @@ from hybridnas.arch.model import HybridLM
 from hybridnas.cli.progress import ProgressBar, ProgressLines, progress
 from hybridnas.data import Batch, Source, open_source, source_config
 from hybridnas.errors import DataError
+from hybridnas.study.documents import read_documents
 from hybridnas.train import objective
 from hybridnas.train.callbacks import Action, OnEval
 from hybridnas.train.config import TrainConfig
@@ -195,6 +196,36 @@ def test_a_run_that_was_stopped_has_no_test_figures(tmp_path):
     result = run(tmp_path, settings(12), source=Reported(), callbacks=[stop])
     assert result.status == "stopped"
     assert result.test_loss is None
+    assert read_documents(result.folder) is None
+
+
+def test_each_example_of_a_task_is_a_document_of_its_own(tmp_path):
+    result = run(tmp_path, settings(4), source=Reported())
+    (batch,) = Reported().test_batches(256, 4, 16)
+    with torch.no_grad():
+        logp = result.model.eval()(batch.inputs_BL).logits.log_softmax(-1)
+    nats_B = -logp.gather(-1, batch.targets_BL[..., None])[..., 0].double().sum(dim=1)
+    sums = read_documents(result.folder)
+    assert list(sums.documents) == [0, 1, 2, 3]
+    assert sums.nats == pytest.approx(nats_B.tolist(), rel=1e-5)
+    assert (sums.tokens, sums.bytes) == ([16] * 4, [32] * 4)
+
+
+def test_the_losses_of_the_documents_add_up_to_the_test_loss(tmp_path, corpus):
+    config = source_config({"kind": "text", "path": str(corpus), "test_fraction": 0.3})
+    source = open_source(config)
+    arch = Arch.from_pattern("MF", d_model=16, vocab_size=source.vocab_size)
+    result = run(tmp_path, settings(2, valid_tokens=4000), arch, source)
+    sums = read_documents(result.folder)
+    assert len(sums.documents) > 3
+    assert sum(sums.nats) / sum(sums.tokens) == pytest.approx(result.test_loss)
+    score = evaluate(
+        result.model, source, n_tokens=4000, batch_size=4, seq_len=16, device=torch.device("cpu"), part="test",
+        by_document=True,
+    )  # fmt: skip
+    assert score.documents.same_places(sums)
+    bits = sum(sums.nats) / math.log(2) / sum(sums.bytes)
+    assert bits == pytest.approx(result.evals[-1].aux["test_bits_per_byte"])
 
 
 @pytest.mark.parametrize(
