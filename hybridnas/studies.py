@@ -25,6 +25,7 @@ from hybridnas.study.records import (
     COMPLETE,
     DUPLICATE,
     PRUNED,
+    SEED_RESULTS,
     TEST_FIGURES,
     StudyMeta,
     TrialRecord,
@@ -359,8 +360,7 @@ class Trial:
             "seed": record.seed,
             "duplicate_of": record.duplicate_of,
             "reason": record.reason,
-            **{f"confirmed.seed{seed}": value for seed, value in record.confirmed.items()},
-            **{f"confirmed_test.seed{seed}": value for seed, value in record.confirmed_test.items()},
+            **{f"{name}.seed{seed}": v for name in SEED_RESULTS for seed, v in getattr(record, name).items()},
         }
 
     def _folder(self) -> Path:

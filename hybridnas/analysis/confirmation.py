@@ -1,64 +1,22 @@
-"""Intervals over fresh seeds: architectures trained again with new seeds, compared in pairs.
+"""Confirmation: which of the architectures trained again with fresh seeds is best, and the figures it is decided by.
 
 A search chooses its best by the results of one seed, so that seed's results are too good for whatever was chosen; none
-of them enters here. A seed decides weights and the order of the data, so two architectures trained with the same seed
-are a pair, and their differences have a paired t-interval.
-
-Which of them is best is decided on the validation part; by how much is stated on the test part, where there is one.
+of them enters here. The fresh seeds choose one of the confirmed, on the validation part; so they are too good for that
+one, in their turn. By how much it is better is stated on further seeds and the test part: see verdict.py.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from hybridnas.analysis.held_out import TEST, VALID
 from hybridnas.study.objectives import OBJECTIVES, TRAINED, eligible, objectives_of
 from hybridnas.study.records import TrialRecord
 
-LEVEL = 0.95  # of intervals
 ENOUGH = 2  # seeds that a mean must have before it decides anything
-
-
-@dataclass(frozen=True)
-class Paired:
-    """The difference of two architectures over the seeds that both were trained with; negative: the first is better."""
-
-    n: int
-    mean: float
-    half: float | None  # half the width of the paired t interval; None with fewer than two pairs
-
-    @property
-    def clear(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.half is not None and abs(self.mean) > self.half
-
-    def sentence(self, first: str, second: str, unit: str = "nats per token") -> str:
-        """State which is better and whether that is more than noise."""
-        if self.half is None:
-            return f"{first} and {second} have {self.n} seeds in common: too few for an interval"
-        interval = f"{self.mean:+.4f} ± {self.half:.4f} {unit} ({LEVEL:.0%} interval over {self.n} seeds)"
-        if not self.clear:
-            return f"the difference between {first} and {second} is inside the noise: {interval}"
-        return f"{first} is {'better' if self.mean < 0 else 'worse'} than {second}: {interval}"
-
-
-def paired(first: Mapping[str, float | None], second: Mapping[str, float | None]) -> Paired:
-    """Compare two architectures seed by seed (less is better); a seed that failed in either is left out."""
-    gaps = [a - b for seed in first if (a := first[seed]) is not None and (b := second.get(seed)) is not None]
-    if len(gaps) < 2:
-        return Paired(len(gaps), statistics.fmean(gaps) if gaps else math.nan, None)
-    return Paired(len(gaps), statistics.fmean(gaps), half_width(gaps))
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Return half the width of the t interval of a mean; of at least two values."""
-    from scipy import stats
-
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return float(stats.t.ppf(0.5 + LEVEL / 2, len(values) - 1)) * error
 
 
 @dataclass(frozen=True)
@@ -79,9 +37,13 @@ class Summary:
 
 
 def confirmed_scores(record: TrialRecord, part: str = VALID) -> dict[str, float | None]:
-    """Return a record's confirmed results on a part of the data so that less is better."""
+    """Return a record's results of the seeds that choose, on a part of the data, so that less is better."""
+    return turned(record, record.confirmed_test if part == TEST else record.confirmed)
+
+
+def turned(record: TrialRecord, values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Return results of the objective that is confirmed so that less is better."""
     maximize = trained_objective(record) == "accuracy"
-    values = record.confirmed_test if part == TEST else record.confirmed
     return {seed: -v if maximize and v is not None else v for seed, v in values.items()}
 
 

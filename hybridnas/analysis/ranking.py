@@ -1,7 +1,7 @@
 """The order of a study's trials: the leaderboard's rows, the winner, the front, and scores at rungs.
 
-Completed trials are ranked by the first objective; stopped ones follow with the loss of their last rung, which is not
-comparable with a full trial's; then what failed or was rejected.
+Completed trials are ranked by the first objective, those that were confirmed by their fresh seeds; stopped ones follow
+with the loss of their last rung, which is not comparable with a full trial's; then what failed or was rejected.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hybridnas.analysis import pareto
-from hybridnas.analysis.confirmation import confirmed_winner
+from hybridnas.analysis.confirmation import confirmed_winner, summaries
 from hybridnas.analysis.held_out import VALID, loss_on, stated_part
 from hybridnas.study.objectives import DEFAULT, eligible, objectives_of, of_eval, point, score
 from hybridnas.study.records import COMPLETE, DUPLICATE, FAIL, INFEASIBLE, PRUNED, RUNNING, TrialRecord
@@ -45,15 +45,19 @@ class Row:
 def rows(records: Iterable[TrialRecord], reference: str | None = None) -> list[Row]:
     """Return the leaderboard's rows: completed by score, stopped by tokens then loss, then failed, then the others.
 
+    Where fresh seeds decide who wins, those that were confirmed come first, by their means, the winner before all.
     ``reference`` names the preset that losses are compared with.
     """
     known = list(records)
+    best = confirmed_winner(known)
+    confirmed = [] if best is None else [best, *(one.record for one in summaries(known) if one.record is not best)]
+    place = {record.number: index for index, record in enumerate(confirmed)}
     part = stated_part(known)
     mark = preset_loss(known, reference, part)
     on_front = {record.number for record in front(known)}
     ranked = 0
     found = []
-    for record in sorted(known, key=_key):
+    for record in sorted(known, key=lambda one: (place.get(one.number, len(place)), _key(one))):
         loss = last_loss(record)
         rank = None
         if record.state == COMPLETE and loss is not None:

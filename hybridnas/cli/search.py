@@ -13,7 +13,9 @@ from hybridnas.config import option
 from hybridnas.search.config import Budget, SearchConfig
 from hybridnas.units import several
 
-LIMITS = ("n_trials", "minutes", "confirm", "confirm_top", "confirm_seeds")  # of the budget, also without its prefix
+LIMITS = (  # of the budget, also without its prefix
+    *("n_trials", "minutes", "confirm", "confirm_top", "confirm_seeds", "verdict_seeds", "alpha"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class Settings(SearchConfig, Command):
     confirm: str | None = shorthand(Budget, "confirm")
     confirm_top: int | None = shorthand(Budget, "confirm_top")
     confirm_seeds: int | None = shorthand(Budget, "confirm_seeds")
+    verdict_seeds: int | None = shorthand(Budget, "verdict_seeds")
+    alpha: float | None = shorthand(Budget, "alpha")
     launch: str = option(
         "local", "slurm: write a batch script for workers on several nodes, start nothing", choices=("local", "slurm")
     )
@@ -133,10 +137,10 @@ def _found(summary: Any, search: SearchConfig) -> dict[str, Any]:
     best = summary.best
     trial = None
     if best is not None:
-        from hybridnas.study.records import TEST_FIGURES
+        from hybridnas.study.records import SEED_RESULTS, TEST_FIGURES
 
         known = ("number", "preset", "pattern", "fingerprint", "choices", "cost", "tokens", "valid_loss", "accuracy")
-        more = ("bits_per_byte", *TEST_FIGURES, "objectives", "confirmed", "confirmed_test")
+        more = ("bits_per_byte", *TEST_FIGURES, "objectives", *SEED_RESULTS)
         trial = {name: getattr(best, name) for name in (*known, *more)}
     return {
         "study": search.name,

@@ -12,7 +12,7 @@ _WHEEL = [name for name in COLORS if name[0] == "c" and name[1:].isdigit()]
 
 
 def effects_svg(positions: Sequence[Effect], letters: Sequence[Effect], unit: str, name: str = "effects") -> str:
-    """Draw effects as dots with intervals: by position to the left, for each further sub-layer to the right."""
+    """Draw effects as dots with intervals: by position to the left, of one more sub-layer to the right."""
     if not positions and not letters:
         return ""
     known = sorted({effect.letter for effect in (*positions, *letters)})
@@ -49,7 +49,7 @@ def effects_svg(positions: Sequence[Effect], letters: Sequence[Effect], unit: st
             _frame_effects(ax, letters)
             ax.set_xticks(range(len(letters)), [effect.letter for effect in letters])
             ax.set_xlim(-0.6, len(letters) - 0.4)
-            ax.set_xlabel("each further sub-layer")
+            ax.set_xlabel("one sub-layer more")
         for ax in panels:
             ax.axhline(0, color=COLORS["muted"], lw=0.8, ls=(0, (3, 3)), zorder=0)
             ax.grid(visible=True, axis="y")

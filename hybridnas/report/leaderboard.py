@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridnas.analysis.confirmation import summaries
+from hybridnas.analysis.confirmation import confirmed_winner, summaries
 from hybridnas.analysis.held_out import TEST
 from hybridnas.analysis.ranking import Row, rows
 from hybridnas.study.records import COMPLETE, DUPLICATE, FAIL, INFEASIBLE, PRUNED, TrialRecord, save
-from hybridnas.units import human, human_bytes
+from hybridnas.units import human, human_bytes, several
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -186,10 +186,17 @@ def footnotes(lines: Sequence[Row], hidden: int = 0) -> list[str]:
         if count:
             notes.append(f"{count} candidate{'s' if count > 1 else ''} {meaning}.")
     best = next((row for row in lines if row.rank == 1), None)
+    sure = confirmed_winner(row.record for row in lines)
+    if sure is not None:
+        notes.append(
+            f"Those with fresh seeds come first, by their mean over {several(len(sure.confirmed), 'seed')}; losses and "
+            f"differences are those of the search's own seed."
+        )
     if best and best.tokens_per_active is not None:
+        certain = "one seed, unconfirmed" if sure is None else f"confirmed by {several(len(sure.confirmed), 'seed')}"
         notes.append(
             f"The best saw {human(best.record.tokens)} tokens, {best.tokens_per_active:.1f} per active parameter; "
-            "one seed, unconfirmed."
+            f"{certain}."
         )
     return notes
 

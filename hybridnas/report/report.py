@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import json
 import shlex
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridnas.analysis.confirmation import (
-    confirmed_part,
-    confirmed_scores,
-    confirmed_winner,
-    paired,
-    trained_objective,
-)
+from hybridnas.analysis.confirmation import confirmed_winner, trained_objective
 from hybridnas.analysis.held_out import TEST, VALID, loss_on, stated_part
 from hybridnas.analysis.ranking import Row, preset_loss, preset_record, rows, winner
+from hybridnas.analysis.verdict import Verdict, over_documents
 from hybridnas.errors import HybridNASError
 from hybridnas.report import leaderboard as board
+from hybridnas.report.claims import confirmed_headline, study_documents
 from hybridnas.report.html import cell, difference, markup, render
 from hybridnas.report.sections import ReportInput, color_of, sections
 from hybridnas.study.objectives import objectives_of
@@ -58,7 +55,8 @@ def write_report(study_folder: Path | str, records: Iterable[TrialRecord], meta:
 
 def render_report(study_folder: Path | str, records: Sequence[TrialRecord], meta: StudyMeta) -> str:
     """Return the report as one HTML text; the same input gives the same text."""
-    given = ReportInput(records, meta, read_reference_study(Path(study_folder)))
+    folder = Path(study_folder)
+    given = ReportInput(records, meta, read_reference_study(folder), study_documents(folder))
     lines, best = rows(records, meta.reference), given.best
     drawing, missing = _drawing(Path(study_folder), best)
     return render(
@@ -66,11 +64,11 @@ def render_report(study_folder: Path | str, records: Sequence[TrialRecord], meta
         title=f"hybridnas: {meta.name}",
         meta=meta,
         best=best,
-        headline=headline(records, meta.reference),
+        headline=headline(records, meta.reference, given.verdict),
         searched=_searched(records, meta),
         confirmation=_confirmation(records),
         notes=_notes(records, meta),
-        cards=_cards(records, meta),
+        cards=_cards(given),
         drawing=drawing,
         drawing_missing=missing,
         table=_table(lines[:TABLE_LIMIT], given),
@@ -82,8 +80,13 @@ def render_report(study_folder: Path | str, records: Sequence[TrialRecord], meta
     )
 
 
-def headline(records: Sequence[TrialRecord], reference: str | None) -> str:
-    """State in one sentence what is best, and by how much it is better than the reference preset."""
+def headline(records: Sequence[TrialRecord], reference: str | None, verdict: Verdict | None = None) -> str:
+    """State in one sentence what is best, and by how much it is better than the reference preset.
+
+    ``verdict``: of a study whose winner was confirmed.
+    """
+    if verdict is not None:
+        return confirmed_headline(verdict, reference)
     best = winner(records)
     if best is None or best.valid_loss is None:
         over = [record for record in records if record.state in (FAIL, INFEASIBLE)]
@@ -98,8 +101,6 @@ def headline(records: Sequence[TrialRecord], reference: str | None) -> str:
     if reference is None:
         return f"{best.name} is best, at {loss:.4f} nats per token{where}"
     compared = preset_record(records, reference)
-    if confirmed_winner(records) is not None and compared is not None and compared.confirmed:
-        return _confirmed_headline(best, compared, reference, confirmed_part(records))
     mark = None if compared is None else loss_on(compared, part)
     if compared is None or mark is None or loss is None:
         return f"Best so far: {best.name} at {loss:.4f} nats per token{where} ({reference} has not completed)"
@@ -114,19 +115,7 @@ def headline(records: Sequence[TrialRecord], reference: str | None) -> str:
         return (
             f"{best.name} was chosen on validation data, but {reference} is better by {-gap:.4f} nats per token{where}"
         )
-    return f"{best.name} beats {reference} by {gap:.4f} nats per token{where}"
-
-
-def _confirmed_headline(best: TrialRecord, compared: TrialRecord, reference: str, part: str) -> str:
-    where = " on the test part" if part == TEST else ""
-    if best.number == compared.number:
-        return f"{reference} stays ahead over {several(len(best.confirmed), 'fresh seed')}"
-    gap = paired(confirmed_scores(best, part), confirmed_scores(compared, part))
-    if not gap.clear:
-        return f"{best.name} is best on average, but its lead over {reference}{where} is inside the noise"
-    verb = "beats" if gap.mean < 0 else "was chosen on validation data, but loses to"
-    size = f"{abs(gap.mean):.4f} ± {gap.half:.4f} nats per token{where}"
-    return f"{best.name} {verb} {reference} by {size} over {gap.n} fresh seeds"
+    return f"{best.name} leads {reference} by {gap:.4f} nats per token{where}, with one seed"
 
 
 def _searched(records: Sequence[TrialRecord], meta: StudyMeta) -> str:
@@ -167,18 +156,11 @@ def _notes(records: Sequence[TrialRecord], meta: StudyMeta) -> list[str]:
     return notes
 
 
-def _cards(records: Sequence[TrialRecord], meta: StudyMeta) -> list[dict[str, str]]:
-    best = winner(records)
+def _cards(given: ReportInput) -> list[dict[str, str]]:
+    records, meta, best = given.records, given.meta, given.best
     cards = []
     if best is not None and best.valid_loss is not None:
-        part = stated_part(records)
-        loss = loss_on(best, part)
-        what = f"test loss, trial {best.number} (validation {best.valid_loss:.4f})"
-        cards.append(_card(f"{loss:.4f}", what if part == TEST else f"lowest validation loss, trial {best.number}"))
-        mark = preset_loss(records, meta.reference, part)
-        if mark is not None and loss is not None:
-            gap = loss - mark
-            cards.append(_card(difference(gap), f"to {meta.reference} ({mark:.4f})", _tone(gap)))
+        cards += _one_seed_cards(given, best) if given.verdict is None else _verdict_cards(given.verdict)
         active = best.cost.get("active_params")
         if active and best.tokens:
             cards.append(
@@ -193,6 +175,42 @@ def _cards(records: Sequence[TrialRecord], meta: StudyMeta) -> list[dict[str, st
     cards.append(
         _card(f"{len(records)}{asked}", f"trials: {counts[COMPLETE]} complete" + (f", {others}" if others else ""))
     )
+    return cards
+
+
+def _one_seed_cards(given: ReportInput, best: TrialRecord) -> list[dict[str, str]]:
+    """Return the winner's loss with the search's seed, and its difference to the reference preset: no claim."""
+    part = stated_part(given.records)
+    loss = loss_on(best, part)
+    lowest = min(record.valid_loss for record in given.records if record.valid_loss is not None) == best.valid_loss
+    what = f"{'lowest validation loss' if lowest else 'validation loss of the best'}, trial {best.number}"
+    if part == TEST:
+        what = f"test loss, trial {best.number} (validation {best.valid_loss:.4f})"
+    cards = [_card(f"{loss:.4f}", what)]
+    mark = preset_loss(given.records, given.meta.reference, part)
+    if mark is not None and loss is not None:
+        over = over_documents(given.records, given.meta.reference, given.documents, alpha=given.meta.alpha)
+        interval = "" if over is None or over.half is None else f" ± {over.half:.4f} over {over.sources}"
+        cards.append(_card(difference(loss - mark), f"to {given.meta.reference} ({mark:.4f}){interval}"))
+    return cards
+
+
+def _verdict_cards(verdict: Verdict) -> list[dict[str, str]]:
+    """Return the winner's mean over the seeds that state it, and its first comparison."""
+    best, tested = verdict.best, verdict.part == TEST
+    values = best.verdict_test if tested else best.verdict
+    words = "further seed"
+    if not values:
+        values, tested, words = best.confirmed, False, "fresh seed"
+    known = [value for value in values.values() if value is not None]
+    what = "accuracy" if trained_objective(best) == "accuracy" else "loss"
+    label = f"{'test' if tested else 'validation'} {what}, trial {best.number}, mean of {several(len(known), words)}"
+    cards = [_card(f"{statistics.fmean(known):.4f}" if known else "failed", label)]
+    one = next((one for one in verdict.others if one.gap.half is not None), None)
+    if one is not None:
+        tone = "good" if one.claimed(verdict.alpha) and one.gap.mean < 0 else ""
+        label = f"± {one.gap.half:.4f} to {one.name}, over {one.gap.sources}"
+        cards.append(_card(difference(one.gap.mean), label, tone))
     return cards
 
 
@@ -257,17 +275,13 @@ def _table_row(row: Row, given: ReportInput, tested: bool) -> dict[str, Any]:
         cell(texts["FLOPs"], cost.get("flops_per_token")),
         cell(texts["loss"], row.loss),
         *([cell(texts["test"], record.test_loss)] if tested else []),
-        *([cell(difference(row.gap), row.gap, _tone(row.gap))] if reference is not None else []),
+        *([cell(difference(row.gap), row.gap)] if reference is not None else []),
         cell(texts["acc"], record.accuracy),
         cell(texts["tok/s"], record.tokens_per_second),
         cell(state, state, "text"),
     ]
     style = "first" if row.rank == 1 else "" if row.rank else "dim"
     return {"trial": record.number, "style": style, "cells": cells}
-
-
-def _tone(gap: float | None) -> str:
-    return "good" if gap is not None and gap < -5e-5 else ""
 
 
 def _failures(records: Sequence[TrialRecord]) -> list[dict[str, Any]]:
@@ -307,7 +321,8 @@ def _commands(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str
 
 
 def _more_certain(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str, str]]:
-    if confirmed_winner(records) is not None or not meta.command:
+    best = confirmed_winner(records)
+    if (best is not None and best.verdict) or not meta.command:
         return []
     purpose = "train the best again with fresh seeds, against a random search of equal cost"
     return [(purpose, f"{meta.command} confirm=on against=random")]

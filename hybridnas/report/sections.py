@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from hybridnas.analysis import effects, rung_correlation
-from hybridnas.analysis.confirmation import (
-    LEVEL,
-    Paired,
-    confirmed_part,
-    confirmed_scores,
-    paired,
-    summaries,
-    trained_objective,
-)
+from hybridnas.analysis.bootstrap import Difference, difference, holm
+from hybridnas.analysis.confirmation import confirmed_part, confirmed_scores, summaries, trained_objective
 from hybridnas.analysis.curves import best_so_far
 from hybridnas.analysis.held_out import TEST
 from hybridnas.analysis.ranking import front, last_loss, preset_record, winner
+from hybridnas.analysis.verdict import Documents, Verdict, verdict
 from hybridnas.report.charts import bars_svg, effects_svg, steps_svg
-from hybridnas.report.html import cell, difference, markup, short
+from hybridnas.report.claims import sentence
+from hybridnas.report.html import cell, markup, short
+from hybridnas.report.html import difference as shown_difference
 from hybridnas.report.plots import Axis, Series, curves_svg, scatter_svg
 from hybridnas.study.objectives import OBJECTIVES, eligible, objectives_of
 from hybridnas.study.records import COMPLETE, PRUNED, StudyMeta, TrialRecord, trained_tokens
@@ -43,11 +39,18 @@ class ReportInput:
     records: Sequence[TrialRecord]
     meta: StudyMeta
     reference_study: ReferenceStudy | None = None
+    documents: Documents | None = None  # finds what runs lost on each document of the test part
 
     @cached_property
     def best(self) -> TrialRecord | None:
         """The winner so far."""
         return winner(self.records)
+
+    @cached_property
+    def verdict(self) -> Verdict | None:
+        """The winner compared with others by seeds that chose nothing; None before fresh seeds decide who wins."""
+        reference, against = self.meta.reference, self.reference_study
+        return verdict(self.records, reference, against=against, documents=self.documents, alpha=self.meta.alpha)
 
     @cached_property
     def colors(self) -> dict[str, str]:
@@ -106,28 +109,26 @@ def _series(given: ReportInput, records: Sequence[TrialRecord], figure: str | No
 
 
 def _confirmed(given: ReportInput) -> Section | None:
-    """Fresh seeds: each mean with its error, and paired differences to the reference preset and reference study."""
+    """Fresh seeds: each mean with its error and paired differences; the verdict by seeds that chose nothing."""
     found = summaries(given.records)
     if not found:
         return None
-    best = given.best
+    best, alpha = given.best, given.meta.alpha
     others: list[tuple[str, TrialRecord]] = []
     compared = preset_record(given.records, given.meta.reference)
     if compared is not None and compared.confirmed:
         others.append((str(given.meta.reference), compared))
     study = given.reference_study
     if study is not None and study.confirmed:
-        theirs = replace(study.record, confirmed=study.confirmed, confirmed_test=study.confirmed_test)
-        others.append((study.name, theirs))
+        others.append((study.name, study.again))
     part = confirmed_part([*given.records, *(record for _, record in others)])
-    against = [(name, confirmed_scores(record, part)) for name, record in others]
     tested = {one.record.number: one.value for one in summaries(given.records, part)} if part == TEST else {}
     columns = [("architecture", True), ("seeds", False), ("mean", False), ("standard error", False)]
     columns += [("test mean", False)] if tested else []
-    columns += [(f"vs {name}", False) for name, _ in against]
+    columns += [(f"vs {name}", False) for name, _ in others]
+    gaps = [_gaps([one.record for one in found], record, part, alpha) for _, record in others]
     rows = []
-    for one in found:
-        gaps = [paired(confirmed_scores(one.record, part), values) for _, values in against]
+    for place, one in enumerate(found):
         test = tested.get(one.record.number)
         value = "a seed failed" if one.value is None else f"{one.value:.4f}"
         cells = [
@@ -136,42 +137,56 @@ def _confirmed(given: ReportInput) -> Section | None:
             cell(value, one.value),
             cell("" if one.error is None else f"{one.error:.4f}", one.error),
             *([cell("" if test is None else f"{test:.4f}", test)] if tested else []),
-            *(_pair_cell(gap) for gap in gaps),
+            *(_pair_cell(*column[place], alpha) for column in gaps),
         ]
         first = best is not None and one.record.number == best.number
         rows.append({"trial": one.record.number, "style": "first" if first else "", "cells": cells})
-    notes = []
-    if best is not None and best.confirmed:
-        notes = [
-            _sentence(paired(confirmed_scores(best, part), values).sentence(best.name, name, _unit(best)))
-            for name, values in against
-            if name != best.preset
-        ]
     seeds = max(one.n for one in found)
     intro = (
         f"The best of the search and the presets, trained again with {seeds} fresh seeds each at full length. The "
-        f"search's own seed is left out: its results chose these. Pairs share seed and order of the data."
+        f"search's own seed is left out: its results chose these. Pairs share seed and order of the data. The best "
+        f"mean on validation data wins; since these seeds chose it, other seeds state by how much it is better."
     )
-    if tested:
-        intro += " Their order is that of the validation means; differences are of the test part, which chose nothing."
+    caption = (
+        f"± is half the {100 * (1 - alpha):g}% interval of the paired difference over these seeds"
+        f"{', on the test part' if tested else ''}; grey: Holm's adjusted p, over all in the column, is not below "
+        f"{alpha:g}."
+    )
     table = {"columns": [{"name": name, "help": "", "text": text} for name, text in columns], "rows": rows}
-    caption = f"± is half the {LEVEL:.0%} interval of the paired difference; grey: inside the noise."
-    return Section("Confirmation", intro, caption=caption, table=table, notes=notes)
+    return Section("Confirmation", intro, caption=caption, table=table, notes=_verdict_notes(given.verdict))
 
 
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
+def _gaps(
+    records: Sequence[TrialRecord], compared: TrialRecord, part: str, alpha: float
+) -> list[tuple[Difference | None, float | None]]:
+    """Return each record's difference to another one over the seeds that choose, and its adjusted p-value."""
+    found: list[Difference | None] = []
+    for record in records:
+        same = record.fingerprint == compared.fingerprint and record.confirmed == compared.confirmed
+        gap = difference(confirmed_scores(record, part), confirmed_scores(compared, part), alpha=alpha)
+        found.append(None if same else gap)
+    adjusted = iter(holm([gap.p for gap in found if gap is not None and gap.p is not None]))
+    return [(gap, None if gap is None or gap.p is None else next(adjusted)) for gap in found]
 
 
-def _pair_cell(gap: Paired) -> dict[str, Any]:
-    if gap.half is None or (gap.mean == 0 and gap.half == 0):
+def _verdict_notes(found: Verdict | None) -> list[str]:
+    """Return the verdict's comparisons as sentences, after one that says by what they were made."""
+    if found is None:
+        return []
+    if not found.stated:
+        return ["No difference is stated: the seeds above chose the winner, and no others were trained (confirm=on)."]
+    where = " on the test part" if found.part == TEST else ""
+    count = sum(one.adjusted is not None for one in found.others)
+    how = f"Verdict{where}, by {len(found.best.verdict)} further seeds that chose nothing"
+    how += f"; p-values are adjusted for {count} comparisons (Holm)." if count > 1 else "."
+    return [how, *(sentence(found, one) for one in found.others)]
+
+
+def _pair_cell(gap: Difference | None, adjusted: float | None, alpha: float) -> dict[str, Any]:
+    if gap is None or gap.half is None or adjusted is None:
         return cell("", None)
-    style = "good" if gap.clear and gap.mean < 0 else "bad" if gap.clear else "quiet"
-    return cell(f"{difference(gap.mean)} ± {gap.half:.4f}", gap.mean, style)
-
-
-def _unit(record: TrialRecord) -> str:
-    return "nats per token" if trained_objective(record) == "val_loss" else "of accuracy"
+    style = "quiet" if adjusted >= alpha else "good" if gap.mean < 0 else "bad"
+    return cell(f"{shown_difference(gap.mean)} ± {gap.half:.4f}", gap.mean, style)
 
 
 def _pareto(given: ReportInput) -> Section | None:
@@ -309,15 +324,20 @@ def _effects(given: ReportInput) -> Section | None:
     first, scores = effects.first_scores(given.records)
     if len(scores) < effects.LEAST:
         return None
-    positions = effects.position_effects(given.records, scores)
-    svg = effects_svg(positions, effects.letter_effects(given.records, scores), _score_unit(given))
+    alpha = given.meta.alpha
+    positions = effects.position_effects(given.records, scores, alpha=alpha)
+    svg = effects_svg(positions, effects.letter_effects(given.records, scores, alpha=alpha), _score_unit(given))
     intro = (
-        f"Difference of the score, over the {len(scores)} architectures that were measured after {human(first)} "
-        f"tokens: each letter against all other letters at its position, and for each further sub-layer of it."
+        f"From one additive model of the score, over the {len(scores)} architectures that were measured after "
+        f"{human(first)} tokens: each letter at its position in place of the average of the others there, the other "
+        f"positions held, and one sub-layer more of it anywhere."
     )
+    if not positions:
+        intro += " There are too few architectures to tell the positions apart."
     caption = (
-        f"Bars: {LEVEL:.0%} intervals, not corrected for their number; hollow: zero is inside. Effects are averaged "
-        f"over the other choices, and a sampler draws some of these more often: a hint for the next space, no proof."
+        f"Bars: {100 * (1 - alpha):g}% intervals over architectures (jackknife), not corrected for their number; "
+        f"hollow: zero is inside. One effect may depend on another choice, which the model leaves out: a hint for the "
+        f"next space, no proof."
     )
     return Section("Effect of each letter and position", intro, markup(svg), caption) if svg else None
 

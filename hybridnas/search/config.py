@@ -23,7 +23,10 @@ USUAL_SAMPLER = "evolution"  # fewest tokens to the best 1 % of the table: pytho
 # Fields that older studies do not know, and the value they stand for.
 ADDED = {"schedule": "cosine", "decay_fraction": 0.15, "rate": "shared"}
 # Of a budget, what may change when a study goes on.
-LIMITS_OF_A_CALL = ("n_trials", "minutes", "max_tokens", "name", "confirm", "confirm_top", "confirm_seeds")
+LIMITS_OF_A_CALL = (
+    *("n_trials", "minutes", "max_tokens", "name"),
+    *("confirm", "confirm_top", "confirm_seeds", "verdict_seeds", "alpha"),
+)
 
 
 def check_sampler(name: str, objectives: Sequence[str]) -> None:
@@ -87,7 +90,11 @@ class Budget(FrozenConfig):
     )
     confirm: str = option("off", "train the best and the presets again with fresh seeds", choices=("off", "on"))
     confirm_top: int = option(3, "how many of the best are confirmed [count]", ge=1)
-    confirm_seeds: int = option(3, "fresh seeds of each confirmed architecture [count]", ge=2)
+    confirm_seeds: int = option(3, "fresh seeds of each confirmed architecture, which choose the winner [count]", ge=2)
+    verdict_seeds: int = option(
+        4, "further seeds of the winner and what it is compared with, which state the differences [count]", ge=4
+    )
+    alpha: float = option(0.05, "significance level of claimed differences; intervals have 1 - alpha [1]", gt=0, le=0.5)
     max_tokens: int | None = option(
         None, "no new candidate once so many tokens were trained in all [tokens]; none: no limit", ge=1
     )

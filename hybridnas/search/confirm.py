@@ -1,7 +1,9 @@
 """Confirmation: the best architectures and the presets trained again with fresh seeds, at full length.
 
-Runs lie in ``trials/NNNN/confirm/seedS/``, go on where they were stopped, and leave the weights of none; their
-statistics are those of :mod:`hybridnas.analysis.confirmation`.
+The fresh seeds choose the winner; then the winner and what it is compared with are trained with further seeds, those
+of the verdict, which chose nothing. Runs lie in ``trials/NNNN/confirm/seedS/``, go on where they were stopped, and
+leave the weights of none; their statistics are those of :mod:`hybridnas.analysis.confirmation` and
+:mod:`hybridnas.analysis.verdict`.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from hybridnas.analysis.confirmation import trained_objective
 from hybridnas.analysis.ranking import front
+from hybridnas.analysis.verdict import contenders
 from hybridnas.search.training import CellTrainer
 from hybridnas.study.objectives import eligible, score
 from hybridnas.study.records import COMPLETE, TrialRecord
@@ -21,6 +24,8 @@ from hybridnas.study.reference import ReferenceStudy
 
 if TYPE_CHECKING:
     from hybridnas.search.session import Session
+
+VERDICT_SEEDS = 1000  # the verdict's seeds begin so far above the search's own: never among those that choose
 
 Grown = TypeVar("Grown", TrialRecord, ReferenceStudy)
 
@@ -40,30 +45,40 @@ def fresh_seeds(seed: int, count: int) -> list[int]:
     return [seed + 1 + index for index in range(count)]
 
 
+def verdict_seeds(seed: int, count: int) -> list[int]:
+    """Return seeds that neither the search nor the choice among the confirmed has used."""
+    return fresh_seeds(seed + VERDICT_SEEDS, count)
+
+
 def confirm(
     session: Session,
     records: Sequence[TrialRecord],
     save: Callable[[TrialRecord], None],
     note: Callable[[str], None],
 ) -> None:
-    """Train the chosen trials with every fresh seed, seed by seed; ``save`` takes each record as it grows.
+    """Train the chosen trials with every fresh seed, then the contenders with the verdict's seeds, seed by seed.
 
-    What was trained before is not trained again. A run that fails leaves None: its architecture cannot win.
+    ``save`` takes each record as it grows. What was trained before is not trained again. A run that fails leaves None:
+    its architecture cannot win.
     """
-    budget = session.config.budget
-    grown = {record.number: record for record in chosen(records, budget.confirm_top)}
-    seeds = fresh_seeds(session.config.seed, budget.confirm_seeds)
-    missing = [record.seconds for record in grown.values() for seed in seeds if str(seed) not in record.confirmed]
-    if missing:
-        note(f"confirming {len(grown)} architectures, {len(missing)} trainings: {_about(sum(missing))}")
-    for seed in seeds:
-        for number, record in grown.items():
-            if str(seed) in record.confirmed:
-                continue
-            again = train_again(session, record, session.folder.trial(number), seed)
-            grown[number] = again.added(record, seed)
-            save(grown[number])
-            note(f"confirming trial {number:>3}  {record.name}  seed {seed}: {again}")
+    config, budget = session.config, session.config.budget
+    known = {record.number: record for record in records}
+
+    def train(numbers: Sequence[int], seeds: Sequence[int], field: Literal["confirmed", "verdict"], what: str) -> None:
+        missing = [(seed, n) for seed in seeds for n in numbers if str(seed) not in getattr(known[n], field)]
+        if missing:
+            took = _about(sum(known[n].seconds for _, n in missing))
+            note(f"{what} {len(numbers)} architectures, {len(missing)} trainings: {took}")
+        for seed, n in missing:
+            again = train_again(session, known[n], session.folder.trial(n), seed)
+            known[n] = again.added(known[n], seed, field)
+            save(known[n])
+            note(f"{what} trial {n:>3}  {known[n].name}  seed {seed}: {again}")
+
+    numbers = [record.number for record in chosen(records, budget.confirm_top)]
+    train(numbers, fresh_seeds(config.seed, budget.confirm_seeds), "confirmed", "confirming")
+    numbers = [record.number for record in contenders(known.values(), session.meta.reference)]
+    train(numbers, verdict_seeds(config.seed, budget.verdict_seeds), "verdict", "for the verdict,")
 
 
 def _about(seconds: float) -> str:
@@ -71,12 +86,9 @@ def _about(seconds: float) -> str:
 
 
 class Again(NamedTuple):
-    """What an architecture reached with another seed at full length, in the first trained objective; None: it failed.
+    """What an architecture reached with another seed at full length, in the first trained objective."""
 
-    Validation says which of the confirmed is best, test by how much: what chose is too good to be stated.
-    """
-
-    valid: float | None
+    valid: float | None  # None: it failed
     test: float | None  # None where the data has no test part, too
 
     def __str__(self) -> str:
@@ -84,10 +96,11 @@ class Again(NamedTuple):
             return "failed"
         return f"{self.valid:.4f}" + ("" if self.test is None else f", test {self.test:.4f}")
 
-    def added(self, to: Grown, seed: int) -> Grown:
-        """Return a record, or a reference study, with this result."""
-        confirmed = {**to.confirmed, str(seed): self.valid}
-        return dataclasses.replace(to, confirmed=confirmed, confirmed_test={**to.confirmed_test, str(seed): self.test})
+    def added(self, to: Grown, seed: int, field: Literal["confirmed", "verdict"]) -> Grown:
+        """Return a record, or a reference study, with this result among those that choose, or those of the verdict."""
+        found: dict[str, Any] = {field: self.valid, f"{field}_test": self.test}
+        grown: dict[str, Any] = {name: {**getattr(to, name), str(seed): value} for name, value in found.items()}
+        return dataclasses.replace(to, **grown)
 
 
 def train_again(session: Session, record: TrialRecord, folder: Path, seed: int) -> Again:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hybridnas.analysis.curves import best_so_far
 from hybridnas.errors import StudyError
-from hybridnas.search.confirm import train_again
+from hybridnas.search.confirm import fresh_seeds, train_again, verdict_seeds
 from hybridnas.study.folder import read_study
 from hybridnas.study.objectives import eligible, score
-from hybridnas.study.records import TrialRecord, load_records, trained_tokens, trial_folder
+from hybridnas.study.records import SEED_RESULTS, TrialRecord, load_records, trained_tokens, trial_folder
 from hybridnas.study.reference import ReferenceStudy, read_reference_study, write_reference_study
 
 if TYPE_CHECKING:
@@ -52,21 +52,25 @@ def find_reference_study(
     known = read_reference_study(study)
     reference = ReferenceStudy(name, best, trained_tokens(theirs), best_so_far(theirs))
     if known is not None and known.record.fingerprint == best.fingerprint:
-        reference = dataclasses.replace(reference, confirmed=known.confirmed, confirmed_test=known.confirmed_test)
+        reference = dataclasses.replace(reference, **{name: getattr(known, name) for name in SEED_RESULTS})
     write_reference_study(study, reference)
     return reference
 
 
-def confirm_reference_study(
-    session: Session, reference: ReferenceStudy, seeds: Sequence[int], note: Callable[[str], None]
-) -> ReferenceStudy:
-    """Train the reference study's best with the fresh seeds of our own best, those that it has not trained yet."""
-    study = session.folder.path
+def confirm_reference_study(session: Session, reference: ReferenceStudy, note: Callable[[str], None]) -> ReferenceStudy:
+    """Train the reference study's best with the seeds of our own confirmation and verdict, those that it lacks."""
+    study, config = session.folder.path, session.config
     folder = trial_folder(study.parent / reference.study, reference.record.number)
-    for seed in seeds:
-        if str(seed) not in reference.confirmed:
+    fresh = fresh_seeds(config.seed, config.budget.confirm_seeds)
+    further = verdict_seeds(config.seed, config.budget.verdict_seeds)
+    asked: list[tuple[Literal["confirmed", "verdict"], int]] = [
+        *(("confirmed", seed) for seed in fresh),
+        *(("verdict", seed) for seed in further),
+    ]
+    for field, seed in asked:
+        if str(seed) not in getattr(reference, field):
             again = train_again(session, reference.record, folder, seed)
-            reference = again.added(reference, seed)
+            reference = again.added(reference, seed, field)
             write_reference_study(study, reference)
             note(f"confirming {reference.name}  {reference.record.name}  seed {seed}: {again}")
     return reference

@@ -165,7 +165,7 @@ class Search:
         """Train the best, the presets and the reference study's best with fresh seeds, where that was asked for."""
         if ended == INTERRUPTED or session.on_table:
             return ended
-        from hybridnas.search.confirm import confirm, fresh_seeds
+        from hybridnas.search.confirm import confirm
         from hybridnas.search.reference import confirm_reference_study, find_reference_study
 
         records = shown(loop.history)
@@ -179,8 +179,7 @@ class Search:
             if self.config.budget.confirm == "on" and winner(records) is not None:
                 confirm(session, records, save, self.callbacks.on_note)
                 if reference is not None:
-                    seeds = fresh_seeds(self.config.seed, self.config.budget.confirm_seeds)
-                    confirm_reference_study(session, reference, seeds, self.callbacks.on_note)
+                    confirm_reference_study(session, reference, self.callbacks.on_note)
         except KeyboardInterrupt:
             self.callbacks.on_note("stopping: the same command goes on with the confirmation")
             return INTERRUPTED

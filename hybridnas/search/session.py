@@ -228,6 +228,7 @@ def _meta(
         data=source.describe(),
         budget=budget.name,
         reference=reference_of({"identity": {"space": config.space}}),
+        alpha=budget.alpha,
         active_params=target,
         tokens=budget.rung_tokens(target)[-1],
         seq_len=budget.seq_len,

@@ -26,6 +26,7 @@ INFEASIBLE = "INFEASIBLE"  # rejected before any training
 RUNNING = "RUNNING"  # trains now, or did when its process ended: then it goes on with the same choices
 STATES = (COMPLETE, PRUNED, FAIL, DUPLICATE, INFEASIBLE, RUNNING)
 
+SEED_RESULTS = ("confirmed", "confirmed_test", "verdict", "verdict_test")  # of a record: by seed of a further training
 TEST_FIGURES = ("test_loss", "test_bits_per_byte", "test_accuracy")  # of a record, and in the curve's last entry
 
 RESULT = "result.json"
@@ -69,6 +70,8 @@ class TrialRecord:
     violation: str | None = None  # which limit a preset passes: it is trained for comparison and cannot win
     confirmed: Mapping[str, float | None] = field(default_factory=dict)  # fresh seed -> result at full length
     confirmed_test: Mapping[str, float | None] = field(default_factory=dict)  # the same on the test part
+    verdict: Mapping[str, float | None] = field(default_factory=dict)  # seed that chose nothing -> result
+    verdict_test: Mapping[str, float | None] = field(default_factory=dict)  # the same on the test part
     legs: Sequence[Sequence[float]] = field(
         default_factory=list
     )  # [Unix time at its end, tokens trained] of each start
@@ -108,7 +111,7 @@ class TrialRecord:
         known = {key: value for key, value in values.items() if key in names}
         if type(known.get("number")) is not int or not isinstance(known.get("state"), str):
             raise StudyError("a trial's record needs an integer 'number' and a 'state'")
-        for key in ("choices", "cost", "objectives", "figures", "confirmed", "confirmed_test", "marks"):
+        for key in ("choices", "cost", "objectives", "figures", "marks", *SEED_RESULTS):
             if not isinstance(known.setdefault(key, {}), Mapping):
                 raise StudyError(f"a trial's record needs a mapping for {key!r}, got {type(known[key]).__name__}")
         numbers = ("valid_loss", "bits_per_byte", "accuracy", *TEST_FIGURES, "tokens", "seconds", "tokens_per_second")
@@ -138,6 +141,7 @@ class StudyMeta:
     data: str = ""  # Source.describe()
     budget: str = ""
     reference: str | None = DEFAULT_REFERENCE  # the preset that losses are compared with; None: none
+    alpha: float = 0.05  # significance level of what the report claims
     active_params: int | None = None  # what every candidate was matched to [count]
     tokens: int | None = None  # training tokens of a full trial
     seq_len: int | None = None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridnas.errors import StudyError
-from hybridnas.study.records import TrialRecord, save
+from hybridnas.study.records import SEED_RESULTS, TrialRecord, save
 
 FILE = "against.json"
 
@@ -29,11 +29,18 @@ class ReferenceStudy:
     steps: Sequence[Sequence[float]]  # [trained tokens, best score so far], falling
     confirmed: Mapping[str, float | None] = field(default_factory=dict)  # fresh seed -> result at full length
     confirmed_test: Mapping[str, float | None] = field(default_factory=dict)  # the same on the test part
+    verdict: Mapping[str, float | None] = field(default_factory=dict)  # seed that chose nothing -> result
+    verdict_test: Mapping[str, float | None] = field(default_factory=dict)  # the same on the test part
 
     @property
     def name(self) -> str:
         """Return what the report calls its best."""
         return f"the best of {self.study}"
+
+    @property
+    def again(self) -> TrialRecord:
+        """Return its best with the results of our fresh seeds."""
+        return dataclasses.replace(self.record, **{name: getattr(self, name) for name in SEED_RESULTS})
 
 
 def read_reference_study(study: Path) -> ReferenceStudy | None:

@@ -1,9 +1,11 @@
-"""Effects of letters, positions and choices on the score: planted ones are found, intervals are those of scipy."""
+"""Effects of letters, positions and choices on the score: planted ones are found, intervals are a jackknife's."""
 
 import dataclasses
 import itertools
+import math
 import random
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -45,13 +47,57 @@ def test_a_planted_effect_is_found_and_no_other():
     assert {key: one.mean for key, one in effects.items()} == pytest.approx(dict.fromkeys(effects, 0.0), abs=0.02)
 
 
-def test_an_interval_is_welchs(study):
+def test_an_interval_is_that_of_a_jackknife_over_architectures(study):
     _, scores = insight.first_scores(study)
-    have = [scores[r.number] for r in study if r.pattern[1] == "A"]
-    rest = [scores[r.number] for r in study if r.pattern[1] != "A"]
+    letters = np.array([list(record.pattern) for record in study])
+    y = np.array([scores[record.number] for record in study])
+    columns = [(letters[:, place] == letter) for place in range(4) for letter in "AFM"]
+    design = np.column_stack([np.ones(len(y)), *columns]).astype(float)
+    contrast = np.zeros(13)
+    contrast[[4, 5, 6]] = 1, -0.5, -0.5  # A at the second place, against the mean of F and M there
+
+    def estimate(kept):
+        return float(contrast @ (np.linalg.pinv(design[kept]) @ y[kept]))
+
+    full = estimate(np.ones(len(y), dtype=bool))
+    without = [estimate(np.arange(len(y)) != left) for left in range(len(y))]
+    error = math.sqrt(sum((one - full) ** 2 for one in without))
     found = next(one for one in insight.position_effects(study, scores) if (one.position, one.letter) == (2, "A"))
-    low, high = stats.ttest_ind(have, rest, equal_var=False).confidence_interval(0.95)
-    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+    assert (found.mean, found.n) == (pytest.approx(full), int((letters[:, 1] == "A").sum()))
+    assert found.half == pytest.approx(stats.t.ppf(0.975, len(y) - 9) * error, rel=1e-6)
+    strict = next(
+        one for one in insight.position_effects(study, scores, alpha=0.01) if (one.position, one.letter) == (2, "A")
+    )
+    assert strict.half / found.half == pytest.approx(stats.t.ppf(0.995, 31) / stats.t.ppf(0.975, 31))
+
+
+def test_letters_that_come_together_are_told_apart():
+    chance = random.Random(3)
+    patterns = []
+    for _ in range(60):  # an E mostly comes with an M before it, and the M alone matters
+        first = chance.choice("MF")
+        patterns.append(first + (chance.choice("EEEA") if first == "M" else chance.choice("EAAA")))
+    study = [record(n, p, 2.0 - 0.5 * (p[0] == "M") + 0.01 * chance.random()) for n, p in enumerate(patterns)]
+    _, scores = insight.first_scores(study)
+    found = {(one.position, one.letter): one for one in insight.position_effects(study, scores)}
+    have = [scores[r.number] for r in study if r.pattern[1] == "E"]
+    rest = [scores[r.number] for r in study if r.pattern[1] != "E"]
+    assert np.mean(have) - np.mean(rest) < -0.1
+    assert abs(found[2, "E"].mean) < found[2, "E"].half < 0.01
+    assert found[1, "M"].mean == pytest.approx(-0.5, abs=0.01)
+
+
+def test_what_the_architectures_cannot_tell_has_no_effect():
+    chance = random.Random(4)
+    halves = ["".join(chance.choice("MF") for _ in range(2)) for _ in range(30)]
+    study = [record(n, 2 * p, 2.0 + 0.1 * chance.random()) for n, p in enumerate(halves)]  # a repeated motif
+    _, scores = insight.first_scores(study)
+    assert {one.position for one in insight.position_effects(study, scores)} == {1, 2}
+    once = [*study, record(30, "AFAF", 1.0)]  # one architecture alone has the letter
+    _, scores = insight.first_scores(once)
+    assert "A" not in {one.letter for one in insight.position_effects(once, scores)}
+    assert insight.position_effects(study[:9], scores) == insight.letter_effects(study[:9], scores) == []
+    assert insight.letter_effects([record(n, "MMMM", 1.0 + n) for n in range(20)], dict.fromkeys(range(20), 1.0)) == []
 
 
 def test_the_choice_that_matters_is_the_most_important(study):

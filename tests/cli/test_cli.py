@@ -26,9 +26,9 @@ from hybridnas.search.config import Budget
 from hybridnas.train.config import TrainConfig
 
 SURFACE = {  # a setting more or less is a decision: change this table with it
-    "search": "action against confirm confirm_seeds confirm_top device heartbeat launch max_active_params "
+    "search": "action against alpha confirm confirm_seeds confirm_top device heartbeat launch max_active_params "
     "max_latency_ms max_params max_state_bytes minutes n_trials nodes objectives pruner runs sampler seed "
-    "state_length storage study tracking worker workers",
+    "state_length storage study tracking verdict_seeds worker workers",
     "train": "arch device impl max_seconds out pattern recipe tracking train",
     "describe": "arch block device out pattern presets seq_len",
     "compare": "baseline out run runs study uri",
@@ -41,9 +41,9 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "bench": "keep_memory minutes out part patience quick repeats space suite threads tiny",
 }
 BUDGET = (
-    "active_params batch_size compile confirm confirm_seeds confirm_top d_model depth devices evals growth lr "
+    "active_params alpha batch_size compile confirm confirm_seeds confirm_top d_model depth devices evals growth lr "
     "max_tokens minutes multiple n_experts n_trials name precision reduction rungs seq_len tokens_per_active_param "
-    "valid_tokens weight_decay"
+    "valid_tokens verdict_seeds weight_decay"
 )
 GROUPS = {
     "search": "budget data experiment space",

@@ -9,14 +9,18 @@ import re
 import shlex
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from rich.console import Console
+from scipy import stats
 
 from hybridnas.analysis.ranking import rows
+from hybridnas.errors import StudyError
 from hybridnas.report import leaderboard
 from hybridnas.report.leaderboard import render_leaderboard, write_leaderboard
 from hybridnas.report.report import headline, render_report, write_report
-from hybridnas.study.records import StudyMeta, TrialRecord
+from hybridnas.study.documents import DocumentSums, read_documents, write_documents
+from hybridnas.study.records import StudyMeta, TrialRecord, trial_folder
 from hybridnas.units import human, human_bytes
 
 PRESETS = {
@@ -155,7 +159,7 @@ class Page(HTMLParser):
 
 def test_the_page_holds_the_winner_its_lead_and_every_trial(study, page):
     found = Page(page)
-    assert found.title == "MM[M,E](ME)x2E beats moe_mamba by 0.0267 nats per token"
+    assert found.title == "MM[M,E](ME)x2E leads moe_mamba by 0.0267 nats per token, with one seed"
     assert [card[0] for card in found.cards] == ["1.5213", "\u22120.0267", "20.0", "1.2M", "49 of 50"]
     rank, number, name, *_, loss, gap, _accuracy, _speed, state = found.rows["48"]
     assert (rank, number, name, loss, state) == ("1", "48", "MM[M,E](ME)x2E", "1.5213", "complete")
@@ -178,7 +182,7 @@ def with_test_part(records, shift):
 def test_what_is_chosen_on_validation_is_stated_on_the_test_part(study, tmp_path):
     records = with_test_part(study, 0.01)
     page = Page(render_report(tmp_path, records, META))
-    assert page.title == "MM[M,E](ME)x2E beats moe_mamba by 0.0167 nats per token on the test part"
+    assert page.title == "MM[M,E](ME)x2E leads moe_mamba by 0.0167 nats per token on the test part, with one seed"
     assert page.cards[0] == ["1.5413", "test loss, trial 48 (validation 1.5213)"]
     assert page.cards[1] == ["\u22120.0167", "to moe_mamba (1.5580)"]
     valid, test, gap = map(float, page.rows["48"][-6:-3])
@@ -202,6 +206,28 @@ def test_a_trial_without_test_figures_leaves_all_differences_on_validation(study
     assert headline(records, "moe_mamba") == headline(study, "moe_mamba")
     assert {row.part for row in rows(records, "moe_mamba")} == {"valid"}
     assert Page(render_report(tmp_path, records, META)).cards[0] == ["1.5213", "lowest validation loss, trial 48"]
+
+
+def test_a_lead_with_one_seed_has_an_interval_over_documents(study, tmp_path):
+    records = with_test_part(study, 0.01)
+    assert Page(render_report(tmp_path, records, META)).cards[1][1] == "to moe_mamba (1.5580)"
+    places = (1000,) * 20
+    shifts = np.linspace(0, 2 * 16.7, 20)  # of moe_mamba [nats]: 0.0167 nats per token on average
+    for record in records:
+        if record.preset == "moe_mamba" or record.number == 48:
+            nats = np.full(20, 1541.3) + (record.number != 48) * shifts
+            sums = DocumentSums(tuple(range(20)), tuple(nats), places, places)
+            write_documents(trial_folder(tmp_path, record.number), sums)
+    found = Page(render_report(tmp_path, records, META)).cards[1]
+    half = stats.t.ppf(0.975, 19) * shifts.std(ddof=1) / 20**0.5 / 1000
+    said = re.fullmatch(r"to moe_mamba \(1\.5580\) ± (0\.\d{4}) over 20 documents, one seed", found[1])
+    assert float(said[1]) == pytest.approx(half, rel=0.1)
+    damaged = trial_folder(tmp_path, 48) / "documents.json"
+    damaged.write_text(damaged.read_text()[:-9])
+    assert Page(render_report(tmp_path, records, META)).cards[1][1] == "to moe_mamba (1.5580)"
+    with pytest.raises(StudyError) as refused:
+        read_documents(damaged.parent)
+    assert refused.value.field == "documents"
 
 
 def test_a_winner_that_loses_on_the_test_part_is_not_said_to_win(study):

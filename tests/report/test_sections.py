@@ -6,6 +6,9 @@ import re
 
 import pytest
 
+from hybridnas.analysis.ranking import rows
+from hybridnas.analysis.verdict import verdict
+from hybridnas.report.leaderboard import footnotes
 from hybridnas.report.plots import Axis, Series, scatter_svg
 from hybridnas.report.report import headline, render_report
 from hybridnas.report.sections import UNITS, ReportInput, sections
@@ -71,57 +74,109 @@ def test_the_front_is_listed_drawn_and_presets_beside_it_are_named():
     assert "2 of 3 completed trials are beaten by no other in all of val_loss, state_bytes" in section.intro
 
 
-def confirmed(number, values, **fields):
+def confirmed(number, values, further=(), **fields):
     given = {str(seed): value for seed, value in enumerate(values, 1)}
-    return record(number, "MEME" if number else "MMMM", 1.0 + number, confirmed=given, **fields)
+    more = {str(seed): value for seed, value in enumerate(further, 1001)}
+    return record(number, "MEME" if number else "MMMM", 1.0 + number, confirmed=given, verdict=more, **fields)
+
+
+PAPER = confirmed(0, [1.30, 1.31, 1.32], [1.31, 1.30, 1.32, 1.31], preset="moe_mamba")
+CLEAR = confirmed(1, [1.10, 1.12, 1.11], [1.11, 1.12, 1.10, 1.12])
+NEAR = confirmed(2, [1.20, 1.40, 1.31], [1.20, 1.40, 1.31, 1.34])
+
+
+def said(records, reference="moe_mamba"):
+    return headline(records, reference, verdict(records, reference))
 
 
 def test_the_confirmation_separates_noise_from_differences():
-    paper = confirmed(0, [1.30, 1.31, 1.32], preset="moe_mamba")
-    clear = confirmed(1, [1.10, 1.12, 1.11])
-    near = confirmed(2, [1.20, 1.40, 1.31])
     other = ReferenceStudy(
-        "demo-random", record(7, "AAAA", 1.0), 500, [[100.0, 2.0], [400.0, 1.5]], {"1": 1.0, "2": 1.3, "3": 1.1}
-    )
-    section = titles([paper, clear, near], reference_study=other)["Confirmation"]
+        "demo-random", record(7, "AAAA", 1.0), 500, [[100.0, 2.0], [400.0, 1.5]], {"1": 1.0, "2": 1.3, "3": 1.1},
+        verdict={"1001": 1.0, "1002": 1.3, "1003": 1.1, "1004": 1.2},
+    )  # fmt: skip
+    section = titles([PAPER, CLEAR, NEAR], reference_study=other)["Confirmation"]
     assert [row["trial"] for row in section.table["rows"]] == [1, 2, 0]
     assert section.table["rows"][0]["style"] == "first"
-    assert section.notes[0].startswith("MEME is better than moe_mamba: -0.2000 ± ")
-    assert "inside the noise" in section.notes[1]
-    assert headline([paper, clear, near], "moe_mamba").endswith("nats per token over 3 fresh seeds")
-    assert (
-        headline([paper, near], "moe_mamba")
-        == "MEME is best on average, but its lead over moe_mamba is inside the noise"
-    )
-    assert "confirmed: 3 fresh seeds" in render_report("nowhere", [paper, clear], StudyMeta(name="demo"))
-    fall = titles([paper, clear], reference_study=other)["Best loss over training tokens"]
+    gaps = [row["cells"][4] for row in section.table["rows"]]
+    assert [gap["style"] for gap in gaps] == ["good", "quiet", ""]
+    assert gaps[2]["text"] == ""  # moe_mamba against itself
+    how, reference, random = section.notes
+    assert "by 4 further seeds that chose nothing; p-values are adjusted for 2 comparisons" in how
+    assert reference.startswith("MEME is better than moe_mamba: -0.1975 ± ")
+    assert random.startswith("The difference between MEME and the best of demo-random is inside the noise: ")
+    assert said([PAPER, CLEAR, NEAR]).startswith("MEME beats moe_mamba by 0.1975 ± ")
+    assert said([PAPER, NEAR]).startswith("MEME and moe_mamba are inside the noise of each other: +0.0025 ± ")
+    assert "confirmed: 3 fresh seeds" in render_report("nowhere", [PAPER, CLEAR], StudyMeta(name="demo"))
+    fall = titles([PAPER, CLEAR], reference_study=other)["Best loss over training tokens"]
     assert "demo-random" in fall.svg
+
+
+def test_seeds_that_chose_the_winner_do_not_say_by_how_much():
+    records = [dataclasses.replace(one, verdict={}) for one in (PAPER, CLEAR)]
+    assert said(records) == "MEME is best over 3 fresh seeds; they chose it, so they do not say by how much"
+    assert titles(records)["Confirmation"].notes[0].startswith("No difference is stated")
+    lost = dataclasses.replace(CLEAR, verdict={seed: value + 0.4 for seed, value in CLEAR.verdict.items()})
+    assert said([PAPER, lost]).startswith("MEME was chosen on other seeds, but moe_mamba beats it by 0.2025 ± ")
+
+
+def test_a_baseline_that_wins_is_a_finding():
+    behind = confirmed(3, [1.35, 1.37, 1.36], [1.36, 1.35, 1.37, 1.36])
+    assert said([PAPER, behind]).startswith("Nothing drawn beat moe_mamba: the best, MEME, is behind it, by 0.0500 ± ")
+    close = confirmed(3, [1.35, 1.37, 1.36], [1.20, 1.40, 1.31, 1.34])
+    assert said([PAPER, close]).startswith("Nothing drawn beat moe_mamba: the best, MEME, is inside the noise of it, ")
+    ahead = confirmed(3, [1.35, 1.37, 1.36], [1.11, 1.12, 1.10, 1.12])
+    assert said([PAPER, ahead]).startswith("MEME beats moe_mamba, which other seeds chose, by 0.1975 ± ")
+
+
+def test_claims_depend_on_the_level_that_was_asked_for(tmp_path):
+    strict = StudyMeta(name="demo", alpha=1e-7)
+    assert "are inside the noise of each other" in render_report(tmp_path, [PAPER, CLEAR], strict)
+    assert "99.9% interval" in render_report(tmp_path, [PAPER, CLEAR], StudyMeta(name="demo", alpha=0.001))
+    assert "beats moe_mamba by" in render_report(tmp_path, [PAPER, CLEAR], StudyMeta(name="demo", alpha=0.01))
+
+
+def test_after_confirmation_nothing_in_the_report_contradicts_the_winner():
+    lucky = confirmed(1, [1.60, 1.61, 1.59], [1.60, 1.61, 1.59, 1.60], cost={"active_params": 10})
+    lucky = dataclasses.replace(lucky, valid_loss=1.40, objectives={"val_loss": 1.40})
+    solid = confirmed(2, [1.50, 1.51, 1.52], [1.52, 1.51, 1.50, 1.51], cost={"active_params": 10})
+    paper = dataclasses.replace(PAPER, confirmed={"1": 1.55, "2": 1.56, "3": 1.57}, cost={"active_params": 10})
+    lines = rows([lucky, solid, paper], "moe_mamba")
+    assert [(row.rank, row.record.number) for row in lines] == [(1, 2), (2, 0), (3, 1)]
+    notes = " ".join(footnotes(lines))
+    assert "unconfirmed" not in notes
+    assert "first, by their mean over 3 seeds" in notes
+    assert "9.0 per active parameter; confirmed by 3 seeds" in notes
+    page = render_report("nowhere", [lucky, solid, paper], StudyMeta(name="demo"))
+    assert "lowest validation loss" not in page
+    assert "1.5100</b><span>validation loss, trial 2, mean of 4 further seeds" in page
+    alone = render_report("nowhere", [dataclasses.replace(solid, confirmed={}, verdict={})], StudyMeta(name="demo"))
+    assert "lowest validation loss, trial 2" in alone
 
 
 def on_test(records, shifts):
     """Give every fresh seed of each trial a result on the test part: its validation result and a shift."""
     return [
-        dataclasses.replace(one, confirmed_test={seed: value + shift for seed, value in one.confirmed.items()})
+        dataclasses.replace(
+            one,
+            confirmed_test={seed: value + shift for seed, value in one.confirmed.items()},
+            verdict_test={seed: value + shift for seed, value in one.verdict.items()},
+        )
         for one, shift in zip(records, shifts, strict=True)
     ]
 
 
 def test_fresh_seeds_choose_on_validation_and_are_compared_on_the_test_part():
-    both = [confirmed(0, [1.30, 1.31, 1.32], preset="moe_mamba"), confirmed(1, [1.10, 1.12, 1.11])]
-    sure = on_test(both, (0.0, 0.1))
-    assert headline(sure, "moe_mamba") == headline(both, "moe_mamba").replace("0.2000", "0.1000").replace(
-        "nats per token", "nats per token on the test part"
-    )
+    sure = on_test([PAPER, CLEAR], (0.0, 0.1))
+    assert said(sure).startswith("MEME beats moe_mamba by 0.0975 ± ")
+    assert " nats per token on the test part over 4 seeds (adjusted p " in said(sure)
     section = titles(sure)["Confirmation"]
     assert [column["name"] for column in section.table["columns"]][-2:] == ["test mean", "vs moe_mamba"]
     best = section.table["rows"][0]
     assert [one["sort"] for one in best["cells"][2:]] == pytest.approx([1.11, best["cells"][3]["sort"], 1.21, -0.1])
-    assert section.notes[0].startswith("MEME is better than moe_mamba: -0.1000 ± ")
-    lost = on_test(both, (0.0, 0.4))
+    lost = on_test([PAPER, CLEAR], (0.0, 0.4))
     assert titles(lost)["Confirmation"].table["rows"][0]["trial"] == 1  # validation alone chooses
-    assert "was chosen on validation data, but loses to moe_mamba by 0.2000 ± " in headline(lost, "moe_mamba")
-    partly = [sure[0], dataclasses.replace(sure[1], confirmed_test={"1": 1.2})]
-    assert headline(partly, "moe_mamba") == headline(both, "moe_mamba")
+    partly = [sure[0], dataclasses.replace(sure[1], verdict_test={"1001": 1.2})]
+    assert said(partly) == said([PAPER, CLEAR])
 
 
 def test_the_units_of_the_sections_are_those_of_the_objectives():

@@ -8,12 +8,15 @@ import statistics
 import pytest
 
 import hybridnas
+from hybridnas.analysis.verdict import contenders, verdict
 from hybridnas.cli.compose import compose
 from hybridnas.cli.search import search_config
 from hybridnas.errors import StudyError
 from hybridnas.report.callbacks import ConsoleLines
+from hybridnas.report.claims import study_documents
 from hybridnas.search import confirm
 from hybridnas.studies import Study
+from hybridnas.study.documents import read_documents
 from hybridnas.study.records import TrialRecord, load_records, trained_tokens
 from hybridnas.study.reference import read_reference_study
 
@@ -34,9 +37,11 @@ def test_the_best_drawn_ones_and_every_baseline_are_confirmed():
     stopped = dataclasses.replace(records[5], state="PRUNED")
     assert [one.number for one in confirm.chosen([*records[:5], stopped], 2)] == [0, 4, 3]
     assert confirm.fresh_seeds(7, 3) == [8, 9, 10]
+    assert confirm.verdict_seeds(7, 2) == [1008, 1009]
 
 
 CONFIRM = ["study=demo", "pruner=halving", "n_trials=8", "confirm=on", "confirm_top=2", "confirm_seeds=2"]
+VERDICT = {"1001", "1002", "1003", "1004"}
 BASELINES = "space.baselines=[moe_mamba,mamba]"
 
 
@@ -54,18 +59,42 @@ def test_the_best_and_the_baselines_are_trained_with_fresh_seeds(study):
     assert len(sure) == 4
     assert all(set(one.confirmed) == {"1", "2"} for one in sure)
     for one in sure:
-        for seed, value in one.confirmed.items():
+        tests = {**one.confirmed_test, **one.verdict_test}
+        for seed, value in {**one.confirmed, **one.verdict}.items():
             folder = summary.folder / f"trials/{one.number:04d}/confirm/seed{seed}"
             ran = json.loads((folder / "run.json").read_text())
             assert (ran["train"]["seed"], ran["status"]) == (int(seed), "completed")
             last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-            assert (value, one.confirmed_test[seed]) == (last["valid_loss"], last["aux"]["test_loss"])
+            assert (value, tests[seed]) == (last["valid_loss"], last["aux"]["test_loss"])
+            sums = read_documents(folder)
+            assert sum(sums.nats) / sum(sums.tokens) == pytest.approx(tests[seed])
             assert not list(folder.glob("checkpoint*"))
     assert len({json.dumps(one.confirmed) for one in sure}) == 4
     assert any("confirming trial   0  moe_mamba  seed 1: " in line for line in said)
     done = [one for one in summary.records if one.state == "COMPLETE"]
     assert all(one.test_loss == one.curve[-1]["test_loss"] for one in done)
     assert all("test_loss" not in entry for one in summary.records for entry in one.curve[:-1])
+
+
+def test_the_winner_and_what_it_is_compared_with_have_seeds_that_chose_nothing(study, monkeypatch):
+    summary, said = study
+    wanted = {record.number for record in contenders(summary.records, "moe_mamba")}
+    assert summary.best.number in wanted
+    assert any(one.preset == "moe_mamba" for one in summary.records if one.number in wanted)
+    assert {one.number for one in summary.records if one.verdict} == wanted
+    assert all(set(one.verdict) == VERDICT for one in summary.records if one.verdict)
+    assert any(line.startswith(f"for the verdict, {len(wanted)} architectures, ") for line in said)
+    page = summary.report.read_text()
+    assert "by 4 further seeds that chose nothing" in page
+    monkeypatch.setattr("hybridnas.analysis.bootstrap.LEAST_DOCUMENTS", 3)  # the corpus has four to test on
+    found = verdict(
+        summary.records, "moe_mamba", against=read_reference_study(summary.folder),
+        documents=study_documents(summary.folder),
+    )  # fmt: skip
+    assert found.part == "test"
+    assert found.others[-1].name == "the best of demo-random"
+    assert {one.gap.seeds for one in found.others} == {4}
+    assert all(one.gap.documents > 0 for one in found.others)
 
 
 def test_the_confirmed_winner_is_exported_and_stands_in_the_leaderboard(study):
@@ -91,6 +120,7 @@ def test_a_random_search_of_equal_cost_is_the_reference_study(study):
     drawn = [one for one in theirs if one.preset is None and one.state == "COMPLETE"]
     assert found.record.valid_loss == min(one.valid_loss for one in drawn)
     assert set(found.confirmed) == set(found.confirmed_test) == {"1", "2"}
+    assert set(found.verdict) == set(found.verdict_test) == VERDICT
     assert found.steps[-1][1] == min(one.valid_loss for one in theirs if one.state == "COMPLETE")
     assert any("searching at random, too" in line for line in said)
 
@@ -98,7 +128,7 @@ def test_a_random_search_of_equal_cost_is_the_reference_study(study):
 def test_confirming_again_trains_nothing(study, tiny, monkeypatch):
     summary, _ = study
     before = {path: path.stat().st_mtime_ns for path in summary.folder.glob("trials/*/confirm/*/metrics.jsonl")}
-    assert len(before) == 8
+    assert len(before) == 8 + sum(len(one.verdict) for one in summary.records)
     again = run(summary.folder.parent, [*tiny, BASELINES, *CONFIRM, "against=demo-random"])
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert again.best.number == summary.best.number
@@ -120,8 +150,10 @@ def test_a_confirmation_that_was_stopped_goes_on(tmp_path, tiny, monkeypatch):
     assert "unconfirmed" in first.report.read_text()
     second = run(tmp_path, settings)
     assert second.ended == "completed"
-    assert len(calls) == 3 + 6
+    further = sum(len(one.verdict) for one in second.records)
+    assert len(calls) == 3 + 6 + further
     assert sum(len(one.confirmed) for one in second.records) == 8
+    assert further == 4 * len(contenders(second.records, "moe_mamba"))
 
 
 def test_a_study_of_another_budget_is_no_reference_study(study, tiny):

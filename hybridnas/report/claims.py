@@ -1,0 +1,89 @@
+"""What a report claims of a study's winner, in sentences: differences with interval, sources and adjusted p-value.
+
+"Beats" is written of a difference by the verdict's seeds whose adjusted p-value is below the significance level, and of
+nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from hybridnas.analysis.confirmation import trained_objective
+from hybridnas.analysis.held_out import TEST
+from hybridnas.analysis.verdict import Compared, Documents, Verdict
+from hybridnas.errors import StudyError
+from hybridnas.study.documents import DocumentSums, read_documents
+from hybridnas.study.records import TrialRecord, trial_folder
+from hybridnas.units import several
+
+log = logging.getLogger("hybridnas.report")
+
+
+def study_documents(study_folder: Path) -> Documents:
+    """Return what finds the losses by document of a study's trials, and of other studies beside it."""
+
+    def find(study: str | None, number: int, seed: str | None) -> DocumentSums | None:
+        folder = trial_folder(study_folder if study is None else study_folder.parent / study, number)
+        try:
+            return read_documents(folder if seed is None else folder / "confirm" / f"seed{seed}")
+        except StudyError as error:  # a report is written all the same; it names the sources of each interval
+            log.warning("%s", error)
+            return None
+
+    return find
+
+
+def unit_of(record: TrialRecord) -> str:
+    """Return the unit of the differences of a study."""
+    return "nats per token" if trained_objective(record) == "val_loss" else "of accuracy"
+
+
+def confirmed_headline(verdict: Verdict, reference: str | None) -> str:
+    """State in one sentence who won after confirmation, and by how much, or that it is undecided."""
+    best = verdict.best
+    known = [one for one in verdict.others if one.adjusted is not None]
+    if not known:
+        seeds = several(len(best.confirmed), "fresh seed")
+        return f"{best.name} is best over {seeds}; they chose it, so they do not say by how much"
+    if best.preset is not None:
+        drawn = next((one for one in known if one.ours and one.record.preset is None), None)
+        if drawn is not None:
+            if drawn.claimed(verdict.alpha) and drawn.gap.mean > 0:
+                return f"{drawn.name} beats {best.name}, which other seeds chose, {_amount(verdict, drawn)}"
+            ahead = drawn.claimed(verdict.alpha)
+            verb = "is behind" if ahead else "is inside the noise of"
+            return f"Nothing drawn beat {best.name}: the best, {drawn.name}, {verb} it, {_amount(verdict, drawn)}"
+    one = next((one for one in known if one.record.preset == reference), known[0])
+    if not one.claimed(verdict.alpha):
+        return f"{best.name} and {one.name} are inside the noise of each other: {_amount(verdict, one)}"
+    if one.gap.mean < 0:
+        return f"{best.name} beats {one.name} {_amount(verdict, one)}"
+    return f"{best.name} was chosen on other seeds, but {one.name} beats it {_amount(verdict, one)}"
+
+
+def sentence(verdict: Verdict, one: Compared) -> str:
+    """State one comparison of the winner: which is better, and whether that is claimed."""
+    best = verdict.best.name
+    if one.adjusted is None:
+        return f"{best} and {one.name} have {several(one.gap.seeds, 'seed')} in common: too few for an interval."
+    if not one.claimed(verdict.alpha):
+        words = f"The difference between {best} and {one.name} is inside the noise"
+    else:
+        words = f"{best} is {'better' if one.gap.mean < 0 else 'worse'} than {one.name}"
+    return f"{words}: {one.gap.words(unit_of(verdict.best))}, adjusted p {p_text(one.adjusted)}."
+
+
+def p_text(p: float) -> str:
+    """Write a p-value: ``= 0.0312`` or ``< 0.0001``."""
+    return "< 0.0001" if p < 1e-4 else f"= {p:.4f}" if p < 0.1 else f"= {p:.2f}"
+
+
+def _amount(verdict: Verdict, one: Compared) -> str:
+    assert one.adjusted is not None
+    assert one.gap.half is not None
+    where = " on the test part" if verdict.part == TEST else ""
+    size = abs(one.gap.mean) if one.claimed(verdict.alpha) else one.gap.mean
+    by = f"by {size:.4f}" if one.claimed(verdict.alpha) else f"{size:+.4f}"
+    unit, over = unit_of(verdict.best), one.gap.sources
+    return f"{by} ± {one.gap.half:.4f} {unit}{where} over {over} (adjusted p {p_text(one.adjusted)})"
