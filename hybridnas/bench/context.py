@@ -33,6 +33,7 @@ SUITES: dict[str, str] = {
     "roofline": "bytes and FLOPs of the Triton kernels and what GPUs would need for them: calculated, not measured",
     "gpu": "the Triton kernels on this machine's GPU against mamba-ssm, flash-linear-attention and torch",
     "samplers": "searches on a table: which sampler and pruner find the best architectures for the fewest tokens",
+    "coverage": "simulated studies: how often intervals hold the truth, and how often a claim is false",
     "fidelity": "rank correlation between early and full scores, on a table",
     "coordinates": "sizes of activations and of updates against width, for every letter, with and without muP",
     "decisions": "how often cheap comparisons decide as the truth set does, by policy and compute",
@@ -65,7 +66,9 @@ class BenchConfig(FrozenConfig):
     patience: float = option(120.0, "a process that measures one length is ended after this time [s]", gt=0)
 
     space: str = option("tabular", "samplers, fidelity, table: the space whose table is read or built [name]")
-    repeats: int | None = option(None, "samplers: searches of each sampler with each pruner; none: 100 [count]", ge=1)
+    repeats: int | None = option(
+        None, "samplers: searches of each pair, none: 100; coverage: studies of each kind, none: 2,000 [count]", ge=1
+    )
     part: str = option("0/1", "table: which share of the trainings this process takes, as INDEX/COUNT")
     minutes: float | None = option(
         None, "table: no training starts that would end later; truth: stop then, to go on; none: no limit", gt=0
