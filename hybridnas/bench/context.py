@@ -67,7 +67,7 @@ class BenchConfig(FrozenConfig):
 
     space: str = option("tabular", "samplers, fidelity, table: the space whose table is read or built [name]")
     repeats: int | None = option(
-        None, "samplers: searches of each pair, none: 100; coverage: studies of each kind, none: 2,000 [count]", ge=1
+        None, "samplers: searches of a pair, none: 100; coverage: studies, none: 2,000 [count]", ge=1
     )
     part: str = option("0/1", "table: which share of the trainings this process takes, as INDEX/COUNT")
     minutes: float | None = option(

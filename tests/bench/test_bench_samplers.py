@@ -46,6 +46,11 @@ def test_the_file_names_the_default_and_the_tokens_of_every_sampler(written):
     assert read["best_1pct"]["architectures"] == 1
 
 
+def test_searches_are_measured_with_seeds_that_chose_no_setting():
+    courses = samplers._courses(samplers._toy(), 2, 1)
+    assert {course.seed for some in courses.values() for course in some} == {1000, 1001}
+
+
 def test_the_plots_lie_beside_the_file(written):
     out, read = written
     [suite] = read["suites"]

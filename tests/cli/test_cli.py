@@ -38,7 +38,7 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "evaluate": "allow_noncausal arch batch_size device lengths max_gib model out part pattern patterns precision seed "
     "seq_len tracking valid_tokens",
     "replay": "device out runs study trial",
-    "bench": "keep_memory minutes out part patience quick repeats space suite threads tiny",
+    "bench": "keep_memory minutes out part patience quick repeats sizes space suite threads tiny truth",
 }
 BUDGET = (
     "active_params alpha batch_size compile confirm confirm_seeds confirm_top d_model depth devices evals growth lr "
