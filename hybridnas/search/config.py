@@ -21,7 +21,15 @@ SAMPLERS = ("tpe", "evolution", "nsga2", "gp", "random", "bruteforce")
 PRUNERS = ("halving", "hyperband", "none")
 USUAL_SAMPLER = "evolution"  # fewest tokens to the best 1 % of the table: python -m hybridnas.bench samplers
 # Fields that older studies do not know, and the value they stand for.
-ADDED = {"schedule": "cosine", "decay_fraction": 0.15, "rate": "shared"}
+ADDED = {
+    "schedule": "cosine",
+    "decay_fraction": 0.15,
+    "rate": "shared",
+    "base_width": TrainConfig().base_width,
+    "embedding_lr": TrainConfig().embedding_lr,
+    "optimizer": TrainConfig().optimizer,
+    "z_loss": TrainConfig().z_loss,
+}
 # Of a budget, what may change when a study goes on.
 LIMITS_OF_A_CALL = (
     *("n_trials", "minutes", "max_tokens", "name"),
@@ -64,9 +72,16 @@ class Budget(FrozenConfig):
     lr: float = option(TrainConfig().lr, "peak learning rate [1]", gt=0)
     rate: str = option(
         "shared",
-        "shared: every trial trains at lr; tuned: each races rates around it to the first rung, and the best goes on",
-        choices=("shared", "tuned"),
+        "shared: every trial trains at lr; tuned: each races rates around it to the first rung, and the best goes on; "
+        "scaled: lr is that of base_width, and each weight has the rate that its width needs (train.rate_scaling=mup)",
+        choices=("shared", "tuned", "scaled"),
     )
+    base_width: int = option(
+        TrainConfig().base_width, "d_model at which lr was found, for rate=scaled [channels]", ge=1
+    )
+    embedding_lr: float = option(1.0, "learning rate of the embedding, in units of lr [1]", gt=0)
+    optimizer: str = option("adamw", "as train.optimizer", choices=("adamw", "muon"))
+    z_loss: float = option(0.0, "as train.z_loss [1]", ge=0)
     weight_decay: float = option(0.1, "decoupled weight decay [1]", ge=0)
     schedule: str = option(
         "cosine",
@@ -140,6 +155,11 @@ class Budget(FrozenConfig):
             batch_size=self.batch_size,
             seq_len=self.seq_len,
             lr=self.lr,
+            rate_scaling="mup" if self.rate == "scaled" else "none",
+            base_width=self.base_width,
+            embedding_lr=self.embedding_lr,
+            optimizer=self.optimizer,
+            z_loss=self.z_loss,
             weight_decay=self.weight_decay,
             eval_at=self.eval_tokens(active_params),
             valid_tokens=self.valid_tokens,

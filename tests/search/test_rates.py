@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from hybridnas.search.config import ADDED, Budget
 from hybridnas.search.rates import FACTOR, MOST, Tried, losers_tokens, race, start
 from hybridnas.study.records import COMPLETE, TrialRecord
 
@@ -54,3 +55,15 @@ def test_a_race_starts_where_relatives_ended():
     assert begin(record(1, "EMEF", 0.1), record(2, "FEEM", 0.1), record(3, "EEFM", 0.1)) == (0.1, True)
     assert begin(record(1, "EMEF", 0.1), record(2, "FEEM", 0.3), record(3, "EEFM", 0.1)) == (0.1, False)
     assert begin(record(100, "EMEF", 0.1)) == (0.5, False)  # only what was there before: a resumed trial starts alike
+
+
+def test_a_scaled_rate_and_the_options_of_the_optimizer_reach_the_training():
+    options = {"base_width": 24, "embedding_lr": 2.0, "optimizer": "muon", "z_loss": 1e-4}
+    config = Budget(d_model=48, depth=4, rate="scaled", **options).train_config(10_000, seed=0)
+    assert config.rate_scaling == "mup"
+    assert {name: getattr(config, name) for name in options} == options
+
+
+def test_options_at_their_defaults_leave_a_studys_identity_as_it_was():
+    assert not set(ADDED) & set(Budget(d_model=48, depth=4).identity())
+    assert Budget(d_model=48, depth=4).train_config(10_000, seed=0).rate_scaling == "none"

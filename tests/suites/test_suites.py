@@ -256,7 +256,7 @@ def test_every_suite_can_be_begun(name, quick):
     assert len({task.digest for task in suite.tasks}) == len(suite.tasks)
     for task in suite.tasks:
         config = source_config(task.data)
-        assert getattr(config, "seq_len", 256) == task.train["seq_len"]
+        assert getattr(config, "seq_len", task.train["seq_len"]) == task.train["seq_len"]  # a text has any
         tokens = task.train.get("tokens", 1_000_000)
         TrainConfig.from_dict({**task.train, "tokens": tokens, "lr": suite.rates[0]})
     names = [entry.name for entry in suite.expanded([], {})]

@@ -164,5 +164,5 @@ def draw(widths: Sequence[int], found: dict[tuple[str, str], list[Sizes]], targe
             one.set_xlabel("d_model")
             one.set_ylabel(f"change of {words} (RMS)")
             one.grid(alpha=0.3)
-    axes[0][1].legend(title="letter", ncols=2, fontsize="small")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), title="letter", loc="outside right upper")
     figure.savefig(target, dpi=120)
