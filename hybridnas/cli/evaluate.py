@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridnas.cli import show
 from hybridnas.cli.command import ARCH, DEVICE, Command, Done, group
-from hybridnas.cli.wanted import NONCAUSAL, model_folder, wanted_arch
+from hybridnas.cli.wanted import NONCAUSAL, in_tokens_of, model_folder, own_tokenizer, wanted_arch
 from hybridnas.config import option
 from hybridnas.errors import ConfigError
 
@@ -36,6 +36,9 @@ class Settings(Command):
     arch: Mapping[str, Any] = option({}, ARCH)
     lengths: tuple[int, ...] = option(
         (), "accuracy at each of these lengths, in constant memory for recurrent blocks, e.g. [64,1024,1M]", ge=1
+    )
+    lm_eval: tuple[str, ...] = option(
+        (), "tasks of lm-eval instead, names or files NAME.yaml, at the context seq_len, e.g. [lambada_openai]"
     )
     max_gib: float | None = option(None, "lengths=: memory that the state may take; none: what is free [GiB]", gt=0)
     out: Path | None = option(None, "lengths=: CSV of the results")
@@ -78,6 +81,8 @@ def run(settings: Settings) -> Done:
         from hybridnas.cli.suites import run_lengths
 
         return run_lengths(settings)
+    if settings.lm_eval:
+        return _lm_eval(settings, str(device))
     if settings.patterns:
         raise ConfigError(
             "patterns=[...] belongs to a suite, e.g. suite=mad; give pattern=TEXT for one model", field="patterns"
@@ -120,11 +125,29 @@ def run(settings: Settings) -> Done:
     return Done({**about, "part": settings.part, **found, "seconds": seconds, "device": str(device)})
 
 
+def _lm_eval(settings: Settings, device: str) -> Done:
+    """Score a folder on tasks of lm-eval and print their metrics."""
+    from hybridnas.export.layout import home
+    from hybridnas.hf.scored import lm_eval_scores
+
+    if settings.model is None:
+        raise ConfigError(
+            "lm_eval=[...] reads an exported model with its tokenizer; give model=FOLDER", field="model", got=None
+        )
+    folder = home(model_folder(settings.model))
+    scores = lm_eval_scores(
+        folder, settings.lm_eval, device=device, batch_size=settings.batch_size, max_length=settings.seq_len
+    )
+    rows = [[task, metric, f"{value:.4f}"] for task, found in scores.items() for metric, value in found.items()]
+    show.table("lm-eval", ["task", "metric", "value"], rows)
+    return Done({"model": str(folder), "lm_eval": scores, "device": device})
+
+
 def _exported(settings: Settings) -> tuple[HybridLM, Source, dict[str, Any]]:
     """Return an exported model, the data in the model's own tokens, and the facts of its training."""
     from hybridnas.data import open_source, source_config
-    from hybridnas.export.layout import TOKENIZER_FILES, home
-    from hybridnas.export.load import load, load_tokenizer, read_config
+    from hybridnas.export.layout import home
+    from hybridnas.export.load import load, read_config
 
     if settings.preset or settings.pattern:
         raise ConfigError(
@@ -133,13 +156,12 @@ def _exported(settings: Settings) -> tuple[HybridLM, Source, dict[str, Any]]:
     folder = home(model_folder(settings.model))
     model = load(folder, device="cpu")
     data = source_config(settings.data)
-    if (folder / TOKENIZER_FILES[0]).is_file() and "tokenizer" in data.field_names():
-        own = load_tokenizer(folder)
-        name = "bytes" if own.kind == "bytes" else str(folder)
+    own = own_tokenizer(folder)
+    if own is not None and "tokenizer" in data.field_names():
         given = settings.data.get("tokenizer", "bytes")
-        if given not in ("bytes", name):
+        data = in_tokens_of(data, own, folder)
+        if given not in ("bytes", data.to_dict()["tokenizer"]):
             show.line(f"data.tokenizer={given} gives way to the model's own tokenizer")
-        data = data.replace(tokenizer=name, **{k: None for k in ("vocab_size", "separator") if hasattr(data, k)})
     return model, open_source(data), dict(read_config(folder).get("training") or {})
 
 

@@ -11,6 +11,9 @@ from hybridnas.errors import ConfigError, StudyError
 
 if TYPE_CHECKING:
     from hybridnas.arch.arch import Arch
+    from hybridnas.arch.model import HybridLM
+    from hybridnas.data.source import SourceConfig
+    from hybridnas.data.tokenizers import Tokenizer
 
 NONCAUSAL = "this model sees later tokens: its loss depends on the batch and is no language model's"
 
@@ -73,3 +76,38 @@ def model_folder(model: Path | None, study: str | None = None, runs: Path = Path
         if (folder / CONFIG).is_file():
             return folder
     return model
+
+
+def stored_model(folder: Path) -> HybridLM:
+    """Return the model of a folder on the CPU: one of ours, or one of transformers' classes that we can read.
+
+    Raises ExportError or ConfigError for any other folder.
+    """
+    from hybridnas.api import from_hf
+    from hybridnas.errors import ExportError
+    from hybridnas.export.layout import MODEL_TYPE
+    from hybridnas.export.load import load, read_ours
+
+    try:
+        read_ours(folder)
+    except ExportError as error:
+        if error.field == "model_type" and error.got not in (None, MODEL_TYPE):
+            return from_hf(folder)
+        raise
+    return load(folder, device="cpu")
+
+
+def own_tokenizer(folder: Path) -> Tokenizer | None:
+    """Return the tokenizer that lies in a model's folder, None where there is none."""
+    from hybridnas.data.tokenizers import load_tokenizer
+    from hybridnas.export.layout import TOKENIZER_FILES
+
+    return load_tokenizer(folder) if (folder / TOKENIZER_FILES[0]).is_file() else None
+
+
+def in_tokens_of(data: SourceConfig, tokenizer: Tokenizer, folder: Path) -> SourceConfig:
+    """Return the settings of text in the tokens of a model's folder, of other data as they are."""
+    if "tokenizer" not in data.field_names():
+        return data
+    name = "bytes" if tokenizer.kind == "bytes" else str(folder)
+    return data.replace(tokenizer=name, **{k: None for k in ("vocab_size", "separator") if hasattr(data, k)})
