@@ -7,21 +7,23 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hybridnas.cli import show
 from hybridnas.cli.command import ARCH, DEVICE, PATTERN, TRACKING, Command, Done, group
 from hybridnas.cli.describe import facts
-from hybridnas.cli.wanted import wanted_arch
+from hybridnas.cli.wanted import in_tokens_of, model_folder, own_tokenizer, stored_model, wanted_arch
 from hybridnas.config import option
 from hybridnas.errors import ConfigError, TrainingError
 from hybridnas.units import human
 
 if TYPE_CHECKING:
     from hybridnas.arch.arch import Arch
-    from hybridnas.data import Source
+    from hybridnas.arch.model import HybridLM
+    from hybridnas.data import Source, SourceConfig
     from hybridnas.train.config import TrainConfig
     from hybridnas.train.records import Eval, TrainResult
+    from hybridnas.train.start import Lora
 
 EXTRAS = {  # routing statistics in the table of measurements
     "dropped": "share of tokens that no expert took, its capacity being full",
@@ -39,6 +41,23 @@ class Settings(Command):
     experiment: Mapping[str, Any] | None = group(None, "settings from a file")
     pattern: str | None = option(None, PATTERN)
     arch: Mapping[str, Any] = option({}, ARCH)
+    model: Path | None = option(
+        None,
+        "go on from a model instead: an exported folder, a training run, a study, or a folder of transformers' classes",
+    )
+    tokenizer: str = option(
+        "model",
+        "with model=: whose tokens text is read in; data: those of data.tokenizer, and rows of new tokens start anew",
+        choices=("model", "data"),
+    )
+    freeze: tuple[str, ...] = option(
+        (), "with model=: parameters that stay as they are, as patterns of names, e.g. [embedding.*,layers.0.*]"
+    )
+    lora: int | None = option(
+        None, "with model=: train adapters of this rank alone (LoRA, by PEFT), which end up in the weights", ge=1
+    )
+    lora_alpha: float = option(16.0, "lora=: factor of an adapter, times its rank [1]", gt=0)
+    lora_layers: tuple[str, ...] = option(("layers.*",), "lora=: linear layers that get one, as patterns of names")
     train: Mapping[str, Any] = option({}, "one training run; what is not given is as recipe= says")
     recipe: str = option(
         "none",
@@ -71,41 +90,52 @@ def run(settings: Settings) -> Done:
 
     data = source_config(settings.data)
     config = train_settings(settings, data.own_seq_len)
-    if not (settings.preset or settings.pattern):
-        raise ConfigError(
-            f"train needs an architecture: preset={DEFAULT_REFERENCE}, or pattern='(ME)x2' arch.d_model=64",
-            field="preset",
-        )
+    _check_start(settings, DEFAULT_REFERENCE)
     pick_device(settings.device)  # refused before any data is read
     Impl.of(settings.impl)
-    source = open_source(data)
+    given = None if settings.model is None else _given(settings, data)
+    source = open_source(data) if given is None else given.source
     source.context(config.seq_len, config.seq_len)  # refuses another length than the task's
     arch = wanted_arch(settings.preset, settings.pattern, settings.arch, source.vocab_size)
+    if given is not None:
+        arch = given.model.arch
     assert arch is not None
 
     from hybridnas.cli.progress import progress
     from hybridnas.train.distributed import end_follower, leads
+    from hybridnas.train.fit import fit
     from hybridnas.train.loop import identity
     from hybridnas.train.loop import run as train
     from hybridnas.train.tracking import Tracking
 
-    folder = settings.out or Path(_folder(settings, identity(arch, source, config)))
+    about = identity(arch, source, config) if given is None else identity(given.model, source, config, given.start)
+    folder = settings.out or Path(_folder(settings, about))
     if leads():
         _announce(arch, source.describe(), config, folder)
     preset = settings.preset["name"] if settings.preset else None
     labels = {} if preset is None else {"preset": preset}
+    if given is not None:
+        labels["model"] = str(given.folder)
     with Tracking(settings.tracking, tags=labels) as tracking:
-        result = train(
-            arch,
-            source,
-            config,
-            folder=folder,
-            device=settings.device,
-            impl=settings.impl,
-            max_seconds=settings.max_seconds,
-            labels=labels,
-            callbacks=[progress(), tracking],
-        )
+        how: dict[str, Any] = {
+            "folder": folder,
+            "device": settings.device,
+            "max_seconds": settings.max_seconds,
+            "labels": labels,
+            "callbacks": [progress(), tracking],
+        }
+        if given is None:
+            result = train(arch, source, config, impl=settings.impl, **how)
+        else:
+            result = fit(
+                given.model,
+                source,
+                freeze=settings.freeze,
+                lora=given.lora,
+                weights=given.start,
+                **how,
+                **config.to_dict(),
+            )
         if not leads():
             end_follower()
         _table(result.evals)
@@ -123,6 +153,67 @@ def run(settings: Settings) -> Done:
     last = asdict(result.evals[-1]) if result.evals else {}
     about = {"folder": str(folder), "model": exported, "status": result.status, "reason": result.reason}
     return Done({**about, **facts(arch, config.seq_len), "final": last, "evals": len(result.evals)})
+
+
+class _Given(NamedTuple):
+    """What ``model=`` names, ready to be trained on."""
+
+    folder: Path
+    model: HybridLM
+    source: Source
+    lora: Lora | None
+    start: dict[str, Any]  # what identifies it
+
+
+def _check_start(settings: Settings, reference: str) -> None:
+    """Raise ConfigError where it is not clear what is to be trained."""
+    given = [name for name in ("model", "preset", "pattern") if getattr(settings, name)]
+    if len(given) > 1 and "model" in given:
+        raise ConfigError(
+            f"train model=FOLDER goes on from weights whose architecture is given, got {given[1]}= too; leave one out",
+            field=given[1],
+            got=getattr(settings, given[1]),
+        )
+    if not given:
+        raise ConfigError(
+            f"train needs an architecture: preset={reference}, or pattern='(ME)x2' arch.d_model=64; or model=FOLDER",
+            field="preset",
+        )
+    if settings.model is None:
+        for name, got in (("freeze", settings.freeze), ("lora", settings.lora)):
+            if got:
+                raise ConfigError(f"{name}= is for weights that exist; give model=FOLDER", field=name, got=got)
+
+
+def _given(settings: Settings, data: SourceConfig) -> _Given:
+    """Return the model of ``model=`` with the data in its tokens, or itself in the data's; says what that changes."""
+    from hybridnas.data import open_source
+    from hybridnas.export.layout import home
+    from hybridnas.train.start import Lora, weights_digest, with_tokens
+
+    assert settings.model is not None
+    folder = home(model_folder(settings.model))
+    model = stored_model(folder).float()
+    start: dict[str, Any] = {"weights": weights_digest(model)}
+    own = own_tokenizer(folder)
+    if settings.tokenizer == "model" and own is not None:
+        data = in_tokens_of(data, own, folder)
+    source = open_source(data)
+    if settings.tokenizer == "data":
+        model, kept = with_tokens(
+            model, own, source.tokenizer, source.vocab_size, seed=int(settings.train.get("seed") or 0)
+        )
+        start["tokens"] = source.vocab_size
+        show.line(
+            f"tokens: of {source.vocab_size:,} rows of embedding and head, {kept:,} stand for tokens that the model "
+            f"knows and are kept, {source.vocab_size - kept:,} are drawn anew"
+        )
+    show.line(f"start: the weights of {folder}; the learning rate warms up again and follows train.schedule anew")
+    lora = None
+    if settings.lora is not None:
+        lora = Lora(rank=settings.lora, alpha=settings.lora_alpha, layers=settings.lora_layers)
+    start |= {"freeze": list(settings.freeze), "lora": None if lora is None else lora.to_dict()}
+    return _Given(folder, model, source, lora, {name: value for name, value in start.items() if value})
 
 
 def _export(
@@ -174,7 +265,7 @@ def train_settings(settings: Settings, own_seq_len: int | None = None) -> TrainC
 
 def _folder(settings: Settings, identity: dict[str, Any]) -> str:
     """One folder for one run: its name follows from everything that decides the run's numbers."""
-    name = settings.preset["name"] if settings.preset else "pattern"
+    name = settings.preset["name"] if settings.preset else "pattern" if settings.model is None else "model"
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return f"runs/train-{name}-{digest[:8]}"
 

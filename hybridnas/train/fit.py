@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from hybridnas.data.source import Source, SourceConfig
     from hybridnas.train.callbacks import Callback
     from hybridnas.train.records import TrainResult
+    from hybridnas.train.start import Lora
 
 log = logging.getLogger("hybridnas.train")
 
@@ -31,6 +33,9 @@ def fit(
     max_seconds: float | None = None,
     impl: str = "auto",
     labels: Mapping[str, str] | None = None,
+    freeze: Sequence[str] = (),
+    lora: Lora | Mapping[str, Any] | int | None = None,
+    weights: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> TrainResult:
     """Train a model as a language model and return what was measured, with the trained model.
@@ -43,7 +48,14 @@ def fit(
     ``folder``: without one nothing is written; with one, the same call again goes on where the last one stopped, to the
     bit on a processor, and a finished run is read back. ``device``: none is where the module's weights lie, and for an
     architecture a GPU where there is one. ``labels`` are kept with the run to name it by, as ``{"preset": "mamba"}``
-    does in comparisons. ``settings``: fields of :class:`hybridnas.TrainConfig` (``lr=``,
+    does in comparisons.
+
+    ``freeze``: patterns of names of parameters that are not trained (``["embedding.*", "layers.0.*"]``), from here on.
+    ``lora``: train adapters of this rank alone, by PEFT (:class:`hybridnas.train.start.Lora` for more settings); a run
+    that is completed leaves the model with what they have learnt in its own weights, any other leaves it as it was.
+    ``weights``: a name of the weights that a module starts from, which a folder's run must agree with.
+
+    ``settings``: fields of :class:`hybridnas.TrainConfig` (``lr=``,
     ``batch_size=``, ``seq_len=``, ``eval_at=``, ``seed=`` ...).
 
     A run that diverges raises nothing: its result has ``status="failed"``, the ``reason``, no model, and the
@@ -56,6 +68,7 @@ def fit(
 
     from hybridnas.arch.arch import Arch
     from hybridnas.data.source import SourceConfig, open_source, source_config
+    from hybridnas.train import start
     from hybridnas.train.config import TrainConfig
     from hybridnas.train.loop import run
 
@@ -75,20 +88,38 @@ def fit(
     seq_len = source.context(settings.pop("seq_len", None), TrainConfig().seq_len)
     given = {"seq_len": seq_len, **settings}
     config = TrainConfig.from_dict(given if tokens is None else {**given, "tokens": tokens})
+    if (freeze or lora is not None) and not isinstance(model, nn.Module):
+        raise ConfigError(
+            "fit freeze= and lora= are for weights that exist; give a model, such as hybridnas.load(folder)",
+            field="freeze" if freeze else "lora",
+            got=list(freeze) or lora,
+            allowed=None,
+        )
     if device is None:
         weight = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
         device = "auto" if weight is None else str(weight.device)
-    result = run(
-        model,
-        source,
-        config,
-        folder=folder,
-        device=device,
-        callbacks=callbacks,
-        max_seconds=max_seconds,
-        impl=impl,
-        labels=labels,
-    )
+    if isinstance(model, nn.Module):
+        start.freeze(model, freeze)
+    around: AbstractContextManager[None] = nullcontext()
+    if lora is not None and isinstance(model, nn.Module):
+        own = {"rank": lora} if isinstance(lora, int) else lora
+        wanted = own if isinstance(own, start.Lora) else start.Lora.from_dict(own)
+        around = start.adapted(model, wanted, seed=config.seed)
+    with around:
+        result = run(
+            model,
+            source,
+            config,
+            folder=folder,
+            device=device,
+            callbacks=callbacks,
+            max_seconds=max_seconds,
+            impl=impl,
+            labels=labels,
+            start=weights,
+        )
+        if lora is not None and result.status == "completed" and result.model is not None:
+            start.fold(result.model)
     if result.status == "failed":
         log.warning("the run failed after %d measurements: %s", len(result.evals), result.reason)
     return result

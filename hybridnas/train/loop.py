@@ -39,6 +39,7 @@ from hybridnas.train.records import (
     write_run,
 )
 from hybridnas.train.scaling import scale_weights
+from hybridnas.train.start import start_of
 from hybridnas.train.trainer import Outcome, Trainer
 
 Trainee = Arch | nn.Module | Callable[[], nn.Module]
@@ -57,6 +58,7 @@ def run(
     max_seconds: float | None = None,
     impl: str = "auto",
     labels: Mapping[str, str] | None = None,
+    start: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train a model on ``source``, or go on from where ``folder`` stands; the same call again is how one resumes.
 
@@ -70,7 +72,7 @@ def run(
     crash or lack of memory. On a processor with the same number of threads, a run that was interrupted equals one that
     was not, to the bit. ``keep_checkpoint=False`` deletes the weights when the run has ended. Ctrl-C finishes the step,
     saves, and raises KeyboardInterrupt. ``labels`` are kept in ``run.json`` to find and name the run by, such as its
-    preset; they decide nothing.
+    preset; they decide nothing. ``start``: what a module's weights are, for the run's identity; None: those given.
 
     Raises ConfigError for a model that sees later tokens (``config.allow_noncausal``), CheckpointError for a folder of
     another run or with damaged files, DataError for a vocabulary larger than the model's, TrainingError when the disk
@@ -80,7 +82,7 @@ def run(
     if config.devices > 1:
         distributed.check_devices(config, target)
     place = None if folder is None else Path(folder)
-    job = _Job(_Subject.of(model, config, impl), source, config, place, target, dict(labels or {}))
+    job = _Job(_Subject.of(model, config, impl, start), source, config, place, target, dict(labels or {}))
     watchers = CallbackList(callbacks)
     if config.devices == 1:
         return _lead(job, lambda: contextlib.nullcontext(Group()), watchers, max_seconds, keep_checkpoint)
@@ -95,8 +97,8 @@ def run(
                 group.leave()
             return result
     job = job.on(distributed.own_device(target, 0))
-    start = functools.partial(distributed.start, config, job.device, job.for_ranks(), job.folder)
-    return _lead(job, start, watchers, max_seconds, keep_checkpoint)
+    ranks = functools.partial(distributed.start, config, job.device, job.for_ranks(), job.folder)
+    return _lead(job, ranks, watchers, max_seconds, keep_checkpoint)
 
 
 def follow(
@@ -123,7 +125,7 @@ class _Subject:
     impl: str = "auto"
 
     @classmethod
-    def of(cls, model: Trainee, config: TrainConfig, impl: str) -> _Subject:
+    def of(cls, model: Trainee, config: TrainConfig, impl: str, start: Mapping[str, Any] | None = None) -> _Subject:
         if isinstance(model, Arch):
             check_causal(model, config.allow_noncausal)
             return cls(model, lambda: _drawn(model, config, impl), _arch_identity(model), impl)
@@ -133,7 +135,7 @@ class _Subject:
             check_causal(built.arch, config.allow_noncausal)
         about = _module_identity(built)
         if given:
-            about["start"] = {"weights": "given"}
+            about["start"] = start_of(built, start)
         return cls(built.arch if isinstance(built, HybridLM) else None, lambda: built, about)
 
 
@@ -357,9 +359,16 @@ def _stored_result(stored: dict[str, Any], job: _Job, run_: Run, callbacks: Call
     return result
 
 
-def identity(model: Arch | nn.Module, source: Source, config: TrainConfig) -> dict[str, Any]:
-    """Return what makes two runs the same: architecture, data and every setting that touches a number."""
+def identity(
+    model: Arch | nn.Module, source: Source, config: TrainConfig, start: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what makes two runs the same: architecture, data and every setting that touches a number.
+
+    ``start``: of a module with given weights, as :func:`run` takes it.
+    """
     about = _arch_identity(model) if isinstance(model, Arch) else _module_identity(model)
+    if start is not None and not isinstance(model, Arch):
+        about["start"] = start_of(model, start)
     return {**about, "data": {"fingerprint": source.fingerprint}, "train": config.identity()}
 
 
