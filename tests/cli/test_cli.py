@@ -29,14 +29,15 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "search": "action against alpha confirm confirm_seeds confirm_top device heartbeat launch max_active_params "
     "max_latency_ms max_params max_state_bytes minutes n_trials nodes objectives pruner runs sampler seed "
     "state_length storage study tracking verdict_seeds worker workers",
-    "train": "arch device impl max_seconds out pattern recipe tracking train",
+    "train": "arch device freeze impl lora lora_alpha lora_layers max_seconds model out pattern recipe tokenizer "
+    "tracking train",
     "describe": "arch block device out pattern presets seq_len",
     "compare": "baseline out run runs study uri",
     "export": "out runs study trial",
     "generate": "device echo eos_token_id max_new_tokens model prompt runs seed stop_at_end study temperature top_k "
     "top_p",
-    "evaluate": "allow_noncausal arch batch_size device lengths max_gib model out part pattern patterns precision seed "
-    "seq_len tracking valid_tokens",
+    "evaluate": "allow_noncausal arch batch_size device lengths lm_eval max_gib model out part pattern patterns "
+    "precision seed seq_len tracking valid_tokens",
     "replay": "device out runs study trial",
     "bench": "keep_memory minutes out part patience quick repeats sizes space suite threads tiny truth",
 }
