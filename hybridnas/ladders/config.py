@@ -94,12 +94,6 @@ class LadderConfig(FrozenConfig):
                 got=self.warmup,
                 allowed=f"<= {stable:g}",
             )
-        if not (self.study or self.patterns or self.presets):
-            raise ConfigError(
-                "ladder needs architectures: study=NAME, patterns=[...] or presets=[...]",
-                field="ladder.study",
-                allowed="a study, patterns or presets",
-            )
         if self.study and self.budget is not None:
             raise ConfigError(
                 f"ladder study={self.study} brings its own budget; leave budget= out, lr= and batch_size= may differ",

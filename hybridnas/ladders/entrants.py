@@ -58,6 +58,12 @@ class Ground:
 
 def ground(config: LadderConfig) -> Ground:
     """Return budget and data of size 1: the study's, or those that are given; raises StudyError or ConfigError."""
+    if not (config.study or config.patterns or config.presets):
+        raise ConfigError(
+            "ladder needs architectures: study=NAME, patterns=[...] or presets=[...]",
+            field="ladder.study",
+            allowed="a study, patterns or presets",
+        )
     if config.study is None:
         budget = Budget.from_dict(named_budget(config.budget or "laptop"))
         data, folder = named_data(config.data or "stdlib"), None

@@ -6,10 +6,10 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, stdev
 
-from hybridnas.analysis.confirmation import half_width
 from hybridnas.analysis.scaling_law import (
+    LEVEL,
     Crossing,
     Fit,
     Interval,
@@ -183,8 +183,15 @@ def _gaps(rows: Sequence[Row], one: str, other: str) -> tuple[Gap, ...]:
         )
         gaps = [losses[one, seed] - losses[other, seed] for seed in seeds]
         if gaps:
-            found.append(Gap(size, fmean(gaps), half_width(gaps) if len(gaps) > 1 else None))
+            found.append(Gap(size, fmean(gaps), _half_width(gaps) if len(gaps) > 1 else None))
     return tuple(found)
+
+
+def _half_width(gaps: Sequence[float]) -> float:
+    """Return half the width of the t interval of a mean; of at least two values."""
+    from scipy import stats
+
+    return float(stats.t.ppf(0.5 + LEVEL / 2, len(gaps) - 1)) * stdev(gaps) / math.sqrt(len(gaps))
 
 
 def _sizes(count: int) -> str:

@@ -39,6 +39,8 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "evaluate": "allow_noncausal arch batch_size device lengths lm_eval max_gib model out part pattern patterns "
     "precision seed seq_len tracking valid_tokens",
     "replay": "device out runs study trial",
+    "ladder": "active_params batch_power batch_size decay_fraction depth_power device hold_out lr lr_power minutes "
+    "name patterns presets rates resamples runs seed seeds sizes study tokens top warmup workers",
     "bench": "keep_memory minutes out part patience quick repeats sizes space suite threads tiny truth",
 }
 BUDGET = (
@@ -51,6 +53,7 @@ GROUPS = {
     "train": "data experiment preset",
     "describe": "experiment preset",
     "evaluate": "data experiment preset suite",
+    "ladder": "budget data experiment",
 }
 LIGHT = "arch.d_model=32"
 

@@ -7,7 +7,7 @@ import pytest
 from hybridnas.arch.arch import Arch
 from hybridnas.data import open_source
 from hybridnas.data.source import source_config
-from hybridnas.errors import MatchError, StudyError
+from hybridnas.errors import ConfigError, MatchError, StudyError
 from hybridnas.ladders.config import LadderConfig
 from hybridnas.ladders.entrants import Entrant, entrants, ground, grown
 from hybridnas.ladders.ladder import Ladder
@@ -103,6 +103,12 @@ def test_every_run_is_listed_once_and_architectures_of_one_size_get_the_same_tok
     tuning = plan.tuning()
     assert {run.rate for run in tuning} == {1.0, 2.0}
     assert {run.config.seed for run in tuning}.isdisjoint(run.config.seed for run in runs)
+
+
+def test_a_ladder_without_architectures_is_refused():
+    with pytest.raises(ConfigError) as caught:
+        ground(LadderConfig())
+    assert caught.value.field == "ladder.study"
 
 
 def test_a_study_that_does_not_exist_is_refused(tmp_path):

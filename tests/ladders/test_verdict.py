@@ -96,7 +96,6 @@ def test_nothing_finished_says_so():
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
-        ({}, "ladder.study"),
         ({"patterns": ["M"], "sizes": [2, 1]}, "ladder.sizes"),
         ({"patterns": ["M"], "tokens": []}, "ladder.tokens"),
         ({"patterns": ["M"], "rates": []}, "ladder.rates"),
