@@ -14,7 +14,7 @@ from hybridnas.search.config import Budget, SearchConfig
 from hybridnas.units import several
 
 LIMITS = (  # of the budget, also without its prefix
-    *("n_trials", "minutes", "confirm", "confirm_top", "confirm_seeds", "verdict_seeds", "alpha"),
+    *("n_trials", "minutes", "confirm", "confirm_top", "confirm_rates", "confirm_seeds", "verdict_seeds", "alpha"),
 )
 
 
@@ -30,6 +30,7 @@ class Settings(SearchConfig, Command):
     minutes: float | None = shorthand(Budget, "minutes")
     confirm: str | None = shorthand(Budget, "confirm")
     confirm_top: int | None = shorthand(Budget, "confirm_top")
+    confirm_rates: str | None = shorthand(Budget, "confirm_rates")
     confirm_seeds: int | None = shorthand(Budget, "confirm_seeds")
     verdict_seeds: int | None = shorthand(Budget, "verdict_seeds")
     alpha: float | None = shorthand(Budget, "alpha")

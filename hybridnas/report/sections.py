@@ -125,6 +125,8 @@ def _confirmed(given: ReportInput) -> Section | None:
     tested = {one.record.number: one.value for one in summaries(given.records, part)} if part == TEST else {}
     columns = [("architecture", True), ("seeds", False), ("mean", False), ("standard error", False)]
     columns += [("test mean", False)] if tested else []
+    raced = any(one.record.own_lr is not None for one in found)
+    columns += [("learning rate", False)] if raced else []
     columns += [(f"vs {name}", False) for name, _ in others]
     gaps = [_gaps([one.record for one in found], record, part, alpha) for _, record in others]
     rows = []
@@ -137,6 +139,7 @@ def _confirmed(given: ReportInput) -> Section | None:
             cell(value, one.value),
             cell("" if one.error is None else f"{one.error:.4f}", one.error),
             *([cell("" if test is None else f"{test:.4f}", test)] if tested else []),
+            *([_rate_cell(one.record)] if raced else []),
             *(_pair_cell(*column[place], alpha) for column in gaps),
         ]
         first = best is not None and one.record.number == best.number
@@ -147,6 +150,8 @@ def _confirmed(given: ReportInput) -> Section | None:
         f"search's own seed is left out: its results chose these. Pairs share seed and order of the data. The best "
         f"mean on validation data wins; since these seeds chose it, other seeds state by how much it is better."
     )
+    if raced:
+        intro += " Each at its own best learning rate, found at full length with the search's seed."
     caption = (
         f"± is half the {100 * (1 - alpha):g}% interval of the paired difference over these seeds"
         f"{', on the test part' if tested else ''}; grey: Holm's adjusted p, over all in the column, is not below "
@@ -154,6 +159,10 @@ def _confirmed(given: ReportInput) -> Section | None:
     )
     table = {"columns": [{"name": name, "help": "", "text": text} for name, text in columns], "rows": rows}
     return Section("Confirmation", intro, caption=caption, table=table, notes=_verdict_notes(given.verdict))
+
+
+def _rate_cell(record: TrialRecord) -> dict[str, Any]:
+    return cell("" if record.own_lr is None else f"{record.own_lr:.4g}", record.own_lr)
 
 
 def _gaps(

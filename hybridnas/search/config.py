@@ -33,7 +33,7 @@ ADDED = {
 # Of a budget, what may change when a study goes on.
 LIMITS_OF_A_CALL = (
     *("n_trials", "minutes", "max_tokens", "name"),
-    *("confirm", "confirm_top", "confirm_seeds", "verdict_seeds", "alpha"),
+    *("confirm", "confirm_top", "confirm_rates", "confirm_seeds", "verdict_seeds", "alpha"),
 )
 
 
@@ -105,6 +105,11 @@ class Budget(FrozenConfig):
     )
     confirm: str = option("off", "train the best and the presets again with fresh seeds", choices=("off", "on"))
     confirm_top: int = option(3, "how many of the best are confirmed [count]", ge=1)
+    confirm_rates: str = option(
+        "own",
+        "own: what is confirmed races rates at full length first, and is judged at its best; shared: at its trial's",
+        choices=("own", "shared"),
+    )
     confirm_seeds: int = option(3, "fresh seeds of each confirmed architecture, which choose the winner [count]", ge=2)
     verdict_seeds: int = option(
         4, "further seeds of the winner and what it is compared with, which state the differences [count]", ge=4

@@ -1,5 +1,6 @@
 """Confirmation: the best architectures and the presets trained again with fresh seeds, at full length.
 
+Each is confirmed at its own best learning rate, found with the search's seed: at one rate for all, the rate decides.
 The fresh seeds choose the winner; then the winner and what it is compared with are trained with further seeds, those
 of the verdict, which chose nothing. Runs lie in ``trials/NNNN/confirm/seedS/``, go on where they were stopped, and
 leave the weights of none; their statistics are those of :mod:`hybridnas.analysis.confirmation` and
@@ -17,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from hybridnas.analysis.confirmation import trained_objective
 from hybridnas.analysis.ranking import front
 from hybridnas.analysis.verdict import contenders
+from hybridnas.search.rates import Tried, race
 from hybridnas.search.training import CellTrainer
+from hybridnas.search.trial import flat, trained_tokens
 from hybridnas.study.objectives import eligible, score
 from hybridnas.study.records import COMPLETE, TrialRecord
 from hybridnas.study.reference import ReferenceStudy
@@ -56,7 +59,7 @@ def confirm(
     save: Callable[[TrialRecord], None],
     note: Callable[[str], None],
 ) -> None:
-    """Train the chosen trials with every fresh seed, then the contenders with the verdict's seeds, seed by seed.
+    """Find each chosen trial's rate, train it with every fresh seed, then the contenders with the verdict's seeds.
 
     ``save`` takes each record as it grows. What was trained before is not trained again. A run that fails leaves None:
     its architecture cannot win.
@@ -76,6 +79,10 @@ def confirm(
             note(f"{what} trial {n:>3}  {known[n].name}  seed {seed}: {again}")
 
     numbers = [record.number for record in chosen(records, budget.confirm_top)]
+    for n in numbers:
+        if budget.confirm_rates == "own" and not known[n].own_rates and not known[n].confirmed:
+            known[n] = at_own_rate(session, known[n], session.folder.trial(n), note)
+            save(known[n])
     train(numbers, fresh_seeds(config.seed, budget.confirm_seeds), "confirmed", "confirming")
     numbers = [record.number for record in contenders(known.values(), session.meta.reference)]
     train(numbers, verdict_seeds(config.seed, budget.verdict_seeds), "verdict", "for the verdict,")
@@ -103,13 +110,39 @@ class Again(NamedTuple):
         return dataclasses.replace(to, **grown)
 
 
+def at_own_rate(session: Session, record: TrialRecord, folder: Path, note: Callable[[str], None]) -> TrialRecord:
+    """Return a record with the learning rate that is best at full length, and what was tried for it."""
+    trained_at = record.lr or session.config.budget.lr
+    sign = -1.0 if trained_objective(record) == "accuracy" else 1.0
+
+    def train(lr: float) -> Tried:
+        if lr == trained_at:
+            return Tried(lr, sign * record.objectives[trained_objective(record)], 0)
+        again, tokens = _train_again(session, record, folder, record.seed, lr)
+        return Tried(lr, math.inf if again.valid is None else sign * again.valid, tokens)
+
+    tried = race(train, trained_at)
+    best = tried[0].lr
+    rates = ", ".join(f"{one.lr:.4g}" for one in sorted(tried, key=lambda one: one.lr))
+    note(f"trial {record.number:>3}  {record.name}: the best of the learning rates {rates} is {best:.4g}")
+    return dataclasses.replace(record, own_lr=best, own_rates=[list(one) for one in tried])
+
+
 def train_again(session: Session, record: TrialRecord, folder: Path, seed: int) -> Again:
     """Return what an architecture reaches with another seed at full length."""
+    return _train_again(session, record, folder, seed)[0]
+
+
+def _train_again(
+    session: Session, record: TrialRecord, folder: Path, seed: int, lr: float | None = None
+) -> tuple[Again, int]:
+    """Return what an architecture reaches with another seed or rate at full length, and the tokens trained."""
     assert isinstance(session.trainer, CellTrainer), "a search on a table confirms nothing"
-    result = session.trainer.again(record, folder, seed)
+    result = session.trainer.again(record, folder, seed, lr)
+    tokens = trained_tokens([flat(value) for value in result.evals])
     if result.status != "completed" or not result.evals:
-        return Again(None, None)
+        return Again(None, None), tokens
     last = result.evals[-1]
     if trained_objective(record) == "accuracy":
-        return Again(last.accuracy, last.aux.get("test_accuracy"))
-    return Again(last.valid_loss, last.aux.get("test_loss"))
+        return Again(last.accuracy, last.aux.get("test_accuracy")), tokens
+    return Again(last.valid_loss, last.aux.get("test_loss")), tokens

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hybridnas.analysis.curves import best_so_far
 from hybridnas.errors import StudyError
-from hybridnas.search.confirm import fresh_seeds, train_again, verdict_seeds
+from hybridnas.search.confirm import at_own_rate, fresh_seeds, train_again, verdict_seeds
 from hybridnas.study.folder import read_study
 from hybridnas.study.objectives import eligible, score
 from hybridnas.study.records import SEED_RESULTS, TrialRecord, load_records, trained_tokens, trial_folder
@@ -50,6 +50,8 @@ def find_reference_study(
         raise StudyError(f"study {name!r} has no candidate that was trained to the end; choose another against=STUDY")
     best = min(drawn, key=lambda record: (score(record), record.number))
     known = read_reference_study(study)
+    if known is not None and known.record.fingerprint == best.fingerprint:
+        best = dataclasses.replace(best, own_lr=known.record.own_lr, own_rates=known.record.own_rates)
     reference = ReferenceStudy(name, best, trained_tokens(theirs), best_so_far(theirs))
     if known is not None and known.record.fingerprint == best.fingerprint:
         reference = dataclasses.replace(reference, **{name: getattr(known, name) for name in SEED_RESULTS})
@@ -61,6 +63,9 @@ def confirm_reference_study(session: Session, reference: ReferenceStudy, note: C
     """Train the reference study's best with the seeds of our own confirmation and verdict, those that it lacks."""
     study, config = session.folder.path, session.config
     folder = trial_folder(study.parent / reference.study, reference.record.number)
+    if config.budget.confirm_rates == "own" and not reference.record.own_rates and not reference.confirmed:
+        reference = dataclasses.replace(reference, record=at_own_rate(session, reference.record, folder, note))
+        write_reference_study(study, reference)
     fresh = fresh_seeds(config.seed, config.budget.confirm_seeds)
     further = verdict_seeds(config.seed, config.budget.verdict_seeds)
     asked: list[tuple[Literal["confirmed", "verdict"], int]] = [

@@ -92,13 +92,14 @@ class CellTrainer:
 
         return training(self.study)
 
-    def again(self, record: TrialRecord, folder: Path, seed: int) -> TrainResult:
+    def again(self, record: TrialRecord, folder: Path, seed: int, lr: float | None = None) -> TrainResult:
         """Train a recorded trial's architecture with another seed at full length; its weights are not kept.
 
-        ``folder``: of the trial, whose architecture lies there.
+        ``folder``: of the trial, whose architecture lies there. ``lr``: another rate; None: the trial's own.
         """
         arch = Arch.from_dict(json.loads((folder / ARCH).read_text(encoding="utf-8")))
-        cell = self._cell(arch, folder / "confirm" / f"seed{seed}", seed, keep=False, lr=record.lr)
+        place = folder / "confirm" / (f"seed{seed}" if lr is None else f"rate{lr:.4g}")
+        cell = self._cell(arch, place, seed, keep=False, lr=lr or record.own_lr or record.lr)
         return run_cell(cell, callbacks=self.callbacks)
 
     def _cell(self, arch: Arch, folder: Path, seed: int, *, keep: bool = True, lr: float | None = None) -> Cell:

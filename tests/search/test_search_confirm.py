@@ -163,3 +163,19 @@ def test_a_study_of_another_budget_is_no_reference_study(study, tiny):
         run(summary.folder.parent, other)
     with pytest.raises(StudyError, match=r"no study in .*absent"):
         run(summary.folder.parent, [*tiny, BASELINES, "n_trials=2", "against=absent", "study=third"])
+
+
+def test_what_is_confirmed_is_judged_at_its_own_best_rate(tmp_path, tiny):
+    settings = ["study=demo", "n_trials=2", "confirm=on", "confirm_top=1", "confirm_seeds=2", "confirm_rates=own"]
+    settings += ["space.baselines=[mamba]", "budget.lr=0.0001"]  # so low that three times as much is better
+    summary = run(tmp_path, [*tiny, *settings])
+    sure = [one for one in summary.records if one.confirmed]
+    assert len(sure) == 2
+    for one in sure:
+        rates = {rate: score for rate, score, _ in one.own_rates}
+        assert rates[0.0001] == one.valid_loss
+        assert one.own_lr == min(rates, key=rates.get) > 0.0001
+        for seed in one.confirmed:
+            ran = json.loads((summary.folder / f"trials/{one.number:04d}/confirm/seed{seed}/run.json").read_text())
+            assert ran["train"]["lr"] == one.own_lr
+    assert "Each at its own best learning rate" in summary.report.read_text()
