@@ -50,4 +50,4 @@ def test_describe_lists_which_formats_hold_an_architecture(capsys):
     found = last_line(capsys)["exportable"]
     assert set(found) == set(formats())
     assert [name for name, reason in found.items() if not reason] == ["nemotron_h"]
-    assert "gated" in found["bamba"]
+    assert "relu2" in found["bamba"]
