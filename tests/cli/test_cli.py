@@ -26,14 +26,14 @@ from hybridnas.search.config import Budget
 from hybridnas.train.config import TrainConfig
 
 SURFACE = {  # a setting more or less is a decision: change this table with it
-    "search": "action against alpha confirm confirm_seeds confirm_top device heartbeat launch max_active_params "
-    "max_latency_ms max_params max_state_bytes minutes n_trials nodes objectives pruner runs sampler seed "
+    "search": "action against alpha confirm confirm_rates confirm_seeds confirm_top device heartbeat launch "
+    "max_active_params max_latency_ms max_params max_state_bytes minutes n_trials nodes objectives pruner runs sampler seed "
     "state_length storage study tracking verdict_seeds worker workers",
     "train": "arch device freeze impl lora lora_alpha lora_layers max_seconds model out pattern recipe tokenizer "
     "tracking train",
-    "describe": "arch block device out pattern presets seq_len",
+    "describe": "arch block device exportable out pattern presets seq_len",
     "compare": "baseline out run runs study uri",
-    "export": "out runs study trial",
+    "export": "format model out runs study trial",
     "generate": "device echo eos_token_id max_new_tokens model prompt runs seed stop_at_end study temperature top_k "
     "top_p",
     "evaluate": "allow_noncausal arch batch_size device lengths lm_eval max_gib model out part pattern patterns "
@@ -44,8 +44,8 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "bench": "keep_memory minutes out part patience quick repeats sizes space suite threads tiny truth",
 }
 BUDGET = (
-    "active_params alpha base_width batch_size compile confirm confirm_seeds confirm_top d_model decay_fraction depth "
-    "devices embedding_lr evals growth lr max_tokens minutes multiple n_experts n_trials name optimizer precision rate "
+    "active_params alpha base_width batch_size compile confirm confirm_rates confirm_seeds confirm_top d_model "
+    "decay_fraction depth devices embedding_lr evals growth lr max_tokens minutes multiple n_experts n_trials name optimizer precision rate "
     "reduction rungs schedule seq_len tokens_per_active_param valid_tokens verdict_seeds weight_decay z_loss"
 )
 GROUPS = {
