@@ -6,17 +6,21 @@ nothing else.
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 from hybridnas.analysis.confirmation import trained_objective
+from hybridnas.analysis.decisions import ANNEALED, COSINE, HALVED, budget_words
 from hybridnas.analysis.held_out import TEST
 from hybridnas.analysis.verdict import Compared, Documents, Verdict
 from hybridnas.errors import StudyError
 from hybridnas.study.documents import DocumentSums, read_documents
-from hybridnas.study.records import TrialRecord, trial_folder
+from hybridnas.study.records import StudyMeta, TrialRecord, trial_folder
 from hybridnas.units import several
 
+# Written by python -m hybridnas.bench decisions; in a checkout through a link, in a wheel as a copy.
+DECISIONS = Path(__file__).resolve().parents[1] / "experiments" / "results" / "decisions.json"
 log = logging.getLogger("hybridnas.report")
 
 
@@ -32,6 +36,23 @@ def study_documents(study_folder: Path) -> Documents:
             return None
 
     return find
+
+
+def budget_note(meta: StudyMeta, decisions: Path = DECISIONS) -> str | None:
+    """State how often comparisons at a study's budget decide rightly, as far as it was measured.
+
+    None for a study that trained nothing, or whose size is not known.
+    """
+    if meta.from_table or not meta.tokens or not meta.active_params:
+        return None
+    measured = json.loads(decisions.read_text(encoding="utf-8")) if decisions.is_file() else {"policies": []}
+    words = budget_words(
+        measured,
+        signal=ANNEALED if meta.schedule == "wsd" else COSINE,
+        rate=HALVED if meta.rate == "tuned" else "shared",
+        tokens_per_active_param=meta.tokens / meta.active_params,
+    )
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def unit_of(record: TrialRecord) -> str:

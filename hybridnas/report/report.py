@@ -19,7 +19,7 @@ from hybridnas.analysis.ranking import Row, preset_loss, preset_record, rows, wi
 from hybridnas.analysis.verdict import Verdict, over_documents
 from hybridnas.errors import HybridNASError
 from hybridnas.report import leaderboard as board
-from hybridnas.report.claims import confirmed_headline, study_documents
+from hybridnas.report.claims import budget_note, confirmed_headline, study_documents
 from hybridnas.report.html import cell, difference, markup, render
 from hybridnas.report.sections import ReportInput, color_of, sections
 from hybridnas.study.objectives import objectives_of
@@ -153,7 +153,7 @@ def _notes(records: Sequence[TrialRecord], meta: StudyMeta) -> list[str]:
     if tried and preset_record(records, meta.reference) is None:
         why = f": {tried[0].reason}" if tried[0].reason else ""
         notes.append(f"{meta.reference} is {tried[0].state.lower()}{why}; so no difference to it is stated.")
-    return notes
+    return [*notes, *filter(None, [budget_note(meta)])]
 
 
 def _cards(given: ReportInput) -> list[dict[str, str]]:

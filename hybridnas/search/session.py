@@ -229,6 +229,8 @@ def _meta(
         budget=budget.name,
         reference=reference_of({"identity": {"space": config.space}}),
         alpha=budget.alpha,
+        schedule=budget.schedule,
+        rate=budget.rate,
         active_params=target,
         tokens=budget.rung_tokens(target)[-1],
         seq_len=budget.seq_len,

@@ -144,6 +144,8 @@ class StudyMeta:
     budget: str = ""
     reference: str | None = DEFAULT_REFERENCE  # the preset that losses are compared with; None: none
     alpha: float = 0.05  # significance level of what the report claims
+    schedule: str = "cosine"  # budget.schedule: what a score at a rung is
+    rate: str = "shared"  # budget.rate: which learning rate a trial has
     active_params: int | None = None  # what every candidate was matched to [count]
     tokens: int | None = None  # training tokens of a full trial
     seq_len: int | None = None

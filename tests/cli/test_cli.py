@@ -27,8 +27,8 @@ from hybridnas.train.config import TrainConfig
 
 SURFACE = {  # a setting more or less is a decision: change this table with it
     "search": "action against alpha confirm confirm_rates confirm_seeds confirm_top device heartbeat launch "
-    "max_active_params max_latency_ms max_params max_state_bytes minutes n_trials nodes objectives pruner runs sampler seed "
-    "state_length storage study tracking verdict_seeds worker workers",
+    "max_active_params max_latency_ms max_params max_state_bytes minutes n_trials nodes objectives pruner runs "
+    "sampler seed state_length storage study tracking verdict_seeds worker workers",
     "train": "arch device freeze impl lora lora_alpha lora_layers max_seconds model out pattern recipe tokenizer "
     "tracking train",
     "describe": "arch block device exportable out pattern presets seq_len",
@@ -45,8 +45,9 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
 }
 BUDGET = (
     "active_params alpha base_width batch_size compile confirm confirm_rates confirm_seeds confirm_top d_model "
-    "decay_fraction depth devices embedding_lr evals growth lr max_tokens minutes multiple n_experts n_trials name optimizer precision rate "
-    "reduction rungs schedule seq_len tokens_per_active_param valid_tokens verdict_seeds weight_decay z_loss"
+    "decay_fraction depth devices embedding_lr evals growth lr max_tokens minutes multiple n_experts n_trials "
+    "name optimizer precision rate reduction rungs schedule seq_len tokens_per_active_param valid_tokens "
+    "verdict_seeds weight_decay z_loss"
 )
 GROUPS = {
     "search": "budget data experiment space",
