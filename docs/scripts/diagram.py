@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def _run_time_nodes(tree: ast.AST) -> list[ast.Import | ast.ImportFrom]:
     return nodes
 
 
+@functools.cache  # asked for at every page: reading all modules takes a second
 def import_matrix() -> str:
     """Return the matrix as SVG: a filled cell says that the row's package imports the column's."""
     found = layers()
