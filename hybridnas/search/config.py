@@ -29,6 +29,9 @@ ADDED = {
     "embedding_lr": TrainConfig().embedding_lr,
     "optimizer": TrainConfig().optimizer,
     "z_loss": TrainConfig().z_loss,
+    "confirm_rates": "own",
+    "verdict_seeds": 4,
+    "alpha": 0.05,
 }
 # Of a budget, what may change when a study goes on.
 LIMITS_OF_A_CALL = (

@@ -63,9 +63,13 @@ class TrialRecord:
     reason: str | None = None  # why it failed, was pruned or rejected
     seed: int = 0
     lr: float | None = None  # peak learning rate where the trial has its own; None: the budget's
-    rates: Sequence[Sequence[float | None]] = ()  # of its race, best first: [rate, loss at the first rung, tokens]
+    rates: Sequence[Sequence[float | None]] = field(
+        default_factory=list
+    )  # of its race, best first: [rate, loss at the first rung, tokens]
     own_lr: float | None = None  # best peak rate at full length, by which it is confirmed; None: that of its training
-    own_rates: Sequence[Sequence[float | None]] = ()  # of that race, best first: [rate, score, tokens]
+    own_rates: Sequence[Sequence[float | None]] = field(
+        default_factory=list
+    )  # of that race, best first: [rate, score, tokens]
     duplicate_of: int | None = None  # number of the trial whose result is reused
     objectives: Mapping[str, float] = field(default_factory=dict)  # asked for, in their order and directions
     figures: Mapping[str, float] = field(default_factory=dict)  # measured here, and state_bytes as asked for

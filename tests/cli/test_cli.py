@@ -225,7 +225,7 @@ MISTAKES = [  # command, settings, the setting at fault, what was got, one of wh
     ("train", ["preset=mamba", "train.lr=-1"], "train.lr", -1, "> 0"),
     ("train", ["preset=mamba", "train.tokns=1"], "train.tokns", "train.tokns", "train.tokens"),
     ("train", ["preset=mamba", "train.tokens=1.5"], "train.tokens", "1.5", "an integer"),
-    ("train", ["preset=mamba", "train.optimizer=muon"], "train.optimizer", "train.optimizer", "train.tokens"),
+    ("train", ["preset=mamba", "train.momentum=0.9"], "train.momentum", "train.momentum", "train.tokens"),
 ]
 
 

@@ -159,7 +159,7 @@ def test_a_batch_has_ids_targets_and_places_that_count(kind):
     source = small(kind)
     assert isinstance(source, Task)
     for batch in (source.train_batch(3, 5, source.seq_len, 1), next(source.valid_batches(10**6, 5, source.seq_len))):
-        inputs, targets, mask, _ = batch
+        inputs, targets, mask, *_ = batch
         assert inputs.shape == targets.shape == mask.shape == (5, source.seq_len)
         assert (inputs.dtype, targets.dtype, mask.dtype) == (torch.int64, torch.int64, torch.bool)
         assert all(ids.min() >= 0 and ids.max() < source.vocab_size for ids in (inputs, targets))

@@ -350,9 +350,9 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_what_was_measured(tm
     true = objective.cross_entropy_sum
     calls = []
 
-    def poisoned(*args):
+    def poisoned(*args, **options):
         calls.append(1)
-        return true(*args) * (math.nan if len(calls) == 5 else 1.0)
+        return true(*args, **options) * (math.nan if len(calls) == 5 else 1.0)
 
     monkeypatch.setattr(objective, "cross_entropy_sum", poisoned)
     result = run(tmp_path, settings(12))
@@ -378,9 +378,9 @@ def test_one_bad_batch_is_not_called_diverged(tmp_path, monkeypatch):
     true = objective.cross_entropy_sum
     calls = []
 
-    def spiked(*args):
+    def spiked(*args, **options):
         calls.append(1)
-        return true(*args) * (1e6 if len(calls) == 5 else 1.0)
+        return true(*args, **options) * (1e6 if len(calls) == 5 else 1.0)
 
     monkeypatch.setattr(objective, "cross_entropy_sum", spiked)
     assert run(tmp_path, settings(12)).status == "completed"
