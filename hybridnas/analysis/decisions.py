@@ -360,12 +360,19 @@ def choose(judged: Sequence[Judged], limit: float) -> Judged | None:
 
 
 def budget_words(
-    decisions: Mapping[str, Any], *, signal: str, rate: str, tokens_per_active_param: float, seeds: int = 1
+    decisions: Mapping[str, Any],
+    *,
+    signal: str,
+    rate: str | float,
+    active_params: int,
+    tokens_per_active_param: float,
+    seeds: int = 1,
 ) -> str:
     """Return one sentence on how far a study's comparisons can be trusted, from a decisions.json.
 
-    ``rate``: own, halved or shared. The measured policy with the nearest number of tokens stands for the budget; where
-    none has its signal, rates and seeds, the sentence says that nothing was measured.
+    ``rate``: own, halved, or the one rate of all; another word is a policy that no truth set has. Of the measured
+    policies with this signal and number of seeds, the one nearest in size, then in tokens, then in its shared rate
+    stands for the budget; where there is none, the sentence says that nothing was measured.
     """
     alike = [
         one
@@ -373,15 +380,18 @@ def budget_words(
         if one["signal"] == signal
         and one["seeds"] == seeds
         and one["size"] < decisions["truth"]["size"]
-        and (one["rate"] == rate or (rate == "shared" and one["rate"] not in (OWN, HALVED)))
+        and (one["rate"] == rate if isinstance(rate, str) else one["rate"] not in (OWN, HALVED))
     ]
     if not alike:
         return "how often comparisons at this budget are right was not measured"
     whole = decisions["truth"]["tokens_per_active_param"]
-    nearest = min(
-        alike,
-        key=lambda one: (abs(math.log(one["rung"] * whole / tokens_per_active_param)), -one["size"], -one["accuracy"]),
-    )
+
+    def distance(one: Mapping[str, Any]) -> tuple[float, float, float]:
+        off = one["size"] / active_params, one["rung"] * whole / tokens_per_active_param
+        own = 1.0 if isinstance(rate, str) else float(one["rate"]) / rate
+        return abs(math.log(off[0])), abs(math.log(off[1])), abs(math.log(own))
+
+    nearest = min(alike, key=distance)
     low, high = (100 * end for end in nearest["accuracy_interval"])
     return (
         f"comparisons at this budget agree with {decisions['truth']['size'] / nearest['size']:.0f} times larger, fully "

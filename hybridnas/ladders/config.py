@@ -103,7 +103,7 @@ class LadderConfig(FrozenConfig):
 
     @property
     def title(self) -> str:
-        """The ladder's name: the given one, or that of what it climbs from."""
+        """The ladder's name: the given one, else ``ladder-STUDY`` or ``ladder``."""
         if self.name:
             return self.name
         return f"ladder-{Path(self.study).name}" if self.study else "ladder"

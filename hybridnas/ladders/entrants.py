@@ -48,15 +48,15 @@ class Entrant:
 
 
 @dataclass(frozen=True)
-class Ground:
-    """What a ladder stands on: budget and data of size 1, and the study's architectures where there is one."""
+class Base:
+    """Budget and data of size 1, and the folder of the study where there is one."""
 
     budget: Budget
     data: Mapping[str, Any]
     folder: Path | None = None
 
 
-def ground(config: LadderConfig) -> Ground:
+def base_of(config: LadderConfig) -> Base:
     """Return budget and data of size 1: the study's, or those that are given; raises StudyError or ConfigError."""
     if not (config.study or config.patterns or config.presets):
         raise ConfigError(
@@ -80,10 +80,10 @@ def ground(config: LadderConfig) -> Ground:
         budget = Budget.from_dict(identity["budget"])
         data = identity["data"] if config.data is None else named_data(config.data)
     changes = {key: value for key in ("lr", "batch_size") if (value := getattr(config, key)) is not None}
-    return Ground(budget.replace(**changes), data, folder)
+    return Base(budget.replace(**changes), data, folder)
 
 
-def entrants(config: LadderConfig, base: Ground, vocab_size: int) -> list[Entrant]:
+def entrants(config: LadderConfig, base: Base, vocab_size: int) -> list[Entrant]:
     """Return the architectures at size 1, each once, the study's best first, then baselines, presets and patterns.
 
     Raises StudyError for a study without trials trained to the end, ConfigError and MatchError for a name, a pattern,
@@ -186,7 +186,7 @@ def _scale(budget: Budget, vocab_size: int, d_model: int, depth: int) -> Scale:
     )
 
 
-def _common(text: str, base: Ground) -> dict[str, Any]:
+def _common(text: str, base: Base) -> dict[str, Any]:
     """Return the fields that a pattern's blocks take from the budget."""
     letters = {slot.letter for slot in parse(text).slots}
     return {"n_experts": base.budget.n_experts} if "E" in letters else {}

@@ -90,7 +90,7 @@ class Ladder:
     def __init__(self, config: LadderConfig) -> None:
         """Read settings, study and data, and grow every architecture; nothing is written."""
         from hybridnas.data import open_source, source_config
-        from hybridnas.ladders.entrants import ground
+        from hybridnas.ladders.entrants import base_of
         from hybridnas.ladders.plan import make_plan
 
         name = config.title
@@ -102,7 +102,7 @@ class Ladder:
                 allowed="a plain folder name",
             )
         pick_device(config.device)
-        base = ground(config)
+        base = base_of(config)
         self.config = config
         self.plan: Plan = make_plan(config, base, open_source(source_config(base.data)))
         self.folder = self.plan.folder
@@ -139,7 +139,7 @@ class Ladder:
         listed = [*tuning, *plan.runs(self._rates())]
         watch = _Watch(say, listed)
         self._announce(say, listed)
-        train(plan, tuning, watch.told, callbacks=callbacks, until=until)
+        train(plan, tuning, watch.run_ended, callbacks=callbacks, until=until)
         rates = self._rates()
         if tuning and all(ended(run) for run in tuning):
             say("rates: " + ", ".join(f"{name} {rate:g} times the law's" for name, rate in rates.items()))
@@ -147,7 +147,7 @@ class Ladder:
             if at_end := [name for name, rate in rates.items() if rate in ends]:
                 say(f"warning: the best rate of {', '.join(at_end)} is an end of rates={list(config.rates)}; try more")
         if until is None or time.time() < until:
-            train(plan, list(plan.runs(rates)), watch.told, callbacks=callbacks, until=until)
+            train(plan, list(plan.runs(rates)), watch.run_ended, callbacks=callbacks, until=until)
         return rates
 
     def _announce(self, say: Callable[[str], None], listed: Sequence[LadderRun]) -> None:
@@ -159,6 +159,10 @@ class Ladder:
         tokens = sum(run.trained_tokens for run in missing)
         say(f"ladder {config.title} in {self.folder}, {describe_machine()}")
         say(f"data: {plan.source.describe()}")
+        if plan.budget.rate == "tuned" and len(config.rates) == 1:
+            say(
+                "warning: the study's trials have learning rates of their own, the ladder one for all; give rates=[...]"
+            )
         say(f"plan: {', '.join(counts)}: {len(listed)} trainings, {len(listed) - len(missing)} of them done")
         if missing:
             seconds = expected_seconds(plan, missing) / config.workers
@@ -289,7 +293,7 @@ class _Watch:
         self.trained = 0
         self.began = time.monotonic()
 
-    def told(self, key: str, status: str, reason: str) -> None:
+    def run_ended(self, key: str, status: str, reason: str) -> None:
         self.done += 1
         self.trained += self.left.pop(key, 0)
         seconds = (time.monotonic() - self.began) / max(1, self.trained) * sum(self.left.values())

@@ -18,7 +18,7 @@ from pathlib import Path
 from hybridnas.arch.arch import Arch
 from hybridnas.data.source import Source
 from hybridnas.ladders.config import LadderConfig
-from hybridnas.ladders.entrants import Ground, entrants, grown
+from hybridnas.ladders.entrants import Base, entrants, grown
 from hybridnas.search.config import Budget
 from hybridnas.train.config import TrainConfig
 from hybridnas.train.loop import identity
@@ -85,18 +85,14 @@ class Plan:
         return TrainConfig(
             tokens=points[-1],
             batch_size=batch,
-            seq_len=budget.seq_len,
             lr=budget.lr * factor**config.lr_power * rate,
             warmup_fraction=min(1.0, config.warmup * size / points[-1]),
             schedule="wsd",
             decay_fraction=config.decay_fraction,
             anneal_at=tuple(points),
             eval_at=tuple(points),
-            weight_decay=budget.weight_decay,
-            valid_tokens=budget.valid_tokens,
-            precision=budget.precision,
-            compile=budget.compile,
             seed=seed,
+            **budget.shared_settings(),
         )
 
     def _run(self, name: str, factor: float, seed: int, rate: float, *, tuning: bool = False) -> LadderRun:
@@ -107,7 +103,7 @@ class Plan:
         return LadderRun(name, arch, factor, rate, config, place, tuning)
 
 
-def make_plan(config: LadderConfig, base: Ground, source: Source) -> Plan:
+def make_plan(config: LadderConfig, base: Base, source: Source) -> Plan:
     """Return the ladder's runs; raises ConfigError, MatchError or StudyError for what cannot be grown or trained."""
     from hybridnas.train.objective import check_causal
 

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from hybridnas.files import write_atomic
+from hybridnas.draw.figure import FAINT, SETTINGS, save, series_style
 from hybridnas.ladders.rows import Row, mean_losses
 from hybridnas.ladders.verdict import AHEAD, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INK, _FAINT = "#1F2933", "#9AA5B1"
-_COLORS = ("#2F6DA8", "#C8553D", "#5B8C3A", "#7B519D", "#17877E", "#D08A1D", "#8A6642", "#B0457B", "#4C5FA8")
-_MARKS = "osD^vP*X<>"
-_SETTINGS: dict[Any, Any] = {
-    "svg.hashsalt": "hybridnas",
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.grid": True,
-    "grid.color": "#E4E7EB",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
 _LINE = 40  # points of a drawn law
 
 
@@ -45,9 +26,8 @@ def draw(rows: Sequence[Row], verdict: Verdict, target: int, out: Path) -> tuple
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    paths = []
     laws = any(model.fit is not None for model in verdict.models)
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(11.5 if laws else 7.5, 4.6), layout="constrained")
         FigureCanvasAgg(figure)
         panels = list(figure.subplots(1, 2 if laws else 1, squeeze=False)[0])
@@ -56,12 +36,7 @@ def draw(rows: Sequence[Row], verdict: Verdict, target: int, out: Path) -> tuple
             _laws(panels[1], rows, verdict, target)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", fontsize=8.5)
-        for kind in ("svg", "png"):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, dpi=144, metadata={"Date": None} if kind == "svg" else None)
-            paths.append(out.with_suffix(f".{kind}"))
-            write_atomic(paths[-1], buffer.getvalue())
-    return tuple(paths)
+        return tuple(save(figure, out))
 
 
 def _measured(ax: Axes, rows: Sequence[Row]) -> None:
@@ -70,7 +45,7 @@ def _measured(ax: Axes, rows: Sequence[Row]) -> None:
     for index, model in enumerate(dict.fromkeys(row.model for row in rows)):
         for place, size in enumerate(sorted({row.size for row in rows if row.model == model})):
             points = sorted((flops[key], loss) for key, loss in means.items() if key[:2] == (model, size))
-            ax.plot(*zip(*points, strict=True), lw=1.0, label=None if place else model, **_style(index))
+            ax.plot(*zip(*points, strict=True), lw=1.0, label=None if place else model, **series_style(index, 4.5))
     _frame(ax, "measured: a line for each size, a point for each annealing")
 
 
@@ -81,7 +56,7 @@ def _laws(ax: Axes, rows: Sequence[Row], verdict: Verdict, target: int) -> None:
     low, high = target * min(row.size for row in rows), target * top * AHEAD[-1] ** 0.5
     for model in verdict.models:
         own = [row for row in rows if row.model == model.name]
-        style = _style(order.index(model.name))
+        style = series_style(order.index(model.name), 4.5)
         per_token = {row.active_params: row.flops / row.tokens for row in own}
         hidden = {one.size for one in model.held_out}
         last = {row.size: max(other.tokens for other in own if other.size == row.size) for row in own}
@@ -99,7 +74,7 @@ def _laws(ax: Axes, rows: Sequence[Row], verdict: Verdict, target: int) -> None:
             compute, [one.low for one in found], [one.high for one in found], color=style["color"], alpha=0.13, lw=0
         )
     _frame(ax, f"laws at {ratio:.0f} tokens per parameter; hollow: held out")
-    ax.axvline(max(row.flops for row in rows), color=_FAINT, lw=0.8, ls=":")
+    ax.axvline(max(row.flops for row in rows), color=FAINT, lw=0.8, ls=":")
 
 
 def _per_token(known: dict[int, float], params: float) -> float:
@@ -118,7 +93,3 @@ def _frame(ax: Axes, title: str) -> None:
     ax.set_title(title, loc="left", fontsize=10)
     ax.set_xlabel("training compute [FLOP]")
     ax.set_ylabel("validation loss [nats/token]")
-
-
-def _style(index: int) -> dict[str, Any]:
-    return {"color": _COLORS[index % len(_COLORS)], "marker": _MARKS[index % len(_MARKS)], "ms": 4.5}

@@ -26,27 +26,32 @@ from hybridnas.study.locks import FileLock
 from hybridnas.train.callbacks import Callback
 from hybridnas.train.experiment import Cell, CellResult, Experiment
 
-Told = Callable[[str, str, str], None]  # takes a run's key, its status and its reason
+OnEnd = Callable[[str, str, str], None]  # takes a run's key, its status and its reason
 
 
 def train(
-    plan: Plan, runs: Sequence[LadderRun], told: Told, *, callbacks: Iterable[Callback] = (), until: float | None = None
+    plan: Plan,
+    runs: Sequence[LadderRun],
+    on_end: OnEnd,
+    *,
+    callbacks: Iterable[Callback] = (),
+    until: float | None = None,
 ) -> None:
-    """Train what has not ended, until all has, or ``until`` [time.time()]; ``told`` is called with each that ends.
+    """Train what has not ended, until all has, or ``until`` [time.time()]; ``on_end`` is called with each that ends.
 
     Ctrl-C saves and raises KeyboardInterrupt. Raises what a training raises that would end the next one, too.
     """
     if plan.config.workers == 1:
-        _train_here(plan, runs, told, callbacks, until)
+        _train_here(plan, runs, on_end, callbacks, until)
     elif any(not ended(run) for run in runs):
-        _train_apart(plan, runs, told, until)
+        _train_apart(plan, runs, on_end, until)
 
 
 def _train_here(
-    plan: Plan, runs: Sequence[LadderRun], told: Told, callbacks: Iterable[Callback], until: float | None
+    plan: Plan, runs: Sequence[LadderRun], on_end: OnEnd, callbacks: Iterable[Callback], until: float | None
 ) -> None:
     def keep(done: CellResult) -> None:
-        told(done.cell.key, done.result.status, done.result.reason)
+        on_end(done.cell.key, done.result.status, done.result.reason)
 
     minutes = None if until is None else max(0.0, until - time.time()) / 60
     with contextlib.closing(_claimed(plan, runs)) as cells:  # whatever ends it, its claim ends here
@@ -75,7 +80,7 @@ def _claimed(plan: Plan, runs: Sequence[LadderRun]) -> Generator[Cell, None, Non
             lock.release()
 
 
-def _train_apart(plan: Plan, runs: Sequence[LadderRun], told: Told, until: float | None) -> None:
+def _train_apart(plan: Plan, runs: Sequence[LadderRun], on_end: OnEnd, until: float | None) -> None:
     """Start workers on the runs and watch them; one that dies leaves its run to the others and to the next call."""
     context = multiprocessing.get_context("spawn")
     rates = None if runs[0].tuning else {run.entrant: run.rate for run in runs}
@@ -111,7 +116,7 @@ def _train_apart(plan: Plan, runs: Sequence[LadderRun], told: Told, until: float
                         failure = failure or message
                         _let_go(workers)
                     else:
-                        told(*message)
+                        on_end(*message)
             except KeyboardInterrupt:
                 if interrupted:
                     raise
@@ -138,7 +143,7 @@ def _work(
 ) -> None:
     """Train as a worker, until nothing is left to claim, the parent says so, or it is gone."""
     from hybridnas.data import open_source, source_config
-    from hybridnas.ladders.entrants import ground
+    from hybridnas.ladders.entrants import base_of
     from hybridnas.ladders.plan import make_plan
 
     if hasattr(os, "setsid"):
@@ -153,7 +158,7 @@ def _work(
     threading.Thread(target=listen, daemon=True).start()
     try:
         config = LadderConfig.from_dict(settings)
-        base = ground(config)
+        base = base_of(config)
         plan = make_plan(config, base, open_source(source_config(base.data)))
         runs = plan.tuning() if rates is None else list(plan.runs(dict(rates)))
         _train_here(plan, runs, lambda *words: parent.send(words), (), until)
@@ -166,12 +171,11 @@ def _work(
 @contextlib.contextmanager
 def _environment(workers: int) -> Iterator[None]:
     """Give each worker that is started here its share of the processor."""
-    from hybridnas.search.workers.supervisor import threads_each
+    from hybridnas.search.workers.supervisor import THREAD_VARIABLES, threads_each
 
     threads = str(threads_each(workers))
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, threads))
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, threads))
     try:
         yield
     finally:

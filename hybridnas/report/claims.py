@@ -41,15 +41,17 @@ def study_documents(study_folder: Path) -> Documents:
 def budget_note(meta: StudyMeta, decisions: Path = DECISIONS) -> str | None:
     """State how often comparisons at a study's budget decide rightly, as far as it was measured.
 
-    None for a study that trained nothing, or whose size is not known.
+    None for a study that trained nothing, or whose size and learning rate are not known.
     """
-    if meta.from_table or not meta.tokens or not meta.active_params:
+    if meta.from_table or not (meta.tokens and meta.active_params and meta.lr):
         return None
     measured = json.loads(decisions.read_text(encoding="utf-8")) if decisions.is_file() else {"policies": []}
+    rates: dict[str, str | float] = {"tuned": HALVED, "shared": meta.lr}
     words = budget_words(
         measured,
         signal=ANNEALED if meta.schedule == "wsd" else COSINE,
-        rate=HALVED if meta.rate == "tuned" else "shared",
+        rate=rates.get(meta.rate, meta.rate),
+        active_params=meta.active_params,
         tokens_per_active_param=meta.tokens / meta.active_params,
     )
     return f"{words[0].upper()}{words[1:]}."

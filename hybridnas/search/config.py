@@ -161,21 +161,26 @@ class Budget(FrozenConfig):
             final_lr_fraction=0.0 if annealed else TrainConfig().final_lr_fraction,
             anneal_at=rungs[:-1] if annealed else (),
             batch_size=self.batch_size,
-            seq_len=self.seq_len,
             lr=self.lr,
-            rate_scaling="mup" if self.rate == "scaled" else "none",
-            base_width=self.base_width,
-            embedding_lr=self.embedding_lr,
-            optimizer=self.optimizer,
-            z_loss=self.z_loss,
-            weight_decay=self.weight_decay,
             eval_at=self.eval_tokens(active_params),
-            valid_tokens=self.valid_tokens,
-            precision=self.precision,
-            compile=self.compile,
             devices=self.devices,
             seed=seed,
+            **self.shared_settings(),
         )
+
+    def shared_settings(self) -> dict[str, Any]:
+        """Return the settings of a training that depend on neither its size nor its length: also those of a ladder."""
+        return {
+            "seq_len": self.seq_len,
+            "rate_scaling": "mup" if self.rate == "scaled" else "none",
+            **{
+                name: getattr(self, name)
+                for name in (
+                    *("base_width", "embedding_lr", "optimizer", "z_loss", "weight_decay"),
+                    *("valid_tokens", "precision", "compile"),
+                )
+            },
+        }
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that decide a study's numbers, in the form that older studies have."""

@@ -37,11 +37,11 @@ def start(relatives: Mapping[int, TrialRecord], record: TrialRecord, usual: floa
     """
     letters = _letters(record)
     raced = [r for r in relatives.values() if r.lr is not None and r.number < record.number and r.state in TRAINED]
-    kin = [r for r in raced if _letters(r) == letters]
-    found = sorted(float(r.lr) for r in (kin or raced) if r.lr is not None)
+    alike = [r for r in raced if _letters(r) == letters]
+    found = sorted(float(r.lr) for r in (alike or raced) if r.lr is not None)
     if not found:
         return usual, False
-    agree = len(kin) >= AGREEING and len(set(found)) == 1
+    agree = len(alike) >= AGREEING and len(set(found)) == 1
     return found[len(found) // 2], agree
 
 

@@ -231,6 +231,7 @@ def _meta(
         alpha=budget.alpha,
         schedule=budget.schedule,
         rate=budget.rate,
+        lr=budget.lr,
         active_params=target,
         tokens=budget.rung_tokens(target)[-1],
         seq_len=budget.seq_len,

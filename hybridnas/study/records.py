@@ -150,6 +150,7 @@ class StudyMeta:
     alpha: float = 0.05  # significance level of what the report claims
     schedule: str = "cosine"  # budget.schedule: what a score at a rung is
     rate: str = "shared"  # budget.rate: which learning rate a trial has
+    lr: float | None = None  # budget.lr
     active_params: int | None = None  # what every candidate was matched to [count]
     tokens: int | None = None  # training tokens of a full trial
     seq_len: int | None = None

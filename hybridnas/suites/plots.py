@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import re
 from collections.abc import Iterable, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from hybridnas.files import write_atomic
+from hybridnas.draw.figure import FAINT, MARKS, SETTINGS, save, series_style
 from hybridnas.suites import results, speed
 from hybridnas.suites.results import Row
 from hybridnas.suites.suite import Suite
@@ -21,25 +20,7 @@ if TYPE_CHECKING:
 
     from hybridnas.suites.runner import Outcome
 
-_INK, _FAINT = "#1F2933", "#9AA5B1"
-_COLOURS = ("#2F6DA8", "#C8553D", "#5B8C3A", "#7B519D", "#17877E", "#D08A1D", "#8A6642", "#B0457B", "#4C5FA8")
-_MARKS = "osD^vP*X<>"
 _DASHES = ("-", "--", ":", "-.")
-_SETTINGS: dict[Any, Any] = {
-    "svg.hashsalt": "hybridnas",
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.grid": True,
-    "grid.color": "#E4E7EB",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
 
 
 def draw(suite: Suite, outcome: Outcome, out: Path) -> list[Path]:
@@ -52,8 +33,7 @@ def draw(suite: Suite, outcome: Outcome, out: Path) -> list[Path]:
     rows = [row for row in results.choose(outcome.rows, suite) if row.chosen and row.score is not None]
     if not rows:
         return []
-    paths = []
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(9.2, 4.8), layout="constrained")
         FigureCanvasAgg(figure)
         ax = figure.subplots()
@@ -62,12 +42,7 @@ def draw(suite: Suite, outcome: Outcome, out: Path) -> list[Path]:
         handles, labels = ax.get_legend_handles_labels()
         if labels:
             figure.legend(handles, labels, loc="outside right upper", fontsize=8.5)
-        for kind in ("svg", "png"):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, dpi=144, metadata={"Date": None} if kind == "svg" else None)
-            paths.append(out.with_suffix(f".{kind}"))
-            write_atomic(paths[-1], buffer.getvalue())
-    return paths
+        return save(figure, out)
 
 
 def _tasks(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> None:
@@ -76,13 +51,13 @@ def _tasks(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> Non
     scale = 100 if suite.higher else 1
     for index, (model, own) in enumerate(ours.items()):
         places = [(i, scale * own[c]) for i, c in enumerate(columns) if c in own]
-        ax.plot(*_pairs(places), ls="-", lw=0.8, alpha=0.9, label=model, **_style(index))
+        ax.plot(*_pairs(places), ls="-", lw=0.8, alpha=0.9, label=model, **series_style(index))
     for index, row in enumerate(suite.published):
         places = [(i, row.values[c]) for i, c in enumerate(columns) if c in row.values]
         if not places:  # measured on other settings: in the table alone
             continue
-        mark = _MARKS[index % len(_MARKS)]
-        ax.plot(*_pairs(places), ls="", mfc="none", mec=_FAINT, marker=mark, label=f"{row.model} [published]")
+        mark = MARKS[index % len(MARKS)]
+        ax.plot(*_pairs(places), ls="", mfc="none", mec=FAINT, marker=mark, label=f"{row.model} [published]")
     ax.set_xticks(range(len(columns)), [column.replace(" ", "\n", 1) for column in columns])
     ax.set_ylabel(_unit(suite))
     if suite.higher:
@@ -98,7 +73,7 @@ def _widths(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> No
             points = sorted(
                 (width, 100 * fmean(row.score or 0.0 for row in group)) for width, group in by_width.items()
             )
-            style = _style(index) | {"ls": dash, "mfc": _style(index)["color"] if dash == "-" else "none"}
+            style = series_style(index) | {"ls": dash, "mfc": series_style(index)["color"] if dash == "-" else "none"}
             ax.plot(*_pairs(points), lw=1.4, label=f"{model}; {task}", **style)
     widths = sorted({row.d_model for row in rows})
     ax.set_xscale("log", base=2)
@@ -116,7 +91,7 @@ def _state(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> Non
     for index, (model, own) in enumerate(results.grouped(rows, lambda row: _family(row.model)).items()):
         by_state = results.grouped(own, lambda row: row.state_bytes)
         points = sorted((state, 100 * max(_by_model(group))) for state, group in by_state.items())
-        ax.plot(*_pairs(points), lw=1.2, label=model, **_style(index))
+        ax.plot(*_pairs(points), lw=1.2, label=model, **series_style(index))
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
     ax.xaxis.set_minor_formatter(NullFormatter())
@@ -135,11 +110,11 @@ def _lengths(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> N
             by_model.setdefault(name, {}).setdefault(row.length, []).append(100 * row.accuracy)
     for index, (model, own) in enumerate(by_model.items()):
         points = [(length, fmean(values)) for length, values in sorted(own.items())]
-        ax.plot(*_pairs(points), lw=1.6, label=model, **_style(index))
+        ax.plot(*_pairs(points), lw=1.6, label=model, **series_style(index))
     powers = {results.power_of_two(2**power): 2**power for power in range(31)}
     for index, published in enumerate(suite.published):
         points = [(powers[name], value) for name, value in published.values.items() if name in powers]
-        style: dict[str, Any] = {**_style(index), "color": _FAINT, "lw": 0.9, "ls": "--", "mfc": "none", "ms": 3.5}
+        style: dict[str, Any] = {**series_style(index), "color": FAINT, "lw": 0.9, "ls": "--", "mfc": "none", "ms": 3.5}
         ax.plot(*_pairs(points), label=f"{published.model} [published]", **style)
     _trained_at(ax, rows)
     lengths = sorted({row.length for row in outcome.lengths})
@@ -155,8 +130,8 @@ def _lengths(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> N
 
 def _trained_at(ax: Axes, rows: Iterable[Row]) -> None:
     for length in sorted({row.seq_len for row in rows}):
-        ax.axvline(length, color=_FAINT, lw=0.8, ls=":")
-        ax.text(length, 50, " trained at", color=_FAINT, fontsize=8, rotation=90, va="center", ha="right")
+        ax.axvline(length, color=FAINT, lw=0.8, ls=":")
+        ax.text(length, 50, " trained at", color=FAINT, fontsize=8, rotation=90, va="center", ha="right")
 
 
 def _curves(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> None:
@@ -168,11 +143,11 @@ def _curves(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> No
     for row in rows:
         points = speed.points(outcome.curves, row)
         seen += [loss for _, loss in points[len(points) // 5 :]]
-        style = _style(names.setdefault(row.model, len(names))) | {"ms": 2.5}
+        style = series_style(names.setdefault(row.model, len(names))) | {"ms": 2.5}
         ax.plot(*_pairs(points), lw=1.2, label=row.model if row.seed == suite.seeds[0] else None, **style)
     base = next((row.valid_loss for row in rows if row.model == suite.baseline), None)
     if base is not None:
-        ax.axhline(base, color=_FAINT, lw=0.9, ls="--")
+        ax.axhline(base, color=FAINT, lw=0.9, ls="--")
     if seen:
         margin = 0.04 * (max(seen) - min(seen) or 1)
         ax.set_ylim(min(seen) - margin, max(seen) + margin)
@@ -189,10 +164,6 @@ def _family(model: str) -> str:
 def _by_model(rows: Iterable[Row]) -> list[float]:
     """Return each model's mean score over tasks and seeds."""
     return [fmean(row.score or 0.0 for row in own) for own in results.grouped(rows, lambda row: row.model).values()]
-
-
-def _style(index: int) -> dict[str, Any]:
-    return {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKS[index % len(_MARKS)], "ms": 5}
 
 
 def _pairs(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

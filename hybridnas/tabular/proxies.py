@@ -1,6 +1,6 @@
 """Zero-cost proxies: scores of an architecture at initialization, from one batch and no training.
 
-They are rivals of short trainings: whatever orders architectures no better than they do is not worth its tokens.
+Short trainings are compared with them: one that orders architectures no better is not worth its tokens.
 Shapes: B batch, L length, D d_model, N tokens that are compared.
 """
 

@@ -1,7 +1,7 @@
 """Trains the truth set: listed architectures at several sizes, each at rates of its own and with seeds at the best one.
 
 Each training is a cell of an :class:`hybridnas.train.experiment.Experiment`, so it resumes to the bit. Any number of
-processes work on one set: whoever is free takes the first training that has no row and no holder. The order makes any
+processes work on one set: each takes the first training that has no row and is locked by no other. The order makes any
 beginning useful: small sizes first; of a size one rate of every architecture, then the others, then seeds at the best
 rate, then recall, then the same in one cosine.
 """

@@ -102,9 +102,7 @@ def fit(
         start.freeze(model, freeze)
     around: AbstractContextManager[None] = nullcontext()
     if lora is not None and isinstance(model, nn.Module):
-        own = {"rank": lora} if isinstance(lora, int) else lora
-        wanted = own if isinstance(own, start.Lora) else start.Lora.from_dict(own)
-        around = start.adapted(model, wanted, seed=config.seed)
+        around = start.adapted(model, start.Lora.of(lora), seed=config.seed)
     with around:
         result = run(
             model,

@@ -35,6 +35,13 @@ class Lora(FrozenConfig):
     def label(cls) -> str:
         return "lora"
 
+    @classmethod
+    def of(cls, given: Lora | Mapping[str, Any] | int) -> Lora:
+        """Return the settings as they are, from their fields, or those of a rank."""
+        if isinstance(given, Lora):
+            return given
+        return cls.from_dict({"rank": given} if isinstance(given, int) else given)
+
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Let the parameters whose names match any pattern (``*`` and ``?``) have no gradient; returns their names.

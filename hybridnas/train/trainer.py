@@ -198,9 +198,10 @@ class Trainer:
 
     def _return(self) -> None:
         """Take up the state before the branch that has ended; time and trained steps go on."""
-        assert self._stable is not None or self.folder is not None
-        found = self._stable or checkpoint.load_stable(self.folder)  # type: ignore[arg-type]
-        branch = self.state
+        found, branch = self._stable, self.state
+        if found is None:  # an earlier process kept it
+            assert self.folder is not None
+            found = checkpoint.load_stable(self.folder)
         self._take(found, checkpoint.STABLE)
         state = self.state
         state.annealed = branch.decay

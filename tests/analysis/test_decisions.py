@@ -178,9 +178,33 @@ def test_the_measured_budget_becomes_a_sentence_and_an_unmeasured_one_says_so():
     body = measure(rows, rows.truth(), {"parameters": dict.fromkeys(rows.patterns, 1.0)}, draws=20)
     assert body["reporting"]["n"] == 12 and body["truth"]["architectures"] == {CHOOSING: 12, REPORTING: 12}
     assert body["signals"][0]["accuracy"] == 0.5
-    words = budget_words(body, signal=ANNEALED, rate=OWN, tokens_per_active_param=90)
+    words = budget_words(body, signal=ANNEALED, rate=OWN, active_params=1000, tokens_per_active_param=90)
     assert words == (
         "comparisons at this budget agree with 8 times larger, fully tuned models in 100 % of pairs "
         "(95 % interval 100 to 100 %)"
     )
-    assert "was not measured" in budget_words(body, signal=COSINE, rate=OWN, tokens_per_active_param=20)
+    assert "was not measured" in budget_words(
+        body, signal=COSINE, rate=OWN, active_params=1000, tokens_per_active_param=20
+    )
+
+
+def test_the_policy_nearest_in_size_tokens_and_rate_stands_for_a_budget():
+    def policy(size, rung, rate, accuracy):
+        own = {"signal": COSINE, "seeds": 1, "accuracy_interval": [0.0, 1.0]}
+        return {**own, "size": size, "rung": rung, "rate": rate, "accuracy": accuracy}
+
+    policies = [
+        *(policy(4_000, 0.25, rate, accuracy) for rate, accuracy in (("0.004", 0.61), ("0.012", 0.62))),
+        *(policy(4_000, 1.0, rate, accuracy) for rate, accuracy in (("0.004", 0.63), ("0.012", 0.64))),
+        *(policy(16_000, 0.25, rate, accuracy) for rate, accuracy in (("0.004", 0.65), ("0.012", 0.99))),
+    ]
+    body = {"policies": policies, "truth": {"size": 64_000, "tokens_per_active_param": 100}}
+
+    def words(active_params, tokens, rate):
+        return budget_words(body, signal=COSINE, rate=rate, active_params=active_params, tokens_per_active_param=tokens)
+
+    assert "in 61 % of pairs" in words(5_000, 20, 0.003)
+    assert "in 62 % of pairs" in words(5_000, 20, 0.02)
+    assert "16 times larger, fully tuned models in 64 % of pairs" in words(2_000, 90, 0.012)
+    assert "4 times larger, fully tuned models in 65 % of pairs" in words(30_000, 20, 0.004)
+    assert "was not measured" in words(5_000, 20, "scaled")

@@ -9,7 +9,7 @@ from hybridnas.data import open_source
 from hybridnas.data.source import source_config
 from hybridnas.errors import ConfigError, MatchError, StudyError
 from hybridnas.ladders.config import LadderConfig
-from hybridnas.ladders.entrants import Entrant, entrants, ground, grown
+from hybridnas.ladders.entrants import Entrant, base_of, entrants, grown
 from hybridnas.ladders.ladder import Ladder
 from hybridnas.ladders.plan import make_plan
 from hybridnas.search.config import Budget
@@ -79,7 +79,7 @@ def plan(corpus):
         presets=["mamba"], patterns=["MFMF", "MFMF"], sizes=[1, 8], seeds=2, tokens=[2, 4, 8], rates=[1, 2],
         budget=BUDGET | {"lr": 0.016}, data={"kind": "text", "path": str(corpus)},
     )  # fmt: skip
-    base = ground(config)
+    base = base_of(config)
     return make_plan(config, base, open_source(source_config(base.data)))
 
 
@@ -107,7 +107,7 @@ def test_every_run_is_listed_once_and_architectures_of_one_size_get_the_same_tok
 
 def test_a_ladder_without_architectures_is_refused():
     with pytest.raises(ConfigError) as caught:
-        ground(LadderConfig())
+        base_of(LadderConfig())
     assert caught.value.field == "ladder.study"
 
 
@@ -119,4 +119,4 @@ def test_a_study_that_does_not_exist_is_refused(tmp_path):
 def test_a_preset_that_does_not_exist_is_refused():
     config = LadderConfig(presets=["mambo"], budget=BUDGET)
     with pytest.raises(Exception, match="mamba"):
-        entrants(config, ground(config), 256)
+        entrants(config, base_of(config), 256)

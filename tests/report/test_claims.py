@@ -21,18 +21,19 @@ POLICIES = [
         ({"schedule": "wsd", "rate": "tuned"}, "agree with 4 times larger, fully tuned models in 83 % of pairs"),
         ({}, "in 70 % of pairs (95 % interval 60 to 80 %)"),
         ({"schedule": "wsd"}, "was not measured"),
+        ({"rate": "scaled"}, "was not measured"),
     ],
-    ids=["tuned", "as-ever", "unmeasured"],
+    ids=["tuned", "as-ever", "unmeasured", "scaled"],
 )
 def test_a_report_says_how_often_comparisons_at_its_budget_decide_rightly(tmp_path, fields, part):
     path = tmp_path / "decisions.json"
     path.write_text(json.dumps({"policies": POLICIES, "truth": {"size": 64_000, "tokens_per_active_param": 100}}))
-    meta = StudyMeta(name="s", tokens=800_000, active_params=16_000, **fields)
+    meta = StudyMeta(name="s", tokens=800_000, active_params=16_000, lr=0.012, **fields)
     assert part in budget_note(meta, path)
 
 
 def test_nothing_is_said_where_nothing_was_trained_and_no_figure_where_none_was_measured(tmp_path):
-    meta = StudyMeta(name="s", tokens=800_000, active_params=16_000)
+    meta = StudyMeta(name="s", tokens=800_000, active_params=16_000, lr=0.012)
     assert "was not measured" in budget_note(meta, tmp_path / "absent.json")
     assert budget_note(StudyMeta(name="s", from_table=True, tokens=1, active_params=1)) is None
     assert budget_note(StudyMeta(name="s")) is None

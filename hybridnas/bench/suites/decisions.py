@@ -17,8 +17,9 @@ from hybridnas.analysis import decisions
 from hybridnas.analysis.decisions import ANNEALED, COSINE, HALVED, OWN, Rows, StepShare, Truth
 from hybridnas.bench.context import BenchConfig, provenance
 from hybridnas.bench.result import Result, Table
+from hybridnas.draw.figure import FAINT, INK, SETTINGS, save
 from hybridnas.errors import StudyError
-from hybridnas.files import write_atomic, write_json
+from hybridnas.files import write_json
 from hybridnas.study.truth import CHOOSING, HALVES, RATES, RECALL, REPORTING, RUNGS, TEXT, TruthRow, read_truth
 
 LIMIT = 1 / 8  # compute of the default policy at most, as a part of the truth's
@@ -176,13 +177,11 @@ def _step_words(one: Mapping[str, Any]) -> str:
 
 def draw(body: Mapping[str, Any], path: Path) -> list[Path]:
     """Draw accuracy over compute, all pairs and the best half, as SVG and PNG; returns the files."""
-    import io
-
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.hashsalt": "hybridnas", "font.size": 9, "legend.frameon": False}):
+    with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(10, 4.4), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, 2, sharey=True)
@@ -209,31 +208,24 @@ def draw(body: Mapping[str, Any], path: Path) -> list[Path]:
                     one[name],
                     yerr=[[max(0.0, one[name] - low)], [max(0.0, high - one[name])]],
                     fmt="*",
-                    color="#1F2933",
+                    color=INK,
                     markersize=13,
                     capsize=3,
                 )
-            panel.axhline(DATA_DECIDE, color="#9AA5B1", linestyle="--", linewidth=1)
-            panel.axhline(0.5, color="#9AA5B1", linestyle=":", linewidth=1)
-            panel.axvline(LIMIT, color="#9AA5B1", linestyle=":", linewidth=1)
+            panel.axhline(DATA_DECIDE, color=FAINT, linestyle="--", linewidth=1)
+            panel.axhline(0.5, color=FAINT, linestyle=":", linewidth=1)
+            panel.axvline(LIMIT, color=FAINT, linestyle=":", linewidth=1)
             panel.set_xscale("log")
             panel.set_xlabel("compute, as a part of the truth's")
             panel.set_title(words, loc="left")
-            panel.spines[["top", "right"]].set_visible(False)
         panels[0].set_ylabel("share decided as by the truth")
         for signal in dict.fromkeys(one["signal"] for one in body["policies"]):
             panels[1].scatter([], [], color=_COLORS.get(signal, _OTHER_COLOR), label=signal, s=30)
         for mark, words in (("o", "own best rate"), ("s", "own rate, halved"), ("x", "one rate for all")):
-            panels[1].scatter([], [], color="#1F2933", marker=mark, label=words, s=30)
-        panels[1].scatter([], [], color="#1F2933", marker="*", s=110, label="default, reporting half")
+            panels[1].scatter([], [], color=INK, marker=mark, label=words, s=30)
+        panels[1].scatter([], [], color=INK, marker="*", s=110, label="default, reporting half")
         figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right upper")
-        files = []
-        for kind in ("svg", "png"):
-            image = io.BytesIO()
-            figure.savefig(image, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-            files.append(path.with_suffix(f".{kind}"))
-            write_atomic(files[-1], image.getvalue())
-    return files
+        return save(figure, path)
 
 
 def simulated(

@@ -117,6 +117,17 @@ def mamba2(config: Any, d_model: int, *, expand: bool = True) -> dict[str, Any]:
     }
 
 
+def gated_delta(config: Any) -> dict[str, Any]:
+    """Return a Gated DeltaNet's sizes by the names that Qwen3-Next and OLMo-Hybrid share."""
+    return {
+        "linear_num_key_heads": config.heads,
+        "linear_num_value_heads": config.value_heads,
+        "linear_key_head_dim": config.key_dim,
+        "linear_value_head_dim": config.value_dim,
+        "linear_conv_kernel_dim": config.d_conv,
+    }
+
+
 def whole_factor(config: Any) -> int:
     """Return the mixer's inner width as a multiple of d_model; raises ConfigError where it is no whole multiple."""
     if config.width % config.d_model:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.presets import layered
-from hybridnas.export.hf.configs import activation, around, first, heads, layers, rope
+from hybridnas.export.hf.configs import activation, around, first, gated_delta, heads, layers, rope
 from hybridnas.export.hf.family import Family, register
 from hybridnas.export.hf.settings import FULL, LINEAR, Settings
 from hybridnas.export.hf.weights import Hub, Piece, attention, mlp, norm, prefix, renamed, stacked, surroundings
@@ -98,14 +98,7 @@ def config(arch: Arch) -> dict[str, Any]:
     if a is not None and a.positions == "none":
         found |= {"rope_parameters": {"rope_type": "default", "rope_theta": None}, "rope_theta": None}
     if g is not None:
-        found |= {
-            "linear_num_key_heads": g.heads,
-            "linear_num_value_heads": g.value_heads,
-            "linear_key_head_dim": g.key_dim,
-            "linear_value_head_dim": g.value_dim,
-            "linear_conv_kernel_dim": g.d_conv,
-            "linear_allow_neg_eigval": g.negative_eigenvalues,
-        }
+        found |= {**gated_delta(g), "linear_allow_neg_eigval": g.negative_eigenvalues}
     return found
 
 

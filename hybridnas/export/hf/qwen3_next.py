@@ -9,7 +9,7 @@ import torch
 
 from hybridnas.arch.arch import Arch, Node
 from hybridnas.arch.presets import DROPLESS, layered
-from hybridnas.export.hf.configs import activation, around, first, heads, layers, places, rope
+from hybridnas.export.hf.configs import activation, around, first, gated_delta, heads, layers, places, rope
 from hybridnas.export.hf.family import Family, register
 from hybridnas.export.hf.settings import FULL, LINEAR, Settings
 from hybridnas.export.hf.weights import (
@@ -184,13 +184,7 @@ def _config(arch: Arch, pairs: list[str]) -> dict[str, Any]:
         "attention_bias": a is not None and a.biases[0],
     }
     if g is not None:
-        found |= {
-            "linear_num_key_heads": g.heads,
-            "linear_num_value_heads": g.value_heads,
-            "linear_key_head_dim": g.key_dim,
-            "linear_value_head_dim": g.value_dim,
-            "linear_conv_kernel_dim": g.d_conv,
-        }
+        found |= gated_delta(g)
     if e is not None:
         found |= {
             "num_experts": e.n_experts,

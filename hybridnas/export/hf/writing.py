@@ -1,6 +1,5 @@
 """export_native(model, folder, format): a model in the released layout of a transformers class, checked by a reload.
 
-
 Written are config.json, weights (in shards above 5 GB), the tokenizer, generation settings and a model card. Before the
 folder takes its place, a fresh process loads it with transformers, and its logits are compared with ours.
 """

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.2
 MAX_STARTUP_FAILURES = 3  # workers in a row that end before they are ready: then the search ends with an error
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 GRACE_SECONDS = 60.0  # for workers to save and leave once the search has gone wrong
 
 
@@ -223,8 +224,7 @@ def environment(config: SearchConfig, worker: int) -> dict[str, str]:
     from hybridnas.hardware import pick_device
 
     threads = str(threads_each(config.workers))
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
-    values = {**os.environ, **dict.fromkeys(names, threads), "PYTHONIOENCODING": "utf-8"}
+    values = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, threads), "PYTHONIOENCODING": "utf-8"}
     device = pick_device(config.device)
     if device.type == "cuda" and device.index is None:
         import torch
