@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sqlite3
 import sys
 import threading
@@ -18,11 +19,13 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import unquote, urlparse
 
 from hybridnas.errors import StudyError
+from hybridnas.files import cache_home, write_atomic
 from hybridnas.study.records import COMPLETE, DUPLICATE, FAIL, INFEASIBLE, PRUNED, RUNNING, save
 from hybridnas.tracking.secrets import masked
 from hybridnas.tracking.tracker import FINISHED, KILLED, BackgroundTracker, first_line
@@ -207,15 +210,35 @@ def artifact_home(uri: str) -> Path | None:
 
 
 def make_database(uri: str) -> None:
-    """Make an sqlite file whole or not at all: MLflow cannot go on with tables that a killed process began."""
+    """Make an sqlite file whole or not at all: MLflow cannot go on with tables that a killed process began.
+
+    MLflow takes seconds for it (some hundred migrations), so an empty database of its version is kept in the cache and
+    copied. A cache that cannot be read or written costs those seconds, nothing else.
+    """
     path = database_path(uri)
-    if not path.exists():
-        begun = path.with_name(f".{path.stem}.new.db")
-        begun.unlink(missing_ok=True)
+    if path.exists():
+        return
+    begun = path.with_name(f".{path.stem}.new.db")
+    begun.unlink(missing_ok=True)
+    empty = cache_home() / f"mlflow-{version('mlflow')}.db"
+    if not _copied(empty, begun):
         client = connect(f"{_SQLITE}{begun.as_posix()}")
         with quiet(uri):
             client.search_experiments(max_results=1)
-        begun.replace(path)
+        with contextlib.suppress(OSError):
+            write_atomic(empty, begun.read_bytes())
+    begun.replace(path)
+
+
+def _copied(empty: Path, to: Path) -> bool:
+    """Copy an empty database; False where there is none or it is damaged."""
+    try:
+        shutil.copyfile(empty, to)
+        with contextlib.closing(sqlite3.connect(to)) as connection:
+            return bool(connection.execute("SELECT version_num FROM alembic_version").fetchone())
+    except (OSError, sqlite3.DatabaseError):
+        to.unlink(missing_ok=True)
+        return False
 
 
 def move_artifacts(database: Path, home: Path, *, own: bool) -> bool:

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def mirrored(tmp_path_factory):
     folder.mkdir()
     working = Path.cwd()
     tracker = open_tracker(None, folder, "demo", {"seed": 3, "storage": "postgresql://me:hunter2@db/optuna"})
+    assert tracker.ready(timeout=600)  # importing mlflow and making its database take long on a busy machine
     tracker.start_trial(0, {"params": 10, "choices": {"split": 0.5, "none": None}}, TAGS)
     tracker.log_eval(0, {"tokens": 1000, "valid_loss": 2.5, "aux": {"layer03.E.dropped": 0.25, "load": [0.1, 0.9]}})
     tracker.log_eval(0, {"tokens": 2000, "valid_loss": 2.0})
@@ -224,12 +226,24 @@ def test_a_record_that_was_written_can_be_mirrored_whole(tmp_path):
     }  # fmt: skip
 
 
-def test_a_database_that_a_killed_process_began_is_begun_again(tmp_path):
+@pytest.mark.parametrize("cached", ["absent", "damaged", "kept", "not a folder"])
+def test_a_database_is_made_anew_or_copied_also_where_a_killed_process_began_one(tmp_path, monkeypatch, cached):
+    cache = tmp_path / "cache"
+    if cached == "kept":
+        (tmp_path / "first").mkdir()
+        tracking.make_database(default_uri(tmp_path / "first"))
+    else:
+        monkeypatch.setenv("HYBRIDNAS_CACHE", str(cache))
+    if cached == "damaged":
+        cache.mkdir()
+        (cache / f"mlflow-{version('mlflow')}.db").write_bytes(b"half of a database")
+    elif cached == "not a folder":
+        cache.write_text("")
     (tmp_path / ".mlflow.new.db").write_bytes(b"half of a database")
-    tracking.make_database(tracking.default_uri(tmp_path))
+    tracking.make_database(default_uri(tmp_path))
     assert not (tmp_path / ".mlflow.new.db").exists()
-    runs = tracking.connect(tracking.default_uri(tmp_path)).search_experiments()
-    assert [experiment.name for experiment in runs] == ["Default"]
+    experiments = tracking.connect(default_uri(tmp_path)).search_experiments()
+    assert [experiment.name for experiment in experiments] == ["Default"]
 
 
 class CSVTracker:
