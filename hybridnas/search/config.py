@@ -33,6 +33,7 @@ ADDED = {
     "verdict_seeds": 4,
     "alpha": 0.05,
 }
+MOST_CONFIRMERS = 16  # processes, of about 400 MB each, where nothing else is asked for
 # Of a budget, what may change when a study goes on.
 LIMITS_OF_A_CALL = (
     *("n_trials", "minutes", "max_tokens", "name"),
@@ -236,6 +237,9 @@ class SearchConfig(FrozenConfig):
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     workers: int = option(1, "processes on this host that train trials side by side [count]", ge=1)
+    confirm_workers: int | None = option(
+        None, "processes that train confirmations side by side; none: one for each core or GPU [count]", ge=1
+    )
     worker: str = option(
         "off",
         "join: take part in a study that others began; create: begin it if need be",
@@ -277,6 +281,22 @@ class SearchConfig(FrozenConfig):
     def hardware(self) -> bool:
         """Whether candidates are measured on this machine."""
         return wants_hardware(self.objectives, self.limits)
+
+    @property
+    def confirmers(self) -> int:
+        """Processes that train confirmations: as asked for, else as many as there are cores or GPUs."""
+        if self.confirm_workers is not None:
+            return self.confirm_workers
+        if self.budget.devices > 1 or self.worker != "off":
+            return 1  # each training already has several processes, or the study several workers
+        from hybridnas.hardware import pick_device, usable_cores
+
+        device = pick_device(self.device)
+        if device.type == "cpu":
+            return min(usable_cores(), MOST_CONFIRMERS)
+        import torch
+
+        return torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
 
     @property
     def name(self) -> str:

@@ -5,6 +5,9 @@ The fresh seeds choose the winner; then the winner and what it is compared with 
 of the verdict, which chose nothing. Runs lie in ``trials/NNNN/confirm/seedS/``, go on where they were stopped, and
 leave the weights of none; their statistics are those of :mod:`hybridnas.analysis.confirmation` and
 :mod:`hybridnas.analysis.verdict`.
+
+Several processes share the trainings of a stage: each takes the next one that no other holds, and the command itself
+then reads all results from the folders, in their order.
 """
 
 from __future__ import annotations
@@ -19,17 +22,23 @@ from hybridnas.analysis.confirmation import trained_objective
 from hybridnas.analysis.ranking import front
 from hybridnas.analysis.verdict import contenders
 from hybridnas.search.rates import Tried, race
+from hybridnas.search.storage.folder_store import LEASES
 from hybridnas.search.training import CellTrainer
 from hybridnas.search.trial import flat, trained_tokens
+from hybridnas.search.workers.orders import Wanted
+from hybridnas.study.locks import FileLock
 from hybridnas.study.objectives import eligible, score
 from hybridnas.study.records import COMPLETE, TrialRecord
 from hybridnas.study.reference import ReferenceStudy
+from hybridnas.train.records import read_run
+from hybridnas.units import several
 
 if TYPE_CHECKING:
     from hybridnas.search.session import Session
 
 VERDICT_SEEDS = 1000  # the verdict's seeds begin so far above the search's own: never among those that choose
 
+Ahead = Callable[[Sequence[Wanted]], None]  # trains what is wanted in several processes; results stay in folders
 Grown = TypeVar("Grown", TrialRecord, ReferenceStudy)
 
 
@@ -58,34 +67,70 @@ def confirm(
     records: Sequence[TrialRecord],
     save: Callable[[TrialRecord], None],
     note: Callable[[str], None],
+    ahead: Ahead | None = None,
 ) -> None:
     """Find each chosen trial's rate, train it with every fresh seed, then the contenders with the verdict's seeds.
 
     ``save`` takes each record as it grows. What was trained before is not trained again. A run that fails leaves None:
-    its architecture cannot win.
+    its architecture cannot win. ``ahead`` trains a stage in several processes, which tell how each training ended.
     """
     config, budget = session.config, session.config.budget
     known = {record.number: record for record in records}
+    processes = 1 if ahead is None else config.confirmers
+
+    def together(wanted: Sequence[Wanted]) -> bool:
+        """Train in several processes where there are such; returns whether they did."""
+        if ahead is None or len(wanted) < 2:
+            return False
+        ahead(wanted)
+        return True
 
     def train(numbers: Sequence[int], seeds: Sequence[int], field: Literal["confirmed", "verdict"], what: str) -> None:
         missing = [(seed, n) for seed in seeds for n in numbers if str(seed) not in getattr(known[n], field)]
         if missing:
-            took = _about(sum(known[n].seconds for _, n in missing))
+            took = _about(sum(known[n].seconds for _, n in missing) / min(processes, len(missing)))
             note(f"{what} {len(numbers)} architectures, {len(missing)} trainings: {took}")
+        told = together([Wanted(known[n].to_dict(), seed, what) for seed, n in missing])
         for seed, n in missing:
             again = train_again(session, known[n], session.folder.trial(n), seed)
             known[n] = again.added(known[n], seed, field)
             save(known[n])
-            note(f"{what} trial {n:>3}  {known[n].name}  seed {seed}: {again}")
+            if not told:
+                note(_line(what, known[n], seed, again))
 
     numbers = [record.number for record in chosen(records, budget.confirm_top)]
-    for n in numbers:
-        if budget.confirm_rates == "own" and not known[n].own_rates and not known[n].confirmed:
+    if budget.confirm_rates == "own":
+        racing = [n for n in numbers if not known[n].own_rates and not known[n].confirmed]
+        if racing:
+            note(f"finding the own best learning rates of {several(len(racing), 'architecture')} at full length")
+        together([Wanted(known[n].to_dict(), None, "") for n in racing])
+        for n in racing:
             known[n] = at_own_rate(session, known[n], session.folder.trial(n), note)
             save(known[n])
     train(numbers, fresh_seeds(config.seed, budget.confirm_seeds), "confirmed", "confirming")
     numbers = [record.number for record in contenders(known.values(), session.meta.reference)]
     train(numbers, verdict_seeds(config.seed, budget.verdict_seeds), "verdict", "for the verdict,")
+
+
+def train_ahead(session: Session, wanted: Sequence[Wanted], note: Callable[[str], None]) -> None:
+    """Train, as one of several processes, what no other one holds; results stay in the folders of the runs."""
+    for one in wanted:
+        record, folder = one.trial, session.folder.trial(one.trial.number)
+        key = "rate" if one.seed is None else f"seed{one.seed}"
+        claim = FileLock(session.folder.path / LEASES / f"confirm-{record.number:04d}-{key}.lock")
+        if not claim.acquire(wait=False):
+            continue
+        try:
+            if one.seed is None:
+                at_own_rate(session, record, folder, lambda text: None)  # told by the command, once
+            elif not (read_run(folder / "confirm" / key) or {}).get("final"):
+                note(_line(one.what, record, one.seed, train_again(session, record, folder, one.seed)))
+        finally:
+            claim.release()
+
+
+def _line(what: str, record: TrialRecord, seed: int, again: Again) -> str:
+    return f"{what} trial {record.number:>3}  {record.name}  seed {seed}: {again}"
 
 
 def _about(seconds: float) -> str:
@@ -97,6 +142,7 @@ class Again(NamedTuple):
 
     valid: float | None  # None: it failed
     test: float | None  # None where the data has no test part, too
+    repeats: float | None = None  # accuracy where text repeats; None where that is not measured, too
 
     def __str__(self) -> str:
         if self.valid is None:
@@ -106,6 +152,8 @@ class Again(NamedTuple):
     def added(self, to: Grown, seed: int, field: Literal["confirmed", "verdict"]) -> Grown:
         """Return a record, or a reference study, with this result among those that choose, or those of the verdict."""
         found: dict[str, Any] = {field: self.valid, f"{field}_test": self.test}
+        if field == "verdict":
+            found["verdict_repeats"] = self.repeats
         grown: dict[str, Any] = {name: {**getattr(to, name), str(seed): value} for name, value in found.items()}
         return dataclasses.replace(to, **grown)
 
@@ -145,4 +193,4 @@ def _train_again(
     last = result.evals[-1]
     if trained_objective(record) == "accuracy":
         return Again(last.accuracy, last.aux.get("test_accuracy")), tokens
-    return Again(last.valid_loss, last.aux.get("test_loss")), tokens
+    return Again(last.valid_loss, last.aux.get("test_loss"), last.aux.get("test_repeat_accuracy")), tokens

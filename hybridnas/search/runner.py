@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybridnas.analysis.ranking import winner
 from hybridnas.arch.arch import Arch
@@ -40,6 +40,10 @@ from hybridnas.study.callbacks import (
 from hybridnas.study.folder import REPORT
 from hybridnas.study.records import ARCH, RUNNING, TrialRecord
 from hybridnas.train.callbacks import Callback
+
+if TYPE_CHECKING:
+    from hybridnas.search.confirm import Ahead
+    from hybridnas.search.workers.orders import Wanted
 
 log = logging.getLogger("hybridnas.search")
 
@@ -159,7 +163,21 @@ class Search:
             return loop.run()
         from hybridnas.search.workers.supervisor import Supervisor
 
-        return Supervisor(session, loop, self.callbacks, elapsed=self.elapsed).run()
+        count = self.config.workers
+        return Supervisor(session, loop, self.callbacks, elapsed=self.elapsed, count=count).run()
+
+    def _train_ahead(self, session: Session, loop: Loop) -> Ahead | None:
+        """Return what trains a confirmation's runs in several processes; None where one process trains them."""
+        count = session.config.confirmers
+        if count == 1:
+            return None
+        from hybridnas.search.workers.supervisor import Supervisor
+
+        def ahead(again: Sequence[Wanted]) -> None:
+            few = min(count, len(again))
+            Supervisor(session, loop, self.callbacks, elapsed=self.elapsed, count=few, again=again).run()
+
+        return ahead
 
     def _confirm(self, session: Session, loop: Loop, ended: str) -> str:
         """Train the best, the presets and the reference study's best with fresh seeds, where that was asked for."""
@@ -177,7 +195,7 @@ class Search:
         try:
             reference = find_reference_study(session, records, self._search_too, self.callbacks.on_note)
             if self.config.budget.confirm == "on" and winner(records) is not None:
-                confirm(session, records, save, self.callbacks.on_note)
+                confirm(session, records, save, self.callbacks.on_note, self._train_ahead(session, loop))
                 if reference is not None:
                     confirm_reference_study(session, reference, self.callbacks.on_note)
         except KeyboardInterrupt:

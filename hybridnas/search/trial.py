@@ -211,15 +211,14 @@ def conclude(plan: Plan, record: TrialRecord, result: TrainResult, seconds: floa
             verb, why = "paused", f"not among the best 1/{plan.reduction} there"
         reason = f"{verb} at {last.tokens:,} of {plan.rungs[-1]:,} tokens: {why}"
     known = objectives.known_of(record)
+    tested: dict[str, Any] = {name: scored.aux.get(name) if scored else None for name in TEST_FIGURES}
     return dataclasses.replace(
         record,
         state=state,
         valid_loss=scored.valid_loss if scored else None,
         bits_per_byte=scored.bits_per_byte if scored else None,
         accuracy=scored.accuracy if scored else None,
-        test_loss=scored.aux.get("test_loss") if scored else None,
-        test_bits_per_byte=scored.aux.get("test_bits_per_byte") if scored else None,
-        test_accuracy=scored.aux.get("test_accuracy") if scored else None,
+        **tested,
         rungs=[[value.tokens, value.valid_loss] for value in result.evals if value.tokens in plan.rungs],
         curve=curve,
         objectives=objectives.of_eval(plan.objectives, known, curve[-1]) if scored else known,

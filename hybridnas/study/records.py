@@ -26,8 +26,10 @@ INFEASIBLE = "INFEASIBLE"  # rejected before any training
 RUNNING = "RUNNING"  # trains now, or did when its process ended: then it goes on with the same choices
 STATES = (COMPLETE, PRUNED, FAIL, DUPLICATE, INFEASIBLE, RUNNING)
 
-SEED_RESULTS = ("confirmed", "confirmed_test", "verdict", "verdict_test")  # of a record: by seed of a further training
-TEST_FIGURES = ("test_loss", "test_bits_per_byte", "test_accuracy")  # of a record, and in the curve's last entry
+# Of a record: by seed of a further training.
+SEED_RESULTS = ("confirmed", "confirmed_test", "verdict", "verdict_test", "verdict_repeats")
+# Of a record, and in the curve's last entry.
+TEST_FIGURES = ("test_loss", "test_bits_per_byte", "test_accuracy", "test_repeat_loss", "test_repeat_accuracy")
 
 RESULT = "result.json"
 ARCH = "arch.json"  # the trial's architecture, in its folder
@@ -55,6 +57,8 @@ class TrialRecord:
     test_loss: float | None = None
     test_bits_per_byte: float | None = None
     test_accuracy: float | None = None
+    test_repeat_loss: float | None = None  # over the places that say again what their window has said before
+    test_repeat_accuracy: float | None = None
     rungs: Sequence[Sequence[float]] = ()  # [training tokens, validation loss] as reported to the pruner
     curve: Sequence[Mapping[str, Any]] = ()  # every evaluation: tokens, valid_loss, train_loss, ...
     tokens: int = 0  # trained
@@ -78,6 +82,7 @@ class TrialRecord:
     confirmed_test: Mapping[str, float | None] = field(default_factory=dict)  # the same on the test part
     verdict: Mapping[str, float | None] = field(default_factory=dict)  # seed that chose nothing -> result
     verdict_test: Mapping[str, float | None] = field(default_factory=dict)  # the same on the test part
+    verdict_repeats: Mapping[str, float | None] = field(default_factory=dict)  # accuracy of these where text repeats
     legs: Sequence[Sequence[float]] = field(
         default_factory=list
     )  # [Unix time at its end, tokens trained] of each start

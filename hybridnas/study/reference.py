@@ -31,6 +31,7 @@ class ReferenceStudy:
     confirmed_test: Mapping[str, float | None] = field(default_factory=dict)  # the same on the test part
     verdict: Mapping[str, float | None] = field(default_factory=dict)  # seed that chose nothing -> result
     verdict_test: Mapping[str, float | None] = field(default_factory=dict)  # the same on the test part
+    verdict_repeats: Mapping[str, float | None] = field(default_factory=dict)  # accuracy of these where text repeats
 
     @property
     def name(self) -> str:

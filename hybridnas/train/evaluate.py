@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from hybridnas.arch.model import HybridLM
 from hybridnas.data.source import Batch, Source
 from hybridnas.errors import DataError
+from hybridnas.kernels.cross_entropy import TokenScores
 from hybridnas.layers.mode import evaluating
 from hybridnas.study.documents import DocumentSums
 from hybridnas.train.objective import Objective, check_causal
+from hybridnas.train.repeats import context_tokens, repeated
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -42,6 +44,7 @@ class Score(NamedTuple):
     tokens: int
     parts: Mapping[str, Part] = MappingProxyType({})  # by name, where the data has several
     documents: DocumentSums | None = None  # where they were asked for, of data in one part
+    repeats: Part | None = None  # of text where documents were asked for: the places that say something again
 
     def figures(self) -> dict[str, float]:
         """Return each part's loss and accuracy as ``loss.NAME`` and ``accuracy.NAME``."""
@@ -51,6 +54,8 @@ class Score(NamedTuple):
     def test_figures(self) -> dict[str, float]:
         """Return a measurement of the test part as ``Eval.aux`` holds it: ``test_loss``, ``test_accuracy`` ..."""
         own = {"loss": self.loss, "accuracy": self.accuracy, "bits_per_byte": self.bits_per_byte}
+        if self.repeats is not None and self.repeats.tokens:
+            own |= {"repeat_loss": self.repeats.loss, "repeat_accuracy": self.repeats.accuracy}
         return {f"test_{name}": value for name, value in {**own, **self.figures()}.items() if value is not None}
 
 
@@ -100,8 +105,9 @@ def evaluate(
     ``part``: ``valid``, by which candidates are chosen, or ``test``, for final figures. Bits per byte are the loss of
     all places over the bytes that they stand for: a separator adds to the loss and has none.
 
-    ``by_document``: keep the sums of each document, too, for an interval over documents. Data in several parts has
-    none, since their mean does not weigh places alike.
+    ``by_document``: keep the sums of each document, too, for an interval over documents, and of text those of the
+    places that say something again (:mod:`hybridnas.train.repeats`). Data in several parts has none, since their mean
+    does not weigh places alike.
 
     ``model``: a HybridLM, or any module from ids (B, L) to logits (B, L, V). ``heads``: those of the source's tasks
     that were trained with it, where the source has any.
@@ -120,10 +126,11 @@ def evaluate(
     lengths_V = None if known is None else torch.from_numpy(known)
     n_bytes = 0
     sums = _ByDocument() if by_document and len(held_out) == 1 else None
+    repeats = None if sums is None or lengths_V is None else _Repeats(lengths_V)
     with evaluating(objective):
         parts: dict[str, Part] = {}
         for name, batches in held_out.items():
-            parts[name], read = _measure(objective, batches, device, around, lengths_V, sums)
+            parts[name], read = _measure(objective, batches, device, around, lengths_V, sums, repeats)
             n_bytes += read
     if not parts or any(one.tokens == 0 for one in parts.values()):
         raise DataError(f"{source.describe()}: no {part} tokens to measure; raise data.{part}_fraction or add text")
@@ -132,7 +139,8 @@ def evaluate(
     tokens = sum(one.tokens for one in parts.values())
     bits = loss * tokens / math.log(2) / n_bytes if n_bytes else None
     documents = None if sums is None else sums.found()
-    return Score(loss, bits, accuracy, tokens, {name: one for name, one in parts.items() if name}, documents)
+    again = None if repeats is None else repeats.found()
+    return Score(loss, bits, accuracy, tokens, {name: one for name, one in parts.items() if name}, documents, again)
 
 
 def _measure(
@@ -142,6 +150,7 @@ def _measure(
     around: Autocast,
     lengths_V: Tensor | None,
     sums: _ByDocument | None,
+    repeats: _Repeats | None,
 ) -> tuple[Part, int]:
     """Return what was found of one part, and the bytes that its places stand for, 0 where bytes mean nothing."""
     total, right, places, n_bytes = 0.0, 0, 0, 0
@@ -158,6 +167,8 @@ def _measure(
         places += int(counted(batch))
         if sums is not None:
             sums.add(raw, scores.loss, lengths_BL)
+        if repeats is not None:
+            repeats.add(raw, scores)
     return Part(total / max(1, places), right / max(1, places), places), n_bytes
 
 
@@ -192,6 +203,33 @@ class _ByDocument:
         known = sorted(self._sums.items())
         nats, tokens, n_bytes = zip(*(sums for _, sums in known), strict=True) if known else ((), (), ())
         return DocumentSums(tuple(number for number, _ in known), nats, tokens, n_bytes)
+
+
+class _Repeats:
+    """Sums over the places that say again what their row has said before."""
+
+    def __init__(self, lengths_V: Tensor) -> None:
+        self._lengths_V = lengths_V
+        self._context: int | None = None
+        self._loss, self._right, self._places = 0.0, 0, 0
+
+    def add(self, batch: Batch, scores: TokenScores) -> None:
+        """Add a batch and what was found of its places."""
+        if self._context is None:  # by the first batch, which is the same at every call
+            lengths = self._lengths_V[batch.targets_BL].double()
+            self._context = context_tokens(float(lengths.sum() / max(1, int((lengths > 0).sum()))))
+        again_BL = repeated(batch.inputs_BL, batch.targets_BL, self._context)
+        if batch.mask_BL is not None:
+            again_BL &= batch.mask_BL
+        again_BL = again_BL.to(scores.loss.device)
+        self._loss += float(scores.loss[again_BL].sum())
+        self._right += int(scores.correct[again_BL].sum())
+        self._places += int(again_BL.sum())
+
+    def found(self) -> Part:
+        """Return the means over these places."""
+        count = max(1, self._places)
+        return Part(self._loss / count, self._right / count, self._places)
 
 
 def mean_stats(stats: Mapping[str, Tensor]) -> dict[str, Tensor]:

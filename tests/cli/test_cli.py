@@ -26,8 +26,8 @@ from hybridnas.search.config import Budget
 from hybridnas.train.config import TrainConfig
 
 SURFACE = {  # a setting more or less is a decision: change this table with it
-    "search": "action against alpha confirm confirm_rates confirm_seeds confirm_top device heartbeat launch "
-    "max_active_params max_latency_ms max_params max_state_bytes minutes n_trials nodes objectives pruner runs "
+    "search": "action against alpha confirm confirm_rates confirm_seeds confirm_top confirm_workers device heartbeat "
+    "launch max_active_params max_latency_ms max_params max_state_bytes minutes n_trials nodes objectives pruner runs "
     "sampler seed state_length storage study tracking verdict_seeds worker workers",
     "train": "arch device freeze impl lora lora_alpha lora_layers max_seconds model out pattern recipe tokenizer "
     "tracking train",

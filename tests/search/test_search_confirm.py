@@ -22,7 +22,7 @@ from hybridnas.study.reference import read_reference_study
 
 
 def run(folder, settings, news=None):
-    config = compose("search", ["budget=smoke", f"runs={folder}", *settings])
+    config = compose("search", ["budget=smoke", f"runs={folder}", "confirm_workers=1", *settings])
     return Study.of(search_config(config)).run([ConsoleLines(news)] if news else [])
 
 
@@ -179,3 +179,17 @@ def test_what_is_confirmed_is_judged_at_its_own_best_rate(tmp_path, tiny):
             ran = json.loads((summary.folder / f"trials/{one.number:04d}/confirm/seed{seed}/run.json").read_text())
             assert ran["train"]["lr"] == one.own_lr
     assert "Each at its own best learning rate" in summary.report.read_text()
+
+
+def test_several_processes_confirm_as_one_does(study, tiny, tmp_path):
+    summary, _ = study
+    said = []
+    again = run(tmp_path, [*tiny, BASELINES, *CONFIRM, "confirm_workers=2"], said.append)
+
+    def found(records):
+        fields = ("own_lr", "own_rates", "confirmed", "confirmed_test", "verdict", "verdict_test", "verdict_repeats")
+        return {one.number: [getattr(one, name) for name in fields] for one in records}
+
+    assert found(again.records) == found(summary.records)
+    assert sum("confirming trial" in line for line in said) == 8
+    assert not list(again.folder.glob("**/confirm-*.lock"))

@@ -136,7 +136,8 @@ def test_a_workers_environment_says_its_threads(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     config = SearchConfig(space={}, data={}, budget=Budget(d_model=8, depth=1), workers=3, device="cpu")
-    assert environment(config, 1)["OMP_NUM_THREADS"] == environment(config, 1)["MKL_NUM_THREADS"] == "2"
+    found = environment(config, 1, 3)
+    assert found["OMP_NUM_THREADS"] == found["MKL_NUM_THREADS"] == "2"
 
 
 def test_a_worker_without_its_commands_token_is_not_let_in(tmp_path):

@@ -15,11 +15,13 @@ import time
 from typing import IO, Any
 
 from hybridnas.errors import HybridNASError
+from hybridnas.search.confirm import train_ahead
 from hybridnas.search.history import History
 from hybridnas.search.lines import received, send
 from hybridnas.search.loop import Listener, Loop
 from hybridnas.search.session import Settings, open_session
 from hybridnas.search.workers.orders import Orders
+from hybridnas.study.callbacks import COMPLETED
 from hybridnas.study.records import TrialRecord
 
 
@@ -51,7 +53,7 @@ def main() -> int:
     first = next(received(sys.stdin), None)
     if first is None:
         return 1
-    orders = Orders(**first)
+    orders = Orders.of(first)
     threading.Thread(target=_interrupt_at_the_end, daemon=True).start()
     began = time.monotonic() - max(0.0, time.time() - orders.started)
 
@@ -64,7 +66,11 @@ def main() -> int:
         with open_session(settings, orders=orders, elapsed=elapsed, note=listener.note) as session:
             loop = Loop(session.plan, session.store, session.trainer, listener, elapsed=elapsed)
             send(answers, {"ready": True})
-            send(answers, {"reason": loop.run()})
+            if orders.again:
+                train_ahead(session, orders.again, listener.note)
+                send(answers, {"reason": COMPLETED})
+            else:
+                send(answers, {"reason": loop.run()})
     except HybridNASError as error:
         send(answers, {"error": [type(error).__name__, str(error)]})
         return 2

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from hybridnas.search.config import SearchConfig
+from hybridnas.study.records import TrialRecord
+
+
+class Wanted(NamedTuple):
+    """A trial's architecture to be trained again in a confirmation."""
+
+    record: Mapping[str, Any]  # of the trial
+    seed: int | None  # None: with the search's seed, to find its own learning rate
+    what: str  # for people: what it is for
+
+    @property
+    def trial(self) -> TrialRecord:
+        """The trial's record."""
+        return TrialRecord.from_dict(self.record)
 
 
 @dataclass(frozen=True)
@@ -17,6 +31,12 @@ class Orders:
     token: str  # lets the worker into the folder that its parent holds
     worker: int
     started: float  # of the command [Unix time]
+    again: Sequence[Wanted] = ()  # what to train instead of trials, shared with the other workers
+
+    @classmethod
+    def of(cls, message: Mapping[str, Any]) -> Orders:
+        """Return the orders that a message holds."""
+        return cls(**{**message, "again": [Wanted(*one) for one in message["again"]]})
 
     def search_config(self) -> SearchConfig:
         """Return the settings of the search, as a worker runs them: without MLflow and without workers of its own."""

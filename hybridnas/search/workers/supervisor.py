@@ -1,4 +1,4 @@
-"""``workers=N``: independent processes on one study, watched by the command that started them.
+"""``workers=N`` and confirmations: independent processes on one study, watched by the command that started them.
 
 The parent trains nothing. It holds the study's folder, starts the workers, hands their events to the callbacks, starts
 another one where one has died, and ends the search when all have ended.
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -23,9 +23,10 @@ from hybridnas.errors import HybridNASError, StudyError
 from hybridnas.search.config import SearchConfig
 from hybridnas.search.lines import received, send
 from hybridnas.search.storage.folder_store import LEASES
-from hybridnas.search.workers.orders import Orders
+from hybridnas.search.workers.orders import Orders, Wanted
 from hybridnas.study.callbacks import COMPLETED, TIME, StudyCallback, TrialMeasured, TrialStarted
 from hybridnas.study.records import TrialRecord
+from hybridnas.units import several
 
 if TYPE_CHECKING:
     from hybridnas.search.loop import Loop
@@ -54,9 +55,22 @@ class Worker:
 class Supervisor:
     """Starts and watches the workers of one search."""
 
-    def __init__(self, session: Session, loop: Loop, callbacks: StudyCallback, *, elapsed: float) -> None:
-        """``loop`` is not run: it reads what the workers have recorded. ``elapsed``: seconds since the command."""
+    def __init__(
+        self,
+        session: Session,
+        loop: Loop,
+        callbacks: StudyCallback,
+        *,
+        elapsed: float,
+        count: int,
+        again: Sequence[Wanted] = (),
+    ) -> None:
+        """``loop`` is not run: it reads what the workers have recorded. ``elapsed``: seconds since the command.
+
+        ``again``: trainings of a confirmation, which ``count`` workers share instead of trials.
+        """
         self.session, self.loop, self.callbacks = session, loop, callbacks
+        self.count, self.again = count, tuple(again)
         self.started = time.time() - elapsed
         self.workers: list[Worker] = []
         self.interrupts = 0  # how often Ctrl-C was pressed
@@ -66,10 +80,10 @@ class Supervisor:
 
     def run(self) -> str:
         """Watch until every worker has ended; returns why the search ended, or raises what a worker raised."""
-        count = self.session.config.workers
-        self.callbacks.on_note(f"{count} workers of {threads_each(count)} thread(s) each")
+        if not self.again:
+            self.callbacks.on_note(f"{self.count} workers of {several(threads_each(self.count), 'thread')} each")
         try:
-            self.workers = [self._start(number) for number in range(count)]
+            self.workers = [self._start(number) for number in range(self.count)]
             while self.workers:
                 try:
                     self._look()
@@ -101,10 +115,10 @@ class Supervisor:
                 text=True,
                 encoding="utf-8",
                 errors="replace",  # a killed worker may leave half a character
-                env=environment(config, number),
+                env=environment(config, number, self.count),
                 **own,
             )
-        orders = Orders(config.to_dict(), session.folder.token, number, self.started)
+        orders = Orders(config.to_dict(), session.folder.token, number, self.started, self.again)
         assert process.stdin is not None and process.stdout is not None
         send(process.stdin, orders.__dict__)  # one that died at once is seen when it is waited for
         worker = Worker(number, process, log)
@@ -219,11 +233,11 @@ def threads_each(workers: int) -> int:
     return max(1, min(cores // workers, int(wanted) if wanted.isdigit() and int(wanted) > 0 else cores))
 
 
-def environment(config: SearchConfig, worker: int) -> dict[str, str]:
+def environment(config: SearchConfig, worker: int, workers: int) -> dict[str, str]:
     """Return a worker's environment: its share of the processor, and one of the GPUs where there are several."""
     from hybridnas.hardware import pick_device
 
-    threads = str(threads_each(config.workers))
+    threads = str(threads_each(workers))
     values = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, threads), "PYTHONIOENCODING": "utf-8"}
     device = pick_device(config.device)
     if device.type == "cuda" and device.index is None:
