@@ -19,7 +19,7 @@ from hybridnas.files import write_text
 
 CHOOSING, REPORTING = "choosing", "reporting"
 HALVES = (CHOOSING, REPORTING)
-TEXT, RECALL = "text", "recall"
+TEXT = "text"
 RATES = (0.012, 0.004, 0.036)  # that every architecture is trained at, in this order
 RUNGS = (0.125, 0.25, 0.5, 1.0)  # shares of a training's tokens at which every row has a score
 _POINTS = {"losses": "loss_at_", "accuracies": "accuracy_at_", "trunk": "trunk_at_"}  # field -> column without rung
@@ -48,7 +48,7 @@ class TruthRow:
     embedding_params: int
     flops_per_token: float  # forward, at the training's length
     state_bytes: int
-    task: str  # text | recall
+    task: str  # text
     schedule: str
     rate: float
     seed: int
@@ -58,6 +58,8 @@ class TruthRow:
     trunk: Mapping[float, float]  # rung -> validation loss where the decay begins, at the full rate; of wsd alone
     curve: tuple[tuple[int, float, float], ...]  # (tokens, validation loss, mean training loss since the one before)
     test_loss: float | None  # at the end, on the part that nothing is chosen by
+    test_repeat_loss: float | None = None  # there, over the places that say again what their window has said before
+    test_repeat_accuracy: float | None = None  # [0 to 1]
     trained_tokens: int  # all that were computed, decay branches included
     tokens_per_second: float
     cpu_seconds: float  # of all threads
@@ -134,8 +136,8 @@ def _row(cells: Mapping[str, str]) -> TruthRow:
             read["curve"] = tuple(
                 (int(t), float(valid), float(train)) for t, valid, train in json.loads(cells["curve"])
             )
-        elif item.name == "test_loss":
-            read["test_loss"] = float(cells["test_loss"]) if cells["test_loss"] else None
+        elif item.name.startswith("test_"):  # the first rows of the set were measured without repeats
+            read[item.name] = float(cells[item.name]) if cells.get(item.name) else None
         else:
             read[item.name] = {"int": int, "float": float, "str": str}[str(item.type)](cells[item.name])
     return TruthRow(**read)

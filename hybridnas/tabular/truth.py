@@ -3,7 +3,7 @@
 Each training is a cell of an :class:`hybridnas.train.experiment.Experiment`, so it resumes to the bit. Any number of
 processes work on one set: each takes the first training that has no row and is locked by no other. The order makes any
 beginning useful: small sizes first; of a size one rate of every architecture, then the others, then seeds at the best
-rate, then recall, then the same in one cosine.
+rate, then the same in one cosine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from hybridnas.study.locks import FileLock
 from hybridnas.study.truth import (
     CHOOSING,
     RATES,
-    RECALL,
     REPORTING,
     RUNGS,
     TEXT,
@@ -62,8 +61,6 @@ class TruthSize:
     d_model: int
     batch_size: int
     valid_tokens: int
-    text: bool = True
-    recall: bool = False  # whether recall is measured, too
     cosine: bool = False  # whether the middle rate is trained with a cosine, too
 
 
@@ -74,8 +71,6 @@ class TruthSpec:
     architectures: Sequence[Listed]
     sizes: Sequence[TruthSize]
     data: Mapping[str, Any] = field(default_factory=lambda: {"kind": "stdlib"})
-    recall: Mapping[str, Any] = field(default_factory=lambda: RECALL_DATA)
-    recall_tokens: int = 1_000_000
     tokens_per_active_param: float = 100.0
     seq_len: int = 128
     rates: tuple[float, ...] = RATES  # in the order in which they are trained
@@ -83,15 +78,9 @@ class TruthSpec:
     schedule: str = "wsd"  # or constant, whose scores at the rungs are plain ones
 
 
-RECALL_DATA: Mapping[str, Any] = {
-    "kind": "in_context_recall",
-    "vocab_size": 16,
-    "seq_len": 128,
-    "n_train_examples": None,
-}
 SIZES = (
-    TruthSize(active_params=4_608, d_model=12, batch_size=8, valid_tokens=65_536, recall=True, cosine=True),
-    TruthSize(active_params=16_384, d_model=24, batch_size=16, valid_tokens=65_536, recall=True, cosine=True),
+    TruthSize(active_params=4_608, d_model=12, batch_size=8, valid_tokens=65_536, cosine=True),
+    TruthSize(active_params=16_384, d_model=24, batch_size=16, valid_tokens=65_536, cosine=True),
     TruthSize(active_params=65_536, d_model=48, batch_size=32, valid_tokens=131_072),
     TruthSize(active_params=262_144, d_model=96, batch_size=64, valid_tokens=131_072),
 )
@@ -227,10 +216,6 @@ class _Builder:
     def _text(self) -> Source:
         return open_source(source_config(self.spec.data))
 
-    @functools.cached_property
-    def _recall(self) -> Source:
-        return open_source(source_config(self.spec.recall))
-
     def run(self, minutes: float | None) -> list[TruthRow]:
         self.report(f"{len(self.spec.architectures)} architectures; {len(self._read())} trainings are in {self.path}")
         experiment = Experiment(self._cells(), minutes=minutes, on_result=self._keep)
@@ -289,17 +274,13 @@ class _Builder:
                 for one in spec.architectures:
                     if one.pattern in best:
                         yield _Training(one, size, TEXT, spec.schedule, best[one.pattern], seed)
-            if size.recall:
-                for one in spec.architectures:
-                    if one.pattern in best:
-                        yield _Training(one, size, RECALL, "cosine", best[one.pattern], 0)
             if size.cosine:
                 for one in spec.architectures:
                     yield _Training(one, size, TEXT, "cosine", spec.rates[0], 0)
             best_before = best
 
     def _cell(self, training: _Training, name: str) -> Cell:
-        source = self._text if training.task == TEXT else self._recall
+        source = self._text
         used = _CpuTime()
         return Cell(
             key=name,
@@ -316,7 +297,7 @@ class _Builder:
     def _config(self, training: _Training) -> TrainConfig:
         spec, size = self.spec, training.size
         step = size.batch_size * spec.seq_len
-        wanted = spec.tokens_per_active_param * size.active_params if training.task == TEXT else spec.recall_tokens
+        wanted = spec.tokens_per_active_param * size.active_params
         tokens = max(1, round(wanted / (8 * step))) * 8 * step  # every rung is a whole step
         values: dict[str, Any] = {
             **{"tokens": tokens, "batch_size": size.batch_size, "seq_len": spec.seq_len, "lr": training.rate},
@@ -372,6 +353,7 @@ class _Builder:
         at = {round(rung * config.tokens): rung for rung in RUNGS}
         rungs = {at[e.tokens]: e for e in done.evals if e.tokens in at}
         plain = [e for e in done.evals if not e.aux.get("annealed")]
+        last = done.evals[-1].aux if done.evals else {}
         starts = {decay.start: at[decay.end * config.step_tokens] for decay in config.decays()}
         return TruthRow(
             pattern=training.listed.pattern,
@@ -394,6 +376,8 @@ class _Builder:
             trunk={starts[e.step]: e.valid_loss for e in plain if e.step in starts},
             curve=tuple((e.tokens, e.valid_loss, e.train_loss) for e in plain),
             test_loss=done.test_loss,
+            test_repeat_loss=last.get("test_repeat_loss"),
+            test_repeat_accuracy=last.get("test_repeat_accuracy"),
             trained_tokens=config.trained_steps() * config.step_tokens,
             tokens_per_second=round(done.tokens_per_second),
             cpu_seconds=round(cell.facts["cpu"].seconds, 2),
