@@ -39,10 +39,11 @@ SUITES: dict[str, str] = {
     "decisions": "how often cheap comparisons decide as the truth set does, by policy and compute",
     "interop": "patterns by formats of transformers: which hold them, and the error of reloaded logits",
     "table": "builds a space's table, every architecture trained; hours, so never part of all",
+    "verdicts": "the same search with several seeds: winners, claims, times; an hour or more, so never part of all",
     "truth": "trains the truth set, by which the accuracy of budgets is measured; many hours, so never part of all",
 }
 
-LONG = ("table", "truth")  # suites that take hours: never part of suite=all
+LONG = ("table", "truth", "verdicts")  # suites that take hours: never part of suite=all
 
 # environment variables that change what is measured
 _TELLING = (
@@ -65,10 +66,17 @@ class BenchConfig(FrozenConfig):
     keep_memory: bool = option(True, "let malloc keep freed memory, which favours peers that allocate much")
     patience: float = option(120.0, "a process that measures one length is ended after this time [s]", gt=0)
 
-    space: str = option("tabular", "samplers, fidelity, table: the space whose table is read or built [name]")
-    repeats: int | None = option(
-        None, "samplers: searches of a pair, none: 100; coverage: studies, none: 2,000 [count]", ge=1
+    space: str = option(
+        "tabular",
+        "samplers, fidelity, table: the space whose table is read or built; verdicts: what is searched, mamba_moe in "
+        "place of tabular [name]",
     )
+    repeats: int | None = option(
+        None,
+        "samplers: searches of a pair, none: 100; coverage: studies, none: 2,000; verdicts: seeds, none: 10 [count]",
+        ge=1,
+    )
+    budget: str = option("laptop", "verdicts: the budget of the searches [name]")
     part: str = option("0/1", "table: which share of the trainings this process takes, as INDEX/COUNT")
     minutes: float | None = option(
         None, "table: no training starts that would end later; truth: stop then, to go on; none: no limit", gt=0

@@ -23,9 +23,8 @@ from hybridnas.analysis.ranking import front
 from hybridnas.analysis.verdict import contenders
 from hybridnas.search.rates import Tried, race
 from hybridnas.search.storage.folder_store import LEASES
-from hybridnas.search.training import CellTrainer
+from hybridnas.search.training import CellTrainer, Wanted
 from hybridnas.search.trial import flat, trained_tokens
-from hybridnas.search.workers.orders import Wanted
 from hybridnas.study.locks import FileLock
 from hybridnas.study.objectives import eligible, score
 from hybridnas.study.records import COMPLETE, TrialRecord

@@ -43,7 +43,7 @@ from hybridnas.train.callbacks import Callback
 
 if TYPE_CHECKING:
     from hybridnas.search.confirm import Ahead
-    from hybridnas.search.workers.orders import Wanted
+    from hybridnas.search.training import Wanted
 
 log = logging.getLogger("hybridnas.search")
 

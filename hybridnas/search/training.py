@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hybridnas.arch.arch import Arch
 from hybridnas.files import write_json
@@ -29,6 +29,19 @@ if TYPE_CHECKING:
 
 RATES = "rates"  # in a trial's folder: the runs of its race
 KEPT_CHECKPOINTS = 3  # of the best trials besides the presets; others come back through replay
+
+
+class Wanted(NamedTuple):
+    """A trial's architecture to be trained again in a confirmation."""
+
+    record: Mapping[str, Any]  # of the trial
+    seed: int | None  # None: with the search's seed, to find its own learning rate
+    what: str  # for people: what it is for
+
+    @property
+    def trial(self) -> TrialRecord:
+        """The trial's record."""
+        return TrialRecord.from_dict(self.record)
 
 
 class CellTrainer:

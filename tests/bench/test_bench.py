@@ -171,6 +171,7 @@ def test_every_suite_runs_at_shapes_of_no_size_and_fits_into_json(name, in_proce
         "decisions",
         "coordinates",
         "interop",
+        "verdicts",
     ):
         assert read["goals"]
 

@@ -41,7 +41,7 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "replay": "device out runs study trial",
     "ladder": "active_params batch_power batch_size decay_fraction depth_power device hold_out lr lr_power minutes "
     "name patterns presets rates resamples runs seed seeds sizes study tokens top warmup workers",
-    "bench": "keep_memory minutes out part patience quick repeats sizes space suite threads tiny truth",
+    "bench": "budget keep_memory minutes out part patience quick repeats sizes space suite threads tiny truth",
 }
 BUDGET = (
     "active_params alpha base_width batch_size compile confirm confirm_rates confirm_seeds confirm_top d_model "

@@ -4,23 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from hybridnas.search.config import SearchConfig
-from hybridnas.study.records import TrialRecord
-
-
-class Wanted(NamedTuple):
-    """A trial's architecture to be trained again in a confirmation."""
-
-    record: Mapping[str, Any]  # of the trial
-    seed: int | None  # None: with the search's seed, to find its own learning rate
-    what: str  # for people: what it is for
-
-    @property
-    def trial(self) -> TrialRecord:
-        """The trial's record."""
-        return TrialRecord.from_dict(self.record)
+from hybridnas.search.training import Wanted
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from hybridnas.errors import HybridNASError, StudyError
 from hybridnas.search.config import SearchConfig
 from hybridnas.search.lines import received, send
 from hybridnas.search.storage.folder_store import LEASES
-from hybridnas.search.workers.orders import Orders, Wanted
+from hybridnas.search.training import Wanted
+from hybridnas.search.workers.orders import Orders
 from hybridnas.study.callbacks import COMPLETED, TIME, StudyCallback, TrialMeasured, TrialStarted
 from hybridnas.study.records import TrialRecord
 from hybridnas.units import several
