@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,17 @@ class DataConfig(SourceConfig):
     config: str | None = option(None, "configuration of the dataset, e.g. en", kinds=("hub",))
     split: str = option("train", "split of the dataset that is read", kinds=("hub",))
     revision: str | None = option(None, "branch, tag or commit; none: the newest at the first reading", kinds=("hub",))
-    text_field: str = option("text", "field of a jsonl, parquet or hub row that holds the text", kinds=("text", "hub"))
+    text_field: str = option(
+        "text", "field of a row that holds the text, texts or chat messages; a.b: b within a", kinds=("text", "hub")
+    )
+    chat_template: str | None = option(
+        None,
+        "Jinja template from messages to text where text_field holds chat messages; none: 'ROLE: CONTENT' lines",
+        kinds=("text", "hub"),
+    )
+    encoding: str | None = option(
+        None, "of the files, such as latin-1; none: UTF-8, or what a byte order mark says", kinds=("text",)
+    )
     split_files: str = option(
         "auto",
         "cut plain files at line ends into documents of 1 to 32 KiB; auto: only when fewer than 16 files are read",
@@ -60,6 +71,7 @@ class DataConfig(SourceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_kind()
+        self._check_encoding()
         self._check_tokenizer()
 
     def _check_kind(self) -> None:
@@ -76,6 +88,20 @@ class DataConfig(SourceConfig):
         if self.kind == "hub" and not self.name:
             raise ConfigError(
                 "data=hub needs data.name=DATASET, e.g. data.name=allenai/c4 data.config=en", field="data.name"
+            )
+
+    def _check_encoding(self) -> None:
+        try:
+            known = self.encoding is None or codecs.lookup(self.encoding)._is_text_encoding
+        except LookupError:
+            known = False
+        if not known:
+            raise ConfigError(
+                f"data encoding={self.encoding!r} is no text encoding of Python; leave it out, or give a name such as "
+                f"latin-1, cp1252 or utf-16",
+                field="data.encoding",
+                got=self.encoding,
+                allowed="a text encoding of Python",
             )
 
     def _check_tokenizer(self) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 
 from hybridnas.data.cache import explaining_disk, lock, publish_folder, read_json, remove, temporary
 from hybridnas.data.config import DEFAULT_HUB_BYTES, DataConfig
-from hybridnas.data.files import CorpusFile, FileCorpus, row_text
+from hybridnas.data.files import FileCorpus
 from hybridnas.data.network import why_offline
+from hybridnas.data.opening import CorpusFile
 from hybridnas.data.progress import reporting
+from hybridnas.data.rows import row_text
 from hybridnas.data.source import Source, register_source
 from hybridnas.data.windows import open_text
 from hybridnas.errors import DataError
@@ -35,6 +37,8 @@ def spool(config: DataConfig) -> Path:
     """
     limit = config.max_bytes or DEFAULT_HUB_BYTES
     key = [1, config.name, config.config, config.split, config.revision, config.text_field, limit]
+    if config.chat_template is not None:
+        key.append(config.chat_template)
     folder = config.cache / "hub" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     file = folder / "documents.jsonl"
     with explaining_disk(config.cache), lock(folder):
@@ -61,7 +65,7 @@ def _stream(config: DataConfig, file: Path, limit: int) -> dict[str, int]:
     taken = count = 0
     with file.open("w", encoding="utf-8") as handle, reporting(f"fetching {config.name}", limit) as report:
         for number, row in enumerate(_rows(config), start=1):
-            raw = row_text(row, config.text_field, f"dataset {_words(config)} row {number}")
+            raw = row_text(row, config, f"dataset {_words(config)} row {number}")
             if raw:
                 handle.write(json.dumps({"text": raw.decode()}, ensure_ascii=False) + "\n")
                 taken, count = taken + len(raw), count + 1

@@ -8,7 +8,8 @@ import sysconfig
 from pathlib import Path
 
 from hybridnas.data.config import DataConfig
-from hybridnas.data.files import CorpusFile, FileCorpus
+from hybridnas.data.files import FileCorpus
+from hybridnas.data.opening import CorpusFile
 from hybridnas.data.source import Source, register_source
 from hybridnas.data.windows import open_text
 from hybridnas.errors import DataError

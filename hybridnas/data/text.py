@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from hybridnas.data.config import DataConfig
-from hybridnas.data.files import ROW_SUFFIXES, CorpusFile, FileCorpus, inner_suffix
+from hybridnas.data.files import FileCorpus
+from hybridnas.data.opening import COMPRESSED, CorpusFile, is_archive, members
+from hybridnas.data.rows import READERS
 from hybridnas.data.source import Source, register_source
 from hybridnas.data.windows import open_text
 from hybridnas.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py")
-FOLDER_SUFFIXES = (*TEXT_SUFFIXES, *ROW_SUFFIXES)  # what is taken of a folder; a glob takes whatever it matches
+# What is taken of a folder or an archive; a glob takes whatever it matches. A .json in a folder is rarely text.
+FOLDER_SUFFIXES = (*TEXT_SUFFIXES, *(suffix for suffix in READERS if suffix != ".json"))
 
 
 @register_source("text", config=DataConfig)
@@ -25,13 +29,13 @@ def open_files(config: DataConfig) -> Source:
 
 def text_files(path: str | tuple[str, ...]) -> list[CorpusFile]:
     """Return the files that a path, folder, glob, or several of them name: each once, sorted."""
-    found: dict[Path, CorpusFile] = {}
+    found: dict[tuple[Path, str], CorpusFile] = {}
     for part in _parts(path):
         before = len(found)
         matches = 0
         for file in _match(part):
             matches += 1
-            found.setdefault(file.path.resolve(), file)
+            found.setdefault((file.path.resolve(), file.member), file)
         if not matches and before == len(found):
             raise DataError(_nothing(part))
     return sorted(found.values(), key=lambda file: (file.key, str(file.path)))
@@ -48,24 +52,54 @@ def _parts(path: str | tuple[str, ...]) -> list[str]:
 def _match(part: str) -> Iterator[CorpusFile]:
     path = Path(part).expanduser()
     if path.is_file():
-        yield CorpusFile(path, path.name)
+        yield from _unpacked(path, path.name)
     elif path.is_dir():
-        for file in path.rglob("*"):
-            inner = file.relative_to(path)
-            hidden = any(piece.startswith(".") for piece in inner.parts)
-            if not hidden and inner_suffix(file) in FOLDER_SUFFIXES and file.is_file():
-                yield CorpusFile(file, inner.as_posix())
+        yield from _within(path)
     else:
         for match in glob.iglob(str(path), recursive=True):  # noqa: PTH207 - Path.glob takes no absolute pattern
             if Path(match).is_file():
-                yield CorpusFile(Path(match), Path(match).as_posix())
+                yield from _unpacked(Path(match), Path(match).as_posix())
+
+
+def _unpacked(path: Path, key: str) -> Iterator[CorpusFile]:
+    """Yield a file, or the text files in an archive."""
+    if is_archive(path):
+        yield from (file for file in members(path, key) if file.suffix in FOLDER_SUFFIXES)
+    else:
+        yield CorpusFile(path, key)
+
+
+def _within(root: Path) -> Iterator[CorpusFile]:
+    """Yield the text files in a folder and in what its links lead to, hidden ones left out, each folder once."""
+    seen = set()
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"cannot read folder {error.filename}: {error.strerror}; change its permissions, or leave it out of "
+            f"data.path",
+            field="data.path",
+            got=str(error.filename),
+        )
+
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
+        real = Path(folder).resolve()
+        if real in seen:  # links in a circle, or two to one place
+            folders[:] = []
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            file = CorpusFile(Path(folder, name), Path(folder, name).relative_to(root).as_posix())
+            if not name.startswith(".") and file.suffix in FOLDER_SUFFIXES and file.path.is_file():
+                yield file
 
 
 def _nothing(part: str) -> str:
     path = Path(part).expanduser()
     if path.is_dir():
         return (
-            f"data.path={part!r} is a folder without text files ({', '.join(FOLDER_SUFFIXES)}, or these with .gz); "
+            f"data.path={part!r} is a folder without text files ({', '.join(FOLDER_SUFFIXES)}, or these with "
+            f"{', '.join(COMPRESSED)}); "
             f"name other files by a glob, e.g. data.path='{part.rstrip('/')}/**/*'"
         )
     return f"data.path={part!r} matches no file; give a file, a folder, or a glob in quotes"

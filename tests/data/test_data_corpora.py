@@ -187,12 +187,15 @@ def test_a_missing_network_is_said_without_waiting(monkeypatch):
 
 
 BAD_FILES = {
-    "latin.txt": ("gut\nschön".encode("latin-1"), r"latin.txt is not UTF-8 text: byte 0xf6 at offset 7; convert"),
+    "latin.txt": (
+        "gut\nschön".encode("latin-1"),
+        r"latin.txt is not UTF-8 text: byte 0xf6 at offset 7; set data.encoding",
+    ),
     "cut.txt": ("schön".encode()[:4], r"cut.txt is not UTF-8 text: byte 0xc3 at offset 3"),
     "far.txt": (b"a" * 1_048_575 + "é".encode() + b"\xff", r"far.txt is not UTF-8 text: byte 0xff at offset 1048577"),
     "binary.txt": (b"text\x00text", r"binary.txt is not text: byte 0x00 at offset 4"),
-    "broken.txt.gz": (gzip.compress(b"text" * 1000)[:-20], r"broken.txt.gz is not a sound gzip file"),
-    "fake.txt.gz": (b"no gzip at all", r"fake.txt.gz is not a sound gzip file"),
+    "broken.txt.gz": (gzip.compress(b"text" * 1000)[:-20], r"broken.txt.gz is not soundly packed"),
+    "fake.txt.gz": (b"no gzip at all", r"fake.txt.gz is not soundly packed"),
     "half.jsonl": (b'{"text": "a"}\n{"text": "b', r"half.jsonl line 2 is not JSON: Unterminated string"),
     "list.jsonl": (b'{"text": "a"}\n[1]\n', r"list.jsonl line 2 is not an object of named fields but list"),
     "field.jsonl": (b'{"body": "a"}\n', r"field.jsonl line 1 has no field 'text'; it has: body; set data.text_field"),
