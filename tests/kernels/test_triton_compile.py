@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from hybridnas.bench.triton.cases import compilations
-from hybridnas.bench.triton.compiled import Usage
+from hybridnas.bench.triton.compiled import TARGETS, Usage, identity, intermediate
 from hybridnas.bench.triton.report import main
 from hybridnas.bench.triton.traffic import (
     Traffic,
@@ -82,6 +82,16 @@ def test_the_report_has_every_kernel_and_every_configuration():
     tiles = {(c.launch.kernel.__name__, tile) for c in every for tile in c.launch.tiles}
     for compiled in few, every:
         assert tiles == {(c.launch.kernel.__name__, c.tile) for c in compiled}
+
+
+def test_launches_of_one_identity_are_one_kernel():
+    found = {}
+    for compilation in compilations(False):
+        if compilation.launch.kernel.__name__ in ("count_choices", "ssd_pass_states"):
+            found.setdefault(identity(compilation, TARGETS["sm_80"]), []).append(compilation)
+    texts = [{intermediate(compilation, TARGETS["sm_80"]) for compilation in same} for same in found.values()]
+    assert all(len(text) == 1 for text in texts)
+    assert len(set().union(*texts)) == len(found) < sum(map(len, found.values()))
 
 
 def test_a_limit_that_is_passed_is_named():

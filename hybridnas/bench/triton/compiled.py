@@ -1,6 +1,6 @@
 """Ahead-of-time compilation for a GPU that need not be here, and its use of registers, spills and shared memory.
 
-Spills show as a stack on NVIDIA, never as local memory, so both ptxas -v and cuobjdump are read.
+Spills show as a stack on NVIDIA, never as local memory: cuobjdump tells its size, ptxas -v how much of it is spilled.
 """
 
 from __future__ import annotations
@@ -115,6 +115,12 @@ def options_of(compilation: Compilation, target: Target) -> dict[str, Any]:
     return OPTIONS | compilation.tile.options(target.backend == "cuda")
 
 
+def identity(compilation: Compilation, target: Target) -> str:
+    """Return what decides the compiled code: two launches with one identity are one kernel."""
+    source, options = source_of(compilation, target), options_of(compilation, target)
+    return repr((source.name, source.signature, source.constants, source.attrs, sorted(options.items()), target.name))
+
+
 def compile_for(compilation: Compilation, target: Target) -> Any:
     """Return Triton's compiled kernel for ``target``."""
     gpu = GPUTarget(target.backend, target.arch, target.lanes)
@@ -150,14 +156,18 @@ def _nvidia(compiled: Any, target: Target) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
         cubin.write_bytes(compiled.asm["cubin"])
-        ptx.write_text(compiled.asm["ptx"])
         used = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
-        name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-        assembled = _output(get_ptxas(arch).path, "-v", f"--gpu-name={name}", str(ptx), "-o", str(Path(folder) / "out"))
+        stack, spills = _number(r"STACK:(\d+)", used), 0
+        if stack:  # what is spilled lies on the stack: without one there is nothing to count, and no need to assemble
+            ptx.write_text(compiled.asm["ptx"])
+            name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
+            out = str(Path(folder) / "out")
+            assembled = _output(get_ptxas(arch).path, "-v", f"--gpu-name={name}", str(ptx), "-o", out)
+            spills = _number(r"(\d+) bytes spill stores", assembled)
     return {
         "registers": _number(r"REG:(\d+)", used),
-        "stack": _number(r"STACK:(\d+)", used),
-        "spills": _number(r"(\d+) bytes spill stores", assembled),
+        "stack": stack,
+        "spills": spills,
         "shared": max(_number(r"SHARED:(\d+)", used), compiled.metadata.shared),
     }
 

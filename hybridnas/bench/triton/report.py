@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridnas.bench.triton.cases import compilations
-from hybridnas.bench.triton.compiled import TARGETS, Usage, usage
+from hybridnas.bench.triton.compiled import TARGETS, Compilation, Target, Usage, identity, usage
 from hybridnas.errors import ConfigError, suggest
 from hybridnas.files import write_json
 
@@ -24,11 +24,17 @@ _DEFAULTS = {"whole": "false", "targets": ",".join(TARGETS), "kernel": "", "jobs
 
 
 def report(whole: bool, targets: list[str], kernel: str = "", jobs: int = 2, timeout: float = 120.0) -> Iterator[Usage]:
-    """Yield what every kernel whose name contains ``kernel`` uses; each is compiled in a process of its own."""
+    """Yield what every kernel whose name contains ``kernel`` uses; each is compiled in a process of its own.
+
+    Launches that are one kernel are compiled once, under the first one's label.
+    """
     found = [c for c in compilations(whole) if any(name in c.launch.kernel.__name__ for name in kernel.split(","))]
-    pairs = [(c, TARGETS[name]) for c in found for name in targets]
+    different: dict[str, tuple[Compilation, Target]] = {}
+    for compilation in found:
+        for target in (TARGETS[name] for name in targets):
+            different.setdefault(identity(compilation, target), (compilation, target))
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda pair: usage(pair[0], pair[1], timeout), pairs)
+        yield from pool.map(lambda pair: usage(pair[0], pair[1], timeout), different.values())
 
 
 def _options(arguments: list[str]) -> dict[str, str]:
