@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,8 +25,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the back
 # Triton has no wheel for macOS and Windows; these files import it
 collect_ignore_glob = [] if find_spec("triton") else ["kernels/test_triton_*.py"]
 
-# Files whose tests search or start processes, seconds to minutes each: marked slow, and handed out first, so that no
-# process is left alone with one of them at the end.
+KEPT_SECONDS = 14 * 24 * 3600  # how long a compiled kernel is kept for later runs
+
+# Files whose tests search, start processes, export or simulate studies, seconds to minutes each: marked slow, and
+# handed out first, so that no process is left alone with one of them at the end. The fast loop does not import them.
 SLOW_FILES = (
     "test_examples.py",
     "test_search.py",
@@ -49,7 +52,18 @@ SLOW_FILES = (
     "test_samplers.py",
     "test_json.py",
     "test_ladder.py",
+    "test_hf_writing.py",
+    "test_hf_auto.py",
+    "test_hf_peft.py",
+    "test_hf_scored.py",
+    "test_hf_released.py",
+    "test_coverage.py",
 )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave slow files alone where their tests would all be deselected: importing them takes seconds."""
+    return True if config.option.markexpr == "not slow" and collection_path.name in SLOW_FILES else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m "not slow" is applied
@@ -81,12 +95,30 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Shards, tokenizers and compiled kernels lie in a folder of this run, one for all its processes."""
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[None]:
+    """Shards, tokenizers and compiled kernels lie in a folder of this run, one for all its processes.
+
+    Compiled kernels are kept in pytest's cache for later runs: their names hold a hash of source, compiler, processor.
+    """
     base = tmp_path_factory.getbasetemp()
     cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     cache.mkdir(exist_ok=True)
     os.environ["HYBRIDNAS_CACHE"] = str(cache)
+    kept = pytestconfig.cache.mkdir("kernels") if hasattr(pytestconfig, "cache") else None
+    if kept is None:
+        yield
+        return
+    from hybridnas.files import write_atomic
+
+    for library in kept.glob("*.so"):
+        if time.time() - library.stat().st_mtime > KEPT_SECONDS:
+            library.unlink(missing_ok=True)
+        elif not (cache / library.name).exists():
+            write_atomic(cache / library.name, library.read_bytes())
+    yield
+    for library in cache.glob("*.so"):
+        if not (kept / library.name).exists():
+            write_atomic(kept / library.name, library.read_bytes())
 
 
 @pytest.fixture(scope="module")
