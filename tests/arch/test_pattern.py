@@ -51,7 +51,7 @@ patterns = st.lists(st.tuples(motifs, st.integers(1, 5)), min_size=1, max_size=3
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(patterns)
 def test_every_pattern_reads_back_as_itself(text):
     pattern = parse(text)
@@ -231,7 +231,7 @@ def test_megatrons_symbol_of_gated_deltanet_is_ours():
 short = st.lists(st.sampled_from(["M", "A", "E", "[M,E]", "A@s"]), min_size=1, max_size=5).map("".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(short)
 def test_neighbors_are_distinct_one_edit_away_and_parse(text):
     start = parse(text)

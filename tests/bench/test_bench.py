@@ -142,26 +142,20 @@ def test_a_missing_peer_is_named_with_its_extra_in_the_table_and_in_the_goal(mon
     assert peers.absent("mamba_ssm") == "mamba-ssm is not installed: pip install mamba-ssm"
 
 
-@pytest.mark.parametrize("name", [name for name in SUITES if name != "gpu"])  # which asks for a GPU
+SEARCHING = {"coordinates", "interop", "samplers", "truth", "verdicts"}  # suites that train, search, or start processes
+TINY = [  # gpu asks for a GPU; lengths are measured below, with their drawing
+    pytest.param(name, marks=[pytest.mark.slow] if name in SEARCHING else [])
+    for name in SUITES
+    if name not in ("gpu", "lengths")
+]
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_every_suite_runs_at_shapes_of_no_size_and_fits_into_json(name, in_process, tmp_path):
     config = BenchConfig(suite=name, tiny=True, out=str(tmp_path / "r.json"), keep_memory=False)
     [result] = run_suites(config)
-    write_json(tmp_path / "r.json", result.to_dict())
-    read = json.loads((tmp_path / "r.json").read_text())
-    assert set(read) == {"suite", "seconds", "timed", "ratios", "goals", "tables", "notes", "files"}
-    assert read["timed"] or read["tables"]
-    for row in read["timed"]:
-        assert row["note"] if row["spread"] is None else row["spread"]["low"] > 0
-    for ratio in read["ratios"]:
-        assert set(ratio) == {"case", "of", "over", "spread"}
-        assert ratio["spread"]["q1"] <= ratio["spread"]["median"] <= ratio["spread"]["q3"]
-    for goal in read["goals"]:
-        assert goal["met"] is None and goal["note"]  # tiny shapes decide nothing
-        assert goal["goal"].startswith(("at least ", "at most "))
-    for table in read["tables"]:
-        assert all(len(row) == len(table["columns"]) for row in table["rows"])
+    read = as_written(result, tmp_path)
     if name not in (
-        "lengths",
         "roofline",
         "first",
         "conv",
@@ -174,6 +168,25 @@ def test_every_suite_runs_at_shapes_of_no_size_and_fits_into_json(name, in_proce
         "verdicts",
     ):
         assert read["goals"]
+
+
+def as_written(result, folder):
+    """Return a result as its file has it, with every part as it has to be."""
+    write_json(folder / "r.json", result.to_dict())
+    read = json.loads((folder / "r.json").read_text())
+    assert set(read) == {"suite", "seconds", "timed", "ratios", "goals", "tables", "notes", "files"}
+    assert read["timed"] or read["tables"]
+    for row in read["timed"]:
+        assert row["note"] if row["spread"] is None else row["spread"]["low"] > 0
+    for ratio in read["ratios"]:
+        assert set(ratio) == {"case", "of", "over", "spread"}
+        assert ratio["spread"]["q1"] <= ratio["spread"]["median"] <= ratio["spread"]["q3"]
+    for goal in read["goals"]:
+        assert goal["met"] is None and goal["note"]  # tiny shapes decide nothing
+        assert goal["goal"].startswith(("at least ", "at most "))
+    for table in read["tables"]:
+        assert all(len(row) == len(table["columns"]) for row in table["rows"])
+    return read
 
 
 @pytest.mark.parametrize(
@@ -198,8 +211,10 @@ def test_where_the_fresh_process_fails_the_labelled_case_says_why(monkeypatch):
     ]
 
 
-def test_the_lengths_are_drawn_beside_the_results(in_process, tmp_path):
-    [result] = run_suites(BenchConfig(suite="lengths", tiny=True, out=str(tmp_path / "r.json")))
+def test_the_lengths_are_measured_and_drawn_beside_the_results(in_process, tmp_path):
+    config = BenchConfig(suite="lengths", tiny=True, out=str(tmp_path / "r.json"), keep_memory=False)
+    [result] = run_suites(config)
+    as_written(result, tmp_path)
     assert result.files == [str(tmp_path / "r-lengths.svg"), str(tmp_path / "r-lengths.png")]
     svg = (tmp_path / "r-lengths.svg").read_text()
     assert svg.count("<svg") == 1

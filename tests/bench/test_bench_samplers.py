@@ -115,11 +115,13 @@ def test_a_table_is_read_and_an_unfinished_one_is_marked(tmp_path, corpus, monke
     building.build(space, part=(0, 2), work=tmp_path / "work")
     monkeypatch.setattr(samplers, "load_space", lambda name: space)
     monkeypatch.setattr(samplers, "COMPARED", ("evolution", "random"))
+    monkeypatch.setattr(samplers, "usable_cores", lambda: 2)
     result = samplers.run(BenchConfig(suite="samplers", repeats=2))
     assert result.facts["preliminary"] is True
     assert result.facts["table"] == {"path": f"{tmp_path}/t.csv", "architectures": 2, "of": 4, "runs": 2}
     assert "PRELIMINARY: the table has 2 of 4 architectures" in result.notes
     building.build(space, part=(1, 2), work=tmp_path / "work")
+    monkeypatch.setattr(samplers, "usable_cores", lambda: 1)  # no processes: starting them takes longer than the rest
     result = samplers.run(BenchConfig(suite="samplers", repeats=2))
     assert result.facts["preliminary"] is False
     assert [row["architectures"] for row in result.facts["fidelity"]] == [4]
