@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
-import shlex
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -83,11 +84,10 @@ def write_files(page: Path, folder: Path) -> None:
 def run(command: str, folder: Path, **environment: str) -> str:
     """Run a shell command in a folder with this Python first in the path; return what it printed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    roots = os.pathsep.join(filter(None, (str(folder), str(ROOT), os.environ.get("PYTHONPATH", ""))))
     done = subprocess.run(
         ["/bin/sh", "-c", command],
         cwd=folder,
-        env={**os.environ, "PATH": path, "PYTHONPATH": roots, **environment},
+        env={**os.environ, "PATH": path, "PYTHONPATH": _roots(folder), **environment},
         capture_output=True,
         text=True,
         timeout=600,
@@ -111,4 +111,27 @@ def run_python(page: Path, folder: Path) -> str:
             source = "\n" * (fence.line - 1) + fence.text
             program.append(f"exec(compile({source!r}, {name!r}, 'exec'), globals())")
     (folder / "page.py").write_text("\n".join(program), encoding="utf-8")
-    return run(f"{shlex.quote(sys.executable)} page.py", folder)
+    context = multiprocessing.get_context("forkserver")  # imports what every page needs once, and forks for each
+    context.set_forkserver_preload(["torch", "optuna", "hybridnas.arch.model"])
+    child = context.Process(target=_run_in, args=(folder, _roots(folder)))
+    child.start()
+    child.join(600)
+    child.kill()
+    printed = (folder / "page.txt").read_text(encoding="utf-8")
+    assert child.exitcode == 0, f"{name}\n{printed[-4000:]}"
+    return printed
+
+
+def _run_in(folder: Path, roots: str) -> None:
+    """Be the process of a page's Python, as if started in its folder."""
+    os.chdir(folder)
+    with Path("page.txt").open("wb") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    os.environ["PYTHONPATH"] = roots
+    sys.path[:0] = roots.split(os.pathsep)
+    runpy.run_path("page.py", run_name="__main__")
+
+
+def _roots(folder: Path) -> str:
+    return os.pathsep.join(filter(None, (str(folder), str(ROOT), os.environ.get("PYTHONPATH", ""))))

@@ -337,6 +337,7 @@ def test_an_optuna_trial_is_a_chooser():
     assert load_space("hybrid").propose(fixed, SCALE).arch.fingerprint() == proposal.arch.fingerprint()
 
 
+@pytest.mark.slow
 def test_a_space_needs_no_optuna():
     code = "import sys, hybridnas.search_spaces.space; print(sorted({'optuna', 'mlflow', 'hydra'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -376,19 +376,35 @@ def record_one(runs, number, shared):
     (folder / "arch.json").write_text("{}")
     uri = f"sqlite:///{runs}/mlflow.db" if shared else default_uri(folder)
     with open_tracker(uri, folder, "s1", {}) as tracker:
+        assert tracker.ready(timeout=600)
         tracker.start_trial(number, {}, {"pattern": "M", "fingerprint": str(number)})
         tracker.end_trial(number, "COMPLETE", artifacts=[folder / "arch.json"])
     assert not tracker.off
     return uri
 
 
-@pytest.mark.parametrize(("how", "shared"), [("moved", False), ("copied", False), ("moved", True)])
-def test_a_study_that_was_moved_keeps_its_artifacts_beside_itself(tmp_path, how, shared):
-    old, new = tmp_path / "old", tmp_path / "new"
-    first = multiprocessing.get_context("spawn").Process(target=record_one, args=(old, 0, shared))
-    first.start()  # a process of its own: mlflow remembers where a run's artifacts lie
+MOVES = [("moved", False), ("copied", False), ("moved", True)]
+
+
+def record_before_moves(folder):
+    for how, shared in MOVES:
+        record_one(folder / f"{how}-{shared}" / "old", 0, shared)
+
+
+@pytest.fixture(scope="module")
+def recorded_elsewhere(tmp_path_factory):
+    """Studies that a process of its own recorded: mlflow remembers where a run's artifacts lie."""
+    folder = tmp_path_factory.mktemp("moves")
+    first = multiprocessing.get_context("spawn").Process(target=record_before_moves, args=(folder,))
+    first.start()
     first.join()
     assert first.exitcode == 0
+    return folder
+
+
+@pytest.mark.parametrize(("how", "shared"), MOVES)
+def test_a_study_that_was_moved_keeps_its_artifacts_beside_itself(recorded_elsewhere, how, shared):
+    old, new = (recorded_elsewhere / f"{how}-{shared}" / name for name in ("old", "new"))
     if how == "moved":
         old.rename(new)
     else:
