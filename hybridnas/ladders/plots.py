@@ -45,7 +45,8 @@ def _measured(ax: Axes, rows: Sequence[Row]) -> None:
     for index, model in enumerate(dict.fromkeys(row.model for row in rows)):
         for place, size in enumerate(sorted({row.size for row in rows if row.model == model})):
             points = sorted((flops[key], loss) for key, loss in means.items() if key[:2] == (model, size))
-            ax.plot(*zip(*points, strict=True), lw=1.0, label=None if place else model, **series_style(index, 4.5))
+            style = series_style(index, 4.5, name=model)
+            ax.plot(*zip(*points, strict=True), lw=1.0, label=None if place else model, **style)
     _frame(ax, "measured: a line for each size, a point for each annealing")
 
 
@@ -56,7 +57,7 @@ def _laws(ax: Axes, rows: Sequence[Row], verdict: Verdict, target: int) -> None:
     low, high = target * min(row.size for row in rows), target * top * AHEAD[-1] ** 0.5
     for model in verdict.models:
         own = [row for row in rows if row.model == model.name]
-        style = series_style(order.index(model.name), 4.5)
+        style = series_style(order.index(model.name), 4.5, name=model.name)
         per_token = {row.active_params: row.flops / row.tokens for row in own}
         hidden = {one.size for one in model.held_out}
         last = {row.size: max(other.tokens for other in own if other.size == row.size) for row in own}

@@ -51,7 +51,7 @@ def _tasks(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> Non
     scale = 100 if suite.higher else 1
     for index, (model, own) in enumerate(ours.items()):
         places = [(i, scale * own[c]) for i, c in enumerate(columns) if c in own]
-        ax.plot(*_pairs(places), ls="-", lw=0.8, alpha=0.9, label=model, **series_style(index))
+        ax.plot(*_pairs(places), ls="-", lw=0.8, alpha=0.9, label=model, **series_style(index, name=model))
     for index, row in enumerate(suite.published):
         places = [(i, row.values[c]) for i, c in enumerate(columns) if c in row.values]
         if not places:  # measured on other settings: in the table alone
@@ -73,7 +73,8 @@ def _widths(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> No
             points = sorted(
                 (width, 100 * fmean(row.score or 0.0 for row in group)) for width, group in by_width.items()
             )
-            style = series_style(index) | {"ls": dash, "mfc": series_style(index)["color"] if dash == "-" else "none"}
+            style = series_style(index, name=model)
+            style |= {"ls": dash, "mfc": style["color"] if dash == "-" else "none"}
             ax.plot(*_pairs(points), lw=1.4, label=f"{model}; {task}", **style)
     widths = sorted({row.d_model for row in rows})
     ax.set_xscale("log", base=2)
@@ -91,7 +92,7 @@ def _state(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> Non
     for index, (model, own) in enumerate(results.grouped(rows, lambda row: _family(row.model)).items()):
         by_state = results.grouped(own, lambda row: row.state_bytes)
         points = sorted((state, 100 * max(_by_model(group))) for state, group in by_state.items())
-        ax.plot(*_pairs(points), lw=1.2, label=model, **series_style(index))
+        ax.plot(*_pairs(points), lw=1.2, label=model, **series_style(index, name=model))
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
     ax.xaxis.set_minor_formatter(NullFormatter())
@@ -110,7 +111,7 @@ def _lengths(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> N
             by_model.setdefault(name, {}).setdefault(row.length, []).append(100 * row.accuracy)
     for index, (model, own) in enumerate(by_model.items()):
         points = [(length, fmean(values)) for length, values in sorted(own.items())]
-        ax.plot(*_pairs(points), lw=1.6, label=model, **series_style(index))
+        ax.plot(*_pairs(points), lw=1.6, label=model, **series_style(index, name=model))
     powers = {results.power_of_two(2**power): 2**power for power in range(31)}
     for index, published in enumerate(suite.published):
         points = [(powers[name], value) for name, value in published.values.items() if name in powers]
@@ -143,7 +144,7 @@ def _curves(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> No
     for row in rows:
         points = speed.points(outcome.curves, row)
         seen += [loss for _, loss in points[len(points) // 5 :]]
-        style = series_style(names.setdefault(row.model, len(names))) | {"ms": 2.5}
+        style = series_style(names.setdefault(row.model, len(names)), 2.5, name=row.model)
         ax.plot(*_pairs(points), lw=1.2, label=row.model if row.seed == suite.seeds[0] else None, **style)
     base = next((row.valid_loss for row in rows if row.model == suite.baseline), None)
     if base is not None:
