@@ -20,6 +20,20 @@ def several(count: int | None, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def percent(share: float | None) -> str:
+    """Write a share in per cent with one decimal: 0.0762 is 7.6 %; nothing for None."""
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def duration(seconds: float | None) -> str:
+    """Write a time in the largest fitting unit: 80 is 80 s, 200 is 3 min, 7,000 is 1.9 h; nothing for None."""
+    if seconds is None:
+        return ""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def human_bytes(value: float | None) -> str:
     """Write a number of bytes in three figures: 1,572,864 is 1.5 MiB; nothing for None."""
     if value is None:

@@ -15,7 +15,7 @@ from hybridnas.cli.describe import facts
 from hybridnas.cli.wanted import in_tokens_of, model_folder, own_tokenizer, stored_model, wanted_arch
 from hybridnas.config import option
 from hybridnas.errors import ConfigError, TrainingError
-from hybridnas.units import human
+from hybridnas.units import human, percent, several
 
 if TYPE_CHECKING:
     from hybridnas.arch.arch import Arch
@@ -111,7 +111,7 @@ def run(settings: Settings) -> Done:
     about = identity(arch, source, config) if given is None else identity(given.model, source, config, given.start)
     folder = settings.out or Path(_folder(settings, about))
     if leads():
-        _announce(arch, source.describe(), config, folder)
+        _announce(arch, source, config, folder)
     preset = settings.preset["name"] if settings.preset else None
     labels = {} if preset is None else {"preset": preset}
     if given is not None:
@@ -270,17 +270,25 @@ def _folder(settings: Settings, identity: dict[str, Any]) -> str:
     return f"runs/train-{name}-{digest[:8]}"
 
 
-def _announce(arch: Arch, data: str, config: TrainConfig, folder: Path) -> None:
+def _announce(arch: Arch, source: Source, config: TrainConfig, folder: Path) -> None:
     cost = arch.cost(config.seq_len)
     show.line(
         f"model: {arch.pattern}, d_model {arch.d_model}, {human(cost.params)} parameters, "
         f"{human(cost.active_params)} active, fingerprint {arch.short}"
     )
-    show.line(f"data: {data}")
+    show.line(f"data: {source.describe()}")
     show.line(
-        f"training: {config.steps:,} steps of {config.step_tokens:,} tokens, "
+        f"training: {several(config.steps, 'step')} of {config.step_tokens:,} tokens, {_asked(config)}"
         f"{config.tokens / max(1, cost.active_params):.3g} tokens per active parameter; folder {folder}"
     )
+    if repeated := source.repeated(config.tokens):
+        show.line(repeated)
+
+
+def _asked(config: TrainConfig) -> str:
+    """Say how many tokens are trained where whole steps make more of them than were asked for."""
+    trained = config.steps * config.step_tokens
+    return "" if trained == config.tokens else f"{trained:,} in all for the {config.tokens:,} asked, "
 
 
 def _table(evals: list[Eval]) -> None:
@@ -292,7 +300,7 @@ def _table(evals: list[Eval]) -> None:
             f"{value.train_loss:.4f}",
             f"{value.valid_loss:.4f}",
             "-" if value.bits_per_byte is None else f"{value.bits_per_byte:.4f}",
-            f"{value.accuracy:.4f}",
+            percent(value.accuracy),
             f"{value.tokens_per_second:,.0f}",
             *(f"{value.aux[name]:.4g}" if name in value.aux else "-" for name in extras),
         ]

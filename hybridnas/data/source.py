@@ -124,6 +124,13 @@ class Source(ABC):
         """The tokenizer, or None where ids are not text."""
         return None
 
+    def repeated(self, tokens: int) -> str:
+        """Return how often so many training tokens read the data, as a warning; empty for less than two times."""
+        if not self.train_tokens or tokens < 2 * self.train_tokens:
+            return ""
+        times = tokens / self.train_tokens
+        return f"warning: {tokens:,} training tokens read the {self.train_tokens:,} of the data {times:.1f} times"
+
     @abstractmethod
     def describe(self) -> str:
         """Return one line for people: what is read, how it is split, how it is tokenised."""

@@ -29,6 +29,7 @@ from hybridnas.data.draws import I64, U64, Bools, Draws, keys_of, mix, word
 from hybridnas.data.source import Batch, Source, SourceConfig, register_source
 from hybridnas.data.windows import permute
 from hybridnas.errors import ConfigError, DataError
+from hybridnas.units import percent
 
 K = TypeVar("K", bound="type[Task]")
 VALID, TEST = "test", "final"  # names that examples are drawn under: to choose by, and to report
@@ -145,8 +146,16 @@ class Task(Source):
         train = "fresh examples at every step" if count is None else f"{count:,} examples to train on"
         return (
             f"{self.config.kind}: {self.words()}; {self.vocab_size:,} ids, {self.seq_len:,} tokens per example, "
-            f"{train}, {self.config.n_test_examples:,} held out"
+            f"{train}, {self.config.n_test_examples:,} held out; always the commonest answer is right in "
+            f"{percent(self.chance())}"
         )
+
+    def chance(self) -> float:
+        """Return the accuracy of the commonest answer, whatever is asked [0 to 1], over the first held-out examples."""
+        some = min(int(self.config.n_test_examples), max(1, _CHUNK // self.seq_len))
+        made = self._held_out(VALID, 0, some)
+        _, counts_A = np.unique(made.targets_BL[made.mask_BL], return_counts=True)
+        return float(counts_A.max() / counts_A.sum())
 
     def train_batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> Batch:
         self._require(seq_len)

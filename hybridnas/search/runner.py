@@ -261,6 +261,8 @@ class Search:
             f"({plan.rungs[-1] / session.target:.0f} per active parameter), d_model {budget.d_model}, "
             f"{budget.depth} sub-layers"
         )
+        if repeated := session.source.repeated(plan.rungs[-1]):
+            note(repeated)
         if history:
             note(f"resuming: {history.finished} of {budget.n_trials} trials finished")
 

@@ -17,6 +17,7 @@ from hybridnas.config import flatten
 from hybridnas.errors import CheckpointError, TrainingError
 from hybridnas.files import write_json
 from hybridnas.study.documents import DocumentSums, write_documents
+from hybridnas.units import percent
 
 if TYPE_CHECKING:
     from torch import nn
@@ -211,7 +212,7 @@ def eval_line(value: Eval, total: int) -> str:
         f"{value.tokens:>13,} of {total:,} tokens",
         f"train {value.train_loss:.4f}",
         f"valid {value.valid_loss:.4f} nats/token",
-        f"accuracy {value.accuracy:.4f}",
+        f"accuracy {percent(value.accuracy)}",
         f"{value.tokens_per_second:,.0f} tokens/s",
     ]
     if value.bits_per_byte is not None:

@@ -6,6 +6,7 @@ For each task there is a solver as plain as can be (``solvers.py``) and a strate
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -166,6 +167,13 @@ def test_a_batch_has_ids_targets_and_places_that_count(kind):
         assert mask.any(dim=1).all()
     assert source.tokenizer is None
     assert kind in source.describe()
+    tokens = max(1, 2**14 // source.seq_len) * source.seq_len
+    scored = [ids for _, targets, mask, *_ in source.valid_batches(tokens, 8, source.seq_len) for ids in targets[mask]]
+    count = source.train_tokens
+    assert source.repeated(2 * count)[-9:] == "2.0 times" if count else source.repeated(10**9) == ""
+    assert count is None or source.repeated(count) == ""
+    answers = Counter(int(ids) for ids in scored)
+    assert source.chance() == pytest.approx(max(answers.values()) / answers.total())
 
 
 @pytest.mark.parametrize("kind", TASKS)
