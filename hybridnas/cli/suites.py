@@ -9,6 +9,7 @@ from hybridnas.cli import show
 from hybridnas.cli.command import Done
 from hybridnas.cli.wanted import model_folder
 from hybridnas.errors import ConfigError, StudyError
+from hybridnas.units import duration
 
 if TYPE_CHECKING:
     from hybridnas.arch.model import HybridLM
@@ -17,10 +18,14 @@ if TYPE_CHECKING:
     from hybridnas.suites.suite import Suite, SuiteConfig
 
 
+QUICK_MINUTES = 2.0  # of quick=true, where neither minutes= nor tokens= nor an experiment says how long
+
+
 def run_suite(given: Settings) -> Done:
     """Train and score what the suite asks for, print its table and draw its figure; also when time was up first."""
     from dataclasses import asdict
 
+    from hybridnas.suites.forecast import expected_seconds
     from hybridnas.suites.runner import Runner
     from hybridnas.suites.suite import SuiteConfig
 
@@ -34,6 +39,9 @@ def run_suite(given: Settings) -> Done:
         return _compare(suite, settings, out)
     fields = {**preset_sizes(given), **{k: v for k, v in given.arch.items() if v is not None}}
     entries = suite.expanded(architectures(given), fields)
+    minutes = settings.minutes
+    if settings.quick and minutes is None and settings.tokens is None and given.experiment is None:
+        minutes = QUICK_MINUTES
     runner = Runner(
         suite,
         entries,
@@ -42,13 +50,15 @@ def run_suite(given: Settings) -> Done:
         quick=settings.quick,
         device=given.device,
         tracking=given.tracking,
-        minutes=settings.minutes,
+        minutes=minutes,
         report=show.line,
     )
     show.line(
         f"suite {suite.name}: {suite.title}; tasks {len(suite.tasks)}, architectures {len(entries)}, "
         f"trainings {runner.total}; folder {folder}"
     )
+    if any(runner.planned()):
+        show.line(_forecast(expected_seconds(runner), minutes, suite))
     outcome = runner.run()
     print_suite(suite, outcome)
     figures = []
@@ -58,10 +68,19 @@ def run_suite(given: Settings) -> Done:
         figures = draw(suite, outcome, out)
         show.line(f"written: {out} and the files beside it, {', '.join(path.name for path in figures)}")
     if not outcome.done:
-        show.line(f"time is up after {settings.minutes:g} minutes; the same command goes on")
+        show.line(f"time is up after {minutes:g} minutes; the same command goes on")
     found = {"suite": suite.name, "done": outcome.done, "folder": str(folder), "out": str(out)}
     rows = [asdict(row) for row in outcome.rows]
     return Done({**found, "rows": rows, "lengths": [asdict(row) for row in outcome.lengths], "figures": figures})
+
+
+def _forecast(seconds: float, minutes: float | None, suite: Suite) -> str:
+    """Say how long all will take, and when this call ends before that."""
+    most = "at most " if suite.stop_at is not None else ""
+    text = f"time: {most}about {duration(seconds)} for all that is missing, by a few steps of training"
+    if minutes is not None and seconds > 60 * minutes:
+        text += f"; this call ends after {minutes:g} min, the same command goes on, suite.minutes=N gives it longer"
+    return text
 
 
 def _refuse_unread(given: Settings) -> None:

@@ -110,7 +110,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class _Training:
+class Training:
     """What a cell of a suite is about."""
 
     entry: Entry
@@ -203,7 +203,7 @@ class Runner:
             if self._late:
                 return
 
-    def trainings(self, entry: Entry, task: Task) -> Iterator[_Training]:
+    def trainings(self, entry: Entry, task: Task) -> Iterator[Training]:
         """Yield what to train of one architecture on one task; later seeds once the grid has been tried."""
         first, *others = entry.seeds or self.suite.seeds
         for rate in entry.rates or self.suite.rates:
@@ -215,12 +215,23 @@ class Runner:
             if best is not None:
                 yield from (self._training(entry, task, *best, seed) for seed in others)
 
-    def _known(self, one: _Training) -> Row | None:
+    def planned(self) -> Iterator[tuple[Training, int]]:
+        """Yield the first training of each architecture on each task, and how many of that kind are missing."""
+        for task, entry in self._groups():
+            seeds = entry.seeds or self.suite.seeds
+            grid = [(rate, decay) for rate in entry.rates or self.suite.rates for decay in self.suite.decays]
+            first = self._training(entry, task, *grid[0], seeds[0])
+            done = sum((row.fingerprint, row.settings) == (first.fingerprint, task.digest) for row in self.rows)
+            missing = len(grid) + len(seeds) - 1 - done
+            if missing > 0:
+                yield first, missing
+
+    def _known(self, one: Training) -> Row | None:
         config = one.config
         key = (one.fingerprint, one.task.digest, one.task.name, config.lr, config.weight_decay, config.seed)
         return next((row for row in self.rows if row.key == key), None)
 
-    def _training(self, entry: Entry, task: Task, rate: float, decay: float, seed: int) -> _Training:
+    def _training(self, entry: Entry, task: Task, rate: float, decay: float, seed: int) -> Training:
         from hybridnas.arch.arch import Arch
         from hybridnas.train.config import TrainConfig
         from hybridnas.train.loop import build_seeded, count_params, identity
@@ -243,7 +254,7 @@ class Runner:
         about: dict[str, Any] = {"params": active, "active_params": active}
         if arch is not None:
             about = {"pattern": str(arch.pattern), "d_model": arch.d_model, **_costs(arch.cost(config.seq_len))}
-        return _Training(entry, task, config, folder, arch or build, identified["fingerprint"], about)
+        return Training(entry, task, config, folder, arch or build, identified["fingerprint"], about)
 
     def source(self, task: Task) -> Source:
         """Open a task's data, once."""
@@ -253,7 +264,7 @@ class Runner:
             self._sources[task.digest] = open_source(source_config(task.data))
         return self._sources[task.digest]
 
-    def _cell(self, one: _Training, tracker: BackgroundTracker) -> Cell:
+    def _cell(self, one: Training, tracker: BackgroundTracker) -> Cell:
         from hybridnas.train.experiment import Cell
         from hybridnas.train.tracking import Tracking
 
@@ -280,7 +291,7 @@ class Runner:
 
     def _keep(self, ended: CellResult) -> None:
         """Put a training's row and curve into the CSVs."""
-        one: _Training = ended.cell.facts["training"]
+        one: Training = ended.cell.facts["training"]
         row = self._row(one, ended.result)
         # Read again: another process may have trained other architectures of this suite in the meantime.
         own, others = results.split_rows(self.rows_path, self.suite)
@@ -289,7 +300,7 @@ class Runner:
         self._keep_curve(row, ended.result.evals)
         self.report(f"[{self._visited}/{self.total}] {_described(row)}")
 
-    def _row(self, one: _Training, result: TrainResult) -> Row:
+    def _row(self, one: Training, result: TrainResult) -> Row:
         last = result.evals[-1] if result.evals else None
         return Row(
             suite=self.suite.name,

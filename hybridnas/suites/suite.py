@@ -247,7 +247,9 @@ class SuiteConfig(FrozenConfig):
     decays: tuple[float, ...] = option((), "weight decays of the grid; none: the suite's")
     seeds: tuple[int, ...] = option((), "seeds; the first searches the grid; none: the suite's")
     tokens: int | None = option(None, "training tokens of every run; none: the suite's [tokens]", ge=1)
-    minutes: float | None = option(None, "stop after this long; the same command goes on [min]", gt=0)
+    minutes: float | None = option(
+        None, "stop after this long; the same command goes on; none: the command's quick=true alone after 2 [min]", gt=0
+    )
     runs: Path = option(Path("runs"), "folder in which the runs lie")
     out: Path | None = option(None, "CSV of the results, figures beside it; none: RUNS/SUITE/SUITE.csv")
     against: Path | None = option(None, "CSV of another version of the suite: print rank correlations, train nothing")
