@@ -175,3 +175,14 @@ def holm(values: Sequence[float]) -> list[float]:
         worst = max(worst, min(1.0, (len(values) - place) * values[index]))
         adjusted[index] = worst
     return adjusted
+
+
+def mean_interval(values: Sequence[float], alpha: float = ALPHA) -> tuple[float, float | None]:
+    """Return the mean of independent values and half its t-interval; None for the half where there is one value."""
+    from scipy import stats
+
+    mean, n = math.fsum(values) / len(values), len(values)
+    if n < 2:
+        return mean, None
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    return mean, float(stats.t.ppf(1 - alpha / 2, n - 1)) * deviation / math.sqrt(n)

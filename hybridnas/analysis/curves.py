@@ -23,22 +23,30 @@ def tokens_to_reach(points: Sequence[tuple[float, float]], loss: float) -> float
     return None
 
 
-def best_so_far(records: Iterable[TrialRecord]) -> list[tuple[float, float]]:
-    """Return the incumbents of a search: (tokens trained by then, best score of a full trial, less is better).
+def course(records: Iterable[TrialRecord]) -> list[tuple[float, float | None, TrialRecord]]:
+    """Return what a search trained, in time: (tokens trained by then, score of a full trial or None, its record).
 
-    Presets are left out, with their tokens: every study begins with the same ones.
+    Less is better. Presets are left out, with their tokens: every study begins with the same ones.
     """
-    events: list[tuple[float, float, float | None]] = []
+    events: list[tuple[float, float, float | None, TrialRecord]] = []
     for record in records:
         if record.state == DUPLICATE or record.preset is not None:
             continue
         last = score(record) if eligible(record) else None
         for place, (when, tokens) in enumerate(record.legs):
-            events.append((when, tokens, last if place == len(record.legs) - 1 else None))
-    found: list[tuple[float, float]] = []
+            events.append((when, tokens, last if place == len(record.legs) - 1 else None, record))
+    found: list[tuple[float, float | None, TrialRecord]] = []
     trained = 0.0
-    for _, tokens, value in sorted(events, key=lambda event: event[0]):
+    for _, tokens, value, record in sorted(events, key=lambda event: event[0]):
         trained += tokens
+        found.append((trained, value, record))
+    return found
+
+
+def best_so_far(records: Iterable[TrialRecord]) -> list[tuple[float, float]]:
+    """Return the incumbents of a search: (tokens trained by then, best score of a full trial, less is better)."""
+    found: list[tuple[float, float]] = []
+    for trained, value, _ in course(records):
         if value is not None and (not found or value < found[-1][1]):
             found.append((trained, value))
     return found

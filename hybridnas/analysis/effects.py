@@ -69,7 +69,7 @@ def _trained(record: TrialRecord) -> bool:
 
 
 def letters_of(pattern: str) -> list[str]:
-    """Return the letter of each sub-layer, branches of parallel ones joined; empty for a pattern of another version."""
+    """Return the letter of each sub-layer, of a parallel one ``[E,M]``; empty for a pattern of another version."""
     try:
         layers = parse(pattern).layers
     except HybridNASError:
@@ -77,7 +77,7 @@ def letters_of(pattern: str) -> list[str]:
     return [
         layer.letter
         if isinstance(layer, Slot)
-        else "".join(slot.letter for branch in layer.branches for slot in branch)
+        else f"[{','.join(''.join(slot.letter for slot in branch) for branch in layer.branches)}]"
         for layer in layers
     ]
 

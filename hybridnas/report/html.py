@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hybridnas.report import leaderboard as board
+from hybridnas.report.colors import css
+from hybridnas.report.plots import library
 
 
 def render(template: str, **values: Any) -> str:
@@ -16,7 +18,7 @@ def render(template: str, **values: Any) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    return environment.get_template(template).render(**values)
+    return environment.get_template(template).render(colors=markup(css()), library=lambda: markup(library()), **values)
 
 
 def markup(text: str) -> Any:
@@ -33,7 +35,7 @@ def difference(gap: float | None) -> str:
 
 def cell(text: str, sort: Any, style: str = "") -> dict[str, Any]:
     """Return a table cell: what is read, what it is sorted by, and its class."""
-    return {"text": text, "sort": "" if sort is None else sort, "style": style, "strong": "", "dot": ""}
+    return {"text": text, "sort": "" if sort is None else sort, "style": style, "strong": "", "dot": "", "link": ""}
 
 
 def short(text: str, limit: int = 20) -> str:

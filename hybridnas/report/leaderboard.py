@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from hybridnas.analysis.confirmation import confirmed_winner, summaries
 from hybridnas.analysis.held_out import TEST
 from hybridnas.analysis.ranking import Row, rows
-from hybridnas.study.records import COMPLETE, DUPLICATE, FAIL, INFEASIBLE, PRUNED, TrialRecord, save
-from hybridnas.units import human, human_bytes, several
+from hybridnas.study.records import COMPLETE, DUPLICATE, FAIL, INFEASIBLE, PRUNED, WORDS, TrialRecord, save
+from hybridnas.units import human, human_bytes, percent, several
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +46,8 @@ CSV_COLUMNS = (
     "accuracy",
     "test_bits_per_byte",
     "test_accuracy",
+    "test_repeat_loss",
+    "test_repeat_accuracy",
     "ms_per_token",
     "tokens_read_per_second",
     "tokens",
@@ -124,35 +126,48 @@ def _print_table(lines: Sequence[Row], console: Console, limit: int, reference: 
 
     shown = [row for row in lines if row.record.state in (COMPLETE, PRUNED, FAIL)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = _columns(console.width, reference, any(row.part == TEST for row in lines))
-    for name, left in columns:
-        table.add_column(name, justify="left" if left else "right", overflow="fold" if left else "ellipsis")
-    for row in shown[:limit]:
-        cells = human_cells(row, reference)
+    choices = differing_choices(row.record for row in shown)
+    cells = [human_cells(row, reference, choices) for row in shown[:limit]]
+    columns = _columns(console.width, cells, reference, any(row.part == TEST for row in lines))
+    for name in columns:
+        left = name in ("architecture", "state")
+        table.add_column(Text(name), justify="left" if left else "right", overflow="fold")
+    for row, own in zip(shown, cells, strict=False):
         style = "bold" if row.rank == 1 else "cyan" if row.is_preset else "dim" if row.rank is None else ""
-        table.add_row(*(Text(cells[name]) for name, _ in columns), style=style)
+        table.add_row(*(Text(own[name]) for name in columns), style=style)
     console.print(table)
     for sentence in footnotes(lines, len(shown) - limit):
         console.print(Text(sentence, style="dim"))
 
 
-def _columns(width: int, reference: str | None, tested: bool) -> list[tuple[str, bool]]:
-    """Choose the columns that a terminal of this width can show: their names, and whether they align left."""
-    names = ["#", "trial", "architecture", "params", "active", "loss", "state"]
-    if tested:
-        names[-1:-1] = ["test"]
-    if reference is not None:
-        names[-1:-1] = [f"vs {reference}"]
-    if width >= 110:
-        names[5:5] = ["memory"]
-    if width >= 130:
-        names[6:6] = ["FLOPs"]
-        names[-1:-1] = ["acc", "tok/s"]
-    return [(name, name in ("architecture", "state")) for name in names]
+# Columns that a narrow terminal does without, the first of them first.
+_SPARE = ("FLOPs", "tok/s", "acc", "memory", "recall", "params", "active", "trial", "state")
 
 
-def human_cells(row: Row, reference: str | None) -> dict[str, str]:
-    """Return a row as people read it, by column name."""
+def _columns(width: int, cells: Sequence[dict[str, str]], reference: str | None, tested: bool) -> list[str]:
+    """Choose the columns that a terminal of this width can show without breaking a word."""
+    choices = list(cells[0])[list(cells[0]).index("state") + 1 :] if cells else []
+    names = ["#", "trial", "architecture", *choices, "params", "active", "memory", "FLOPs", "loss"]
+    names += ["test"] if tested else []
+    names += [f"vs {reference}"] if reference is not None else []
+    names += ["acc", *(["recall"] if any(own["recall"] for own in cells) else []), "tok/s", "state"]
+    for spare in (*_SPARE[:5], *choices, *_SPARE[5:]):
+        if _room(names, cells) > width and spare in names:
+            names.remove(spare)
+    return names
+
+
+def _room(names: Sequence[str], cells: Sequence[dict[str, str]]) -> int:
+    """Return the width that columns need for their longest words."""
+    widths = [
+        max(len(word) for text in (name, *(own[name] for own in cells)) for word in [*text.split(), ""])
+        for name in names
+    ]
+    return sum(widths) + 3 * len(names)
+
+
+def human_cells(row: Row, reference: str | None, choices: Sequence[str] = ()) -> dict[str, str]:
+    """Return a row as people read it, by column name; ``choices`` of the space last."""
     record, cost = row.record, row.record.cost
     reason = f": {record.reason}" if record.state == FAIL and record.reason else ""
     return {
@@ -161,15 +176,37 @@ def human_cells(row: Row, reference: str | None) -> dict[str, str]:
         "architecture": row.architecture,
         "params": human(cost.get("params")),
         "active": human(cost.get("active_params")),
-        "memory": human_bytes(cost.get("state_bytes")),
+        "memory": human_bytes(record.figures.get("state_bytes", cost.get("state_bytes"))),
         "FLOPs": human(cost.get("flops_per_token")),
         "loss": "" if row.loss is None else f"{row.loss:.4f}" + ("" if row.rank else "*"),
         "test": "" if record.test_loss is None else f"{record.test_loss:.4f}",
         f"vs {reference}": signed(row.gap),
-        "acc": "" if record.accuracy is None else f"{100 * record.accuracy:.1f}%",
+        "acc": percent(record.accuracy),
+        "recall": percent(record.test_repeat_accuracy),
         "tok/s": human(record.tokens_per_second),
-        "state": record.state.lower() + reason,
+        "state": WORDS[record.state] + reason,
+        **{name: choice_text(record, name) for name in choices},
     }
+
+
+def differing_choices(records: Iterable[TrialRecord], limit: int = 4) -> list[str]:
+    """Return the choices of the space in which trials differ and that their patterns do not show, at most ``limit``."""
+    values: dict[str, set[str]] = {}
+    for record in records:
+        if record.preset is None:
+            for name, value in record.choices.items():
+                values.setdefault(name, set()).add(str(value))
+    return [
+        name
+        for name, known in values.items()
+        if len(known) > 1 and name not in ("candidate", "motif_length") and not name.startswith("slot")
+    ][:limit]
+
+
+def choice_text(record: TrialRecord, name: str) -> str:
+    """Return what the space chose for a trial; empty for a preset."""
+    value = record.choices.get(name)
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def footnotes(lines: Sequence[Row], hidden: int = 0) -> list[str]:
@@ -181,7 +218,10 @@ def footnotes(lines: Sequence[Row], hidden: int = 0) -> list[str]:
         notes.append(TESTED)
     if any(row.record.state == PRUNED and row.loss is not None for row in lines):
         notes.append("* at the last rung before the trial was stopped: not comparable with a full trial.")
-    for state, meaning in ((DUPLICATE, "repeated an architecture and reused its result"), (INFEASIBLE, "rejected")):
+    for state, meaning in (
+        (DUPLICATE, "repeated an architecture and reused its result"),
+        (INFEASIBLE, "refused before any training"),
+    ):
         count = sum(row.record.state == state for row in lines)
         if count:
             notes.append(f"{count} candidate{'s' if count > 1 else ''} {meaning}.")

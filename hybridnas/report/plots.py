@@ -1,71 +1,38 @@
-"""Loss curves and scatter plots as inline SVG whose colors are CSS variables, for light, dark and printed pages.
+"""Loss curves and scatter plots as charts for a page: hover, zoom, export, and vector graphics on paper.
 
-matplotlib draws with stand-in colors, which are then replaced by ``var(--name)``; nothing depends on time or on
-random ids, so equal data gives equal text.
+A chart is data and layout for plotly.js (MIT license), whose file lies beside this module and becomes part of each
+page, so that a page needs no network. Nothing depends on time or on random ids: equal data gives equal text.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import html
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 from hybridnas.analysis.pareto import staircase
+from hybridnas.report.colors import LIGHT
 from hybridnas.units import human, human_bytes
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# CSS variable -> the color that stands for it while matplotlib draws.
-COLORS = {
-    "ink": "#010101",
-    "muted": "#020202",
-    "grid": "#030303",
-    "faint": "#040404",
-    "winner": "#050505",
-    "c1": "#0b0b0b",
-    "c2": "#0c0c0c",
-    "c3": "#0d0d0d",
-    "c4": "#0e0e0e",
-    "c5": "#0f0f0f",
-    "c6": "#101010",
-    "c7": "#111111",
-    "c8": "#121212",
-}
-_VARIABLES = {color: variable for variable, color in COLORS.items()}
-_STAND_INS = re.compile("|".join(_VARIABLES))
-_SETTINGS: dict[Any, Any] = {
-    "svg.hashsalt": "hybridnas",
-    "svg.fonttype": "none",  # text stays text: selectable, searchable, in the page's font
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": COLORS["muted"],
-    "axes.labelcolor": COLORS["muted"],
-    "xtick.color": COLORS["muted"],
-    "ytick.color": COLORS["muted"],
-    "xtick.labelcolor": COLORS["muted"],
-    "ytick.labelcolor": COLORS["muted"],
-    "text.color": COLORS["ink"],
-    "axes.linewidth": 0.8,
-    "grid.color": COLORS["grid"],
-    "grid.linewidth": 0.7,
-}
+LIBRARY = Path(__file__).parent / "static" / "plotly-basic.min.js"
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+MARKS = ("circle", "square", "diamond", "triangle-up", "star", "cross", "hexagon", "triangle-down", "x")
+_HOVER = "%{text}<br>%{xaxis.title.text}: %{customdata}<br>%{yaxis.title.text}: %{y:.4f}<extra></extra>"
 
 
 @dataclass(frozen=True)
 class Series:
-    """One trial in a plot: its curve, or its figure against the loss. A label makes it stand out."""
+    """One trial in a chart: its curve, or its figure against the loss. A label makes it stand out."""
 
     number: int | str  # what the page's rows carry as data-trial
     title: str  # shown while the pointer rests on it
-    color: str = "faint"  # a key of COLORS
-    label: str = ""
+    color: str = "faint"  # a key of colors.LIGHT
+    label: str = ""  # in the legend
     points: Sequence[tuple[float, float]] = ()
     hollow: bool = False  # not a full trial
 
@@ -80,260 +47,198 @@ class Axis:
     target: float | None = None  # a value that all candidates were matched to
 
 
-def curves_svg(series: Sequence[Series], name: str = "curves", marks: Sequence[float] = ()) -> str:
-    """Draw losses over training tokens: labeled series in color on top, all others faint; empty without points.
+@dataclass(frozen=True)
+class Chart:
+    """What plotly.js draws, and how high [pixels]."""
+
+    data: Sequence[Mapping[str, Any]]
+    layout: Mapping[str, Any]
+    height: int = 400
+
+    @property
+    def json(self) -> str:
+        """Return data and layout as JSON that may stand inside a script element."""
+        text = json.dumps({"data": self.data, "layout": self.layout}, allow_nan=False, separators=(",", ":"))
+        return text.replace("<", "\\u003c")
+
+
+@lru_cache(maxsize=1)
+def library() -> str:
+    """Return the source of plotly.js."""
+    return LIBRARY.read_text(encoding="utf-8")
+
+
+def layout(xlabel: str, ylabel: str, **more: Any) -> dict[str, Any]:
+    """Return the layout that all charts share; ``more`` is merged into it, axes by their settings."""
+    axis = {
+        "gridcolor": LIGHT["grid"],
+        "linecolor": LIGHT["muted"],
+        "zeroline": False,
+        "automargin": True,
+        "tickfont": {"color": LIGHT["muted"]},
+        "fixedrange": False,
+    }
+    found: dict[str, Any] = {
+        "autosize": True,
+        "margin": {"l": 50, "r": 12, "t": 8, "b": 40},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {
+            "family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif",
+            "size": 12,
+            "color": LIGHT["ink"],
+        },
+        "hovermode": "closest",
+        "hoverlabel": {"bgcolor": LIGHT["card"], "bordercolor": LIGHT["muted"], "font": {"color": LIGHT["ink"]}},
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "xanchor": "left"},
+        "showlegend": True,
+        "xaxis": {**axis, "title": _title(xlabel)},
+        "yaxis": {**axis, "title": _title(ylabel)},
+    }
+    for key, value in more.items():
+        found[key] = {**found[key], **value} if isinstance(found.get(key), dict) else value
+    return found
+
+
+def curves(series: Sequence[Series], marks: Sequence[float] = ()) -> list[Chart]:
+    """Return losses over training tokens, and their last third at the scale of what is labeled; none without points.
 
     ``marks``: token counts at which a dashed line stands.
     """
     drawn = [line for line in series if line.points]
     if not drawn:
-        return ""
+        return []
     end = max(line.points[-1][0] for line in drawn)
+    start = min(line.points[0][0] for line in drawn)
     close = [line for line in drawn if len(line.points) > 3 and line.points[-1][0] > 0.9 * end]
-    with drawing() as (figure, axes):
-        figure.set_size_inches(10, 4.4)
-        figure.subplots_adjust(left=0.06, right=0.77, top=0.97, bottom=0.12, wspace=0.14)
-        panels = axes(2 if close else 1, share=False)
-        for index, ax in enumerate(panels):
-            for line in sorted(drawn if index == 0 else close, key=lambda line: bool(line.label)):
-                _curve(ax, line, f"{name}{index}")
-            _frame_curves(ax, drawn)
-            for mark in marks:
-                ax.axvline(mark, color=COLORS["muted"], lw=0.8, ls=(0, (3, 3)), zorder=0)
-        if close:
-            _zoom(panels[1], close, end)
-        _end_labels(panels[-1], [line for line in close or drawn if line.label])
-        return svg_text(figure, name, drawn)
+    late = [loss for line in drawn for tokens, loss in line.points if tokens >= 0.2 * end]
+    low, high = min(late), max(late)
+    margin = 0.06 * (high - low or 1)
+    wide = {"type": "log"} if start > 0 and end / start > 30 else {"tickformat": "~s"}
+    words = ("training tokens", "validation loss [nats/token]")
+    first = layout(*words, xaxis=wide, yaxis={"range": [low - margin, high + 3 * margin]}, shapes=_lines(marks))
+    found = [Chart(_curve_traces(drawn), first)]
+    if close:
+        labeled = [line for line in close if line.label] or close
+        losses = [loss for line in labeled for tokens, loss in line.points if tokens > 0.7 * end]
+        margin = 0.08 * (max(losses) - min(losses) or 1)
+        near = {"range": [min(losses) - margin, max(losses) + margin]}
+        last = layout(
+            "training tokens, the last third", words[1], yaxis=near,
+            xaxis={"range": [0.7 * end, 1.01 * end], "tickformat": "~s"}, shapes=_lines(marks),
+        )  # fmt: skip
+        found.append(Chart(_curve_traces(close), last))
+    return found
 
 
-def scatter_svg(
+def curve(points: Sequence[tuple[float, float]], color: str, title: str) -> Chart:
+    """Return the one curve of a trial."""
+    traces = _curve_traces([Series("", title, color, title, points)])
+    return Chart([{**traces[0], "showlegend": False}], layout("training tokens", "validation loss [nats/token]",
+                 xaxis={"tickformat": "~s"}), 260)  # fmt: skip
+
+
+def scatter(
     panels: Sequence[tuple[Axis, Sequence[Series]]],
-    name: str,
     *,
     front: bool = False,
     ylabel: str = "validation loss [nats/token]",
     joined: Sequence[Sequence[tuple[float, float]]] = (),
-) -> str:
-    """Draw final losses against a figure, one panel beside the other on a common loss axis; ``front``: lower left.
+) -> list[Chart]:
+    """Return final losses against a figure, one chart for each panel; none without points.
 
-    ``joined``: for each panel the points that a line joins, where the front is not what lies to the lower left.
-    Each series has one point (figure, loss). Hollow points are trials that were stopped early.
+    Each series has one point (figure, loss). Hollow points are trials that were stopped early. ``front``: join those
+    that none beats to the lower left. ``joined``: for each panel the points that a line joins, where the front is not
+    what lies to the lower left.
     """
-    if not any(line.points for _, lines in panels for line in lines):
-        return ""
-    with drawing() as (figure, axes):
-        figure.set_size_inches(10, 4.2)
-        figure.subplots_adjust(left=0.065, right=0.98, top=0.96, bottom=0.14, wspace=0.1)
-        for index, (ax, (axis, lines)) in enumerate(zip(axes(len(panels)), panels, strict=True)):
-            drawn = [line for line in lines if line.points]
-            for line in sorted(drawn, key=lambda line: bool(line.label)):
-                _dot(ax, line, f"{name}{index}")
-            _frame_scatter(ax, axis, drawn)
-            if front:
-                _front(ax, drawn)
-            if index < len(joined) and len(joined[index]) > 1:
-                ax.plot(*zip(*sorted(joined[index]), strict=True), color=COLORS["muted"], lw=1, zorder=1)
-            ax.set_ylabel(ylabel if index == 0 else "")
-            ax.tick_params(labelleft=index == 0)
-        every = [line for _, lines in panels for line in lines]
-        return svg_text(figure, name, every)
+    found = []
+    for index, (axis, lines) in enumerate(panels):
+        drawn = [line for line in lines if line.points]
+        if not drawn:
+            continue
+        settings, place = _scale(axis, [line.points[-1][0] for line in drawn])
+        traces: list[dict[str, Any]] = []
+        best = staircase([line.points[-1] for line in drawn if not line.hollow]) if front else []
+        shape = "hv"
+        if index < len(joined):
+            best, shape = sorted(joined[index]), "linear"
+        if len(best) > 1:
+            traces.append({
+                "type": "scatter", "mode": "lines", "x": [place(x) for x, _ in best], "y": [y for _, y in best],
+                "line": {"color": LIGHT["muted"], "width": 1, "shape": shape}, "hoverinfo": "skip", "showlegend": False,
+            })  # fmt: skip
+        written = human_bytes if axis.in_bytes else human
+        labels = iter(MARKS * len(drawn))
+        for line in sorted(drawn, key=lambda line: bool(line.label)):
+            x, y = line.points[-1]
+            mark = next(labels) if line.label else "circle"
+            traces.append({
+                "type": "scatter", "mode": "markers", "x": [place(x)], "y": [y], "meta": line.number,
+                "name": html.escape(line.label), "showlegend": bool(line.label), "text": [html.escape(line.title)],
+                "customdata": [written(x)], "hovertemplate": _HOVER,
+                "marker": {"size": 11 if line.label else 7, "color": LIGHT[line.color],
+                           "symbol": mark + "-open" if line.hollow else mark, "line": {"width": 1.3 * line.hollow}},
+            })  # fmt: skip
+        shapes = [] if axis.target is None else _lines([axis.target])
+        found.append(Chart(traces, layout(axis.label, ylabel, xaxis=settings, shapes=shapes), 380))
+    return found
 
 
-@contextlib.contextmanager
-def drawing() -> Iterator[tuple[Figure, Callable[..., list[Axes]]]]:
-    """Yield a figure under our settings and a function that makes its panels, without pyplot's global state."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_SETTINGS):
-        figure = Figure()
-        FigureCanvasSVG(figure)
-
-        def axes(count: int, *, share: bool = True) -> list[Axes]:
-            return list(figure.subplots(1, count, sharey=share, squeeze=False)[0])
-
-        yield figure, axes
-
-
-def _curve(ax: Axes, line: Series, name: str) -> None:
-    strong = bool(line.label)
-    xs, ys = zip(*line.points, strict=True)
-    width, mark = (2.0, 3.0) if strong else (0.9, 1.6)
-    (curve,) = ax.plot(xs, ys, color=COLORS[line.color], lw=width, marker="o", ms=mark)
-    curve.set_gid(_gid(name, line))
+def _curve_traces(drawn: Iterable[Series]) -> list[dict[str, Any]]:
+    """Return one line for each series, what has no label first, the others by their last loss."""
+    order = sorted(drawn, key=lambda line: (bool(line.label), line.points[-1][1] if line.label else 0.0))
+    traces, labels = [], 0
+    for line in order:
+        xs, ys = zip(*line.points, strict=True)
+        strong = bool(line.label)
+        traces.append({
+            "type": "scatter", "mode": "lines+markers", "x": xs, "y": ys, "meta": line.number, "showlegend": strong,
+            "name": html.escape(f"{line.label} {ys[-1]:.4f}"), "text": [html.escape(line.title)] * len(xs),
+            "customdata": [human(x) for x in xs], "hovertemplate": _HOVER,
+            "line": {"color": LIGHT[line.color], "width": 2 if strong else 1},
+            "marker": {"size": 6 if strong else 3, "color": LIGHT[line.color],
+                       "symbol": MARKS[labels % len(MARKS)] if strong else "circle"},
+        })  # fmt: skip
+        labels += strong
+    return traces
 
 
-def _zoom(ax: Axes, close: Sequence[Series], end: float) -> None:
-    """Show the last third of the budget, at the scale of what is labeled: there the order is decided."""
-    labeled = [line for line in close if line.label] or list(close)
-    losses = [loss for line in labeled for tokens, loss in line.points if tokens > 0.7 * end]
-    low, high = min(losses), max(losses)
-    margin = 0.08 * (high - low or 1)
-    if ax.get_xscale() == "log":
-        ax.set_xscale("linear")
-        token_ticks(ax)
-    ax.set_xlim(0.7 * end, 1.01 * end)
-    ax.set_ylim(low - margin, high + margin)
-    ax.set_ylabel("")
-    ax.set_xlabel("the last third")
-
-
-def _frame_curves(ax: Axes, drawn: Sequence[Series]) -> None:
-    end = max(line.points[-1][0] for line in drawn)
-    start = min(line.points[0][0] for line in drawn)
-    if start > 0 and end / start > 30:
-        ax.set_xscale("log")
-    late = [loss for line in drawn for tokens, loss in line.points if tokens >= 0.2 * end]
-    late = late or [loss for line in drawn for _, loss in line.points]
-    low, high = min(late), max(late)
-    margin = 0.06 * (high - low or 1)
-    ax.set_ylim(low - margin, high + 3 * margin)  # the first steep fall may run out at the top
-    ax.grid(visible=True)
-    ax.set_axisbelow(True)
-    ax.set_xlabel("training tokens")
-    ax.set_ylabel("validation loss [nats/token]")
-    token_ticks(ax)
-    ax.tick_params(which="both", length=0)
-
-
-def token_ticks(ax: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _end_labels(ax: Axes, labeled: Sequence[Series]) -> None:
-    """Write each label beside the end of its curve, pushed apart where ends are close."""
-    low, high = ax.get_ylim()
-    gap = 0.055
-    ordered = sorted((line for line in labeled if line.points), key=lambda line: line.points[-1][1])
-    wanted = [((line.points[-1][1] - low) / (high - low), line) for line in ordered]
-    places: list[float] = []
-    for height, _ in wanted:
-        places.append(max(height, places[-1] + gap) if places else max(height, 0.0))
-    over = max(0.0, places[-1] - 1.0) if places else 0.0
-    for place, (_, line) in zip(places, wanted, strict=True):
-        ax.text(
-            1.015, place - over, f"{line.points[-1][1]:.3f}  {line.label}", color=COLORS[line.color],
-            transform=ax.transAxes, va="center", weight="bold" if line.color == "winner" else "normal", fontsize=9.5,
-        )  # fmt: skip
-
-
-def _dot(ax: Axes, line: Series, name: str) -> None:
-    (x, y), color = line.points[-1], COLORS[line.color]
-    strong = bool(line.label)
-    (dot,) = ax.plot(
-        [x], [y], marker="o", ls="", ms=9 if strong else 6, mec=color, mew=1.3, mfc="none" if line.hollow else color
-    )
-    dot.set_gid(_gid(name, line))
-
-
-def _frame_scatter(ax: Axes, axis: Axis, drawn: Sequence[Series]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
-    xs = [line.points[-1][0] for line in drawn]
-    written = human_bytes if axis.in_bytes else human
-    if axis.in_bytes and xs and min(xs) > 0:
-        ax.set_xscale("log", base=2)
-        if max(xs) / min(xs) < 8:
-            ax.set_xticks(sorted(set(xs))[:6])
-    elif axis.in_bytes and max(xs, default=0) > 0:  # some have no state at all: they stand left of the powers of two
+def _scale(axis: Axis, xs: Sequence[float]) -> tuple[dict[str, Any], Any]:
+    """Return a horizontal axis' settings, and what turns a value into its place on it."""
+    low, high = min(xs), max(xs)
+    if axis.in_bytes and high > 0:
         least = min(x for x in xs if x > 0)
-        ax.set_xscale("symlog", base=2, linthresh=least, linscale=0.7)
-        ax.set_xticks([0, *(least * 4**i for i in range(9) if least * 4**i <= max(xs))])
-    elif axis.log and xs and min(xs) > 0 and max(xs) / min(xs) > 3:
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))  # decades alone may leave one tick
-    elif axis.target:
-        reach = max([abs(x - axis.target) for x in xs] + [0.02 * axis.target]) * 1.3
-        ax.set_xlim(axis.target - reach, axis.target + reach)
-        ax.xaxis.set_major_locator(MaxNLocator(5))
-    else:
-        ax.margins(x=0.12)
-        ax.xaxis.set_major_locator(MaxNLocator(5))
-    ax.margins(y=0.12)
+        none = least / 4  # models without any state stand left of the others
+        first = math.log2(least)
+        steps = max(1, math.ceil((math.log2(high) - first) / 4))
+        ticks = [2 ** (first + steps * i) for i in range(5) if 2 ** (first + steps * i) <= high * 1.01]
+        if high / least < 2:
+            ticks = list(dict.fromkeys([least, high]))
+        texts = [human_bytes(tick) for tick in ticks]
+        if low == 0:
+            ticks, texts = [none, *ticks], ["0 B", *texts]
+        start = math.log10(none if low == 0 else least)
+        margin = max(0.06 * (math.log10(high) - start), 0.05)
+        range_ = [start - margin, math.log10(high) + margin]
+        return {"type": "log", "tickvals": ticks, "ticktext": texts, "range": range_}, lambda x: x or none
+    if axis.log and low > 0 and high / low > 3:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [one * 10.0**power for power in powers for one in (1, 2, 5)]
+        near = [tick for tick in ticks if 0.8 * low <= tick <= 1.25 * high]
+        return {"type": "log", "tickvals": near, "ticktext": [human(tick) for tick in near]}, float
     if axis.target:
-        ax.axvline(axis.target, color=COLORS["muted"], lw=1, ls=(0, (3, 3)), zorder=0)
-    ax.grid(visible=True)
-    ax.set_axisbelow(True)
-    ax.tick_params(which="both", length=0)
-    ax.set_xlabel(axis.label)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: written(value)))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.autoscale_view()
-    _point_labels(ax, [line for line in drawn if line.label])
+        reach = max([abs(x - axis.target) for x in xs] + [0.02 * axis.target]) * 1.3
+        return {"range": [axis.target - reach, axis.target + reach], "nticks": 5, "tickformat": ".3~s"}, float
+    margin = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
+    return {"range": [low - margin, high + margin], "nticks": 5, "tickformat": ".3~s"}, float
 
 
-def _point_labels(ax: Axes, labeled: Sequence[Series]) -> None:
-    """Write labels beside their points, to the inner side, pushed apart where points are close."""
-    (left, _), (right, _) = ax.transAxes.transform([(0, 0), (1, 0)])
-    sides: dict[bool, list[tuple[float, float, Series]]] = {True: [], False: []}
-    for line in labeled:
-        x, y = ax.transData.transform(line.points[-1])
-        sides[bool(x > left + 0.55 * (right - left))].append((float(y), float(x), line))
-    inches = 72 / ax.figure.dpi  # points per pixel
-    for inner, labels in sides.items():
-        above = float("-inf")
-        for y, _, line in sorted(labels, key=lambda item: item[:2]):
-            place = max(y + 7 / inches, above + 13 / inches)  # clear of a line that runs on to the side
-            above = place
-            ax.annotate(
-                line.label, line.points[-1], (-8 if inner else 8, (place - y) * inches), textcoords="offset points",
-                va="center", ha="right" if inner else "left", color=COLORS[line.color], fontsize=9,
-            )  # fmt: skip
+def _lines(places: Sequence[float]) -> list[dict[str, Any]]:
+    """Return dashed vertical lines."""
+    style = {"color": LIGHT["muted"], "width": 1, "dash": "dash"}
+    across = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "layer": "below", "line": style}
+    return [{**across, "x0": place, "x1": place} for place in places]
 
 
-def _front(ax: Axes, drawn: Sequence[Series]) -> None:
-    """Join the points that no other beats in both figures, as a staircase."""
-    best = staircase([line.points[-1] for line in drawn if not line.hollow])
-    if len(best) > 1:
-        xs, ys = zip(*best, strict=True)
-        ax.step(xs, ys, where="post", color=COLORS["muted"], lw=1, zorder=1)
-
-
-def _gid(name: str, line: Series) -> str:
-    return f"{name}--{line.number}"
-
-
-def svg_text(figure: Figure, name: str, series: Iterable[Series]) -> str:
-    """Return the figure as an SVG element for a page: unique ids, CSS colors, titles on hover, no size of its own."""
-    written = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(written, format="svg", transparent=True, metadata=nothing)
-    root = ElementTree.fromstring(written.getvalue())
-    titles = {str(line.number): line.title for line in series}
-    for element in list(root.iter()):
-        element.tag = _local(element.tag)
-        for child in [child for child in element if _local(child.tag) in ("metadata", "style")]:
-            element.remove(child)
-        for key, value in list(element.attrib.items()):
-            del element.attrib[key]
-            element.set(_local(key), _attribute(_local(key), value, name))
-        _, marked, number = element.get("id", "").partition("--")
-        if marked:
-            element.attrib = {"class": "trial", "data-trial": number}
-            title = ElementTree.Element("title")
-            title.text = titles.get(number, number)
-            element.insert(0, title)
-    root.attrib = {"class": "plot", "role": "img", "viewBox": root.attrib["viewBox"]}
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _local(name: str) -> str:
-    """Return an XML name without its namespace: inline SVG has none."""
-    return name.rpartition("}")[2]
-
-
-def _attribute(key: str, value: str, name: str) -> str:
-    """Return an attribute's value with ids of this figure alone, CSS variables as colors, and the page's font."""
-    if key == "id":
-        return f"{name}-{value}"
-    if key == "href":
-        return value.replace("#", f"#{name}-", 1)
-    if key == "style":
-        kept = [part for part in value.split(";") if not part.strip().startswith("font-family")]
-        value = ";".join(kept)
-    value = value.replace("url(#", f"url(#{name}-")
-    return _STAND_INS.sub(lambda found: f"var(--{_VARIABLES[found[0]]})", value)
+def _title(text: str) -> dict[str, Any]:
+    return {"text": html.escape(text), "font": {"color": LIGHT["muted"], "size": 12}, "standoff": 6}

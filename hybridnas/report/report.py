@@ -1,11 +1,10 @@
 """The report of a study: one self-contained ``report.html`` that opens from disk and needs no network.
 
-Its sections are those of sections.py.
+Its sections are those of sections.py, its pages of single trials those of trials.py.
 """
 
 from __future__ import annotations
 
-import json
 import shlex
 import statistics
 from collections import Counter
@@ -17,30 +16,32 @@ from hybridnas.analysis.confirmation import confirmed_winner, trained_objective
 from hybridnas.analysis.held_out import TEST, VALID, loss_on, stated_part
 from hybridnas.analysis.ranking import Row, preset_loss, preset_record, rows, winner
 from hybridnas.analysis.verdict import Verdict, over_documents
-from hybridnas.errors import HybridNASError
 from hybridnas.report import leaderboard as board
 from hybridnas.report.claims import budget_note, confirmed_headline, study_documents
 from hybridnas.report.html import cell, difference, markup, render
-from hybridnas.report.sections import ReportInput, color_of, sections
+from hybridnas.report.limits import limits_section, nothing_keeps, read_limits, refused_words, rows_of_refusals, words
+from hybridnas.report.sections import ReportInput, choice_name, color_of, sections, state_of
+from hybridnas.report.status import seconds_left
+from hybridnas.report.trials import read_arch, trial_pages
 from hybridnas.study.objectives import objectives_of
 from hybridnas.study.records import (
-    ARCH,
     COMPLETE,
     DUPLICATE,
     FAIL,
     INFEASIBLE,
     PRUNED,
+    WORDS,
     StudyMeta,
     TrialRecord,
     save,
     trained_tokens,
-    trial_folder,
 )
 from hybridnas.study.reference import read_reference_study
-from hybridnas.units import human, human_bytes, several
+from hybridnas.units import duration, human, human_bytes, percent, several
 
 REPORT = "report.html"
 TABLE_LIMIT = 200  # rows in the page; leaderboard.csv has all
+RELOAD = 20  # a page of a search that runs is read again after this long [s]
 
 
 def write_report(study_folder: Path | str, records: Iterable[TrialRecord], meta: StudyMeta) -> Path:
@@ -56,48 +57,84 @@ def write_report(study_folder: Path | str, records: Iterable[TrialRecord], meta:
 def render_report(study_folder: Path | str, records: Sequence[TrialRecord], meta: StudyMeta) -> str:
     """Return the report as one HTML text; the same input gives the same text."""
     folder = Path(study_folder)
-    given = ReportInput(records, meta, read_reference_study(folder), study_documents(folder))
+    given = ReportInput(records, meta, read_reference_study(folder), study_documents(folder), read_limits(folder))
     lines, best = rows(records, meta.reference), given.best
-    drawing, missing = _drawing(Path(study_folder), best)
+    shown = [row for row in lines[:TABLE_LIMIT] if row.record.state != INFEASIBLE]
+    drawing, missing = _drawing(folder, best)
+    limits = limits_section(given)
     return render(
         "report.html.j2",
         title=f"hybridnas: {meta.name}",
         meta=meta,
+        reload=RELOAD if meta.status == "running" else None,
+        running=_running(folder, given),
         best=best,
-        headline=headline(records, meta.reference, given.verdict),
+        headline=headline(records, meta.reference, given.verdict, limits=given.limits, length=given.state_length),
         searched=_searched(records, meta),
         confirmation=_confirmation(records),
-        notes=_notes(records, meta),
+        notes=_notes(given),
         cards=_cards(given),
         drawing=drawing,
         drawing_missing=missing,
-        table=_table(lines[:TABLE_LIMIT], given),
+        table=_table(shown, given),
         footnotes=[note for note in board.footnotes(lines, len(lines) - TABLE_LIMIT) if "per active" not in note],
-        sections=sections(given),
-        failures=_failures(records),
+        sections=([] if limits is None else [limits]) + sections(given),
+        failures=rows_of_refusals(records),
+        trials=trial_pages(folder, shown, given),
         commands=_commands(records, meta),
-        facts=_facts(records, meta),
+        facts=_facts(given),
     )
 
 
-def headline(records: Sequence[TrialRecord], reference: str | None, verdict: Verdict | None = None) -> str:
-    """State in one sentence what is best, and by how much it is better than the reference preset.
+def headline(
+    records: Sequence[TrialRecord],
+    reference: str | None,
+    verdict: Verdict | None = None,
+    *,
+    limits: Mapping[str, float] | None = None,
+    length: int | None = None,
+) -> str:
+    """State in one sentence what is best, within which limits, and by how much it is better than the reference preset.
 
-    ``verdict``: of a study whose winner was confirmed.
+    Where a preset won: what the best was that the search drew. ``verdict``: of a study whose winner was confirmed.
+    ``limits``: of the study, by name; ``length``: tokens at which a limit of the state counts.
     """
+    within = f"Within {words(limits, length)}, " if limits else ""
     if verdict is not None:
-        return confirmed_headline(verdict, reference)
+        return within + confirmed_headline(verdict, reference)
     best = winner(records)
     if best is None or best.valid_loss is None:
-        over = [record for record in records if record.state in (FAIL, INFEASIBLE)]
-        count = several(len(over), "trial")
-        return f"Nothing has completed: {count} failed" if over else "No trial has completed yet"
+        missed = nothing_keeps(records, limits or {}, length)
+        if missed is not None:
+            return missed
+        over = Counter(WORDS[record.state] for record in records if record.state in (FAIL, INFEASIBLE))
+        counts = " and ".join(f"{several(count, 'trial')} {state}" for state, count in over.items())
+        return f"Nothing has completed: {counts}" if over else "No trial has completed yet"
+    return within + _lead(records, best, reference) + _own_best(records, best)
+
+
+def _own_best(records: Sequence[TrialRecord], best: TrialRecord) -> str:
+    """Where a preset won, state what the search itself found."""
+    if best.preset is None or not any(record.preset is None for record in records):
+        return ""
+    drawn = winner(record for record in records if record.preset is None)
+    part = stated_part(records)
+    ours, theirs = (None if one is None else loss_on(one, part) for one in (drawn, best))
+    if drawn is None or ours is None or theirs is None:
+        return "; nothing that the search drew has completed"
+    gap = ours - theirs
+    where = f"{abs(gap):.4f} nats per token {'behind' if gap > 0 else 'ahead'}" if abs(gap) >= 5e-5 else "level with it"
+    return f"; the best that the search drew, {drawn.name} (trial {drawn.number}), is {where}"
+
+
+def _lead(records: Sequence[TrialRecord], best: TrialRecord, reference: str | None) -> str:
+    """State who leads by the search's one seed, and by how much."""
     part = stated_part(records)
     where = " on the test part" if part == TEST else ""
     loss = loss_on(best, part)
     if trained_objective(best) == "accuracy" and next(iter(objectives_of(best)), "") == "accuracy":
         accuracy = best.test_accuracy if part == TEST else best.accuracy
-        return f"{best.name} is best, with accuracy {accuracy:.4f}{where}"
+        return f"{best.name} is best, with accuracy {percent(accuracy)}{where}"
     if reference is None:
         return f"{best.name} is best, at {loss:.4f} nats per token{where}"
     compared = preset_record(records, reference)
@@ -118,6 +155,17 @@ def headline(records: Sequence[TrialRecord], reference: str | None, verdict: Ver
     return f"{best.name} leads {reference} by {gap:.4f} nats per token{where}, with one seed"
 
 
+def _running(folder: Path, given: ReportInput) -> str:
+    """Return how far a search that runs has come, and how long it will take; empty for one that does not run."""
+    meta = given.meta
+    if meta.status != "running":
+        return ""
+    of = f" of {meta.n_trials}" if meta.n_trials else ""
+    left = None if meta.from_table else seconds_left(folder, given.records, meta.n_trials)
+    about = f", about {duration(left)} left" if left is not None else ""
+    return f"running: {len(given.records)}{of} trials{about}; this page reads itself again every {RELOAD} s"
+
+
 def _searched(records: Sequence[TrialRecord], meta: StudyMeta) -> str:
     best = winner(records)
     parts = [f"{len(records)} candidates"]
@@ -131,7 +179,8 @@ def _searched(records: Sequence[TrialRecord], meta: StudyMeta) -> str:
         ratio = f" ({tokens / active:.1f} per active parameter)" if active else ""
         parts.append(f"those not stopped early trained on {human(tokens)} tokens{ratio}")
     if meta.data:
-        parts.append(f"of {meta.data}" if tokens else f"data: {meta.data}")
+        data = meta.data if len(meta.data) < 60 else meta.data.partition(":")[0]
+        parts.append(f"of {data}" if tokens else f"data: {data}")
     return ", ".join(parts[:2]) + (f" {parts[2]}" if len(parts) > 2 else "") + "."
 
 
@@ -145,14 +194,15 @@ def _confirmation(records: Sequence[TrialRecord]) -> tuple[str, str]:
     return f"confirmed: {several(len(best.confirmed), 'fresh seed')}", "good"
 
 
-def _notes(records: Sequence[TrialRecord], meta: StudyMeta) -> list[str]:
-    notes = list(meta.notes)
-    if winner(records) is None:
+def _notes(given: ReportInput) -> list[str]:
+    records, meta = given.records, given.meta
+    notes = [*meta.notes, *filter(None, [refused_words(records)])]
+    if given.best is None:
         return notes
     tried = [record for record in records if meta.reference is not None and record.preset == meta.reference]
     if tried and preset_record(records, meta.reference) is None:
         why = f": {tried[0].reason}" if tried[0].reason else ""
-        notes.append(f"{meta.reference} is {tried[0].state.lower()}{why}; so no difference to it is stated.")
+        notes.append(f"{meta.reference} is {WORDS[tried[0].state]}{why}; so no difference to it is stated.")
     return [*notes, *filter(None, [budget_note(meta)])]
 
 
@@ -169,7 +219,7 @@ def _cards(given: ReportInput) -> list[dict[str, str]]:
         cards.append(_card(human(active), f"active of {human(best.cost.get('params'))} parameters"))
     counts = Counter(record.state for record in records)
     others = ", ".join(
-        f"{counts[state]} {state.lower()}" for state in (PRUNED, FAIL, INFEASIBLE, DUPLICATE) if counts[state]
+        f"{counts[state]} {WORDS[state]}" for state in (PRUNED, FAIL, INFEASIBLE, DUPLICATE) if counts[state]
     )
     asked = f" of {meta.n_trials}" if meta.n_trials else ""
     cards.append(
@@ -222,83 +272,67 @@ def _drawing(study_folder: Path, best: TrialRecord | None) -> tuple[Any, str]:
     """Return the winner's drawing, or why there is none."""
     if best is None:
         return "", ""
-    path = trial_folder(study_folder, best.number) / ARCH
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "", f"It is not drawn: {path.parent.name}/{path.name} is missing or damaged."
-    from hybridnas.arch.arch import Arch
+    arch, why = read_arch(study_folder, best)
+    if arch is None:
+        return "", f"It is not drawn: {why}"
     from hybridnas.draw.svg import svg_text
 
-    try:
-        return markup(svg_text(Arch.from_dict(values))), ""
-    except HybridNASError as error:  # a block of the user's that this process has not registered
-        return "", f"It is not drawn: {error}"
+    return markup(svg_text(arch)), ""
 
 
 def _table(lines: Sequence[Row], given: ReportInput) -> dict[str, Any]:
-    reference = given.meta.reference
+    reference, length = given.meta.reference, given.state_length
     tested = any(row.part == TEST for row in lines)
+    choices = board.differing_choices(row.record for row in lines)
+    recalled = any(row.record.test_repeat_accuracy is not None for row in lines)
     names = [
-        ("#", "rank among completed trials"), ("trial", ""), ("architecture", ""), ("params", "without embeddings"),
-        ("active", "parameters used for one token"), ("state", "bytes one sequence carries"),
-        ("FLOPs", "forward, per token"), ("loss", "nats per token, validation"),
+        ("#", "rank among completed trials"), ("trial", ""), ("architecture", ""),
+        ("loss", "nats per token, validation"),
         *([("test", "nats per token of data that nothing was chosen by")] if tested else []),
         *([(f"vs {reference}", "negative is better")] if reference is not None else []),
-        ("accuracy", "of the next token"), ("tokens/s", "while training"), ("", ""),
+        *((choice_name(name), "a choice of the space") for name in choices),
+        ("params", "without embeddings"), ("active", "parameters used for one token"),
+        (f"state at {length:,}" if length else "state", "bytes one sequence carries"),
+        ("FLOPs", "forward, per token"), ("accuracy", "of the next token"),
+        *([("recall", "accuracy on the test part where a window repeats itself")] if recalled else []),
+        ("tokens/s", "while training"), ("", ""),
     ]  # fmt: skip
     columns = [{"name": name, "help": meaning, "text": name in ("architecture", "")} for name, meaning in names]
-    shown = [_table_row(row, given, tested) for row in lines if row.record.state != INFEASIBLE]
-    return {"columns": columns, "rows": shown}
+    return {"columns": columns, "rows": [_table_row(row, given, tested, choices, recalled) for row in lines]}
 
 
-def _table_row(row: Row, given: ReportInput, tested: bool) -> dict[str, Any]:
+def _table_row(row: Row, given: ReportInput, tested: bool, choices: Sequence[str], recalled: bool) -> dict[str, Any]:
     reference = given.meta.reference
     record, cost = row.record, row.record.cost
     texts = board.human_cells(row, reference)
     color = color_of(record, given)
     named = {
+        **cell(record.pattern, record.name, "arch text"),
         "strong": record.preset or "",
-        "text": record.pattern,
-        "sort": record.name,
-        "style": "arch text",
         "dot": color if color != "faint" else "",
     }
-    state = record.state.lower() + (f" of {record.duplicate_of}" if record.duplicate_of is not None else "")
+    state = WORDS[record.state] + (f" of {record.duplicate_of}" if record.duplicate_of is not None else "")
+    if record.violation:
+        state += ", outside limits"
     cells = [
         cell(texts["#"], row.rank),
-        cell(texts["trial"], record.number),
+        {**cell(texts["trial"], record.number), "link": f"#trial-{record.number}"},
         named,
-        cell(texts["params"], cost.get("params")),
-        cell(texts["active"], cost.get("active_params")),
-        cell(human_bytes(cost.get("state_bytes")), cost.get("state_bytes")),
-        cell(texts["FLOPs"], cost.get("flops_per_token")),
         cell(texts["loss"], row.loss),
         *([cell(texts["test"], record.test_loss)] if tested else []),
         *([cell(difference(row.gap), row.gap)] if reference is not None else []),
+        *(cell(board.choice_text(record, name), record.choices.get(name)) for name in choices),
+        cell(texts["params"], cost.get("params")),
+        cell(texts["active"], cost.get("active_params")),
+        cell(human_bytes(state_of(record)), state_of(record)),
+        cell(texts["FLOPs"], cost.get("flops_per_token")),
         cell(texts["acc"], record.accuracy),
+        *([cell(texts["recall"], record.test_repeat_accuracy)] if recalled else []),
         cell(texts["tok/s"], record.tokens_per_second),
         cell(state, state, "text"),
     ]
     style = "first" if row.rank == 1 else "" if row.rank else "dim"
     return {"trial": record.number, "style": style, "cells": cells}
-
-
-def _failures(records: Sequence[TrialRecord]) -> list[dict[str, Any]]:
-    groups: dict[tuple[str, str], list[int]] = {}
-    for record in records:
-        if record.state in (FAIL, INFEASIBLE):
-            reason = record.reason or "no reason was recorded"
-            groups.setdefault((record.state.lower(), reason), []).append(record.number)
-    return [
-        {"state": state, "reason": reason, "count": len(numbers), "numbers": _listed(numbers)}
-        for (state, reason), numbers in groups.items()
-    ]
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:12]))
-    return f"{shown} and {len(numbers) - 12} more" if len(numbers) > 12 else shown
 
 
 def _commands(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str, str]]:
@@ -328,16 +362,18 @@ def _more_certain(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple
     return [(purpose, f"{meta.command} confirm=on against=random")]
 
 
-def _facts(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str, str]]:
+def _facts(given: ReportInput) -> list[tuple[str, str]]:
+    records, meta = given.records, given.meta
     trained = trained_tokens(records)
     facts: list[tuple[str, Any]] = [
         ("data", meta.data),
         ("context and batch", f"{meta.seq_len} tokens, {meta.batch_size} sequences" if meta.seq_len else ""),
+        ("limits", words(given.limits, given.state_length)),
         ("sampler and pruner", " and ".join(part for part in (meta.sampler, meta.pruner) if part)),
         ("looked up in all" if meta.from_table else "trained in all", f"{human(trained)} tokens" if trained else ""),
-        ("seed", f"{meta.seed}; {meta.seeds_per_trial} for each trial"),
+        ("seed", str(meta.seed)),
         ("started", meta.started),
-        ("wall time", _duration(meta.seconds)),
+        ("wall time", duration(meta.seconds)),
         ("machine", meta.machine),
         ("versions", _versions(meta.versions)),
     ]
@@ -346,11 +382,3 @@ def _facts(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str, s
 
 def _versions(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -14,21 +14,22 @@ from typing import Any
 from hybridnas.analysis import effects, rung_correlation
 from hybridnas.analysis.bootstrap import Difference, difference, holm
 from hybridnas.analysis.confirmation import confirmed_part, confirmed_scores, summaries, trained_objective
-from hybridnas.analysis.curves import best_so_far
+from hybridnas.analysis.curves import best_so_far, course
 from hybridnas.analysis.held_out import TEST
 from hybridnas.analysis.ranking import front, last_loss, preset_record, winner
 from hybridnas.analysis.verdict import Documents, Verdict, verdict
-from hybridnas.report.charts import bars_svg, effects_svg, steps_svg
+from hybridnas.report import charts, plots
 from hybridnas.report.claims import sentence
-from hybridnas.report.html import cell, markup, short
+from hybridnas.report.colors import preset_key
+from hybridnas.report.html import cell, short
 from hybridnas.report.html import difference as shown_difference
-from hybridnas.report.plots import Axis, Series, curves_svg, scatter_svg
+from hybridnas.report.plots import Axis, Chart, Series
 from hybridnas.study.objectives import OBJECTIVES, eligible, objectives_of
 from hybridnas.study.records import COMPLETE, PRUNED, StudyMeta, TrialRecord, trained_tokens
 from hybridnas.study.reference import ReferenceStudy
-from hybridnas.units import human, human_bytes
+from hybridnas.units import human, human_bytes, percent
 
-PRESET_COLORS = ("c3", "c4", "c6", "c5", "c7", "c8")  # beside the reference's, in the order of the trials
+SHOWN = 3  # architectures that must have a letter, for its effect to be drawn
 UNITS = {"val_loss": "nats/token", "accuracy": "negative accuracy"}
 
 
@@ -40,6 +41,7 @@ class ReportInput:
     meta: StudyMeta
     reference_study: ReferenceStudy | None = None
     documents: Documents | None = None  # finds what runs lost on each document of the test part
+    limits: Mapping[str, float] = field(default_factory=dict)  # by name
 
     @cached_property
     def best(self) -> TrialRecord | None:
@@ -53,37 +55,44 @@ class ReportInput:
         return verdict(self.records, reference, against=against, documents=self.documents, alpha=self.meta.alpha)
 
     @cached_property
-    def colors(self) -> dict[str, str]:
-        """Preset -> CSS variable of its color; the reference's is always the same."""
-        presets = dict.fromkeys(record.preset for record in self.records if record.preset)
-        others = [name for name in presets if name != self.meta.reference]
-        found = dict(zip(others, PRESET_COLORS, strict=False))
-        return {**found, self.meta.reference: "c1"} if self.meta.reference is not None else found
+    def drawn(self) -> TrialRecord | None:
+        """The best that the search drew, presets left out."""
+        return winner(record for record in self.records if record.preset is None)
+
+    @property
+    def state_length(self) -> int | None:
+        """Tokens at which every state in the report is given."""
+        return self.meta.state_length or self.meta.seq_len
+
+
+def state_of(record: TrialRecord) -> float | None:
+    """Return the state of one sequence at the study's ``state_length``, the training length where it has none."""
+    return record.figures.get("state_bytes", record.cost.get("state_bytes"))
 
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the report: its sentences, a plot or none, a table or none."""
+    """One part of the report: its sentences, charts or none, a table or none."""
 
     title: str
     intro: str
-    svg: Any = ""
+    charts: Sequence[Chart] = ()
     caption: str = ""
     table: Mapping[str, Any] | None = None
     notes: Sequence[str] = field(default_factory=tuple)
 
 
 def color_of(record: TrialRecord, given: ReportInput) -> str:
-    """Return the CSS variable of a trial's color: the winner, each preset, and all others have one."""
-    if given.best is not None and record.number == given.best.number:
-        return "winner"
-    return given.colors.get(record.preset or "", "faint")
+    """Return the name of a trial's color: a preset has its own in every picture, the best that was drawn another."""
+    if record.preset:
+        return preset_key(record.preset)
+    return "winner" if given.drawn is not None and record.number == given.drawn.number else "faint"
 
 
 def _label(record: TrialRecord, given: ReportInput) -> str:
-    if given.best is not None and record.number == given.best.number:
-        return f"best: {short(record.name, 15)}"
-    return record.preset if record.preset and record.state == COMPLETE else ""
+    if record.preset:
+        return record.preset if record.state == COMPLETE else ""
+    return f"best drawn: {short(record.name)}" if color_of(record, given) == "winner" else ""
 
 
 def _title(record: TrialRecord) -> str:
@@ -100,7 +109,7 @@ def _series(given: ReportInput, records: Sequence[TrialRecord], figure: str | No
             continue
         points = record.points()
         if figure is not None:
-            value = record.cost.get(figure)
+            value = state_of(record) if figure == "state_bytes" else record.cost.get(figure)
             points = [] if value is None else [(float(value), loss)]
         hollow = record.state == PRUNED
         color, label = color_of(record, given), _label(record, given)
@@ -134,7 +143,7 @@ def _confirmed(given: ReportInput) -> Section | None:
         test = tested.get(one.record.number)
         value = "a seed failed" if one.value is None else f"{one.value:.4f}"
         cells = [
-            {**cell(one.record.pattern, one.record.name, "arch text"), "strong": one.record.preset or ""},
+            _named(one.record),
             cell(str(one.n), one.n),
             cell(value, one.value),
             cell("" if one.error is None else f"{one.error:.4f}", one.error),
@@ -218,7 +227,7 @@ def _pareto(given: ReportInput) -> Section | None:
         axis = Axis(_axis_label(name, given), log=name in ("params", "flops_per_token"), in_bytes=name == "state_bytes")
         panels.append((axis, series))
     lines = [[(objectives_of(r)[name], objectives_of(r)[names[0]]) for r in best] for name in names[1:]]
-    svg = scatter_svg(panels, "pareto", ylabel=OBJECTIVES[names[0]].label, joined=lines)
+    drawn = plots.scatter(panels, ylabel=OBJECTIVES[names[0]].label, joined=lines)
     columns = [("trial", False), ("architecture", True), *((_axis_label(name, given), False) for name in names)]
     rows = [
         {
@@ -226,7 +235,7 @@ def _pareto(given: ReportInput) -> Section | None:
             "style": "",
             "cells": [
                 cell(str(record.number), record.number),
-                {**cell(record.pattern, record.name, "arch text"), "strong": record.preset or ""},
+                _named(record),
                 *(cell(_figure(name, value), value) for name, value in objectives_of(record).items()),
             ],
         }
@@ -239,11 +248,11 @@ def _pareto(given: ReportInput) -> Section | None:
         f"The first objective decides which of them is exported."
     )
     notes = [f"Presets that are not on the front: {', '.join(r.name for r in beaten)}."] if beaten else []
-    return Section("Pareto front", intro, markup(svg), "The line joins the front.", table, notes)
+    return Section("Pareto front", intro, drawn, "The line joins the front.", table, notes)
 
 
 def _axis_label(name: str, given: ReportInput) -> str:
-    length = given.meta.state_length or given.meta.seq_len
+    length = given.state_length
     return OBJECTIVES[name].label + (f" of {length:,} tokens" if name == "state_bytes" and length else "")
 
 
@@ -257,12 +266,12 @@ def _figure(name: str, value: float) -> str:
 
 def _curves(given: ReportInput) -> Section | None:
     rungs = _rungs(given.records)
-    svg = curves_svg(_series(given, given.records, None), marks=rungs[:-1])
+    drawn = plots.curves(_series(given, given.records, None), marks=rungs[:-1])
     intro = "All trials read the same data in the same order; a curve that ends early was stopped at a rung."
-    caption = "Rest the pointer on a row of the leaderboard to find its curve." + (
+    caption = "Rest the pointer on a row of the leaderboard to find its curve; a click on a curve opens its trial." + (
         " Dashed: the rungs." if len(rungs) > 1 else ""
     )
-    return Section("Loss over training tokens", intro, markup(svg), caption) if svg else None
+    return Section("Loss over training tokens", intro, drawn, caption) if drawn else None
 
 
 def _rungs(records: Sequence[TrialRecord]) -> list[int]:
@@ -311,22 +320,22 @@ def _parameters(given: ReportInput) -> Section | None:
     active = Axis("active parameters", target=meta.active_params)
     total = Axis("parameters in all, without embeddings", log=True)
     complete = [record for record in given.records if record.state == COMPLETE]
-    svg = scatter_svg(
-        [(active, _series(given, complete, "active_params")), (total, _series(given, complete, "params"))], "parameters"
+    drawn = plots.scatter(
+        [(active, _series(given, complete, "active_params")), (total, _series(given, complete, "params"))]
     )
     intro = "All candidates are sized to the same active parameters, so the left panel should be a narrow column."
     caption = "Completed trials. Dashed: the target that every candidate was sized to." if meta.active_params else ""
-    return Section("Loss against parameters", intro, markup(svg), caption) if svg else None
+    return Section("Loss against parameters", intro, drawn, caption) if drawn else None
 
 
 def _state(given: ReportInput) -> Section | None:
     complete = [record for record in given.records if record.state == COMPLETE]
-    length = f" at {given.meta.seq_len} tokens" if given.meta.seq_len else ""
+    length = f" at {given.state_length:,} tokens" if given.state_length else ""
     axis = Axis(f"state of one sequence{length}", log=True, in_bytes=True)
-    svg = scatter_svg([(axis, _series(given, complete, "state_bytes"))], "state", front=True)
+    drawn = plots.scatter([(axis, _series(given, complete, "state_bytes"))], front=True)
     intro = "What a model must remember while it generates: keys and values of attention, states of the other mixers."
     caption = "The line joins the trials that none beats in both loss and state."
-    return Section("Loss against state", intro, markup(svg), caption) if svg else None
+    return Section("Loss against state", intro, drawn, caption) if drawn else None
 
 
 def _effects(given: ReportInput) -> Section | None:
@@ -335,7 +344,9 @@ def _effects(given: ReportInput) -> Section | None:
         return None
     alpha = given.meta.alpha
     positions = effects.position_effects(given.records, scores, alpha=alpha)
-    svg = effects_svg(positions, effects.letter_effects(given.records, scores, alpha=alpha), _score_unit(given))
+    letters = effects.letter_effects(given.records, scores, alpha=alpha)
+    known = [one for one in positions if one.n >= SHOWN]
+    drawn = charts.effects(known, [one for one in letters if one.n >= SHOWN], _score_unit(given))
     intro = (
         f"From one additive model of the score, over the {len(scores)} architectures that were measured after "
         f"{human(first)} tokens: each letter at its position in place of the average of the others there, the other "
@@ -345,10 +356,10 @@ def _effects(given: ReportInput) -> Section | None:
         intro += " There are too few architectures to tell the positions apart."
     caption = (
         f"Bars: {100 * (1 - alpha):g}% intervals over architectures (jackknife), not corrected for their number; "
-        f"hollow: zero is inside. One effect may depend on another choice, which the model leaves out: a hint for the "
-        f"next space, no proof."
+        f"hollow: zero is inside. Letters of fewer than {SHOWN} architectures are not drawn. One effect may depend on "
+        f"another choice, which the model leaves out: a hint for the next space, no proof."
     )
-    return Section("Effect of each letter and position", intro, markup(svg), caption) if svg else None
+    return Section("Effect of each letter and position", intro, drawn, caption) if drawn else None
 
 
 def _score_unit(given: ReportInput) -> str:
@@ -358,23 +369,28 @@ def _score_unit(given: ReportInput) -> str:
 
 def _importance(given: ReportInput) -> Section | None:
     first, scores = effects.first_scores(given.records)
-    svg = bars_svg(effects.importances(given.records, scores))
+    shares = {choice_name(name): share for name, share in effects.importances(given.records, scores).items()}
+    drawn = charts.bars(shares)
     intro = f"Which choices of the space separate the best tenth from the others at {human(first)} tokens (PED-ANOVA)."
-    return Section("Importance of the choices", intro, markup(svg), "The shares sum to 100%.") if svg else None
+    return Section("Importance of the choices", intro, drawn, "The shares sum to 100%.") if drawn else None
 
 
 def _progress(given: ReportInput) -> Section | None:
     ours = best_so_far(given.records)
     if not ours:
         return None
+    events = course(given.records)
+    end = (events[-1][0], ours[-1][1])
     sign = -1 if any(next(iter(record.objectives), "val_loss") == "accuracy" for record in given.records) else 1
     label = _progress_label(ours, given.meta.sampler or "this study", sign)
-    series = [Series("this", given.meta.name, "winner", label, ours)]
+    series = [Series("this", given.meta.name, "winner", label, [*ours, end])]
+    dots = [Series(r.number, _title(r), "faint", points=[(at, value)]) for at, value, r in events if value is not None]
     intro = "Best score so far of the candidates that the search drew and trained to the end, presets left out."
+    intro += f" The last improvement came after {human(ours[-1][0])} of {human(end[0])} tokens."
     if given.reference_study is not None and given.reference_study.steps:
         theirs = [(float(tokens), float(value)) for tokens, value in given.reference_study.steps]
         name = given.reference_study.study
-        series.append(Series("reference", name, "c8", _progress_label(theirs, name, sign), theirs))
+        series.append(Series("reference", name, "c7", _progress_label(theirs, name, sign), theirs))
         ahead = next((tokens for tokens, value in ours if value <= theirs[-1][1]), math.inf)
         if math.isfinite(ahead):
             intro += f" This study was as good as the best of {name} after {human(ahead)}; that one needed "
@@ -384,15 +400,63 @@ def _progress(given: ReportInput) -> Section | None:
     else:
         intro += " against=random adds a random search of the same cost."
     unit = "negative accuracy" if sign < 0 else "best validation loss [nats/token]"
-    return Section("Best loss over training tokens", intro, markup(steps_svg(series, unit)), "")
+    return Section("Best loss over training tokens", intro, charts.course(series, dots, unit), "Dots: full trials.")
 
 
 def _progress_label(points: Sequence[tuple[float, float]], name: str, sign: int) -> str:
-    return f"{sign * points[-1][1]:.4f}  {short(name, 18)}"
+    return f"{name} {sign * points[-1][1]:.4f}"
+
+
+def choice_name(name: str) -> str:
+    """Return a choice of the space as people read it: sub-layers count from 1, as positions do everywhere else."""
+    place = name.removeprefix("slot")
+    return f"sub-layer {int(place) + 1}" if name.startswith("slot") and place.isdigit() else name.replace("_", " ")
+
+
+def _parts(given: ReportInput) -> Section | None:
+    """What each trial reached on each task of a mixture."""
+    last = {record.number: record.curve[-1] for record in given.records if record.state == COMPLETE and record.curve}
+    found = {
+        number: {name: value for name, value in {**entry, **(entry.get("aux") or {})}.items() if _is_part(name)}
+        for number, entry in last.items()
+    }
+    names = sorted({name for parts in found.values() for name in parts})
+    if not names:
+        return None
+    columns = [("trial", False), ("architecture", True), *((_part_label(name), False) for name in names)]
+    rows = []
+    for record in sorted(given.records, key=lambda one: (last_loss(one) or math.inf, one.number)):
+        own = found.get(record.number)
+        if own:
+            cells = [cell(str(record.number), record.number), _named(record)]
+            cells += [cell(_part_text(name, own.get(name)), own.get(name)) for name in names]
+            rows.append({"trial": record.number, "style": "", "cells": cells})
+    table = {"columns": [{"name": name, "help": "", "text": text} for name, text in columns], "rows": rows}
+    return Section("Task by task", "The same trials on each part of the data, at the end of training.", table=table)
+
+
+def _is_part(name: str) -> bool:
+    return name.startswith(("loss.", "accuracy."))
+
+
+def _part_label(name: str) -> str:
+    kind, _, part = name.partition(".")
+    return f"{part.replace('_', ' ')}, {'accuracy' if kind == 'accuracy' else 'loss [nats/token]'}"
+
+
+def _part_text(name: str, value: Any) -> str:
+    if not isinstance(value, (int, float)):
+        return ""
+    return percent(value) if name.startswith("accuracy.") else f"{value:.4f}"
+
+
+def _named(record: TrialRecord) -> dict[str, Any]:
+    """Return the cell of a trial's name."""
+    return {**cell(record.pattern, record.name, "arch text"), "strong": record.preset or ""}
 
 
 SECTIONS: tuple[Callable[[ReportInput], Section | None], ...] = (
-    *(_confirmed, _pareto, _curves, _rung_table, _progress),
+    *(_confirmed, _pareto, _curves, _parts, _rung_table, _progress),
     *(_effects, _importance, _parameters, _state),
 )
 

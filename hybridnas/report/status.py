@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hybridnas.analysis.ranking import winner
+from hybridnas.errors import StudyError
 from hybridnas.search.storage.database import database_url, read_database
 from hybridnas.search.storage.folder_store import FolderStore
 from hybridnas.search.storage.store import Held
 from hybridnas.study.folder import read_study
-from hybridnas.study.records import COMPLETE, FAIL, PRUNED, TrialRecord, load_records, read_curve, trial_folder
+from hybridnas.study.records import COMPLETE, FAIL, PRUNED, WORDS, TrialRecord, load_records, read_curve, trial_folder
+from hybridnas.units import duration
 
 TRAINED = (COMPLETE, PRUNED, FAIL)
 
@@ -75,20 +77,38 @@ def _status(name: str, limits: dict[str, Any], records: list[TrialRecord], runni
     counts["RUNNING"] = sum(bool(trial.where) for trial in running)
     counts["INTERRUPTED"] = len(running) - counts["RUNNING"]
     n_trials = limits.get("n_trials")
-    left = None
-    trained = [record.seconds for record in records if record.state in TRAINED]
-    if n_trials is not None and trained:
-        todo = max(0, n_trials - len(trained))
-        left = todo * sum(trained) / len(trained) / max(1, counts["RUNNING"])
-        if limits.get("minutes") is not None and counts["RUNNING"]:
-            left = min(left, max(0.0, limits.get("since", 0.0) + 60 * limits["minutes"] - time.time()))
+    left = _seconds_left(records, n_trials, limits, counts["RUNNING"]) if n_trials is not None else None
     return Status(name, records, running, n_trials, winner(records), left, +counts)
+
+
+def seconds_left(folder: Path, records: Sequence[TrialRecord], n_trials: int | None) -> float | None:
+    """Return about how long a study that runs will take, judged by its trials so far; None before the first."""
+    try:
+        limits = read_study(folder).get("limits") or {}
+    except StudyError:
+        return None
+    return None if n_trials is None else _seconds_left(records, n_trials, limits, limits.get("workers") or 1)
+
+
+def _seconds_left(
+    records: Sequence[TrialRecord], n_trials: int, limits: Mapping[str, Any], workers: int
+) -> float | None:
+    trained = [record.seconds for record in records if record.state in TRAINED]
+    if not trained:
+        return None
+    left = max(0, n_trials - len(trained)) * sum(trained) / len(trained) / max(1, workers)
+    if limits.get("minutes") is not None and workers:
+        left = min(left, max(0.0, limits.get("since", 0.0) + 60 * limits["minutes"] - time.time()))
+    return left
 
 
 def lines(status: Status) -> list[str]:
     """Return the status as sentences, one fact a line."""
     of = f" of {status.n_trials}" if status.n_trials is not None else ""
-    states = ", ".join(f"{count} {state.lower()}" for state, count in status.states.items()) or "no trial yet"
+    states = (
+        ", ".join(f"{count} {WORDS.get(state, state.lower())}" for state, count in status.states.items())
+        or "no trial yet"
+    )
     found = [f"study {status.study}: {status.finished}{of} trials are finished ({states})"]
     for trial in status.running:
         loss = f", loss {trial.valid_loss:.4f} at {trial.tokens:,} tokens" if trial.valid_loss is not None else ""
@@ -99,11 +119,5 @@ def lines(status: Status) -> list[str]:
     if not any(trial.where for trial in status.running):
         found.append("no process works on it now; the search's own command goes on")
     elif status.seconds_left is not None:
-        found.append(f"about {_duration(status.seconds_left)} left, judged by the trials so far")
+        found.append(f"about {duration(status.seconds_left)} left, judged by the trials so far")
     return found
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

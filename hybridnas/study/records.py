@@ -25,6 +25,14 @@ DUPLICATE = "DUPLICATE"  # the architecture of an earlier trial, whose result it
 INFEASIBLE = "INFEASIBLE"  # rejected before any training
 RUNNING = "RUNNING"  # trains now, or did when its process ended: then it goes on with the same choices
 STATES = (COMPLETE, PRUNED, FAIL, DUPLICATE, INFEASIBLE, RUNNING)
+WORDS = {  # the one word for each state, wherever people read it
+    COMPLETE: "complete",
+    PRUNED: "pruned",
+    FAIL: "failed",
+    DUPLICATE: "duplicate",
+    INFEASIBLE: "infeasible",
+    RUNNING: "running",
+}
 
 # Of a record: by seed of a further training.
 SEED_RESULTS = ("confirmed", "confirmed_test", "verdict", "verdict_test", "verdict_repeats")

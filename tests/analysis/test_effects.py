@@ -113,7 +113,7 @@ def test_the_choice_that_matters_is_the_most_important(study):
 
 def test_letters_are_read_from_any_pattern():
     assert insight.letters_of("(ME)x2") == ["M", "E", "M", "E"]
-    assert insight.letters_of("M{d_state=8}[M,E]") == ["M", "EM"]
+    assert insight.letters_of("M{d_state=8}[M,E]") == ["M", "[E,M]"]
     assert insight.letters_of("not a pattern") == []
 
 

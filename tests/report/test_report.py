@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import json
 import math
 import random
 import re
@@ -17,11 +18,13 @@ from scipy import stats
 from hybridnas.analysis.ranking import rows
 from hybridnas.errors import StudyError
 from hybridnas.report import leaderboard
+from hybridnas.report.colors import LIGHT, css
 from hybridnas.report.leaderboard import render_leaderboard, write_leaderboard
+from hybridnas.report.plots import library
 from hybridnas.report.report import headline, render_report, write_report
 from hybridnas.study.documents import DocumentSums, read_documents, write_documents
 from hybridnas.study.records import StudyMeta, TrialRecord, trial_folder
-from hybridnas.units import human, human_bytes
+from hybridnas.units import duration, human, human_bytes, percent, several
 
 PRESETS = {
     "transformer": ("(AF)x4", 1.62), "transformer_moe": ("(AE)x4", 1.585), "mamba": ("Mx8", 1.571),
@@ -69,7 +72,8 @@ def study():
         else:
             found.append(record(number, loss, pattern=pattern))
     found.append(record(48, 1.5213, pattern="MM[M,E](ME)x2E"))
-    return found
+    return [dataclasses.replace(one, choices={"n_experts": 4 + 4 * (one.number % 2), "slot0": one.pattern[0]})
+            if one.preset is None else one for one in found]  # fmt: skip
 
 
 META = StudyMeta(
@@ -83,7 +87,13 @@ META = StudyMeta(
 
 @pytest.fixture(scope="module")
 def page(study, tmp_path_factory):
-    return write_report(tmp_path_factory.mktemp("study"), study, META).read_text(encoding="utf-8")
+    return written(render_report(tmp_path_factory.mktemp("study"), study, META))
+
+
+def written(page):
+    """Return a page without the library that it carries."""
+    assert page.count(library()) == 1
+    return page.replace(library(), "")
 
 
 class Links(HTMLParser):
@@ -161,8 +171,8 @@ def test_the_page_holds_the_winner_its_lead_and_every_trial(study, page):
     found = Page(page)
     assert found.title == "MM[M,E](ME)x2E leads moe_mamba by 0.0267 nats per token, with one seed"
     assert [card[0] for card in found.cards] == ["1.5213", "\u22120.0267", "20.0", "1.2M", "49 of 50"]
-    rank, number, name, *_, loss, gap, _accuracy, _speed, state = found.rows["48"]
-    assert (rank, number, name, loss, state) == ("1", "48", "MM[M,E](ME)x2E", "1.5213", "complete")
+    rank, number, name, loss, gap, experts, *_, state = found.rows["48"]
+    assert (rank, number, name, loss, experts, state) == ("1", "48", "MM[M,E](ME)x2E", "1.5213", "4", "complete")
     assert float(gap) == pytest.approx(1.5213 - 1.548)
     assert set(found.rows) - {None} == {str(one.number) for one in study if one.state != "INFEASIBLE"}
     assert "python -m hybridnas.replay study=mamba_moe-laptop trial=48\n" in found.code
@@ -185,7 +195,7 @@ def test_what_is_chosen_on_validation_is_stated_on_the_test_part(study, tmp_path
     assert page.title == "MM[M,E](ME)x2E leads moe_mamba by 0.0167 nats per token on the test part, with one seed"
     assert page.cards[0] == ["1.5413", "test loss, trial 48 (validation 1.5213)"]
     assert page.cards[1] == ["\u22120.0167", "to moe_mamba (1.5580)"]
-    valid, test, gap = map(float, page.rows["48"][-6:-3])
+    valid, test, gap = map(float, page.rows["48"][3:6])
     assert (valid, test, gap) == pytest.approx((1.5213, 1.5413, 1.5413 - 1.558))
     order = [row.record.number for row in rows(records, "moe_mamba")]
     assert order == [row.record.number for row in rows(study, "moe_mamba")]
@@ -238,12 +248,12 @@ def test_a_winner_that_loses_on_the_test_part_is_not_said_to_win(study):
 
 def test_a_study_without_a_reference_compares_with_none(study, tmp_path):
     alone = [one for one in study if one.preset != "moe_mamba"]
-    text = write_report(tmp_path, alone, dataclasses.replace(META, reference=None)).read_text(encoding="utf-8")
+    text = written(write_report(tmp_path, alone, dataclasses.replace(META, reference=None)).read_text(encoding="utf-8"))
     found = Page(text)
     assert found.title == "MM[M,E](ME)x2E is best, at 1.5213 nats per token"
     assert [card[0] for card in found.cards] == ["1.5213", "20.0", "1.2M", "48 of 50"]
     assert len(found.rows["48"]) == len(Page(render_report(tmp_path, alone, META)).rows["48"]) - 1
-    assert "moe_mamba" not in text.replace("mamba_moe", "")
+    assert "moe_mamba" not in re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL).replace("mamba_moe", "")
     sheet = csv.DictReader(write_leaderboard(tmp_path, alone, None).read_text(encoding="utf-8").splitlines())
     assert {(line["reference"], line["vs_reference"]) for line in sheet} == {("", "")}
     shown = io.StringIO()
@@ -260,38 +270,117 @@ def test_the_commands_of_a_study_whose_name_has_blanks_can_be_run(study, tmp_pat
 
 
 def test_the_winner_is_drawn_from_its_stored_architecture(study, tmp_path):
-    import json
-
     from hybridnas.arch.arch import Arch
 
     folder = tmp_path / "trials" / "0048"
     folder.mkdir(parents=True)
     arch = Arch.from_pattern("(ME)x2", d_model=32, vocab_size=64, n_experts=4)
     (folder / "arch.json").write_text(json.dumps(arch.to_dict()))
-    assert "It is not drawn" not in render_report(tmp_path, study, META)
+    page = written(render_report(tmp_path, study, META))
+    assert "It is not drawn" not in page
+    own = page[page.index('<section class="trial" id="trial-48">') :]
+    own = own[: own.index("</section>")]
+    assert '<svg xmlns="http://www.w3.org/2000/svg"' in own
+    assert "4 experts of " in own
+    assert "python -m hybridnas.replay study=mamba_moe-laptop trial=48\n" in own
+
+
+def test_every_trial_of_the_leaderboard_has_a_page_that_its_number_leads_to(study, page):
+    shown = {str(one.number) for one in study if one.state != "INFEASIBLE"}
+    assert set(re.findall(r'href="#trial-(\d+)"', page)) == set(re.findall(r'id="trial-(\d+)"', page)) == shown
 
 
 def test_equal_records_give_equal_pages(study, page, tmp_path):
-    assert render_report(tmp_path, list(study), META) == page
+    assert written(render_report(tmp_path, list(study), META)) == page
 
 
-def test_plots_take_their_colours_from_the_page_and_ids_are_unique(page):
-    svgs = re.findall(r'<svg class="plot".*?</svg>', page, flags=re.DOTALL)
-    assert len(svgs) == 4
-    for svg in svgs:
-        used = set(re.findall(r"var\(--(\w+)\)", svg))
-        trials = {"winner", "c1", "c6", "faint"} if "data-trial" in svg else {"c1"}  # letters have their own
-        assert {"grid", *trials} <= used
-        assert re.findall(r"#[01]\w{5}\b", svg) == []
-    ids = re.findall(r'\bid="([^"]+)"', "".join(svgs))
-    assert len(ids) == len(set(ids))
-    defined, pointed = set(ids), set(re.findall(r'(?:url\(#|href="#)([^)"]+)', "".join(svgs)))
-    assert pointed <= defined
+def charts(page):
+    found = re.findall(r'<script type="application/json">(.*?)</script>', page, flags=re.DOTALL)
+    return [json.loads(text) for text in found]
+
+
+def test_charts_are_drawn_in_colors_that_turn_with_the_readers_scheme(page):
+    drawn = [chart for chart in charts(page) if chart["layout"]["showlegend"]]
+    assert len(drawn) > 5
+    sheet, known = css(), set(LIGHT.values())
+    for chart in drawn:
+        used = set(re.findall(r"#[0-9A-Fa-f]{6}", json.dumps(chart)))
+        for color in used & known:
+            channels = ", ".join(str(int(color[i : i + 2], 16)) for i in (1, 3, 5))
+            assert f'[style*="stroke: rgb({channels})"]' in sheet
+        traces = [trace for trace in chart["data"] if "meta" in trace]
+        assert {trace["line"]["color"] for trace in traces if "line" in trace and "color" in trace["line"]} <= known
+
+
+def test_a_curve_of_the_chart_is_that_of_the_record(study, page):
+    lines = {trace["meta"]: trace for trace in charts(page)[0]["data"]}
+    for one in study:
+        if one.state in ("COMPLETE", "PRUNED"):
+            assert list(zip(lines[one.number]["x"], lines[one.number]["y"], strict=True)) == one.points()
+    named = {trace["meta"]: trace["name"] for trace in charts(page)[0]["data"] if trace["showlegend"]}
+    assert set(named) == {0, 1, 2, 3, 4, 48}
+    assert named[4].startswith("moe_mamba 1.54")
+
+
+def test_a_preset_has_one_color_in_all_pictures(page):
+    from hybridnas.draw.figure import preset_color, series_style
+
+    lines = {trace["meta"]: trace["line"]["color"] for trace in charts(page)[0]["data"]}
+    for number, name in enumerate(PRESETS):
+        assert lines[number] == preset_color(name) == series_style(number + 3, name=name)["color"]
+    assert len({preset_color(name) for name in PRESETS}) == len(PRESETS)
+
+
+def with_limits(folder, **limits):
+    identity = {"space": {}, "state_length": 4096, **limits}
+    (folder / "study.json").write_text(json.dumps({"format": 2, "study": "s", "identity": identity}))
+
+
+def of_state(number, loss, state_bytes, **fields):
+    over = state_bytes > 1024
+    fields |= {"violation": f"state_bytes={state_bytes} is above max_state_bytes=1,024"} if over else {}
+    return record(number, loss, figures={"state_bytes": state_bytes}, objectives={"val_loss": loss}, **fields)
+
+
+def test_the_report_names_the_limits_and_what_they_cost(tmp_path):
+    with_limits(tmp_path, max_state_bytes=1024.0)
+    drawn = [record(8, None, state="INFEASIBLE", figures={"state_bytes": one}, cost={"state_bytes": 4.0}, tokens=0,
+                    reason=f"state_bytes={one} is above max_state_bytes=1,024") for one in (2000,)]  # fmt: skip
+    records = [of_state(0, 1.5, 5000, preset="transformer"), of_state(1, 1.6, 900), *drawn]
+    meta = dataclasses.replace(META, reference=None, state_length=4096)
+    page = Page(written(render_report(tmp_path, records, meta)))
+    assert page.title == "Within at most 1 KiB of state at 4,096 tokens, (ME)x4 is best, at 1.6000 nats per token"
+    assert page.rows["1"][6] == "900"  # the state of every column and chart is that at 4,096 tokens
+    nobody = Page(written(render_report(tmp_path, records[:1], meta))).title
+    assert nobody.startswith("None of the one architecture that completed keeps at most ")
+    assert nobody.endswith("transformer comes nearest, with 4.88 KiB")
+
+
+def test_where_a_baseline_won_the_searchs_own_best_is_named():
+    records = [record(0, 1.5, preset="moe_mamba"), record(1, 1.6), record(2, 1.7)]
+    said = headline(records, "moe_mamba")
+    assert said.endswith("; the best that the search drew, (ME)x4 (trial 1), is 0.1000 nats per token behind")
+
+
+def test_a_report_of_a_search_that_runs_reads_itself_again_and_says_how_long(study, tmp_path):
+    records = [record(0, 1.5, preset="moe_mamba", seconds=30.0), record(1, 1.6, seconds=30.0)]
+    with_limits(tmp_path)
+    page = written(render_report(tmp_path, records, dataclasses.replace(META, status="running", n_trials=22)))
+    assert 'http-equiv="refresh"' in page
+    assert "running: 2 of 22 trials, about 10 min left" in page
+    assert "http-equiv" not in written(render_report(tmp_path, records, META))
+
+
+def test_what_a_mixture_measures_on_each_task_is_in_the_report(tmp_path):
+    aux = {"loss.text": 1.25, "accuracy.recall": 0.5}
+    curve = [{"tokens": 10, "valid_loss": 1.5, "aux": aux}]
+    page = Page(render_report(tmp_path, [record(0, 1.5, curve=curve)], META))
+    assert page.rows["0"][-2:] == ["0.5", "1.25"]
 
 
 def test_words_of_the_user_are_escaped(tmp_path):
     bad = record(0, None, state="FAIL", pattern="<b>", reason="<script>alert(1)</script>")
-    page = render_report(tmp_path, [bad, record(1, 2.0, pattern="<i>x</i>")], StudyMeta(name="<u>"))
+    page = written(render_report(tmp_path, [bad, record(1, 2.0, pattern="<i>x</i>")], StudyMeta(name="<u>")))
     assert "<script>alert" not in page
     assert "<i>x" not in page
     assert "<u>" not in page
@@ -378,3 +467,9 @@ def test_counts_are_shown_in_three_figures(value, words):
 
 def test_bytes_are_shown_in_three_figures():
     assert [human_bytes(value) for value in (None, 512, 8192, 1_572_864)] == ["", "512 B", "8 KiB", "1.5 MiB"]
+
+
+def test_shares_times_and_counts_of_one_are_written_for_people():
+    assert [percent(value) for value in (None, 0.0762, 1.0)] == ["", "7.6 %", "100.0 %"]
+    assert [duration(value) for value in (None, 80, 200, 7000)] == ["", "80 s", "3 min", "1.9 h"]
+    assert [several(1, "seed"), several(2, "seed")] == ["1 seed", "2 seeds"]

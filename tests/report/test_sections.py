@@ -2,14 +2,13 @@
 
 import dataclasses
 import random
-import re
 
 import pytest
 
 from hybridnas.analysis.ranking import rows
 from hybridnas.analysis.verdict import verdict
 from hybridnas.report.leaderboard import footnotes
-from hybridnas.report.plots import Axis, Series, scatter_svg
+from hybridnas.report.plots import Axis, Series, scatter
 from hybridnas.report.report import headline, render_report
 from hybridnas.report.sections import UNITS, ReportInput, sections
 from hybridnas.study.records import StudyMeta, TrialRecord
@@ -70,7 +69,7 @@ def test_the_front_is_listed_drawn_and_presets_beside_it_are_named():
     section = titles(found)["Pareto front"]
     assert [row["trial"] for row in section.table["rows"]] == [0, 1]
     assert section.notes == ["Presets that are not on the front: transformer."]
-    assert section.svg.count('class="trial"') == 3
+    assert [trace["meta"] for trace in section.charts[0].data if "meta" in trace] == [0, 1, 2]
     assert "2 of 3 completed trials are beaten by no other in all of val_loss, state_bytes" in section.intro
 
 
@@ -108,7 +107,7 @@ def test_the_confirmation_separates_noise_from_differences():
     assert said([PAPER, NEAR]).startswith("MEME and moe_mamba are inside the noise of each other: +0.0025 ± ")
     assert "confirmed: 3 fresh seeds" in render_report("nowhere", [PAPER, CLEAR], StudyMeta(name="demo"))
     fall = titles([PAPER, CLEAR], reference_study=other)["Best loss over training tokens"]
-    assert "demo-random" in fall.svg
+    assert "demo-random" in fall.charts[0].json
 
 
 def test_seeds_that_chose_the_winner_do_not_say_by_how_much():
@@ -186,7 +185,19 @@ def test_the_units_of_the_sections_are_those_of_the_objectives():
 def test_a_model_without_state_stands_on_the_same_axis_as_one_of_megabytes():
     points = [(0.0, 2.4), (7296.0, 1.7), (24928.0, 1.5), (1_600_000.0, 1.49)]
     drawn = [Series(i, f"model {i}", "c5", f"model {i}", [point]) for i, point in enumerate(points)]
-    svg = scatter_svg([(Axis("state", in_bytes=True), drawn)], "state")
-    assert {"0 B", "7.12 KiB", "28.5 KiB", "114 KiB"} <= set(re.findall(r">([^<>]+)</text>", svg))
-    nothing = scatter_svg([(Axis("state", in_bytes=True), drawn[:1])], "state")
-    assert "0 B" in nothing
+    [chart] = scatter([(Axis("state", in_bytes=True), drawn)])
+    assert chart.layout["xaxis"]["ticktext"][0] == "0 B"
+    places = [trace["x"][0] for trace in chart.data]
+    assert places == sorted(places)
+    assert min(places) > 0  # the axis is logarithmic
+    [nothing] = scatter([(Axis("state", in_bytes=True), drawn[:1])])
+    assert nothing.data[0]["x"] == [0.0]
+
+
+def test_the_course_of_a_search_is_drawn_to_its_end(study):
+    better = dataclasses.replace(study[0], objectives={"val_loss": 0.1}, valid_loss=0.1)
+    [chart] = titles([better, *study[1:]])["Best loss over training tokens"].charts
+    line = chart.data[-1]
+    assert line["x"] == (90.0, 40 * 90.0)
+    assert line["y"] == (0.1, 0.1)
+    assert sum(trace["mode"] == "markers" for trace in chart.data) == 40
