@@ -59,7 +59,6 @@ def run(settings: Settings) -> Done:
         return _status(search)
     if settings.launch == "slurm":
         return _launch(settings, search)
-    from hybridnas.cli.progress import progress
     from hybridnas.report.callbacks import ConsoleLines
     from hybridnas.studies import Study
 
@@ -68,9 +67,12 @@ def run(settings: Settings) -> Done:
         from hybridnas.search.storage.join import joined
 
         search = joined(search, search_config(compose("search", [])))
-    training = [progress()] if show.is_terminal() else []
-    summary = Study.of(search).run([ConsoleLines(show.line)], training=training)
-    return _print(summary, search)
+    if show.is_terminal():
+        from hybridnas.cli.progress import SearchProgress
+
+        bars = SearchProgress()
+        return _print(Study.of(search).run([bars], training=[bars.training]), search)
+    return _print(Study.of(search).run([ConsoleLines(show.line)]), search)
 
 
 def _status(search: SearchConfig) -> Done:

@@ -17,11 +17,19 @@ def line(text: str) -> None:
     print(text, flush=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> None:
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: Sequence[int] = (0,),
+    spare: Sequence[int] = (),
+) -> None:
     """Print a table; ``left`` are the columns aligned left (text), the others are numbers.
 
-    In a terminal cells wrap between words. Where the longest words do not fit beside each other, each row is printed as
-    text of its own, a column's name before each cell.
+    In a terminal cells wrap between words. Where the longest words do not fit beside each other, the columns that
+    ``spare`` names are left out, the first of it first; where that is not enough, each row is printed as text of its
+    own, a column's name before each cell. A pipe gets all columns.
     """
     if not is_terminal():
         print("\t".join(columns))
@@ -34,6 +42,15 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     from rich.text import Text
 
     console = Console()
+    if spare and _least(columns, rows) > console.width:
+        kept = [place for place in range(len(columns)) if place != spare[0]]
+        return table(
+            title,
+            [columns[place] for place in kept],
+            [[row[place] for place in kept] for row in rows],
+            left=[kept.index(place) for place in left if place in kept],
+            spare=[kept.index(place) for place in spare[1:]],
+        )
     cells = [[column, *(row[index] for row in rows)] for index, column in enumerate(columns)]
     words = [max(len(word) for cell in own for word in [*cell.split(), ""]) for own in cells]
     lines = [max(map(len, own)) for own in cells]
@@ -53,6 +70,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     for row in rows:
         shown.add_row(*map(Text, row))
     console.print(shown)
+
+
+def _least(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Return the width below which words would be broken."""
+    cells = [[column, *(row[index] for row in rows)] for index, column in enumerate(columns)]
+    return sum(max(len(word) for cell in own for word in [*cell.split(), ""]) for own in cells) + _around(len(cells), 0)
 
 
 def _around(columns: int, padding: int) -> int:

@@ -42,3 +42,12 @@ def test_what_has_no_room_side_by_side_is_written_row_by_row(shown):
         "[tokens], params 79,674,391,296",
         "window: params 0",
     ]
+
+
+def test_columns_that_can_be_spared_are_left_out_before_rows_are_written_as_text(monkeypatch, capsys):
+    monkeypatch.setattr(show, "is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "45")
+    show.table("A title", COLUMNS, ROWS, left=(0, 1), spare=(2, 1))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if "qk_norm" in line] == [["qk_norm_zero_centered", "[M,E]x8", "[tokens]"]]
+    assert "params" not in "".join(lines)

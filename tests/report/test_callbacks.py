@@ -1,8 +1,9 @@
 """Callbacks that write the report and the console's lines while a search runs."""
 
 import csv
+import dataclasses
 
-from hybridnas.report.callbacks import FIRST, SHARE, ConsoleLines, ReportFiles
+from hybridnas.report.callbacks import FIRST, SHARE, ConsoleLines, ReportFiles, trial_line
 from hybridnas.study.callbacks import StudyEnded, StudyStarted, TrialEnded
 from hybridnas.study.records import StudyMeta, TrialRecord
 
@@ -59,10 +60,23 @@ def test_a_trial_has_one_line_with_its_distance_to_the_reference(tmp_path):
     ):
         console.on_trial_end(ended(tmp_path, first, one))
     console.on_note("resuming")
-    assert [line.split() for line in lines] == [
-        ["trial", "0", "mamba", "M", "loss", "2.0000", "3", "s,", "1,234", "tokens/s"],
-        ["trial", "1", "MM", "loss", "1.7500", "(-0.2500", "to", "mamba)", "4", "s"],
-        ["trial", "2", "MMM", "loss", "2.5000", "pruned", "at", "1,000", "tokens", "0", "s"],
-        ["trial", "3", "MMMM", "failed:", "out", "of", "memory"],
+    assert [line.split("  ") for line in lines] == [
+        ["trial 0", "1", "mamba M", "loss 2.0000", "3 s", "1,234 tokens/s", "best so far"],
+        ["trial 1", "2", "MM", "loss 1.7500", "-0.2500 to mamba", "4 s", "best so far"],
+        ["trial 2", "2", "MMM", "loss 2.5000", "pruned at 1,000 tokens", "0 s", "best 2.0000 mamba"],
+        ["trial 3", "2", "MMMM", "failed: out of memory"],
         ["resuming"],
     ]
+
+
+def test_in_a_terminal_a_trial_is_one_line_of_its_width_with_all_that_was_asked():
+    meta = dataclasses.replace(META, n_trials=40)
+    first = record(0, 2.0, preset="mamba", seconds=3.0, tokens_per_second=1234.0)
+    long = dataclasses.replace(record(12, 1.75, seconds=14.2), pattern="M[E,M]" * 20)
+    failed = record(13, None, "FAIL", reason="loss is not finite " * 9)
+    for one in (first, long, failed):
+        line = trial_line(one, {r.number: r for r in (first, long, failed)}, meta, width=80)
+        assert len(line) <= 80
+        assert line.split()[:2] == ["3/40", f"#{one.number}"]
+    shown = trial_line(long, {0: first, 12: long}, meta, width=80).split()
+    assert shown[-7:] == ["1.7500", "-0.2500", "14", "s", "best", "so", "far"]
