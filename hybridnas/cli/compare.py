@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from hybridnas.cli import show
 from hybridnas.cli.command import Command, Done
-from hybridnas.report.compare import CompareConfig, compare, write_comparison
+from hybridnas.report.compare import CompareConfig, compare, draw_curves, write_comparison
+from hybridnas.units import several
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +19,15 @@ def run(settings: Settings) -> Done:
     """Print the table and write ``compare.html`` and ``compare.csv``."""
     comparison = compare(settings)
     page, sheet = write_comparison(comparison, settings.out)
-    columns, rows = comparison.table()
-    show.table(f"tokens to {comparison.baseline}'s final loss", columns, rows, left=(0, 1, len(columns) - 1))
-    if show.is_terminal():
-        show.line(f"written: {page} and {sheet}")
+    for group in comparison.groups:
+        columns, rows = comparison.table(group)
+        title = f"{group.title}: tokens to {group.baseline}'s final loss" if group.baseline else group.title
+        show.table(title, columns, rows, left=(0, 1, len(columns) - 1), spare=(4, 3, 7, 2, 10, 8))
+        for pool in group.pools():
+            half = "" if pool.half is None else f" ± {pool.half:.4f}"
+            show.line(f"{pool.name}: loss {pool.mean:.4f}{half} over {several(pool.seeds, 'seed')}")
+    figures = [] if settings.figure is None else draw_curves(comparison, settings.figure)
+    show.line(f"written: {', '.join(map(str, [page, sheet, *figures]))}")
     found = []
     for run in comparison.runs:
         reach = comparison.reaches[run.run_id]

@@ -1,6 +1,8 @@
-"""Runs and studies side by side: table, curves, and the tokens to reach another run's final loss.
+"""Runs and studies side by side: tables, curves, and the tokens to reach another run's final loss.
 
-Runs are read from the records of the studies and trainings below a folder, or from MLflow where a URI is named.
+Runs are ranked within a group alone: the same data, context and training tokens. Each group has its own baseline. Runs
+of one architecture with several seeds are pooled, with an interval over the seeds. Runs are read from the records of
+the studies and trainings below a folder, or from MLflow where a URI is named.
 """
 
 from __future__ import annotations
@@ -10,17 +12,21 @@ import dataclasses
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hybridnas.analysis.bootstrap import mean_interval
 from hybridnas.analysis.curves import tokens_to_reach
 from hybridnas.config import FrozenConfig, option, split_list, unquoted
 from hybridnas.errors import StudyError, suggest
-from hybridnas.report.html import cell, difference, markup, render, short
+from hybridnas.report import plots
+from hybridnas.report.colors import LIGHT, WHEEL, preset_key
+from hybridnas.report.html import cell, difference, render, short
 from hybridnas.report.leaderboard import signed
-from hybridnas.report.plots import COLORS, Axis, Series, curves_svg, scatter_svg
+from hybridnas.report.plots import Axis, Series
 from hybridnas.study.folder import read_study
 from hybridnas.study.records import (
     COMPLETE,
@@ -29,6 +35,8 @@ from hybridnas.study.records import (
     INFEASIBLE,
     PRUNED,
     RUNNING,
+    WORDS,
+    TrialRecord,
     clean_points,
     load_records,
     read_curve,
@@ -36,16 +44,16 @@ from hybridnas.study.records import (
     save,
 )
 from hybridnas.tracking.mlflow import RecordedRun, read_runs
-from hybridnas.units import human, human_bytes
+from hybridnas.units import human, human_bytes, several
 
 log = logging.getLogger("hybridnas.report")
 
 COLUMNS = (
-    "study", "trial", "preset", "pattern", "params", "active_params", "state_bytes", "flops_per_token", "final_loss",
-    "vs_baseline", "tokens", "baseline", "baseline_loss", "baseline_tokens", "tokens_to_baseline_loss", "speed_up",
-    "tokens_per_second", "status", "fingerprint", "run_id",
+    "group", "study", "trial", "preset", "pattern", "params", "active_params", "state_bytes", "flops_per_token",
+    "final_loss", "vs_baseline", "tokens", "baseline", "baseline_loss", "baseline_tokens", "tokens_to_baseline_loss",
+    "speed_up", "tokens_per_second", "status", "seed", "fingerprint", "run_id",
 )  # fmt: skip
-STATUS = {COMPLETE: "complete", PRUNED: "pruned", FAIL: "failed", RUNNING: "unfinished"}
+STATUS = {**{state: WORDS[state] for state in (COMPLETE, PRUNED, FAIL)}, RUNNING: "unfinished"}
 _ENDED = {"completed": COMPLETE, "stopped": COMPLETE, "failed": FAIL}  # how a training that stands alone ended
 _COSTS = ("params", "active_params", "state_bytes", "flops_per_token")
 
@@ -62,6 +70,7 @@ class CompareConfig(FrozenConfig):
     runs: Path = option(Path("runs"), "folder in which studies and trainings lie")
     uri: str | None = option(None, "MLflow tracking URI to read instead of the runs folder")
     out: Path = option(Path("runs/compare"), "folder that gets compare.html and compare.csv [path]")
+    figure: Path | None = option(None, "draw the curves of the first group: writes FILE.svg and FILE.png [path]")
 
     @classmethod
     def label(cls) -> str:
@@ -83,6 +92,16 @@ class Run:
     tokens_per_second: float | None = None  # while training
     points: Sequence[tuple[float, float]] = ()  # training tokens, validation loss
     reference: str | None = None  # the preset that its study compares with
+    data: str = ""  # fingerprint of its data; empty: unknown
+    about: str = ""  # its data in words
+    seq_len: int | None = None
+    asked: int | None = None  # training tokens of a full run
+    seeds: Mapping[str, float] = field(default_factory=dict)  # seed -> final loss, of full runs alone
+
+    @property
+    def settings(self) -> tuple[str, int | None, int | None]:
+        """Return what must agree for two runs to be ranked; runs of unknown data are ranked within their study."""
+        return self.data or f"study {self.study}", self.seq_len, self.asked
 
     @property
     def name(self) -> str:
@@ -122,35 +141,98 @@ class Reach:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Runs with what each needed to reach the baseline, best first."""
+class Pool:
+    """One architecture over the seeds with which it was trained to the end."""
+
+    name: str
+    seeds: int
+    mean: float  # final validation loss [nats per token]
+    half: float | None  # half the 95% interval over seeds
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of the same data, context and training tokens, the best first."""
 
     runs: list[Run]
-    reaches: dict[str, Reach | None]  # by run id; None where no baseline applies
-    baseline: str
+    baseline: str | None  # whose final loss the others must reach; None: no run of the group was trained to its end
 
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Return the terminal's columns and rows."""
-        columns = ["run", "study", "trial", "params", "active", "loss", f"vs {self.baseline}", "tokens"]
-        columns += [f"tokens to {self.baseline}'s loss", "speed-up", "status"]
-        rows = []
+    @property
+    def title(self) -> str:
+        """Return data, context and training tokens in words."""
+        first = self.runs[0]
+        data = first.about.partition(":")[0] or (f"data {first.data[:8]}" if first.data else first.study)
+        parts = [data, f"context {first.seq_len:,}" if first.seq_len else ""]
+        return ", ".join(filter(None, [*parts, f"{human(first.asked)} tokens" if first.asked else ""]))
+
+    def pools(self) -> list[Pool]:
+        """Return the architectures that have several seeds, the best mean first."""
+        found: dict[str, tuple[Run, dict[str, float]]] = {}
         for run in self.runs:
+            _, known = found.setdefault(run.fingerprint or run.run_id, (run, {}))
+            for seed, loss in run.seeds.items():
+                known.setdefault(seed, loss)
+        several_ = [(run, list(losses.values())) for run, losses in found.values() if len(losses) > 1]
+        pools = [Pool(run.name, len(losses), *mean_interval(losses)) for run, losses in several_]
+        return sorted(pools, key=lambda pool: pool.mean)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Groups of runs with what each run needed to reach its group's baseline."""
+
+    groups: list[Group]
+    reaches: dict[str, Reach | None]  # by run id; None where no baseline applies
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs, group after group."""
+        return [run for group in self.groups for run in group.runs]
+
+    @property
+    def baseline(self) -> str | None:
+        """The baseline of the first group."""
+        return self.groups[0].baseline
+
+    def table(self, group: Group) -> tuple[list[str], list[list[str]]]:
+        """Return the terminal's columns and rows of a group."""
+        columns = ["run", "study", "trial", "params", "active", "loss", f"vs {group.baseline}", "tokens"]
+        columns += [f"tokens to {group.baseline}'s loss", "speed-up", "status"]
+        rows = []
+        for run in group.runs:
             reach = self.reaches[run.run_id]
             rows.append([
                 run.name, run.study, "" if run.trial is None else str(run.trial), human(run.costs.get("params")),
                 human(run.costs.get("active_params")), f"{run.points[-1][1]:.4f}" if run.points else "",
                 signed(_gap(run, reach)), human(run.points[-1][0] if run.points else None),
-                human(reach.tokens) if reach else "", reach.text() if reach else "", run.status,
+                human(reach.tokens) if reach else "", reach.text().replace("not reached", "never") if reach else "",
+                run.status,
             ])  # fmt: skip
         return columns, rows
 
 
 def compare(config: CompareConfig) -> Comparison:
-    """Read the runs and set each against the baseline; raises StudyError where there is nothing, or no such name."""
+    """Read the runs and set each against the baseline of its group; raises StudyError for no runs, or no such name."""
     found = find_runs(config)
-    baseline = config.baseline or _default_baseline(select(found, config.replace(run=None), None))
-    runs = select(found, config, baseline)
-    return Comparison(sorted(runs, key=_by_loss), _reaches(runs, baseline), baseline)
+    if config.baseline:
+        _check_baseline(select(found, config.replace(run=None), None), config.baseline)
+    kept = select(found, config, config.baseline)
+    groups: list[Group] = []
+    reaches: dict[str, Reach | None] = {}
+    for settings in dict.fromkeys(run.settings for run in kept):
+        own = sorted((run for run in kept if run.settings == settings), key=_by_loss)
+        # A filter leaves runs out, not the baseline.
+        every = [run for run in select(found, config.replace(run=None), None) if run.settings == settings]
+        baseline = _baseline(every, config.baseline)
+        more = [run for run in every if baseline is not None and _is(run, baseline) and run not in own]
+        groups.append(Group(sorted([*own, *more], key=_by_loss), baseline))
+        reaches |= _reaches(groups[-1])
+    if not any(group.baseline for group in groups) and not config.baseline:
+        raise StudyError(
+            f"none of {len(kept)} runs trained to its end, so there is no loss to reach; train one of them to its end"
+        )
+    groups.sort(key=lambda group: (group.baseline is None, -len(group.runs), group.title))
+    return Comparison(groups, reaches)
 
 
 def find_runs(config: CompareConfig) -> list[Run]:
@@ -191,6 +273,8 @@ def read_folder(folder: Path) -> list[Run]:
 def _of_study(folder: Path) -> list[Run]:
     study = read_study(folder)
     reference = reference_of(study)
+    meta = study.get("meta") or {}
+    about = {"data": str(study.get("data_fingerprint") or ""), "about": str(meta.get("data") or "")}
     return [
         Run(
             run_id=f"{folder.name}/{record.number}",
@@ -204,10 +288,22 @@ def _of_study(folder: Path) -> list[Run]:
             tokens_per_second=record.tokens_per_second,
             points=record.points(),
             reference=reference,
+            **about,
+            seq_len=meta.get("seq_len"),
+            asked=meta.get("tokens"),
+            seeds=_seeds(record),
         )
         for record in load_records(folder)[0]
         if record.state not in (DUPLICATE, INFEASIBLE)
     ]
+
+
+def _seeds(record: TrialRecord) -> dict[str, float]:
+    """Return a trial's final losses by seed: those of fresh seeds where it was confirmed, which did not choose it."""
+    fresh = {seed: loss for seed, loss in {**record.confirmed, **record.verdict}.items() if loss is not None}
+    if fresh or record.state != COMPLETE or record.valid_loss is None:
+        return fresh
+    return {str(record.seed): record.valid_loss}
 
 
 def _of_training(place: Path, folder: Path) -> Run | None:
@@ -221,6 +317,8 @@ def _of_training(place: Path, folder: Path) -> Run | None:
         arch = Arch.from_dict(about["architecture"]) if "pattern" in about["architecture"] else None
         costs = _costs(dataclasses.asdict(arch.cost(settings["seq_len"]))) if arch else _costs(about["architecture"])
         inside = folder.relative_to(place).as_posix()
+        points = clean_points([(entry.get("tokens"), entry.get("valid_loss")) for entry in read_curve(folder)])
+        ended = about["final"] and about["status"] == "completed"
         return Run(
             run_id=f"{place.name}/{inside}" if inside != "." else place.name,
             study=place.name,
@@ -231,7 +329,11 @@ def _of_training(place: Path, folder: Path) -> Run | None:
             status=STATUS[_ENDED.get(about["status"], RUNNING) if about["final"] else RUNNING],
             costs=costs,
             tokens_per_second=about.get("tokens_per_second") or None,
-            points=clean_points([(entry.get("tokens"), entry.get("valid_loss")) for entry in read_curve(folder)]),
+            points=points,
+            data=str(about.get("data", {}).get("fingerprint", "")),
+            seq_len=settings["seq_len"],
+            asked=settings.get("tokens"),
+            seeds={str(settings.get("seed", 0)): points[-1][1]} if ended and points else {},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, HybridNASError) as error:
         log.warning("%s is left out of the comparison: %s", folder, error)
@@ -252,6 +354,8 @@ def _of_mlflow(run: RecordedRun) -> Run:
         tokens_per_second=run.metrics.get("tokens_per_second"),
         points=clean_points(run.points),
         reference=run.reference,
+        data=run.params.get("data_fingerprint", ""),
+        about=run.params.get("data", ""),
     )
 
 
@@ -294,44 +398,102 @@ def write_comparison(comparison: Comparison, out: Path | str) -> tuple[Path, Pat
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows(_csv_row(run, comparison.reaches[run.run_id]) for run in comparison.runs)
+    for group in comparison.groups:
+        writer.writerows(_csv_row(group, run, comparison.reaches[run.run_id]) for run in group.runs)
     save(folder / "compare.csv", text.getvalue())
     save(folder / "compare.html", render_comparison(comparison))
     return folder / "compare.html", folder / "compare.csv"
 
 
+def draw_curves(comparison: Comparison, out: Path) -> list[Path]:
+    """Draw the loss curves of the first group as ``out``.svg and ``out``.png; returns the files."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from hybridnas.draw.figure import FAINT, SETTINGS
+    from hybridnas.draw.figure import save as save_figure
+
+    group = comparison.groups[0]
+    colors, names = _colors(comparison, group), _labels(group)
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(9.2, 4.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        ax = figure.subplots()
+        for run in sorted((run for run in group.runs if run.points), key=lambda run: run.run_id in colors):
+            color, (xs, ys) = colors.get(run.run_id), zip(*run.points, strict=True)
+            label = None if color is None else f"{names[run.run_id]} {ys[-1]:.4f}"
+            ax.plot(
+                xs, ys, color=FAINT if color is None else LIGHT[color], lw=0.7 if color is None else 1.5, label=label
+            )
+        late = [loss for run in group.runs for tokens, loss in run.points if tokens >= 0.2 * run.points[-1][0]]
+        margin = 0.06 * (max(late) - min(late) or 1)
+        ax.set_ylim(min(late) - margin, max(late) + 3 * margin)
+        ax.set_title(group.title, loc="left", fontsize=11, weight="bold")
+        ax.set_xlabel("training tokens")
+        ax.set_ylabel("validation loss [nats/token]")
+        ax.xaxis.set_major_formatter(lambda value, _: human(value))
+        figure.legend(loc="outside right upper", fontsize=8.5)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return save_figure(figure, out)
+
+
 def render_comparison(comparison: Comparison) -> str:
     """Return the comparison as one self-contained HTML page."""
-    colors = _colors(comparison)
-    final = [run for run in comparison.runs if run.points]
-    curves = [_series(run, colors, run.points) for run in final]
-    complete = [run for run in final if run.complete]
+    return render(
+        "compare.html.j2",
+        title="hybridnas: comparison",
+        reload=None,
+        kicker=", ".join(sorted({run.study for run in comparison.runs})),
+        headline=_headline(comparison),
+        groups=[_section(comparison, group) for group in comparison.groups],
+    )
+
+
+def _section(comparison: Comparison, group: Group) -> dict[str, Any]:
+    """Return the tables and charts of a group."""
+    colors, names = _colors(comparison, group), _labels(group)
+    final = [run for run in group.runs if run.points]
     panels = []
     for figure, axis in (
         ("active_params", Axis("active parameters", log=True)),
         ("params", Axis("parameters in all, without embeddings", log=True)),
-        ("state_bytes", Axis("state of one sequence", log=True, in_bytes=True)),
+        ("state_bytes", Axis(f"state of one sequence{_at(group)}", log=True, in_bytes=True)),
     ):
-        known = [(run, value) for run in complete if (value := run.costs.get(figure)) is not None]
-        panels.append((axis, [_series(run, colors, [(value, run.points[-1][1])]) for run, value in known]))
-    studies = sorted({run.study for run in comparison.runs})
-    return render(
-        "compare.html.j2",
-        title="hybridnas: comparison",
-        kicker=", ".join(studies),
-        headline=_headline(comparison),
-        baseline=comparison.baseline,
-        table=_html_table(comparison, colors),
-        curves=markup(curves_svg(curves)),
-        costs=markup(scatter_svg(panels, "costs", front=True)),
-    )
+        known = [(run, value) for run in final if run.complete and (value := run.costs.get(figure)) is not None]
+        series = [_series(run, colors, names, [(value, run.points[-1][1])]) for run, value in known]
+        panels.append((axis, series))
+    # Parameters that all were matched to say nothing: a line through them would join noise.
+    costs = [chart for axis, lines in panels for chart in plots.scatter([(axis, lines)], front=_spread(lines))]
+    return {
+        "title": group.title,
+        "baseline": group.baseline,
+        "table": _html_table(comparison, group, colors),
+        "pools": _pool_table(group),
+        "curves": plots.curves([_series(run, colors, names, run.points) for run in final]),
+        "costs": costs,
+    }
+
+
+def _at(group: Group) -> str:
+    length = group.runs[0].seq_len
+    return f" at {length:,} tokens" if length else ""
+
+
+def _spread(lines: Sequence[Series]) -> bool:
+    """Whether the figures of a panel differ by more than a tenth."""
+    values = [line.points[-1][0] for line in lines]
+    return bool(values) and max(values) > 1.1 * min(values)
 
 
 def _headline(comparison: Comparison) -> str:
+    if len(comparison.groups) > 1:
+        runs = several(len(comparison.runs), "run")
+        return f"{runs} in {len(comparison.groups)} groups of the same data and settings; each is ranked by itself"
     best = comparison.runs[0]
     reach = comparison.reaches[best.run_id]
     if not best.points or reach is None:
-        return f"{len(comparison.runs)} runs side by side"
+        return f"{several(len(comparison.runs), 'run')} side by side"
     if reach.baseline.run_id == best.run_id:
         return f"No run ends below {comparison.baseline}"
     if reach.speed_up is None:
@@ -339,30 +501,30 @@ def _headline(comparison: Comparison) -> str:
     return f"{best.name} reaches {comparison.baseline}'s final loss {reach.text()} sooner"
 
 
-def _html_table(comparison: Comparison, colors: Mapping[str, str]) -> dict[str, Any]:
-    base = comparison.baseline
-    names = ["run", "study", "trial", "params", "active", "state", "loss", f"vs {base}", "tokens"]
-    names += [f"tokens to {base}'s loss", "speed-up", "tokens/s", ""]
+def _html_table(comparison: Comparison, group: Group, colors: Mapping[str, str]) -> dict[str, Any]:
+    base, length = group.baseline, group.runs[0].seq_len
+    names = ["run", "loss", f"vs {base}", "speed-up", "study", "trial", "tokens", f"tokens to {base}'s loss"]
+    names += ["params", "active", f"state at {length:,}" if length else "state", "tokens/s", ""]
     columns = [{"name": name, "help": "", "text": name in ("run", "study", "")} for name in names]
     rows = []
-    for index, run in enumerate(comparison.runs):
+    for index, run in enumerate(group.runs):
         reach = comparison.reaches[run.run_id]
         gap = _gap(run, reach)
         final = run.points[-1] if run.points else (None, None)
         speed = run.tokens_per_second
         color = colors.get(run.run_id, "faint")
-        first = {"text": run.pattern, "strong": run.preset or "", "sort": run.name, "style": "arch text"}
+        named = {**cell(run.pattern, run.name, "arch text"), "strong": run.preset or ""}
         cells = [
-            {**first, "dot": "" if color == "faint" else color},
-            cell(run.study, run.study, "text"),
-            cell("" if run.trial is None else str(run.trial), run.trial),
-            *(cell(human(run.costs.get(key)), run.costs.get(key)) for key in ("params", "active_params")),
-            cell(human_bytes(run.costs.get("state_bytes")), run.costs.get("state_bytes")),
+            {**named, "dot": "" if color == "faint" else color},
             cell("" if final[1] is None else f"{final[1]:.4f}", final[1]),
             cell(difference(gap), gap, "good" if gap is not None and gap < -5e-5 else ""),
+            cell(reach.text() if reach else "", reach.speed_up if reach else None),
+            cell(run.study, run.study, "text"),
+            cell("" if run.trial is None else str(run.trial), run.trial),
             cell(human(final[0]), final[0]),
             cell(human(reach.tokens) if reach else "", reach.tokens if reach else None),
-            cell(reach.text() if reach else "", reach.speed_up if reach else None),
+            *(cell(human(run.costs.get(key)), run.costs.get(key)) for key in ("params", "active_params")),
+            cell(human_bytes(run.costs.get("state_bytes")), run.costs.get("state_bytes")),
             cell(human(speed), speed),
             cell(run.status, run.status, "text"),
         ]
@@ -371,25 +533,54 @@ def _html_table(comparison: Comparison, colors: Mapping[str, str]) -> dict[str, 
     return {"columns": columns, "rows": rows}
 
 
-def _colors(comparison: Comparison) -> dict[str, str]:
-    """Return the colors of the best eight complete runs and of the baselines; the others stay faint."""
-    best = [run for run in comparison.runs if run.complete][:8]
-    base = {reach.baseline.run_id: reach.baseline for reach in comparison.reaches.values() if reach}
-    ids = dict.fromkeys([*base, *(run.run_id for run in best)])
-    wheel = [name for name in COLORS if name[0] == "c" and name[1:].isdigit()]
-    return dict(zip(list(ids)[: len(wheel)], wheel, strict=False))
+def _pool_table(group: Group) -> dict[str, Any] | None:
+    pools = group.pools()
+    columns = [{"name": name, "help": "", "text": name == "run"} for name in ("run", "seeds", "mean loss", "± 95%")]
+    rows = [
+        {
+            "trial": None,
+            "style": "",
+            "cells": [
+                cell(pool.name, pool.name, "text"),
+                cell(str(pool.seeds), pool.seeds),
+                cell(f"{pool.mean:.4f}", pool.mean),
+                cell("" if pool.half is None else f"{pool.half:.4f}", pool.half),
+            ],
+        }
+        for pool in pools
+    ]
+    return {"columns": columns, "rows": rows} if pools else None
 
 
-def _series(run: Run, colors: Mapping[str, str], points: Sequence[tuple[float, float]]) -> Series:
+def _colors(comparison: Comparison, group: Group) -> dict[str, str]:
+    """Return the colors of the best eight complete runs and of the baselines: a preset's own; other runs are faint."""
+    best = [run for run in group.runs if run.complete][:8]
+    base = [reach.baseline for run in group.runs if (reach := comparison.reaches[run.run_id])]
+    named = {run.run_id: run for run in [*base, *best]}
+    wheel = iter(WHEEL * len(named))
+    return {key: preset_key(run.preset) if run.preset else next(wheel) for key, run in named.items()}
+
+
+def _labels(group: Group) -> dict[str, str]:
+    """Return names of runs for legends, with study and trial where a name alone is not unique."""
+    counts = Counter(run.name for run in group.runs)
+    return {run.run_id: run.name if counts[run.name] == 1 else run.title for run in group.runs}
+
+
+def _series(
+    run: Run, colors: Mapping[str, str], names: Mapping[str, str], points: Sequence[tuple[float, float]]
+) -> Series:
     color = colors.get(run.run_id, "faint")
-    label = "" if color == "faint" else short(run.name, 16)
+    label = "" if color == "faint" else short(names[run.run_id], 34)
     return Series(run.run_id, run.title, color, label, points, hollow=not run.complete)
 
 
-def _csv_row(run: Run, reach: Reach | None) -> list[Any]:
+def _csv_row(group: Group, run: Run, reach: Reach | None) -> list[Any]:
     last = run.points[-1] if run.points else (None, None)
     values: dict[str, Any] = {
         **run.costs,
+        "group": group.title,
+        "seed": " ".join(run.seeds),
         **{
             key: getattr(run, key) for key in ("study", "trial", "preset", "pattern", "status", "fingerprint", "run_id")
         },
@@ -405,13 +596,16 @@ def _csv_row(run: Run, reach: Reach | None) -> list[Any]:
     return [values.get(column) for column in COLUMNS]
 
 
-def _default_baseline(runs: Sequence[Run]) -> str:
-    """Return the reference of the studies where it was trained to its end, else the best run."""
+def _baseline(runs: Sequence[Run], wanted: str | None) -> str | None:
+    """Return what a group's runs are set against: as asked, else the reference that was trained, else the best run.
+
+    None where nothing of the group, or not what was asked for, was trained to its end.
+    """
     full = sorted((run for run in runs if run.complete), key=_by_loss)
+    if wanted is not None:
+        return wanted if any(_is(run, wanted) for run in full) else None
     if not full:
-        raise StudyError(
-            f"none of {len(runs)} runs trained to its end, so there is no loss to reach; train one of them to its end"
-        )
+        return None
     for reference in dict.fromkeys(run.reference for run in runs):
         if reference is not None and any(_is(run, reference) for run in full):
             return reference
@@ -419,24 +613,30 @@ def _default_baseline(runs: Sequence[Run]) -> str:
     return best.preset or (best.study if best.trial is None else f"{best.study}/{best.trial}")
 
 
-def _reaches(runs: Sequence[Run], baseline: str) -> dict[str, Reach | None]:
-    candidates = sorted((run for run in runs if _is(run, baseline) and run.points), key=_by_loss)
-    full = [run for run in candidates if run.complete]
-    if not full:
-        if candidates:
-            raise StudyError(
-                f"baseline {baseline!r} did not train to its end in any study; choose another baseline=",
-                field="baseline",
-                got=baseline,
-                allowed=_known(run for run in runs if run.complete),
-            )
+def _check_baseline(runs: Sequence[Run], baseline: str) -> None:
+    """Raise StudyError for a baseline that no run is, or that none was trained to its end."""
+    named = [run for run in runs if _is(run, baseline)]
+    if not named:
         known = _known(runs)
         raise StudyError(
             f"no run is baseline {baseline!r}{suggest(baseline, known)}", field="baseline", got=baseline, allowed=known
         )
+    if not any(run.complete for run in named):
+        raise StudyError(
+            f"baseline {baseline!r} did not train to its end in any study; choose another baseline=",
+            field="baseline",
+            got=baseline,
+            allowed=_known(run for run in runs if run.complete),
+        )
+
+
+def _reaches(group: Group) -> dict[str, Reach | None]:
+    """Return what each run of a group needed to reach the baseline of its study, or the best one of the group."""
+    if group.baseline is None:
+        return {run.run_id: None for run in group.runs}
+    full = sorted((run for run in group.runs if run.complete and _is(run, group.baseline)), key=_by_loss)
     found: dict[str, Reach | None] = {}
-    for run in runs:
-        # A run is compared with the baseline of its own study; one without it with the best of the others.
+    for run in group.runs:
         base = next((other for other in full if other.study == run.study), full[0])
         loss = base.points[-1][1]
         tokens = base.points[-1][0] if run.run_id == base.run_id else tokens_to_reach(run.points, loss)
