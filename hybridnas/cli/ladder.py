@@ -54,7 +54,7 @@ def _print_sizes(ladder: Any) -> None:
     rows = []
     for name, sizes in plan.archs.items():
         for factor, arch in sizes.items():
-            how = plan.train_config(factor, 0, 1.0)
+            how = plan.train_config(name, factor, 0, 1.0)
             rows.append(
                 [
                     name,

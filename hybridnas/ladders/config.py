@@ -41,10 +41,15 @@ class LadderConfig(FrozenConfig):
     )
     decay_fraction: float = option(0.15, "part of an annealed run's tokens over which its rate falls [1]", gt=0, le=0.9)
     warmup: float = option(1.0, "linear warm-up of the rate [training tokens per active parameter]", ge=0)
-    lr: float | None = option(None, "learning rate at size 1; none: the study's or the budget's [1]", gt=0)
+    lr: float | None = option(
+        None, "learning rate at size 1; none: the best that the study found for each, else the budget's [1]", gt=0
+    )
     lr_power: float = option(-1 / 3, "the rate grows as size to this power, by OLMo's ladder [1]")
     rates: tuple[float, ...] = option(
-        (1.0,), "multiples of the rate that each architecture tries at the smallest size, to keep the best", gt=0
+        (1.0,),
+        "multiples of its rate that each architecture tries at the smallest size, to keep the best; while that is an "
+        "end of them, up to two more beyond it are tried",
+        gt=0,
     )
     batch_size: int | None = option(
         None, "sequences per step at size 1; none: the study's or the budget's [count]", ge=1
@@ -77,12 +82,12 @@ class LadderConfig(FrozenConfig):
                     got=list(values),
                     allowed="rising numbers",
                 )
-        if not self.rates:
+        if not self.rates or len(set(self.rates)) < len(self.rates):
             raise ConfigError(
-                "ladder rates=[] must have at least one multiple of the rate, such as 1",
+                f"ladder rates={list(self.rates)} must be different multiples of the rate, at least one, such as 1",
                 field="ladder.rates",
-                got=[],
-                allowed="one number or more",
+                got=list(self.rates),
+                allowed="different numbers, one or more",
             )
         stable = (1 - self.decay_fraction) * self.tokens[0]
         if self.warmup > stable:

@@ -40,6 +40,7 @@ class Entrant:
     name: str
     arch: Arch
     preset: str | None = None  # scaled by its family's rules; None: by the general ones
+    lr: float | None = None  # learning rate at size 1 that its study found for it; None: the budget's [1]
 
     @property
     def active_params(self) -> int:
@@ -98,14 +99,11 @@ def entrants(config: LadderConfig, base: Base, vocab_size: int) -> list[Entrant]
         arch = Arch.from_pattern(parse(text), d_model=base.budget.d_model, vocab_size=vocab_size, **_common(text, base))
         found.append(Entrant(text, arch))
     target = target or found[0].active_params
-    sized = [Entrant(one.name, grown(one, 1.0, config, base.budget, target), one.preset) for one in found]
+    sized = [replace(one, arch=grown(one, 1.0, config, base.budget, target)) for one in found]
     unique = {one.arch.fingerprint(): one for one in reversed(sized)}
     kept = [one for one in sized if unique[one.arch.fingerprint()] is one]
     names = [one.name for one in kept]
-    return [
-        one if names.count(one.name) == 1 else Entrant(f"{one.name} {one.arch.short}", one.arch, one.preset)
-        for one in kept
-    ]
+    return [one if names.count(one.name) == 1 else replace(one, name=f"{one.name} {one.arch.short}") for one in kept]
 
 
 def grown(one: Entrant, factor: float, config: LadderConfig, budget: Budget, target: int) -> Arch:
@@ -193,7 +191,10 @@ def _common(text: str, base: Base) -> dict[str, Any]:
 
 
 def _of_study(config: LadderConfig, folder: Path) -> list[Entrant]:
-    """Return the study's best architectures and every baseline that was trained to the end."""
+    """Return the study's best architectures and every baseline that was trained to the end, with their own rates.
+
+    A rate that is asked for is that of all.
+    """
     records, _ = load_records(folder)
     reference = reference_of(read_study(folder))
     ranked = [row.record for row in rows(records, reference) if eligible(row.record)]
@@ -209,5 +210,6 @@ def _of_study(config: LadderConfig, folder: Path) -> list[Entrant]:
     for record in chosen:
         path = trial_folder(folder, record.number) / ARCH
         arch = Arch.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        found.append(Entrant(record.preset or record.pattern, arch, record.preset))
+        lr = None if config.lr is not None else record.own_lr or record.lr
+        found.append(Entrant(record.preset or record.pattern, arch, record.preset, lr))
     return found

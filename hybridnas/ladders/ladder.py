@@ -17,11 +17,13 @@ from hybridnas.errors import ConfigError, StudyError, suggest
 from hybridnas.files import locked, write_json
 from hybridnas.hardware import describe_machine, pick_device
 from hybridnas.ladders.config import FREE, LadderConfig
-from hybridnas.ladders.rows import Row, best_rates, ended, rows_of, write_rows
+from hybridnas.ladders.rates import at_an_end, best_rates, tuning_runs
+from hybridnas.ladders.rows import Row, ended, rows_of, write_rows
 from hybridnas.ladders.verdict import Verdict, judge
 from hybridnas.search.config import Budget
 from hybridnas.search.named import named_budget
 from hybridnas.study.folder import first_difference
+from hybridnas.train.config import ANNEALED_LR_FRACTION
 from hybridnas.units import human, several
 
 if TYPE_CHECKING:
@@ -106,9 +108,16 @@ class Ladder:
         self.config = config
         self.plan: Plan = make_plan(config, base, open_source(source_config(base.data)))
         self.folder = self.plan.folder
+        data = source_config(base.data).to_dict()
         kept = {key: value for key, value in config.to_dict().items() if key not in FREE}
-        own = {"budget": base.budget.identity(), "data": dict(base.data), "active_params": self.plan.target}
-        own["data_fingerprint"] = self.plan.source.fingerprint
+        own = {
+            "study": config.study and Path(config.study).name,
+            "budget": base.budget.identity(),
+            "data": {key: value for key, value in data.items() if key != "cache_dir" and value is not None},
+            "data_fingerprint": self.plan.source.fingerprint,
+            "active_params": self.plan.target,
+            "final_lr_fraction": ANNEALED_LR_FRACTION,
+        }
         self.identity: dict[str, Any] = json.loads(json.dumps(plain({**kept, **own})))
 
     def run(self, callbacks: Iterable[Callback] = (), *, report: Callable[[str], None] | None = None) -> LadderResult:
@@ -118,7 +127,7 @@ class Ladder:
         """
         say = report or (lambda text: log.info("%s", text))
         began = time.time()
-        with self._held():
+        with self._held(say):
             try:
                 rates = self._train(tuple(callbacks), say, began)
             except KeyboardInterrupt:
@@ -128,24 +137,34 @@ class Ladder:
             return self._write(rates, began)
 
     def _rates(self) -> dict[str, float]:
-        return best_rates(self.plan.tuning(), self.plan.archs, self.config.rates[0])
+        return best_rates(self.plan, tuning_runs(self.plan))
 
     def _train(self, callbacks: Sequence[Callback], say: Callable[[str], None], began: float) -> dict[str, float]:
         from hybridnas.ladders.train import train
 
         plan, config = self.plan, self.config
         until = None if config.minutes is None else began + 60 * config.minutes
-        tuning = plan.tuning()
-        listed = [*tuning, *plan.runs(self._rates())]
-        watch = _Watch(say, listed)
-        self._announce(say, listed)
-        train(plan, tuning, watch.run_ended, callbacks=callbacks, until=until)
-        rates = self._rates()
+        watch = _Watch(say)
+        asked: set[str] = set()  # a run that fails to end is not tried again within this call
+        while True:
+            tuning = tuning_runs(plan)
+            listed = [*tuning, *plan.runs(best_rates(plan, tuning))]
+            watch.expect(listed)
+            if not asked:
+                self._announce(say, listed)
+            missing = [run for run in tuning if not ended(run) and run.key not in asked]
+            if not missing or (until is not None and time.time() >= until):
+                break
+            if asked:
+                names = ", ".join(f"{run.entrant} {run.rate:g}" for run in missing)
+                say(f"the best rate is an end of those tried, so the next one is tried, too: {names} times the law's")
+            asked |= {run.key for run in missing}
+            train(plan, missing, watch.run_ended, callbacks=callbacks, until=until)
+        rates = best_rates(plan, tuning)
         if tuning and all(ended(run) for run in tuning):
             say("rates: " + ", ".join(f"{name} {rate:g} times the law's" for name, rate in rates.items()))
-            ends = {min(config.rates), max(config.rates)}
-            if at_end := [name for name, rate in rates.items() if rate in ends]:
-                say(f"warning: the best rate of {', '.join(at_end)} is an end of rates={list(config.rates)}; try more")
+            if ends := at_an_end(tuning, rates):
+                say(f"warning: the best rate of {', '.join(ends)} is still an end of those tried; give further rates=")
         if until is None or time.time() < until:
             train(plan, list(plan.runs(rates)), watch.run_ended, callbacks=callbacks, until=until)
         return rates
@@ -159,10 +178,6 @@ class Ladder:
         tokens = sum(run.trained_tokens for run in missing)
         say(f"ladder {config.title} in {self.folder}, {describe_machine()}")
         say(f"data: {plan.source.describe()}")
-        if plan.budget.rate == "tuned" and len(config.rates) == 1:
-            say(
-                "warning: the study's trials have learning rates of their own, the ladder one for all; give rates=[...]"
-            )
         say(f"plan: {', '.join(counts)}: {len(listed)} trainings, {len(listed) - len(missing)} of them done")
         if missing:
             seconds = expected_seconds(plan, missing) / config.workers
@@ -195,11 +210,12 @@ class Ladder:
             "format": FORMAT,
             "identity": self.identity,
             "settings": self.config.to_dict(),
+            "anchors": self.plan.anchors,
             "machine": describe_machine(),
         }
 
     @contextmanager
-    def _held(self) -> Iterator[None]:
+    def _held(self, say: Callable[[str], None]) -> Iterator[None]:
         """Hold the folder alone, and refuse one of other settings."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -222,21 +238,41 @@ class Ladder:
                 )
             if path.exists():
                 try:
-                    stored = json.loads(path.read_text(encoding="utf-8"))["identity"]
+                    stored = json.loads(path.read_text(encoding="utf-8"))
+                    self._compare(stored["identity"])
+                    before = dict(stored["anchors"])
                 except (ValueError, KeyError, TypeError):
                     raise StudyError(f"{path} is damaged; delete it to make it again from the trainings") from None
-                differing = first_difference(stored, self.identity)
-                if differing:
-                    raise StudyError(
-                        f"ladder folder {self.folder} holds another ladder: {differing}; choose name=NEWNAME, or the "
-                        f"same settings to go on",
-                        field=f"ladder.{differing.field}",
-                        got=differing.asked,
-                        allowed=differing.stored,
-                    )
+                for name, lr in self.plan.anchors.items():
+                    if before.get(name, lr) != lr:
+                        say(
+                            f"{name} starts at rate {lr:.4g} and no longer at {before[name]:.4g}, as its study has "
+                            f"found since; its runs are trained again"
+                        )
             else:
                 write_json(path, self._stored())
             yield
+
+    def _compare(self, stored: Mapping[str, Any]) -> None:
+        """Raise StudyError with the difference where the folder's ladder is another one."""
+        if "final_lr_fraction" not in stored:
+            raise StudyError(
+                f"ladder folder {self.folder} was trained by an earlier hybridnas, whose annealed models ended at a "
+                f"tenth of the rate and not at {ANNEALED_LR_FRACTION:g}, so its runs cannot be compared with new ones; "
+                f"choose name=NEWNAME",
+                field="ladder.final_lr_fraction",
+                got=ANNEALED_LR_FRACTION,
+                allowed=0.1,
+            )
+        differing = first_difference(stored, self.identity)
+        if differing:
+            raise StudyError(
+                f"ladder folder {self.folder} holds another ladder: {differing}; choose name=NEWNAME, or the same "
+                f"settings to go on",
+                field=f"ladder.{differing.field}",
+                got=differing.asked,
+                allowed=differing.stored,
+            )
 
 
 def found(result: LadderResult) -> dict[str, Any]:
@@ -285,20 +321,21 @@ def found(result: LadderResult) -> dict[str, Any]:
 class _Watch:
     """Says of each run how it ended, how many are left, and for about how long."""
 
-    def __init__(self, say: Callable[[str], None], listed: Sequence[LadderRun]) -> None:
+    def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
-        self.total = len(listed)
-        self.done = sum(bool(ended(run)) for run in listed)
-        self.left = {run.key: run.trained_tokens for run in listed if not ended(run)}
         self.trained = 0
         self.began = time.monotonic()
 
+    def expect(self, listed: Sequence[LadderRun]) -> None:
+        """Take what the ladder consists of, as far as it is known now."""
+        self.total = len(listed)
+        self.left = {run.key: run.trained_tokens for run in listed if not ended(run)}
+
     def run_ended(self, key: str, status: str, reason: str) -> None:
-        self.done += 1
         self.trained += self.left.pop(key, 0)
         seconds = (time.monotonic() - self.began) / max(1, self.trained) * sum(self.left.values())
         words = f"; about {_duration(seconds)} left" if self.left else ""
-        self.say(f"[{self.done}/{self.total}] {key}: {status}{': ' if reason else ''}{reason}{words}")
+        self.say(f"[{self.total - len(self.left)}/{self.total}] {key}: {status}{': ' if reason else ''}{reason}{words}")
 
 
 def _reason(run: LadderRun) -> str:

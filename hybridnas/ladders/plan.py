@@ -1,8 +1,9 @@
 """The runs of a ladder: architecture, size, seed, rate and batch of each, by the laws of OLMo's ladder.
 
 Rate and batch are anchored at size 1 and grow with powers of the size, -1/3 and 2/3 by default (OLMo-core's
-model_ladder); a run is warmed up over as many tokens as it has active parameters, trains at a constant rate, and is
-annealed at several token counts (schedule ``wsd``). All architectures of one size get the same tokens and batches.
+model_ladder); an architecture whose study found a rate of its own is anchored there. A run is warmed up over as many
+tokens as it has active parameters, trains at a constant rate, and is annealed to a rate of zero at several token counts
+(schedule ``wsd``). All architectures of one size get the same tokens and batches.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hybridnas.data.source import Source
 from hybridnas.ladders.config import LadderConfig
 from hybridnas.ladders.entrants import Base, entrants, grown
 from hybridnas.search.config import Budget
-from hybridnas.train.config import TrainConfig
+from hybridnas.train.config import ANNEALED_LR_FRACTION, TrainConfig
 from hybridnas.train.loop import identity
 
 TUNING_SEED = 1_000_000  # above the first seed: what chooses a rate is no result, and more seeds do not change it
@@ -57,26 +58,23 @@ class Plan:
     budget: Budget
     target: int  # active parameters of size 1
     archs: dict[str, dict[float, Arch]]  # entrant -> factor -> architecture
+    anchors: dict[str, float]  # entrant -> learning rate at size 1
     source: Source
     folder: Path
 
-    def tuning(self) -> list[LadderRun]:
-        """Return the runs that choose each architecture's rate, at the smallest size, with a seed of their own."""
-        if len(self.config.rates) == 1:
-            return []
-        seed = self.config.seed + TUNING_SEED
-        first = self.config.sizes[0]
-        return [self._run(name, first, seed, rate, tuning=True) for rate in self.config.rates for name in self.archs]
+    def tuning(self, name: str, rate: float) -> LadderRun:
+        """Return the run that tries a multiple of an architecture's rate: at the smallest size, with its own seed."""
+        return self.run(name, self.config.sizes[0], self.config.seed + TUNING_SEED, rate, tuning=True)
 
     def runs(self, rates: dict[str, float]) -> Iterator[LadderRun]:
         """Yield the runs whose losses are reported, small sizes first; ``rates``: each architecture's multiple."""
         for factor in self.config.sizes:
             for seed in range(self.config.seed, self.config.seed + self.config.seeds):
                 for name in self.archs:
-                    yield self._run(name, factor, seed, rates[name])
+                    yield self.run(name, factor, seed, rates[name])
 
-    def train_config(self, factor: float, seed: int, rate: float) -> TrainConfig:
-        """Return how a run of a size is trained."""
+    def train_config(self, name: str, factor: float, seed: int, rate: float) -> TrainConfig:
+        """Return how a run of an architecture and a size is trained; ``rate``: multiple of the law's rate."""
         config, budget = self.config, self.budget
         batch = max(1, round(budget.batch_size * factor**config.batch_power))
         step = batch * budget.seq_len
@@ -85,9 +83,10 @@ class Plan:
         return TrainConfig(
             tokens=points[-1],
             batch_size=batch,
-            lr=budget.lr * factor**config.lr_power * rate,
+            lr=self.anchors[name] * factor**config.lr_power * rate,
             warmup_fraction=min(1.0, config.warmup * size / points[-1]),
             schedule="wsd",
+            final_lr_fraction=ANNEALED_LR_FRACTION,
             decay_fraction=config.decay_fraction,
             anneal_at=tuple(points),
             eval_at=tuple(points),
@@ -95,8 +94,9 @@ class Plan:
             **budget.shared_settings(),
         )
 
-    def _run(self, name: str, factor: float, seed: int, rate: float, *, tuning: bool = False) -> LadderRun:
-        arch, config = self.archs[name][factor], self.train_config(factor, seed, rate)
+    def run(self, name: str, factor: float, seed: int, rate: float, tuning: bool = False) -> LadderRun:
+        """Return one run."""
+        arch, config = self.archs[name][factor], self.train_config(name, factor, seed, rate)
         text = json.dumps(identity(arch, self.source, config), sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         place = self.folder / "trainings" / _slug(name) / f"size{factor:g}-rate{rate:g}-seed{seed}-{digest}"
@@ -116,7 +116,8 @@ def make_plan(config: LadderConfig, base: Base, source: Source) -> Plan:
     }
     for sizes in archs.values():
         check_causal(sizes[config.sizes[0]], False)
-    return Plan(config, budget, target, archs, source, Path(config.runs).expanduser() / config.title)
+    anchors = {one.name: budget.lr if one.lr is None else one.lr for one in ones}
+    return Plan(config, budget, target, archs, anchors, source, Path(config.runs).expanduser() / config.title)
 
 
 def _slug(text: str) -> str:

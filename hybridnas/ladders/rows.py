@@ -82,16 +82,6 @@ def rows_of(run: LadderRun, target: int) -> list[Row]:
     return found
 
 
-def best_rates(tuning: Sequence[LadderRun], names: Iterable[str], default: float) -> dict[str, float]:
-    """Return each architecture's multiple of the rate with the lowest final loss; ``default`` where none was tried."""
-    found: dict[str, tuple[float, float]] = {}
-    for run in tuning:
-        if ended(run) == "completed":
-            tried = (read_evals(run.folder)[-1].valid_loss, run.rate)
-            found[run.entrant] = min(found.get(run.entrant, tried), tried)
-    return {name: found[name][1] if name in found else default for name in names}
-
-
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Replace the CSV whole."""
     text = io.StringIO()

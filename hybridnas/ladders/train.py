@@ -83,7 +83,7 @@ def _claimed(plan: Plan, runs: Sequence[LadderRun]) -> Generator[Cell, None, Non
 def _train_apart(plan: Plan, runs: Sequence[LadderRun], on_end: OnEnd, until: float | None) -> None:
     """Start workers on the runs and watch them; one that dies leaves its run to the others and to the next call."""
     context = multiprocessing.get_context("spawn")
-    rates = None if runs[0].tuning else {run.entrant: run.rate for run in runs}
+    listed = [(run.entrant, run.factor, run.config.seed, run.rate, run.tuning) for run in runs]
     workers: dict[Connection, BaseProcess] = {}
     failure: BaseException | None = None
     interrupted = False
@@ -91,7 +91,9 @@ def _train_apart(plan: Plan, runs: Sequence[LadderRun], on_end: OnEnd, until: fl
         with _environment(plan.config.workers):
             for _ in range(plan.config.workers):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(plan.config.to_dict(), rates, until, theirs), daemon=True)
+                process = context.Process(
+                    target=_work, args=(plan.config.to_dict(), listed, until, theirs), daemon=True
+                )
                 process.start()
                 theirs.close()
                 workers[ours] = process
@@ -139,9 +141,15 @@ def _let_go(workers: Mapping[Connection, Any]) -> None:
 
 
 def _work(
-    settings: Mapping[str, Any], rates: Mapping[str, float] | None, until: float | None, parent: Connection
+    settings: Mapping[str, Any],
+    listed: Sequence[tuple[str, float, int, float, bool]],
+    until: float | None,
+    parent: Connection,
 ) -> None:
-    """Train as a worker, until nothing is left to claim, the parent says so, or it is gone."""
+    """Train as a worker, until nothing is left to claim, the parent says so, or it is gone.
+
+    ``listed``: entrant, factor, seed, rate and purpose of each run, as :meth:`Plan.run` takes them.
+    """
     from hybridnas.data import open_source, source_config
     from hybridnas.ladders.entrants import base_of
     from hybridnas.ladders.plan import make_plan
@@ -160,7 +168,7 @@ def _work(
         config = LadderConfig.from_dict(settings)
         base = base_of(config)
         plan = make_plan(config, base, open_source(source_config(base.data)))
-        runs = plan.tuning() if rates is None else list(plan.runs(dict(rates)))
+        runs = [plan.run(*how) for how in listed]
         _train_here(plan, runs, lambda *words: parent.send(words), (), until)
     except KeyboardInterrupt:
         return

@@ -12,7 +12,7 @@ from hybridnas.config import MAX_SEED, FrozenConfig, option
 from hybridnas.data.source import source_config
 from hybridnas.errors import ConfigError, suggest
 from hybridnas.study.objectives import LIMITS, read_objectives, wants_hardware
-from hybridnas.train.config import TrainConfig
+from hybridnas.train.config import ANNEALED_LR_FRACTION, TrainConfig
 
 if TYPE_CHECKING:
     from hybridnas.search_spaces.space import Scale
@@ -159,7 +159,7 @@ class Budget(FrozenConfig):
             tokens=rungs[-1],
             schedule=self.schedule,
             decay_fraction=self.decay_fraction,
-            final_lr_fraction=0.0 if annealed else TrainConfig().final_lr_fraction,
+            final_lr_fraction=ANNEALED_LR_FRACTION if annealed else TrainConfig().final_lr_fraction,
             anneal_at=rungs[:-1] if annealed else (),
             batch_size=self.batch_size,
             lr=self.lr,

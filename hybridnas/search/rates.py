@@ -60,6 +60,27 @@ def race(train: Callable[[float], Tried], lr: float) -> list[Tried]:
     return [tried[step] for step in sorted(tried, key=lambda step: (tried[step].loss, step))]
 
 
+def rate_beyond(losses: Mapping[float, float], rates: Sequence[float], most: int = 1) -> float | None:
+    """Return the next rate beyond a grid whose best one lies at an edge; None where there is none to try.
+
+    ``losses``: of the rates tried so far; ``rates``: the grid, two or more. A step is the ratio of the two outermost
+    rates, and at most ``most`` rates beyond the grid are tried. Ties go to the lower rate.
+    """
+    if not set(rates) <= set(losses):
+        return None
+    grid = sorted(rates)
+    for _ in range(most):
+        best = min(grid, key=lambda rate: (losses[rate], rate))
+        if best not in (grid[0], grid[-1]):
+            return None
+        beyond = grid[0] ** 2 / grid[1] if best == grid[0] else grid[-1] ** 2 / grid[-2]
+        beyond = float(f"{beyond:.3g}")
+        if beyond not in losses:
+            return beyond
+        grid = sorted([*grid, beyond])
+    return None
+
+
 def losers_tokens(tried: Sequence[Tried]) -> int:
     """Return what a race cost beside the training that goes on [tokens]."""
     return sum(one.tokens for one in tried[1:])

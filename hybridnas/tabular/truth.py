@@ -27,6 +27,7 @@ from hybridnas.arch.presets import DEFAULT_BASELINES, preset
 from hybridnas.data import Source, open_source, source_config
 from hybridnas.errors import MatchError
 from hybridnas.files import locked
+from hybridnas.search.rates import rate_beyond
 from hybridnas.search_spaces.fit import fit
 from hybridnas.study.locks import FileLock
 from hybridnas.study.truth import (
@@ -41,7 +42,7 @@ from hybridnas.study.truth import (
     write_truth,
 )
 from hybridnas.train.callbacks import Callback, Run
-from hybridnas.train.config import TrainConfig
+from hybridnas.train.config import ANNEALED_LR_FRACTION, TrainConfig
 from hybridnas.train.experiment import Cell, CellResult, Experiment
 from hybridnas.train.records import TrainResult
 
@@ -307,7 +308,7 @@ class _Builder:
         rungs = [round(rung * tokens) for rung in RUNGS]
         points = {tokens // 32, tokens // 16}
         if training.schedule == "wsd":
-            values |= {"anneal_at": tuple(rungs[:-1]), "final_lr_fraction": 0.0}
+            values |= {"anneal_at": tuple(rungs[:-1]), "final_lr_fraction": ANNEALED_LR_FRACTION}
             starts = {decay.start * step for decay in TrainConfig.from_dict(values).decays()}
             return TrainConfig.from_dict({**values, "eval_at": tuple(sorted(points | starts))})
         return TrainConfig.from_dict({**values, "eval_at": tuple(sorted({*points, *rungs}))})
@@ -396,22 +397,6 @@ def _by_rate(rows: Iterable[TruthRow], size: TruthSize, schedule: str) -> dict[s
         if (row.size, row.task, row.schedule, row.seed) == (size.active_params, TEXT, schedule, 0):
             found.setdefault(row.pattern, {})[row.rate] = row.loss
     return found
-
-
-def rate_beyond(losses: Mapping[float, float], rates: Sequence[float]) -> float | None:
-    """Return the rate one step beyond the grid where its best one lies at an edge and it is not tried yet, else None.
-
-    A step is the grid's own ratio. At most one rate beyond each edge is tried.
-    """
-    if not set(rates) <= set(losses):
-        return None
-    grid = sorted(rates)
-    best = min(grid, key=lambda rate: (losses[rate], rate))
-    if best not in (grid[0], grid[-1]):
-        return None
-    beyond = grid[0] ** 2 / grid[1] if best == grid[0] else grid[-1] ** 2 / grid[-2]
-    beyond = float(f"{beyond:.3g}")
-    return None if beyond in losses else beyond
 
 
 def _name(training: _Training) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import pytest
 
 from hybridnas.arch.arch import Arch
@@ -12,7 +15,10 @@ from hybridnas.ladders.config import LadderConfig
 from hybridnas.ladders.entrants import Entrant, base_of, entrants, grown
 from hybridnas.ladders.ladder import Ladder
 from hybridnas.ladders.plan import make_plan
+from hybridnas.ladders.rates import at_an_end, best_rates, tuning_runs
+from hybridnas.ladders.rows import ended
 from hybridnas.search.config import Budget
+from hybridnas.train.records import Eval, append_eval, write_run
 
 BUDGET = {"name": "tiny", "d_model": 32, "depth": 4, "n_experts": 4, "multiple": 2, "seq_len": 64, "batch_size": 4}
 
@@ -84,13 +90,13 @@ def plan(corpus):
 
 
 def test_rate_and_batch_follow_their_laws(plan):
-    small, large = plan.train_config(1, 0, 1.0), plan.train_config(8, 0, 1.0)
+    small, large = plan.train_config("MFMF", 1, 0, 1.0), plan.train_config("MFMF", 8, 0, 1.0)
     assert (small.lr, small.batch_size) == (0.016, 4)
     assert large.lr == pytest.approx(0.008)
     assert large.batch_size == 16
     assert large.tokens == pytest.approx(8 * small.tokens, rel=0.02)
     assert small.warmup_tokens == pytest.approx(plan.target)
-    assert large.schedule == "wsd"
+    assert (large.schedule, large.final_lr_fraction) == ("wsd", 0.0)
     assert len(large.anneal_at) == 3
 
 
@@ -100,9 +106,48 @@ def test_every_run_is_listed_once_and_architectures_of_one_size_get_the_same_tok
     assert len(runs) == len({run.key for run in runs}) == 2 * 2 * 2
     for factor in plan.config.sizes:
         assert len({(r.config.tokens, r.config.batch_size) for r in runs if r.factor == factor}) == 1
-    tuning = plan.tuning()
+    tuning = tuning_runs(plan)
     assert {run.rate for run in tuning} == {1.0, 2.0}
     assert {run.config.seed for run in tuning}.isdisjoint(run.config.seed for run in runs)
+
+
+def ends(run, loss):
+    """Write what a run leaves that has ended with a loss; None: one that failed."""
+    run.folder.mkdir(parents=True)
+    status = "failed" if loss is None else "completed"
+    write_run(run.folder, {"format": 1, "status": status, "final": True, "reason": ""})
+    if loss is not None:
+        append_eval(run.folder, Eval(run.config.tokens, 1, loss, loss, None, 0.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("optimum", "failing", "tried", "best", "at_end"),
+    [
+        (1.4, 99, [1, 2, 0.5], 1, False),  # of two multiples the best is always an end
+        (4, 99, [1, 2, 4, 8], 4, False),
+        (64, 99, [1, 2, 4, 8], 8, True),  # two beyond, no more
+        (0.01, 99, [1, 2, 0.5, 0.25], 0.25, True),
+        (64, 4, [1, 2, 4], 2, False),  # a rate that fails is the worst
+    ],
+)
+def test_while_the_best_rate_is_an_end_the_next_one_is_tried(plan, tmp_path, optimum, failing, tried, best, at_end):
+    plan = dataclasses.replace(plan, folder=tmp_path)
+    while missing := [run for run in tuning_runs(plan) if not ended(run)]:
+        for run in missing:
+            ends(run, None if run.rate >= failing else 2 + abs(math.log(run.rate / optimum)))
+    runs = tuning_runs(plan)
+    assert [run.rate for run in runs if run.entrant == "mamba"] == tried
+    rates = best_rates(plan, runs)
+    assert rates == {"mamba": best, "MFMF": best}
+    assert at_an_end(runs, rates) == (["mamba", "MFMF"] if at_end else [])
+
+
+def test_an_architecture_whose_study_found_a_rate_for_it_starts_there(plan):
+    lr = {"mamba": 0.05, "MFMF": 0.002}
+    plan = dataclasses.replace(plan, anchors=lr)
+    for name in lr:
+        assert plan.train_config(name, 1, 0, 1.0).lr == lr[name]
+        assert plan.train_config(name, 8, 0, 3.0).lr == pytest.approx(1.5 * lr[name])
 
 
 def test_a_ladder_without_architectures_is_refused():

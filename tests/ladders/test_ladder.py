@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,9 @@ import pytest
 import hybridnas
 from hybridnas.cli import run
 from hybridnas.errors import StudyError
+from hybridnas.ladders.config import LadderConfig
+from hybridnas.ladders.ladder import Ladder
+from hybridnas.study.records import trial_folder, write_record
 from hybridnas.train.callbacks import Callback
 
 OWN = {"d_model": 16, "depth": 2, "multiple": 1, "seq_len": 32, "batch_size": 4, "valid_tokens": 256, "n_experts": 2}
@@ -135,5 +140,35 @@ def test_a_study_climbs_with_its_best_and_its_baselines(corpus, tmp_path):
     assert {row.fingerprint for row in result.rows if row.size == 1} <= {
         trial.record.fingerprint for trial in study.trials
     }
-    assert set(result.rates.values()) <= {1.0, 2.0}
+    assert set(result.rates.values()) <= {0.25, 0.5, 1.0, 2.0, 4.0, 8.0}
     assert all(row.rate == result.rates[row.model] for row in result.rows)
+    budget_lr = {row.lr / row.rate for row in result.rows if row.size == 1}
+    assert len(budget_lr) == 1  # rate=shared
+
+    # a study that has found each candidate's own rate
+    preset = next(trial.record for trial in study.trials if trial.record.preset == "mamba")
+    write_record(trial_folder(study.path, preset.number), dataclasses.replace(preset, lr=0.02, own_lr=0.05))
+    again = LadderConfig.from_dict({**result_settings(result), "lr": None})
+    assert Ladder(again).plan.anchors["mamba"] == 0.05
+    assert Ladder(again.replace(lr=0.01)).plan.anchors["mamba"] == 0.01  # one that is asked for is that of all
+    said = []
+    ladder = Ladder(again)
+    with ladder._held(said.append):
+        pass
+    assert any("mamba starts at rate 0.05" in line for line in said)
+
+
+def result_settings(result):
+    return json.loads((result.folder / "ladder.json").read_text())["settings"]
+
+
+def test_a_ladder_whose_models_ended_at_a_tenth_of_the_rate_is_refused(whole, corpus, tmp_path):
+    shutil.copytree(whole, tmp_path / "l")
+    path = tmp_path / "l" / "ladder.json"
+    stored = json.loads(path.read_text())
+    del stored["identity"]["final_lr_fraction"]
+    path.write_text(json.dumps(stored))
+    config = LadderConfig.from_dict({**stored["settings"], "runs": tmp_path})
+    with pytest.raises(StudyError) as caught:
+        Ladder(config).run()
+    assert (caught.value.field, caught.value.got, caught.value.allowed) == ("ladder.final_lr_fraction", 0.0, 0.1)

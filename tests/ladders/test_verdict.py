@@ -99,6 +99,7 @@ def test_nothing_finished_says_so():
         ({"patterns": ["M"], "sizes": [2, 1]}, "ladder.sizes"),
         ({"patterns": ["M"], "tokens": []}, "ladder.tokens"),
         ({"patterns": ["M"], "rates": []}, "ladder.rates"),
+        ({"patterns": ["M"], "rates": [1, 1.0]}, "ladder.rates"),
         ({"patterns": ["M"], "warmup": 9.0}, "ladder.warmup"),
         ({"study": "x", "budget": {"name": "smoke"}}, "ladder.budget"),
     ],

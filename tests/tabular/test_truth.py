@@ -12,10 +12,11 @@ from hybridnas.bench.suites.decisions import simulated
 from hybridnas.bench.suites.truth import ARCHITECTURES, _sizes
 from hybridnas.data import open_source, source_config
 from hybridnas.errors import ConfigError, StudyError
+from hybridnas.search.rates import rate_beyond
 from hybridnas.study.locks import FileLock
 from hybridnas.study.truth import CHOOSING, REPORTING, RUNGS, TEXT, Listed, read_listed, read_truth, write_truth
 from hybridnas.tabular.proxies import proxies
-from hybridnas.tabular.truth import SIZES, TruthSize, TruthSpec, build_truth, draw_architectures, rate_beyond, sized
+from hybridnas.tabular.truth import SIZES, TruthSize, TruthSpec, build_truth, draw_architectures, sized
 from hybridnas.train import experiment
 
 SMALL = TruthSize(active_params=2000, d_model=8, batch_size=2, valid_tokens=64, cosine=True)
