@@ -52,6 +52,7 @@ SLOW_FILES = (
     "test_samplers.py",
     "test_json.py",
     "test_ladder.py",
+    "test_ladder_postgres.py",
     "test_hf_writing.py",
     "test_hf_auto.py",
     "test_hf_peft.py",

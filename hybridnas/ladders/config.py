@@ -13,7 +13,7 @@ from hybridnas.errors import ConfigError
 # What does not decide the numbers of a run, so that a ladder can go on, and grow, with other values.
 FREE = (
     *("top", "patterns", "presets", "sizes", "seeds", "hold_out", "resamples"),
-    *("name", "runs", "device", "workers", "minutes"),
+    *("name", "runs", "device", "workers", "storage", "heartbeat", "minutes"),
 )
 
 
@@ -63,6 +63,15 @@ class LadderConfig(FrozenConfig):
     runs: Path = option(Path("runs"), "folder in which studies and ladders lie")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     workers: int = option(1, "processes on this host that train runs side by side [count]", ge=1)
+    storage: str | None = option(
+        None,
+        "PostgreSQL URL, or env: from HYBRIDNAS_STORAGE; hosts with the same command train together; none: the folder "
+        "alone [URL]",
+        repr=False,
+    )
+    heartbeat: int = option(
+        20, "in a database, time between heartbeats of a process; after three its run is free [s]", ge=1
+    )
     minutes: float | None = option(None, "stop after this long; the same command goes on; none: no limit [min]", gt=0)
 
     @classmethod

@@ -50,15 +50,40 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Base:
-    """Budget and data of size 1, and the folder of the study where there is one."""
+    """Budget and data of size 1, and the architectures of the study where there is one."""
 
     budget: Budget
     data: Mapping[str, Any]
-    folder: Path | None = None
+    found: tuple[Entrant, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        found = [{**vars(one), "arch": one.arch.to_dict()} for one in self.found]
+        return {"budget": self.budget.to_dict(), "data": dict(self.data), "found": found}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Base:
+        """Rebuild from :meth:`to_dict`."""
+        found = (Entrant(**{**one, "arch": Arch.from_dict(one["arch"])}) for one in values["found"])
+        return cls(Budget.from_dict(values["budget"]), values["data"], tuple(found))
+
+    def changed(self, config: LadderConfig) -> Base:
+        """Return it with the rate and the batch that the ladder asks for."""
+        changes = {key: value for key in ("lr", "batch_size") if (value := getattr(config, key)) is not None}
+        return replace(self, budget=self.budget.replace(**changes))
+
+
+def study_folder(config: LadderConfig) -> Path:
+    """Return the folder of the ladder's study, which may lie elsewhere than other studies."""
+    given = Path(str(config.study)).expanduser()
+    return given if (given / "study.json").is_file() else Path(config.runs).expanduser() / str(config.study)
 
 
 def base_of(config: LadderConfig) -> Base:
-    """Return budget and data of size 1: the study's, or those that are given; raises StudyError or ConfigError."""
+    """Return budget and data of size 1, and the study's architectures, its best first, then its baselines.
+
+    Raises StudyError for a study without trials trained to the end, or a simulated one, and ConfigError.
+    """
     if not (config.study or config.patterns or config.presets):
         raise ConfigError(
             "ladder needs architectures: study=NAME, patterns=[...] or presets=[...]",
@@ -67,30 +92,25 @@ def base_of(config: LadderConfig) -> Base:
         )
     if config.study is None:
         budget = Budget.from_dict(named_budget(config.budget or "laptop"))
-        data, folder = named_data(config.data or "stdlib"), None
-    else:
-        given = Path(config.study).expanduser()
-        folder = given if (given / "study.json").is_file() else Path(config.runs).expanduser() / config.study
-        identity = read_study(folder)["identity"]
-        if identity["space"].get("table"):
-            raise StudyError(
-                f"study {folder.name!r} looked its scores up in a table and trained nothing; give patterns=[...]",
-                field="ladder.study",
-                got=config.study,
-            )
-        budget = Budget.from_dict(identity["budget"])
-        data = identity["data"] if config.data is None else named_data(config.data)
-    changes = {key: value for key in ("lr", "batch_size") if (value := getattr(config, key)) is not None}
-    return Base(budget.replace(**changes), data, folder)
+        return Base(budget, named_data(config.data or "stdlib")).changed(config)
+    folder = study_folder(config)
+    identity = read_study(folder)["identity"]
+    if identity["space"].get("table"):
+        raise StudyError(
+            f"study {folder.name!r} looked its scores up in a table and trained nothing; give patterns=[...]",
+            field="ladder.study",
+            got=config.study,
+        )
+    data = identity["data"] if config.data is None else named_data(config.data)
+    return Base(Budget.from_dict(identity["budget"]), data, tuple(_of_study(config, folder))).changed(config)
 
 
 def entrants(config: LadderConfig, base: Base, vocab_size: int) -> list[Entrant]:
     """Return the architectures at size 1, each once, the study's best first, then baselines, presets and patterns.
 
-    Raises StudyError for a study without trials trained to the end, ConfigError and MatchError for a name, a pattern,
-    or sizes that cannot be matched.
+    Raises ConfigError and MatchError for a name, a pattern, or sizes that cannot be matched.
     """
-    found = [] if base.folder is None else _of_study(config, base.folder)
+    found = list(base.found)
     target = config.active_params or (found[0].active_params if found else None)
     for name in config.presets:
         arch = scaled_preset(name, _scale(base.budget, vocab_size, base.budget.d_model, base.budget.depth))

@@ -23,11 +23,13 @@ from hybridnas.ladders.verdict import Verdict, judge
 from hybridnas.search.config import Budget
 from hybridnas.search.named import named_budget
 from hybridnas.study.folder import first_difference
+from hybridnas.tracking.secrets import masked
 from hybridnas.train.config import ANNEALED_LR_FRACTION
 from hybridnas.units import human, several
 
 if TYPE_CHECKING:
     from hybridnas.ladders.plan import LadderRun, Plan
+    from hybridnas.ladders.storage import SharedRuns
     from hybridnas.train.callbacks import Callback
 
 FORMAT = 1
@@ -92,8 +94,8 @@ class Ladder:
     def __init__(self, config: LadderConfig) -> None:
         """Read settings, study and data, and grow every architecture; nothing is written."""
         from hybridnas.data import open_source, source_config
-        from hybridnas.ladders.entrants import base_of
         from hybridnas.ladders.plan import make_plan
+        from hybridnas.ladders.storage import stored_base
 
         name = config.title
         if any(c in name for c in "/\\") or name.startswith("."):
@@ -104,8 +106,8 @@ class Ladder:
                 allowed="a plain folder name",
             )
         pick_device(config.device)
-        base = base_of(config)
-        self.config = config
+        base = stored_base(config)
+        self.config, self._base = config, base
         self.plan: Plan = make_plan(config, base, open_source(source_config(base.data)))
         self.folder = self.plan.folder
         data = source_config(base.data).to_dict()
@@ -125,11 +127,14 @@ class Ladder:
 
         Raises StudyError for a folder that is busy or holds a ladder of other settings, and what training raises.
         """
+        from hybridnas.ladders.storage import shared_runs
+
         say = report or (lambda text: log.info("%s", text))
         began = time.time()
-        with self._held(say):
+        self._stored_here()  # refuses before anything is written, here or in the database
+        with shared_runs(self.config, self.identity, self._base, note=say) as shared, self._held(say):
             try:
-                rates = self._train(tuple(callbacks), say, began)
+                rates = self._train(shared, tuple(callbacks), say, began)
             except KeyboardInterrupt:
                 say("stopping: writing what is finished; the same command goes on from here")
                 self._write(self._rates(), began)
@@ -139,10 +144,13 @@ class Ladder:
     def _rates(self) -> dict[str, float]:
         return best_rates(self.plan, tuning_runs(self.plan))
 
-    def _train(self, callbacks: Sequence[Callback], say: Callable[[str], None], began: float) -> dict[str, float]:
+    def _train(
+        self, shared: SharedRuns | None, callbacks: Sequence[Callback], say: Callable[[str], None], began: float
+    ) -> dict[str, float]:
         from hybridnas.ladders.train import train
 
         plan, config = self.plan, self.config
+        self._exchange(shared)
         until = None if config.minutes is None else began + 60 * config.minutes
         watch = _Watch(say)
         asked: set[str] = set()  # a run that fails to end is not tried again within this call
@@ -159,15 +167,24 @@ class Ladder:
                 names = ", ".join(f"{run.entrant} {run.rate:g}" for run in missing)
                 say(f"the best rate is an end of those tried, so the next one is tried, too: {names} times the law's")
             asked |= {run.key for run in missing}
-            train(plan, missing, watch.run_ended, callbacks=callbacks, until=until)
+            train(plan, missing, watch.run_ended, shared=shared, callbacks=callbacks, until=until)
         rates = best_rates(plan, tuning)
         if tuning and all(ended(run) for run in tuning):
             say("rates: " + ", ".join(f"{name} {rate:g} times the law's" for name, rate in rates.items()))
             if ends := at_an_end(tuning, rates):
                 say(f"warning: the best rate of {', '.join(ends)} is still an end of those tried; give further rates=")
         if until is None or time.time() < until:
-            train(plan, list(plan.runs(rates)), watch.run_ended, callbacks=callbacks, until=until)
-        return rates
+            listed = list(plan.runs(rates))
+            train(plan, listed, watch.run_ended, shared=shared, callbacks=callbacks, until=until)
+        self._exchange(shared)
+        return self._rates()
+
+    def _exchange(self, shared: SharedRuns | None) -> None:
+        """Bring folder and database to the same state, until nothing new is found: rates decide further runs."""
+        while shared is not None:
+            tuning = tuning_runs(self.plan)
+            if not shared.exchange([*tuning, *self.plan.runs(best_rates(self.plan, tuning))])[0]:
+                return
 
     def _announce(self, say: Callable[[str], None], listed: Sequence[LadderRun]) -> None:
         from hybridnas.ladders.speed import expected_seconds
@@ -209,7 +226,7 @@ class Ladder:
         return {
             "format": FORMAT,
             "identity": self.identity,
-            "settings": self.config.to_dict(),
+            "settings": masked(self.config.to_dict()),
             "anchors": self.plan.anchors,
             "machine": describe_machine(),
         }
@@ -221,7 +238,8 @@ class Ladder:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StudyError(f"ladder folder {self.folder} cannot be made: {error.strerror or error}") from None
-        with locked(self.folder / ".lock", wait=False) as taken:
+        shared = self.config.storage is not None  # then other commands may be in the same folder
+        with locked(self.folder / ".lock", wait=False, shared=shared) as taken:
             if not taken:
                 raise StudyError(
                     f"ladder {self.config.title!r} is being written by another process; wait for it, or choose "
@@ -229,32 +247,34 @@ class Ladder:
                     field="ladder.name",
                     got=self.config.title,
                 )
-            path = self.folder / "ladder.json"
-            if (self.folder / "study.json").exists():
-                raise StudyError(
-                    f"folder {self.folder} holds a study; choose another name=NEWNAME for the ladder",
-                    field="ladder.name",
-                    got=self.config.title,
-                )
-            if path.exists():
-                try:
-                    stored = json.loads(path.read_text(encoding="utf-8"))
-                    self._compare(stored["identity"])
-                    before = dict(stored["anchors"])
-                except (ValueError, KeyError, TypeError):
-                    raise StudyError(f"{path} is damaged; delete it to make it again from the trainings") from None
-                for name, lr in self.plan.anchors.items():
-                    if before.get(name, lr) != lr:
-                        say(
-                            f"{name} starts at rate {lr:.4g} and no longer at {before[name]:.4g}, as its study has "
-                            f"found since; its runs are trained again"
-                        )
-            else:
-                write_json(path, self._stored())
+            stored = self._stored_here()
+            for name, before in (stored or {}).get("anchors", {}).items():
+                lr = self.plan.anchors.get(name, before)
+                if lr != before:
+                    say(
+                        f"{name} starts at rate {lr:.4g} and no longer at {before:.4g}, as its study has found since; "
+                        f"its runs are trained again"
+                    )
+            if stored is None:
+                write_json(self.folder / "ladder.json", self._stored())
             yield
 
-    def _compare(self, stored: Mapping[str, Any]) -> None:
-        """Raise StudyError with the difference where the folder's ladder is another one."""
+    def _stored_here(self) -> dict[str, Any] | None:
+        """Return what the folder's ladder.json holds, if there is one; raises StudyError for one of other settings."""
+        path = self.folder / "ladder.json"
+        if (self.folder / "study.json").exists():
+            raise StudyError(
+                f"folder {self.folder} holds a study; choose another name=NEWNAME for the ladder",
+                field="ladder.name",
+                got=self.config.title,
+            )
+        if not path.exists():
+            return None
+        try:
+            whole: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            stored = whole["identity"]
+        except (ValueError, KeyError, TypeError):
+            raise StudyError(f"{path} is damaged; delete it to make it again from the trainings") from None
         if "final_lr_fraction" not in stored:
             raise StudyError(
                 f"ladder folder {self.folder} was trained by an earlier hybridnas, whose annealed models ended at a "
@@ -273,6 +293,7 @@ class Ladder:
                 got=differing.asked,
                 allowed=differing.stored,
             )
+        return whole
 
 
 def found(result: LadderResult) -> dict[str, Any]:

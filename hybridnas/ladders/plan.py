@@ -45,6 +45,11 @@ class LadderRun:
         return f"{self.folder.parent.name}/{self.folder.name}"
 
     @property
+    def lock(self) -> Path:
+        """The file whose lock is held by the process of this host that trains the run."""
+        return self.folder.parents[2] / ".claims" / f"{self.key.replace('/', '--')}.lock"
+
+    @property
     def trained_tokens(self) -> int:
         """Tokens that the run trains, branches of its annealing included [count]."""
         return self.config.trained_steps() * self.config.step_tokens

@@ -1,12 +1,14 @@
 """Train a ladder's runs, in this process or several; what has ended is never trained again.
 
-A run is claimed by a lock that its process holds, so any number of processes can share a list: each takes the next run
-that is neither ended nor claimed. Workers end when the pipe to the command that started them closes.
+A run is claimed by a lock that its process holds, and with ``storage=`` in the database besides, so any number of
+processes can share a list: each takes the next run that is neither ended nor claimed. Workers end when the pipe to the
+command that started them closes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -14,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -22,10 +25,14 @@ from hybridnas.errors import HybridNASError, StudyError
 from hybridnas.ladders.config import LadderConfig
 from hybridnas.ladders.plan import LadderRun, Plan
 from hybridnas.ladders.rows import ended
+from hybridnas.ladders.storage import SharedRuns, stored_base
 from hybridnas.study.locks import FileLock
-from hybridnas.train.callbacks import Callback
+from hybridnas.train.callbacks import Action, Callback, Run
 from hybridnas.train.experiment import Cell, CellResult, Experiment
+from hybridnas.train.records import Eval
 
+_POLL = 2.0  # between looks at what other hosts have done [s]
+log = logging.getLogger("hybridnas.ladders")
 OnEnd = Callable[[str, str, str], None]  # takes a run's key, its status and its reason
 
 
@@ -34,34 +41,46 @@ def train(
     runs: Sequence[LadderRun],
     on_end: OnEnd,
     *,
+    shared: SharedRuns | None = None,
     callbacks: Iterable[Callback] = (),
     until: float | None = None,
 ) -> None:
     """Train what has not ended, until all has, or ``until`` [time.time()]; ``on_end`` is called with each that ends.
 
-    Ctrl-C saves and raises KeyboardInterrupt. Raises what a training raises that would end the next one, too.
+    With ``shared`` runs that other hosts train are waited for, and their results are written here. Ctrl-C saves and
+    raises KeyboardInterrupt. Raises what a training raises that would end the next one, too.
     """
     if plan.config.workers == 1:
-        _train_here(plan, runs, on_end, callbacks, until)
+        _train_here(plan, runs, on_end, shared, callbacks, until)
     elif any(not ended(run) for run in runs):
-        _train_apart(plan, runs, on_end, until)
+        _train_apart(plan, runs, on_end, until, note=log.info if shared is None else shared.note)
 
 
 def _train_here(
-    plan: Plan, runs: Sequence[LadderRun], on_end: OnEnd, callbacks: Iterable[Callback], until: float | None
+    plan: Plan,
+    runs: Sequence[LadderRun],
+    on_end: OnEnd,
+    shared: SharedRuns | None,
+    callbacks: Iterable[Callback],
+    until: float | None,
 ) -> None:
     def keep(done: CellResult) -> None:
-        on_end(done.cell.key, done.result.status, done.result.reason)
+        run = done.cell.facts["run"]
+        if shared is not None and done.result.final:
+            shared.keep(run)
+        if done.result.final or shared is None or not shared.lost(run):
+            on_end(run.key, done.result.status, done.result.reason)
 
     minutes = None if until is None else max(0.0, until - time.time()) / 60
-    with contextlib.closing(_claimed(plan, runs)) as cells:  # whatever ends it, its claim ends here
+    cells = _claimed(plan, runs) if shared is None else _claimed_together(plan, runs, shared, on_end, until)
+    with contextlib.closing(cells):  # whatever ends it, its claim ends here
         Experiment(cells, callbacks=callbacks, minutes=minutes, on_result=keep).run()
 
 
-def _claimed(plan: Plan, runs: Sequence[LadderRun]) -> Generator[Cell, None, None]:
+def _claimed(plan: Plan, runs: Iterable[LadderRun]) -> Generator[Cell, None, None]:
     """Yield the cells of runs that are neither ended nor another process's, each held until the next is asked for."""
     for run in runs:
-        lock = FileLock(plan.folder / ".claims" / f"{run.key.replace('/', '--')}.lock")
+        lock = FileLock(run.lock)
         if ended(run) or not lock.acquire(wait=False):
             continue
         try:
@@ -75,12 +94,61 @@ def _claimed(plan: Plan, runs: Sequence[LadderRun]) -> Generator[Cell, None, Non
                     device=plan.config.device,
                     keep_checkpoint=False,
                     labels={"model": run.entrant},
+                    facts={"run": run},
                 )
         finally:
             lock.release()
 
 
-def _train_apart(plan: Plan, runs: Sequence[LadderRun], on_end: OnEnd, until: float | None) -> None:
+def _claimed_together(
+    plan: Plan, runs: Sequence[LadderRun], shared: SharedRuns, on_end: OnEnd, until: float | None
+) -> Generator[Cell, None, None]:
+    """Yield the cells that no process of any host has, and wait for those that others have.
+
+    A run is tried once: one that fails here is another's, or the next call's.
+    """
+    tried: set[str] = set()
+    while True:
+        new, elsewhere = shared.exchange(runs)
+        for run in runs:
+            if run.key in new:
+                on_end(run.key, ended(run), f"by {new[run.key]}")
+        left = [run for run in runs if not ended(run)]
+        for run in left:
+            if run.key in tried or run.key in elsewhere:
+                continue
+            with contextlib.closing(_claimed(plan, [run])) as cells:
+                for cell in cells:
+                    if not shared.claim(run):
+                        break
+                    tried.add(run.key)
+                    try:
+                        yield replace(cell, callbacks=(_PauseWhenLost(shared, run),))
+                    finally:
+                        shared.release(run)
+            if run.key in tried:
+                break  # what has ended elsewhere meanwhile comes first
+        else:
+            if all(run.key in tried and run.key not in elsewhere for run in left):
+                return
+            if until is not None and time.time() >= until:
+                return
+            time.sleep(min(_POLL, plan.config.heartbeat))
+
+
+class _PauseWhenLost(Callback):
+    """Leaves a run that another process has taken over, because this one was silent for too long."""
+
+    def __init__(self, shared: SharedRuns, run: LadderRun) -> None:
+        self._shared, self._run = shared, run
+
+    def on_eval(self, run: Run, evaluation: Eval) -> Action:
+        return Action.PAUSE if self._shared.lost(self._run) else Action.CONTINUE
+
+
+def _train_apart(
+    plan: Plan, runs: Sequence[LadderRun], on_end: OnEnd, until: float | None, *, note: Callable[[str], None]
+) -> None:
     """Start workers on the runs and watch them; one that dies leaves its run to the others and to the next call."""
     context = multiprocessing.get_context("spawn")
     listed = [(run.entrant, run.factor, run.config.seed, run.rate, run.tuning) for run in runs]
@@ -114,7 +182,9 @@ def _train_apart(plan: Plan, runs: Sequence[LadderRun], on_end: OnEnd, until: fl
                                 got=gone.exitcode,
                             )
                         continue
-                    if isinstance(message, HybridNASError):
+                    if isinstance(message, str):
+                        note(message)
+                    elif isinstance(message, HybridNASError):
                         failure = failure or message
                         _let_go(workers)
                     else:
@@ -151,7 +221,6 @@ def _work(
     ``listed``: entrant, factor, seed, rate and purpose of each run, as :meth:`Plan.run` takes them.
     """
     from hybridnas.data import open_source, source_config
-    from hybridnas.ladders.entrants import base_of
     from hybridnas.ladders.plan import make_plan
 
     if hasattr(os, "setsid"):
@@ -166,10 +235,15 @@ def _work(
     threading.Thread(target=listen, daemon=True).start()
     try:
         config = LadderConfig.from_dict(settings)
-        base = base_of(config)
+        base = stored_base(config)
         plan = make_plan(config, base, open_source(source_config(base.data)))
         runs = [plan.run(*how) for how in listed]
-        _train_here(plan, runs, lambda *words: parent.send(words), (), until)
+        with contextlib.ExitStack() as stack:
+            shared = None
+            if config.storage is not None:
+                shared = SharedRuns(config, note=parent.send, patient=True)
+                stack.callback(shared.close)
+            _train_here(plan, runs, lambda *words: parent.send(words), shared, (), until)
     except KeyboardInterrupt:
         return
     except HybridNASError as error:

@@ -10,8 +10,8 @@ from hybridnas.config import MAX_SEED, FrozenConfig, option
 from hybridnas.errors import ConfigError
 
 EVALUATIONS = 6  # how often a run is measured when eval_at names no points
-# Part of the peak rate at which an annealed model (schedule wsd) ends, in searches, ladders and the truth set: a decay to
-# zero gives the lowest loss at many tokens per parameter (2502.15938). A training by itself has final_lr_fraction.
+# Part of the peak rate at which an annealed model (schedule wsd) ends, in searches, ladders and the truth set: a decay
+# to zero gives the lowest loss at many tokens per parameter (2502.15938). A training by itself has final_lr_fraction.
 ANNEALED_LR_FRACTION = 0.0
 NOT_IDENTITY = ("checkpoint_seconds",)  # fields that may change when a run goes on: they touch no number
 # Fields that older runs do not know, and the value they stand for, as ``to_dict`` has it.

@@ -39,8 +39,8 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "evaluate": "allow_noncausal arch batch_size device lengths lm_eval max_gib model out part pattern patterns "
     "precision seed seq_len tracking valid_tokens",
     "replay": "device out runs study trial",
-    "ladder": "active_params batch_power batch_size decay_fraction depth_power device hold_out lr lr_power minutes "
-    "name patterns presets rates resamples runs seed seeds sizes study tokens top warmup workers",
+    "ladder": "active_params batch_power batch_size decay_fraction depth_power device heartbeat hold_out lr lr_power "
+    "minutes name patterns presets rates resamples runs seed seeds sizes storage study tokens top warmup workers",
     "bench": "budget keep_memory minutes out part patience quick repeats sizes space suite threads tiny truth",
 }
 BUDGET = (

@@ -1,16 +1,13 @@
 """A study in a real PostgreSQL: workers join by its name alone, one dies, the server dies, no password is written."""
 
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
+from postgres import assert_no_password, free_port, postgres_server, wait_for
 
 import hybridnas
 from hybridnas.arch.presets import DEFAULT_BASELINES as BASELINES
@@ -22,75 +19,18 @@ from hybridnas.search.storage.folder_store import LEASES
 from hybridnas.study.locks import FileLock, is_held
 from hybridnas.study.records import load_records
 
-PASSWORD = "s3cr€t#word"
-QUOTED = "s3cr%E2%82%ACt%23word"
-FOUND = (shutil.which("postgres"), *sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres")))
-BINARIES = [Path(path).resolve().parent for path in FOUND if path]
 SLOW = ["budget.tokens_per_active_param=2", "budget.evals=8"]
-
-
-class Server:
-    """A PostgreSQL of our own, in a temporary folder, run by a user who is not root."""
-
-    def __init__(self) -> None:
-        self.bin = next(path for path in BINARIES if (path / "initdb").exists())
-        self.folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
-        self.port = free_port()
-        (self.folder / "pw").write_text(PASSWORD)
-        if os.geteuid() == 0:
-            shutil.chown(self.folder, "postgres")
-            shutil.chown(self.folder / "pw", "postgres")
-        data = str(self.folder / "data")
-        self.call("initdb", "-D", data, "-U", "nas", "--pwfile", str(self.folder / "pw"), "-A", "scram-sha-256", "-N")
-        self.start()
-
-    def call(self, program, *arguments):
-        before = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-        subprocess.run([*before, str(self.bin / program), *arguments], check=True, stdout=subprocess.DEVNULL, cwd="/")
-
-    def start(self):
-        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -F"
-        arguments = ("-D", str(self.folder / "data"), "-o", options, "-l", str(self.folder / "log"), "-w", "start")
-        self.call("pg_ctl", *arguments)
-
-    def stop(self):
-        self.call("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "-w", "stop")  # no goodbye: a crash
-
-    @property
-    def url(self):
-        return f"postgresql+psycopg://nas:{QUOTED}@127.0.0.1:{self.port}/postgres"
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def server():
-    pytest.importorskip("psycopg", reason="the driver psycopg is in the extra [postgres]")
-    if not BINARIES:
-        pytest.skip("no PostgreSQL here: apt-get install postgresql")
-    running = Server()
-    yield running
-    running.stop()
-    shutil.rmtree(running.folder)
+    yield from postgres_server()
 
 
 def start(settings, log, server):
     """Start a search with the database's URL in its environment."""
     command = [sys.executable, "-m", "hybridnas.search", "storage=env", "heartbeat=1", *settings]
     return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HYBRIDNAS_STORAGE": server.url})
-
-
-def wait_for(truth, process, log):
-    for _ in range(12_000):
-        if truth():
-            return
-        assert process.poll() in (None, 0), Path(log.name).read_text()
-        time.sleep(0.05)
-    raise AssertionError(Path(log.name).read_text())
 
 
 def working(folder):
@@ -104,14 +44,6 @@ def working(folder):
 def states(server, name):
     _, finished, running = read_database(server.url, name, 5)
     return [record.state for record in finished] + ["RUNNING"] * len(running)
-
-
-def assert_no_password(folder, printed):
-    """Search every file that a study has left, and all that was printed, for the password."""
-    texts = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    for path, text in {**texts, "output": printed.encode()}.items():
-        for word in (PASSWORD.encode(), QUOTED.encode()):
-            assert word not in text, path
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,6 +41,15 @@ if TYPE_CHECKING:
 GRACE = 3  # heartbeats that may be missed
 PATIENCE = 900.0  # seconds that a database may be away before a worker saves and leaves
 ENVIRONMENT = "HYBRIDNAS_STORAGE"
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS hybridnas_studies ("
+    "name text PRIMARY KEY, card text NOT NULL, made timestamptz NOT NULL DEFAULT now())",
+    "CREATE TABLE IF NOT EXISTS hybridnas_trials ("
+    "study text NOT NULL REFERENCES hybridnas_studies(name) ON DELETE CASCADE, number integer NOT NULL,"
+    " state text NOT NULL, fingerprint text NOT NULL, record text NOT NULL, arch text,"
+    " version integer NOT NULL, owner text, place text, beat timestamptz,"
+    " PRIMARY KEY (study, number))",
+)
 T = TypeVar("T")
 
 
@@ -54,14 +63,14 @@ def database_url(given: str | None) -> str | None:
     url = os.environ.get(ENVIRONMENT, "") if given == "env" else given
     if given == "env" and not url:
         raise ConfigError(
-            f"search storage=env needs the database's URL in the environment variable {ENVIRONMENT}",
+            f"storage=env needs the database's URL in the environment variable {ENVIRONMENT}",
             field="storage",
             got=given,
             allowed=ENVIRONMENT,
         )
     if not re.match(r"postgres(ql)?(\+\w+)?://", url):
         raise ConfigError(
-            f"search storage={masked(url)!r} must be postgresql+psycopg://USER@HOST/DATABASE, or env to read it from "
+            f"storage={masked(url)!r} must be postgresql+psycopg://USER@HOST/DATABASE, or env to read it from "
             f"{ENVIRONMENT}; on one host leave it out: workers=N share the study's folder",
             field="storage",
             got=masked(url),
@@ -71,7 +80,7 @@ def database_url(given: str | None) -> str | None:
 
 
 class Database:
-    """The two tables of one server. Every call waits out a server that is away for a while.
+    """Tables of one server, made where they are missing. Every call waits out a server that is away for a while.
 
     ``patient``: a parent has opened it a moment ago, so opening waits, too, instead of calling the address wrong.
     Raises StudyError, without the password, when it cannot be reached, and ConfigError when the driver is missing.
@@ -81,16 +90,17 @@ class Database:
         self,
         url: str,
         *,
+        tables: Sequence[str] = TABLES,
         note: Callable[[str], None] = lambda text: None,
         patience: float = PATIENCE,
         patient: bool = False,
     ) -> None:
-        self.url, self.note, self.patience = url, note, patience
+        self.url, self.tables, self.note, self.patience = url, tables, note, patience
         try:
             self.engine = _engine(url)
         except ImportError:
             raise ConfigError(
-                "search storage= needs the driver psycopg: pip install 'hybridnas[postgres]'", field="storage"
+                "storage= needs the driver psycopg: pip install 'hybridnas[postgres]'", field="storage"
             ) from None
         try:
             if patient:
@@ -110,21 +120,8 @@ class Database:
 
         with self.engine.begin() as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _key("hybridnas tables")})
-            connection.execute(
-                text(
-                    "CREATE TABLE IF NOT EXISTS hybridnas_studies ("
-                    "name text PRIMARY KEY, card text NOT NULL, made timestamptz NOT NULL DEFAULT now())"
-                )
-            )
-            connection.execute(
-                text(
-                    "CREATE TABLE IF NOT EXISTS hybridnas_trials ("
-                    "study text NOT NULL REFERENCES hybridnas_studies(name) ON DELETE CASCADE, number integer NOT NULL,"
-                    " state text NOT NULL, fingerprint text NOT NULL, record text NOT NULL, arch text,"
-                    " version integer NOT NULL, owner text, place text, beat timestamptz,"
-                    " PRIMARY KEY (study, number))"
-                )
-            )
+            for statement in self.tables:
+                connection.execute(text(statement))
 
     def patiently(self, call: Callable[[], T]) -> T:
         """Call a function until the server answers; it may be called again after it has had its effect."""
