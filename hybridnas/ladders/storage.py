@@ -151,7 +151,8 @@ class SharedRuns:
             result=_result(run),
             place=self._place,
         )
-        self._held = None
+        if self._held == run.key:
+            self._held = None
 
     def release(self, run: LadderRun) -> None:
         """Let go of a run that is held here and has not ended; where the database is away, its heartbeat runs out."""
