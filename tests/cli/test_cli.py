@@ -347,10 +347,19 @@ TEXTS = [
 def test_text_passes_unchanged(text):
     assert read_settings("generate", [f"prompt={text}"]).prompt == text
     assert read_settings("describe", [f"pattern={text}"]).pattern == text
-    assert compose("search", ["data=text", f"data.path={text}"])["data"]["path"] == text
-    assert compose("train", ["data=mixture", f"data.parts.text.path={text}"])["data"]["parts"]["text"]["path"] == text
     settings = read_settings("compare", [f"baseline={text}", f"runs={text}", f"run={text}"])
     assert (settings.baseline, str(settings.runs), settings.run) == (text, str(Path(text)), text)
+
+
+@pytest.mark.parametrize("command", ["search", "train"])
+def test_text_passes_unchanged_into_a_group(command):
+    named = {f"part{number}": text for number, text in enumerate(TEXTS)}  # at once: Hydra takes long to compose
+    kinds = [f"data.parts.{name}.kind=text" for name in named]
+    paths = [f"data.parts.{name}.path={text}" for name, text in named.items()]
+    parts = compose(command, ["data=mixture", *kinds, *paths])["data"]["parts"]
+    assert {name: parts[name]["path"] for name in named} == named
+    for text in TEXTS[::6]:
+        assert compose(command, ["data=text", f"data.path={text}"])["data"]["path"] == text
 
 
 def test_null_is_none_where_a_setting_can_be_none_and_text_where_it_cannot():
