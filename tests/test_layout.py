@@ -14,6 +14,7 @@ import pytest
 
 import hybridnas
 from hybridnas.config import FrozenConfig
+from tests.conftest import SLOW_FILES
 
 PACKAGE = Path(hybridnas.__file__).resolve().parent
 ROOT = PACKAGE.parent
@@ -143,6 +144,11 @@ def test_no_module_imports_itself_by_way_of_others():
     while leaves := {module for module, imported in imports.items() if not imported & imports.keys()}:
         imports = {module: imported for module, imported in imports.items() if module not in leaves}
     assert imports == {}
+
+
+@needs_repository
+def test_files_that_are_listed_as_slow_exist():
+    assert set(SLOW_FILES) <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}
 
 
 @pytest.mark.parametrize(
