@@ -104,6 +104,7 @@ def _launch(settings: Settings, search: SearchConfig) -> Done:
 def _print(summary: Any, search: SearchConfig) -> Done:
     from rich.console import Console
 
+    from hybridnas.analysis.confirmation import confirmed_winner
     from hybridnas.report.leaderboard import render_leaderboard
 
     render_leaderboard(summary.records, summary.reference, Console())
@@ -121,9 +122,9 @@ def _print(summary: Any, search: SearchConfig) -> Done:
         show.line("no trial was trained to the end, so there is no winner yet")
     else:
         best = summary.best
-        sure = (
-            f"confirmed by {several(len(best.confirmed), 'fresh seed')}" if best.confirmed else "one seed: unconfirmed"
-        )
+        sure = "one seed: unconfirmed"
+        if confirmed_winner(summary.records) is not None:
+            sure = f"confirmed by {several(len(best.confirmed), 'fresh seed')}"
         test = "" if best.test_loss is None else f", test loss {best.test_loss:.4f}"
         show.line(f"winner: trial {best.number}, {best.pattern}, loss {best.valid_loss:.4f}{test} ({sure})")
     if summary.report is None:

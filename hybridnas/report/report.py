@@ -71,7 +71,7 @@ def render_report(study_folder: Path | str, records: Sequence[TrialRecord], meta
         best=best,
         headline=headline(records, meta.reference, given.verdict, limits=given.limits, length=given.state_length),
         searched=_searched(records, meta),
-        confirmation=_confirmation(records),
+        confirmation=_confirmation(given),
         notes=_notes(given),
         cards=_cards(given),
         drawing=drawing,
@@ -184,14 +184,19 @@ def _searched(records: Sequence[TrialRecord], meta: StudyMeta) -> str:
     return ", ".join(parts[:2]) + (f" {parts[2]}" if len(parts) > 2 else "") + "."
 
 
-def _confirmation(records: Sequence[TrialRecord]) -> tuple[str, str]:
-    """Return the label beside the headline, whether the winner is confirmed, and its CSS class."""
-    best = winner(records)
+def _confirmation(given: ReportInput) -> tuple[str, str]:
+    """Return the label beside the headline, whether the winner is confirmed, and its CSS class.
+
+    Green is kept for a lead that fresh seeds confirm: seeds may as well show that there is none.
+    """
+    best = given.best
     if best is None:
         return "", ""
-    if confirmed_winner(records) is None:
+    if confirmed_winner(given.records) is None:
         return "unconfirmed: one seed", "bad"
-    return f"confirmed: {several(len(best.confirmed), 'fresh seed')}", "good"
+    others = [] if given.verdict is None else [one for one in given.verdict.others if one.adjusted is not None]
+    ahead = bool(others) and all(one.claimed(given.meta.alpha) and one.gap.mean < 0 for one in others)
+    return f"confirmed: {several(len(best.confirmed), 'fresh seed')}", "good" if ahead else ""
 
 
 def _notes(given: ReportInput) -> list[str]:

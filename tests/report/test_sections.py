@@ -105,7 +105,9 @@ def test_the_confirmation_separates_noise_from_differences():
     assert random.startswith("The difference between MEME and the best of demo-random is inside the noise: ")
     assert said([PAPER, CLEAR, NEAR]).startswith("MEME beats moe_mamba by 0.1975 ± ")
     assert said([PAPER, NEAR]).startswith("MEME and moe_mamba are inside the noise of each other: +0.0025 ± ")
-    assert "confirmed: 3 fresh seeds" in render_report("nowhere", [PAPER, CLEAR], StudyMeta(name="demo"))
+    for records, style in (([PAPER, CLEAR], "good"), ([PAPER, NEAR], "")):
+        page = render_report("nowhere", records, StudyMeta(name="demo"))
+        assert f'<span class="pill {style}">confirmed: 3 fresh seeds</span>' in page
     fall = titles([PAPER, CLEAR], reference_study=other)["Best loss over training tokens"]
     assert "demo-random" in fall.charts[0].json
 
