@@ -29,7 +29,10 @@ class ProgressLines(Callback):
     def on_start(self, run: Run) -> None:
         self._known = run.evals[-1].tokens if run.evals else 0
         if 0 < run.step < run.config.steps:
-            self._report(f"{run.folder}: going on from {run.tokens:,} of {run.total_tokens:,} tokens")
+            last = run.evals[-1] if run.evals else None
+            branched = last is not None and last.aux.get("annealed") and last.step > run.step
+            where = ", the state before the last decay" if branched else ""
+            self._report(f"{run.folder}: going on from {run.tokens:,} of {run.total_tokens:,} tokens{where}")
 
     def on_eval(self, run: Run, evaluation: Eval) -> Action:
         if evaluation.tokens > self._known:

@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ from hybridnas.train import checkpoint, distributed
 from hybridnas.train.callbacks import Callback, CallbackList, Run
 from hybridnas.train.config import TrainConfig
 from hybridnas.train.distributed import Group, RankLostError
+from hybridnas.train.extend import Extension, extended
 from hybridnas.train.objective import check_causal, make_heads
 from hybridnas.train.records import (
     FORMAT_VERSION,
     TrainResult,
     compare_identity,
+    differences,
     disk_error,
     read_run,
     repair_evals,
@@ -70,9 +72,11 @@ def run(
     failed or stopped by a callback is not trained again: its stored result is returned. ``Action.PAUSE`` leaves the run
     with status "paused" and its whole checkpoint instead: the next call goes on, as after ``max_seconds``, Ctrl-C, a
     crash or lack of memory. On a processor with the same number of threads, a run that was interrupted equals one that
-    was not, to the bit. ``keep_checkpoint=False`` deletes the weights when the run has ended. Ctrl-C finishes the step,
-    saves, and raises KeyboardInterrupt. ``labels`` are kept in ``run.json`` to find and name the run by, such as its
-    preset; they decide nothing. ``start``: what a module's weights are, for the run's identity; None: those given.
+    was not, to the bit. A completed run of schedule ``wsd`` that is given more ``tokens`` goes on from the state before
+    its last decay (:mod:`hybridnas.train.extend`). ``keep_checkpoint=False`` deletes the weights when the run has
+    ended. Ctrl-C finishes the step, saves, and raises KeyboardInterrupt. ``labels`` are kept in ``run.json`` to find
+    and name the run by, such as its preset; they decide nothing. ``start``: what a module's weights are, for the run's
+    identity; None: those given.
 
     Raises ConfigError for a model that sees later tokens (``config.allow_noncausal``), CheckpointError for a folder of
     another run or with damaged files, DataError for a vocabulary larger than the model's, TrainingError when the disk
@@ -82,7 +86,7 @@ def run(
     if config.devices > 1:
         distributed.check_devices(config, target)
     place = None if folder is None else Path(folder)
-    job = _Job(_Subject.of(model, config, impl, start), source, config, place, target, dict(labels or {}))
+    job = _Job(_Subject.of(model, config, impl, start), source, config, place, target, dict(labels or {})).extended()
     watchers = CallbackList(callbacks)
     if config.devices == 1:
         return _lead(job, lambda: contextlib.nullcontext(Group()), watchers, max_seconds, keep_checkpoint)
@@ -112,7 +116,7 @@ def follow(
     group: Group,
 ) -> TrainResult:
     """Train along with rank 0, which owns the folder, measures and decides."""
-    return _follow(_Job(_Subject.of(arch, config, impl), source, config, folder, device), group)
+    return _follow(_Job(_Subject.of(arch, config, impl), source, config, folder, device).extended(), group)
 
 
 @dataclass(frozen=True)
@@ -149,18 +153,33 @@ class _Job:
     folder: Path | None
     device: torch.device
     labels: Mapping[str, str] = field(default_factory=dict)
+    extension: Extension | None = None
 
     def __post_init__(self) -> None:
         if self.subject.arch is not None:
             check_vocab(self.source.vocab_size, self.subject.arch.vocab_size)
 
     def on(self, device: torch.device) -> _Job:
-        return _Job(self.subject, self.source, self.config, self.folder, device, self.labels)
+        return replace(self, device=device)
+
+    def extended(self) -> _Job:
+        """Return the job with the settings of a longer run, where it gives more tokens to the one in its folder."""
+        if self.folder is None or not self.folder.is_dir():
+            return self
+        stored = read_run(self.folder)
+        if stored is None or differences(stored, {**self.identity, "train": stored["train"]}):
+            return self
+        found = extended(stored, self.config, self.folder)
+        return replace(self, config=found.config, extension=found)
 
     @property
     def identity(self) -> dict[str, Any]:
         data = {"fingerprint": self.source.fingerprint}
         return {**self.subject.identity, "data": data, "train": self.config.identity()}
+
+    def goes_on_from(self, stored: Mapping[str, Any]) -> bool:
+        """Return whether this is what a run or a checkpoint of fewer tokens is to become."""
+        return self.extension is not None and stored["train"] == self.extension.shorter
 
     def for_ranks(self) -> dict[str, Any]:
         """Return what a rank in a process of its own needs to build the same; raises TrainingError where it cannot."""
@@ -198,13 +217,16 @@ def _lead(
     run_ = Run(job.config, job.source, folder, job.subject.arch, None, job.device)
     with _claimed(folder):
         stored = read_run(folder) if folder is not None else None
-        if stored is not None and folder is not None:
+        longer = stored is not None and job.goes_on_from(stored)
+        if longer and folder is not None:
+            checkpoint.load_stable(folder)  # refused before the finished run is changed
+        if stored is not None and folder is not None and not longer:
             compare_identity(stored, job.identity, folder)
         if folder is not None:
             run_.evals, torn = repair_evals(folder)
             if torn:
                 log.warning("%s", torn)
-        if stored is not None and stored["final"]:
+        if stored is not None and stored["final"] and not longer:
             if distributed.launched() and job.config.devices > 1:
                 with open_group() as group:
                     group.share({"ended": (stored["status"], stored["reason"]), "evals": run_.evals})
@@ -213,6 +235,8 @@ def _lead(
             log.warning("%s sees later tokens: its loss is no language model's", job.subject.arch.pattern)
         machine = {"device": str(job.device), "machine": describe_machine(), "data_words": job.source.describe()}
         about = {"format": FORMAT_VERSION, **job.identity, **machine, "labels": dict(job.labels)}
+        if job.extension is not None:
+            about |= job.extension.to_dict()
         if folder is not None:
             write_run(folder, {**about, "status": "running", "reason": "", "final": False})
         try:
@@ -307,8 +331,12 @@ def _fit(
         trainer = Trainer(run_, model, heads, identity=job.identity, callbacks=callbacks.callbacks, group=group)
         found = checkpoint.load(job.folder) if job.folder is not None else None
         if found is not None and job.folder is not None:
-            compare_identity(found.header, job.identity, job.folder)
+            longer = job.goes_on_from(found.header)
+            if not longer:
+                compare_identity(found.header, job.identity, job.folder)
             trainer.restore(found)
+            if longer:
+                trainer.leave_branch()
             if found.note and group.first:
                 log.warning("%s", found.note)
             if group.first:

@@ -182,8 +182,8 @@ def disk_error(error: OSError, path: Path, what: str) -> TrainingError:
     )
 
 
-def compare_identity(stored: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    """Raise CheckpointError naming the fields in which the run in ``folder`` differs from the one asked for."""
+def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Return the fields in which a stored run differs from the one asked for, as words with both values."""
     same_model = stored.get("fingerprint") == wanted["fingerprint"]  # two spellings of one architecture are one
     parts = ("start", "data", "train") if same_model else ("architecture", "start", "data", "train")
     differing = [
@@ -195,6 +195,12 @@ def compare_identity(stored: dict[str, Any], wanted: dict[str, Any], folder: Pat
     ]
     if not same_model and not any(words.startswith("architecture") for words in differing):
         differing.insert(0, f"architecture fingerprint={_show(stored.get('fingerprint'))}")
+    return differing
+
+
+def compare_identity(stored: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    """Raise CheckpointError naming the fields in which the run in ``folder`` differs from the one asked for."""
+    differing = differences(stored, wanted)
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise CheckpointError(

@@ -408,6 +408,13 @@ class Trainer:
         """Take up a checkpoint: weights, moments, position and sums."""
         self._take(found, checkpoint.NEWEST)
 
+    def leave_branch(self) -> None:
+        """Go on from the state before the decay that has ended, and let a checkpoint of it be the only one."""
+        self._return()
+        self.save()
+        if self.group.first and self.folder is not None:
+            checkpoint.remove(self.folder, names=(checkpoint.PREVIOUS,))
+
     def _take(self, found: checkpoint.Checkpoint, name: str) -> None:
         path = Path(name) if self.folder is None else self.folder / name
         checkpoint.restore_model(self.model, found.model, path)

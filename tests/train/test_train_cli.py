@@ -11,6 +11,7 @@ from hybridnas.cli import run as run_cli
 from hybridnas.cli.compose import read_settings
 from hybridnas.cli.train import run, train_settings
 from hybridnas.errors import CheckpointError, ConfigError, TrainingError
+from hybridnas.export.load import load
 from hybridnas.train import read_evals
 
 
@@ -54,6 +55,17 @@ def test_a_preset_scales_and_every_combination_of_settings_has_its_own_folder(co
     folders = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert len(folders) == 2
     assert all(name.startswith("train-moe_mamba-") for name in folders)
+
+
+def test_a_finished_run_is_given_more_tokens(corpus, capsys):
+    wsd = [*corpus, *PATTERN, "out=runs/mow", "train.schedule=wsd"]
+    train(*wsd)
+    first = load("runs/mow/model").embedding.weight
+    capsys.readouterr()
+    assert train(*wsd, "train.tokens=1024") == 0
+    assert "going on from 448 of 1,024 tokens, the state before the last decay" in capsys.readouterr().err
+    assert [value.tokens for value in read_evals("runs/mow")][-2:] == [512 + 256, 1024]
+    assert not load("runs/mow/model").embedding.weight.equal(first)
 
 
 def test_another_run_in_the_same_folder_is_refused(corpus):

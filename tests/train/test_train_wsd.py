@@ -8,6 +8,7 @@ from hybridnas.train import checkpoint
 from hybridnas.train.callbacks import Action, OnEval
 from hybridnas.train.config import TrainConfig
 from hybridnas.train.optim import learning_rate
+from hybridnas.train.records import read_evals, read_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,6 +104,61 @@ def test_a_damaged_stable_state_is_named(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         run(tmp_path, wsd())
     assert caught.value.got == str(tmp_path / checkpoint.STABLE)
+
+
+def finished(folder, **fields):
+    """A run that ended at half the tokens, with as many tokens of warm-up as one of all."""
+    warmup = 2 * WSD["warmup_fraction"]
+    config = wsd(tokens=6 * STEP, anneal_at=POINTS[:1], warmup_fraction=warmup, **fields)
+    assert run(folder, config).status == "completed"
+    return config.replace(tokens=STEPS * STEP)
+
+
+def test_a_finished_run_goes_on_with_more_tokens_as_if_it_had_been_one(tmp_path, undisturbed):
+    more = finished(tmp_path)
+    before = read_evals(tmp_path)
+    source = Counting(crash_at(6, 9))  # before and after the first checkpoint of the longer run
+    for _ in range(2):
+        with pytest.raises(CrashError):
+            run(tmp_path, more, source=source)
+    longer = run(tmp_path, more, source=source)
+    assert longer.evals[: len(before)] == before
+    same_scores = [(v.tokens, v.valid_loss, v.aux["trained_tokens"]) for v in undisturbed.evals]
+    assert [(v.tokens, v.valid_loss, v.aux["trained_tokens"]) for v in longer.evals] == same_scores
+    for (name, a), b in zip(longer.model.state_dict().items(), undisturbed.model.state_dict().values(), strict=True):
+        assert a.equal(b), name
+    for config in (more, wsd()):  # read back, as asked for and as it is
+        assert run(tmp_path, config, source=Counting(crash_at(*range(STEPS)))).valid_loss == longer.valid_loss
+    with pytest.raises(CheckpointError):
+        run(tmp_path, more.replace(lr=0.5))
+
+
+def test_a_run_is_given_more_tokens_twice(tmp_path, undisturbed):
+    more = finished(tmp_path)
+    run(tmp_path, more.replace(tokens=9 * STEP))
+    twice = run(tmp_path, more)
+    assert twice.valid_loss == undisturbed.valid_loss
+    assert twice.evals[-1].aux["trained_tokens"] == undisturbed.evals[-1].aux["trained_tokens"] + 4 * STEP
+
+
+def test_without_its_stable_state_a_finished_run_stays_as_it_is(tmp_path):
+    more = finished(tmp_path)
+    (tmp_path / checkpoint.STABLE).unlink()
+    about = read_run(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        run(tmp_path, more)
+    assert caught.value.got == str(tmp_path / checkpoint.STABLE)
+    assert read_run(tmp_path) == about
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_more_tokens_after_another_schedule_are_a_restart(tmp_path, schedule):
+    config = settings(tokens=2 * STEP, schedule=schedule)
+    run(tmp_path, config)
+    with pytest.raises(CheckpointError) as caught:
+        run(tmp_path, config.replace(tokens=4 * STEP))
+    assert (caught.value.field, caught.value.got, caught.value.allowed) == ("train.tokens", 4 * STEP, 2 * STEP)
+    assert f"model={tmp_path}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
