@@ -15,6 +15,7 @@ from hybridnas.errors import ConfigError, StudyError
 
 if TYPE_CHECKING:
     from hybridnas.arch.model import HybridLM
+    from hybridnas.data.tokenizers import Tokenizer
     from hybridnas.export.hf.writing import NativeExport
     from hybridnas.studies import Study, Trial
 
@@ -66,7 +67,7 @@ def run(settings: Settings) -> Done:
     facts = {"trial": record.number, "pattern": record.pattern, "fingerprint": record.fingerprint}
     facts["valid_loss"] = record.valid_loss
     if settings.format == "gguf":
-        return _gguf_done(trial.model(), settings.out, about, facts)
+        return _gguf_done(trial.model(), settings.out, study.tokenizer(), about, facts)
     if settings.format != "hybridnas":
         native = trial.export_native(settings.out, format=settings.format)
         return _native_done(native, about, facts)
@@ -99,18 +100,19 @@ def _export_model(folder: Path, out: Path, format: str) -> Done:
         show.line(f"model:  {written}")
         return Done({"model": str(written), "format": format, **facts})
     if format == "gguf":
-        return _gguf_done(model, out, str(model.arch.pattern), facts)
+        return _gguf_done(model, out, tokenizer, str(model.arch.pattern), facts)
     native = export_native(model, out, format=format, tokenizer=tokenizer, card=card)
     return _native_done(native, str(model.arch.pattern), facts)
 
 
-def _gguf_done(model: HybridLM, out: Path, about: str, facts: dict[str, Any]) -> Done:
+def _gguf_done(model: HybridLM, out: Path, tokenizer: Tokenizer | None, about: str, facts: dict[str, Any]) -> Done:
     from hybridnas.export.gguf import export_gguf
 
-    path, name = export_gguf(model, out)
-    show.line(f"{about} as {name} of llama.cpp, float32, without a vocabulary: it takes and gives token ids")
+    path, name, without = export_gguf(model, out, tokenizer=tokenizer)
+    words = f"without a vocabulary ({without}): it takes and gives token ids" if without else "with its vocabulary"
+    show.line(f"{about} as {name} of llama.cpp, float32, {words}")
     show.line(f"model:  {path}")
-    return Done({"model": str(path), "format": "gguf", "architecture": name, **facts})
+    return Done({"model": str(path), "format": "gguf", "architecture": name, "vocabulary": not without, **facts})
 
 
 def _native_done(native: NativeExport, about: str, facts: dict[str, Any]) -> Done:

@@ -78,8 +78,14 @@ def fit(arch: Arch, name: str) -> Fit:
     """Return how a class holds an architecture; raises ConfigError naming the option, the layer and what it can be."""
     found = nearest(arch, name)
     for where, field, got, allowed in _differences(arch, found.arch):
+        letter = next((kind(node) for node in arch.nodes if node.where == where), None)
+        values = {repr(_function(node).get(field)) for node in arch.nodes if kind(node) == letter}
+        one = f" for all {letter}" if len(values) > 1 else ""  # a config has one size for a kind of layer
         raise ConfigError(
-            f"{where} has {field}={got!r}, and the class has {allowed!r}", field=field, got=got, allowed=(allowed,)
+            f"{where} has {field}={got!r}, and the class has {allowed!r}{one}",
+            field=field,
+            got=got,
+            allowed=(allowed,),
         )
     return found
 
