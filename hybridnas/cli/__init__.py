@@ -21,6 +21,7 @@ COMMANDS: dict[str, str] = {
     "describe": "tables of presets, layers, parameters, FLOPs and state; out=graph.svg draws the architecture",
     "compare": "put runs and studies side by side: table, curves, tokens to reach a loss",
     "export": "write a trial's model as a folder that hybridnas.load reads",
+    "import": "read a pretrained model of transformers' classes, and write it as a folder that hybridnas.load reads",
     "generate": "stream text from an exported model",
     "evaluate": "measure a model's loss, its accuracy by length, or architectures on a suite of tasks",
     "replay": "run a trial of a study again: same seed, same data, same numbers on CPU",

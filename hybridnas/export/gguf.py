@@ -388,7 +388,7 @@ def _parts(key: str, tensor: Tensor, fitted: Fit) -> Iterator[tuple[str, Tensor]
     if fitted.name == "qwen3_next" and key.endswith("in_proj_qkvz.weight"):
         heads, width = fitted.config["linear_num_key_heads"], fitted.config["linear_key_head_dim"]
         values = tensor.shape[0] // heads // 2 - width
-        parts = tensor.view(heads, -1, tensor.shape[1]).split((width, width, values, values), dim=1)
+        parts = torch.split(tensor.view(heads, -1, tensor.shape[1]), [width, width, values, values], dim=1)
         stem = key.removesuffix("qkvz.weight")
         yield f"{stem}qkv.weight", torch.cat([part.flatten(0, 1) for part in parts[:3]])
         yield f"{stem}z.weight", parts[3].flatten(0, 1)

@@ -34,6 +34,7 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "describe": "arch block device exportable out pattern presets seq_len",
     "compare": "baseline out run runs study uri",
     "export": "format model out runs study trial",
+    "import": "model out",
     "generate": "device echo eos_token_id max_new_tokens model prompt runs seed stop_at_end study temperature top_k "
     "top_p",
     "evaluate": "allow_noncausal arch batch_size device lengths lm_eval max_gib model out part pattern patterns "

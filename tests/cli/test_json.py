@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import hybridnas
 from hybridnas.cli import COMMANDS, run
+from hybridnas.export.hf.writing import export_native
 
+LLAMA = {"norm": "rmsnorm", "final_norm": True, "F": {"activation": "silu", "gated": True, "bias": False}}
 TRAINED = ["train.tokens=512", "train.batch_size=4", "train.seq_len=32", "train.valid_tokens=128", "device=cpu"]
 SEARCHED = [
     *("budget=smoke", "n_trials=2", "budget.d_model=16", "budget.depth=2", "budget.seq_len=32", "budget.batch_size=4"),
@@ -27,6 +30,7 @@ CASES = {  # command -> settings, and what must be in the object; in an order in
     ),
     "compare": (["baseline=mamba"], {"baseline", "runs", "page"}),
     "export": (["study=tiny", "out=exported"], {"model", "trial", "valid_loss"}),
+    "import": (["model=llama", "out=imported"], {"model", "model_type", "pattern", "fingerprint"}),
     "generate": (
         ["study=tiny", "prompt=line", "max_new_tokens=5", "device=cpu"],
         {"text", "tokens", "prompt", "model"},
@@ -47,6 +51,8 @@ CASES = {  # command -> settings, and what must be in the object; in an order in
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("json")
+    llama = hybridnas.Arch.from_pattern("AF", d_model=16, vocab_size=32, **LLAMA)
+    export_native(hybridnas.build(llama), folder / "llama", format="llama", check=False)
     (folder / "text.txt").write_text("".join(f"line {i} of a plain text\n" for i in range(3000)))
     return folder
 
