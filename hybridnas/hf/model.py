@@ -16,9 +16,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from hybridnas.arch.model import HybridLM
 from hybridnas.arch.padding import hidden_of_rows
 from hybridnas.errors import ConfigError, ExportError
-from hybridnas.export.layout import WEIGHTS, stored_tensors
+from hybridnas.export.layout import WEIGHTS, make_config, stored_tensors
 from hybridnas.hf.cache import HybridNASCache, can_crop, given_cache
 from hybridnas.hf.config import HybridNASConfig, check_words
+from hybridnas.layers.block import truncated_normal_
 
 
 class HybridNASForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -99,7 +100,33 @@ class HybridNASForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         self.model.embedding = value
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.model.head = new_embeddings
+        head = self.model.head
+        if type(new_embeddings) is nn.Linear and type(head) is not nn.Linear:  # resized: the cap of logits stays
+            head.weight, head.out_features = new_embeddings.weight, new_embeddings.out_features
+        else:
+            self.model.head = new_embeddings
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Give the model another number of tokens, as other models of transformers; the architecture says so too.
+
+        Rows of embedding and head are cut off or added at the end. Added ones are drawn around the mean of the others,
+        or with ``mean_resizing=False`` as in a new model.
+        """
+        old, config = self.model.arch.vocab_size, self.model.arch.model
+        found: nn.Embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        arch = self.model.arch.replace(vocab_size=found.weight.shape[0])
+        if not mean_resizing and arch.vocab_size > old:
+            fan_in = config.d_model if config.tie_embeddings else 1
+            truncated_normal_(found.weight[old:], fan_in, config.init_scale)
+            if not config.tie_embeddings:
+                truncated_normal_(self.model.head.weight[old:], config.d_model, config.init_scale)
+        self.model.arch = arch
+        about = make_config(arch, {}, "float32")
+        for name in ("arch", "fingerprint", "vocab_size", "cost"):
+            setattr(self.config, name, about[name])
+        return found
 
     def forward(
         self,

@@ -46,8 +46,9 @@ def lm_eval_scores(
     own = load_tokenizer(folder)
     model = load(folder, device)
     names, folders = _named(tasks)
-    # lm-eval reads the files of all its tasks, thousands, before it finds one by name: files of one's own need none.
-    manager = TaskManager(include_path=[str(f) for f in folders] or None, include_defaults=len(folders) < len(names))
+    # lm-eval reads the files of all its tasks, thousands, before it finds one by name: known files need none.
+    found_all = len(folders) == len(names)
+    manager = TaskManager(include_path=[str(f) for f in dict.fromkeys(folders)] or None, include_defaults=not found_all)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise ConfigError(
@@ -90,11 +91,17 @@ def lm_eval_scores(
 
 
 def _named(tasks: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """Return the tasks' names, and the folders of those that are files."""
+    """Return the tasks' names, and the folders of those whose file is known: files, and single tasks of lm-eval."""
+    import lm_eval
+
     names, folders = [], []
+    shipped = Path(lm_eval.__file__).parent / "tasks"
     for task in tasks:
         if not task.endswith((".yaml", ".yml")):
             names.append(task)
+            line = re.compile(rf"^task:\s*['\"]?{re.escape(task)}['\"]?\s*$".encode(), re.MULTILINE)
+            at = [path.parent for path in sorted(shipped.rglob("*.yaml")) if line.search(path.read_bytes())]
+            folders += at if len(at) == 1 else []
             continue
         path = Path(task).expanduser().absolute()
         if not path.is_file():

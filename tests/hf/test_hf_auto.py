@@ -72,6 +72,26 @@ def test_every_architecture_works_in_transformers(pattern: str, tmp_path: Path) 
     assert torch.equal(hybridnas.load(tmp_path / "again")(ids_BL).logits, ours(ids_BL).logits)
 
 
+@pytest.mark.parametrize("fields", [{}, {"tie_embeddings": True}, {"final_softcap": 3.0}], ids=str)
+@torch.no_grad()
+def test_embedding_and_head_grow_and_shrink(fields: dict[str, Any], tmp_path: Path) -> None:
+    path, ids_BL = folder(tmp_path, "MAF", **fields), some(2, 9) % (V - 8)
+    before, model = hybridnas.load(path)(ids_BL).logits, auto(path)
+    for how in ({}, {"pad_to_multiple_of": 8}, {"mean_resizing": False}):
+        for size in (V + 3, V - 8):
+            model.resize_token_embeddings(size, **how)
+            rows = model.get_input_embeddings().weight.shape[0]
+            assert rows == (size if "pad_to_multiple_of" not in how else -(-size // 8) * 8)
+            logits = model(ids_BL).logits
+            assert logits.shape[-1] == rows == model.config.vocab_size
+            kept = min(rows, V - 8)
+            assert relative(logits[..., :kept], before[..., :kept]) < 1e-6
+            assert generated(model, ids_BL).max() < rows
+            model.save_pretrained(tmp_path / "again")
+            assert torch.equal(hybridnas.load(tmp_path / "again")(ids_BL).logits, logits)
+            assert torch.equal(auto(tmp_path / "again")(ids_BL).logits, logits)
+
+
 @torch.no_grad()
 def test_padding_on_the_right_and_between_is_not_read(tmp_path: Path) -> None:
     path, ids_BL = folder(tmp_path, "AMC"), some(2, 8)

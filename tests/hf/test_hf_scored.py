@@ -65,6 +65,27 @@ metric_list:
     )
 
 
+@torch.no_grad()
+def test_a_named_task_is_scored_on_a_local_copy_of_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    copy = tmp_path / "EleutherAI" / "lambada_openai"  # laid out as on the Hub
+    copy.mkdir(parents=True)
+    (copy / "test.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:2]))
+    model = hybridnas.build("MA", d_model=16, vocab_size=256)
+    randomize(model)
+    folder = model.save_pretrained("model", tokenizer=ByteTokenizer())
+    done = run(Settings.from_dict({**DATA, "model": str(folder), "lm_eval": ["lambada_openai"], "device": "cpu"}))
+    losses, right = [], []
+    for text in TEXTS[:2]:
+        ids, last = list(text.encode()), len((" " + text.split(" ")[-1]).encode())
+        logits = hybridnas.load(folder)(torch.tensor([ids])).logits[0, -last - 1 : -1].log_softmax(-1)
+        losses.append(-sum(float(row[token]) for row, token in zip(logits, ids[-last:], strict=True)))
+        right.append(logits.argmax(-1).tolist() == ids[-last:])
+    found = done.found["lm_eval"]["lambada_openai"]
+    assert found["acc"] == sum(right) / 2
+    assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / 2), rel=1e-4)
+
+
 def test_what_is_no_task_is_refused(tmp_path: Path) -> None:
     folder = hybridnas.build("M", d_model=16, vocab_size=256).save_pretrained(tmp_path, tokenizer=ByteTokenizer())
     nameless = tmp_path / "nameless.yaml"
