@@ -280,18 +280,19 @@ TARGETS = {
 def gguf_fit(arch: Arch) -> Fit:
     """Return how the first of llama.cpp's architectures holds ours, or raise ConfigError that says why none does."""
     reasons = {}
+    others = {}  # of architectures that have not even the pattern
     for name, target in TARGETS.items():
         try:
             found = fit(arch, name)
         except ConfigError as error:
-            reasons[name] = str(error)
+            (others if error.field == "pattern" else reasons)[name] = str(error)
             continue
         lacking = _needs(hidden_act="silu")(found.config) or target.lacks(found.config)
         if lacking is None:
             return found
         field, got, allowed = lacking
         reasons[name] = f"llama.cpp's {target.name} has {field}={allowed!r}, got {got!r}"
-    words = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    words = "; ".join(f"{name}: {reason}" for name, reason in (reasons or others).items())
     raise ConfigError(
         f"no architecture of llama.cpp holds pattern '{arch.pattern}' ({words}); use format=auto or format=hybridnas",
         field="format",

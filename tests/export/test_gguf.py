@@ -134,6 +134,7 @@ def test_an_option_that_llama_cpp_lacks_is_named(name, pattern, changes, field):
     with pytest.raises(ConfigError) as error:
         gguf_fit(arch)
     assert f"has {field}=" in str(error.value)
+    assert "layer 0 is" not in str(error.value)  # of the architectures with another pattern nothing is said
 
 
 def test_what_llama_cpp_lacks_is_refused():
