@@ -279,8 +279,8 @@ TARGETS = {
 
 def gguf_fit(arch: Arch) -> Fit:
     """Return how the first of llama.cpp's architectures holds ours, or raise ConfigError that says why none does."""
-    reasons = {}
-    others = {}  # of architectures that have not even the pattern
+    reasons: dict[str, str] = {}
+    others: dict[str, str] = {}  # of architectures that have not even the pattern
     for name, target in TARGETS.items():
         try:
             found = fit(arch, name)
