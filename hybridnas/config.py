@@ -24,7 +24,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -80,8 +80,10 @@ class FrozenConfig:
     prefix: ClassVar[str] = ""  # of its fields in errors, e.g. "budget": the setting is budget.depth
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
+        for field, kinds in _plain_kinds(type(self)):
             given = getattr(self, field.name)
+            if type(given) in kinds and _plainly_allowed(field, given):
+                continue
             value = _read(type(self), field, given)
             if value is not given:
                 object.__setattr__(self, field.name, value)
@@ -89,7 +91,7 @@ class FrozenConfig:
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         """Return the names of all fields in their declared order."""
-        return tuple(field.name for field in dataclasses.fields(cls))
+        return _names(cls)
 
     @classmethod
     def field(cls, name: str) -> dataclasses.Field[Any]:
@@ -379,13 +381,49 @@ def _check(field: dataclasses.Field[Any], value: Any, where: str, name: str) -> 
 
 _BOUNDS = (("ge", ">="), ("gt", ">"), ("le", "<="))
 _HOLDS = {"ge": operator.ge, "gt": operator.gt, "le": operator.le}
-_HINTS: dict[type, dict[str, Any]] = {}  # get_type_hints is slow and configs are made by the thousand
 
 
+# What is read from a class once: get_type_hints is slow, and configs are made by the thousand.
+@cache
 def _hints(cls: type) -> dict[str, Any]:
-    if cls not in _HINTS:
-        _HINTS[cls] = typing.get_type_hints(cls)
-    return _HINTS[cls]
+    return typing.get_type_hints(cls)
+
+
+@cache
+def _names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
+
+
+@cache
+def _plain_kinds(cls: type) -> tuple[tuple[dataclasses.Field[Any], frozenset[type]], ...]:
+    """Return each field with those of its types that need no conversion: text, numbers, yes or no, none."""
+    found = []
+    for field in dataclasses.fields(cls):
+        members = set(_members(_hints(cls)[field.name]))
+        kinds = {kind for kind in (int, float, str, bool, types.NoneType) if kind in members}
+        if float in members:
+            kinds.add(int)
+        if field.metadata.get("choices") or field.metadata.get("aliases"):
+            kinds -= {str, bool}  # further spellings are read as what they stand for
+            if _choices(field) and str in members:
+                kinds.add(str)
+        found.append((field, frozenset(kinds)))
+    return tuple(found)
+
+
+def _plainly_allowed(field: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether a value of a plain kind is one of the choices and within the bounds, as :func:`_check` has it."""
+    if value is None or type(value) is bool:
+        return True
+    about = field.metadata
+    choices = about.get("choices")
+    if choices and value not in choices:
+        return False
+    if type(value) is str:
+        return True
+    return math.isfinite(value) and all(
+        about.get(key) is None or _HOLDS[key](value, about[key]) for key in ("ge", "gt", "le")
+    )
 
 
 def _unknown(cls: type[FrozenConfig], name: str, place: str) -> ConfigError:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from hybridnas.arch.arch import FACTORS, Arch, overlay
@@ -223,8 +224,8 @@ class _Line:
         for (letter, args), count in self.kinds.items():
             if only is None or letter in only:
                 values = overlay({"d_model": d_model, **given.get(letter, {})}, dict(args))
-                config: BlockConfig = BLOCKS.get(letter).Config.from_dict(values, parse=True)
-                total += count * config.cost(1).active_params + self.uses[letter, args] * config.canon_params
+                params, canon_params = _counts(BLOCKS.get(letter).Config, values)
+                total += count * params + self.uses[letter, args] * canon_params
         return total
 
     def _fields_at(self, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
@@ -308,6 +309,27 @@ class _Line:
             f"{what} lies {side} what free={self.free} can reach on pattern '{self.arch.pattern}': "
             f"{reachable[0]:,} to {reachable[1]:,}; change the target, or free other fields"
         )
+
+
+def _counts(kind: type[BlockConfig], values: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the active parameters of a block of these values, and those of its Canon layer; raises ConfigError.
+
+    Remembered, because a search asks for the same blocks again and again: its candidates share letters and sizes.
+    """
+    try:
+        return _remembered(kind, tuple(sorted((name, type(value), value) for name, value in values.items())))
+    except TypeError:  # a value that cannot be hashed or ordered
+        return _counted(kind, values)
+
+
+@lru_cache(maxsize=65536)
+def _remembered(kind: type[BlockConfig], values: tuple[tuple[str, type, Any], ...]) -> tuple[int, int]:
+    return _counted(kind, {name: value for name, _, value in values})
+
+
+def _counted(kind: type[BlockConfig], values: Mapping[str, Any]) -> tuple[int, int]:
+    config = kind.from_dict(values, parse=True)
+    return config.cost(1).active_params, config.canon_params
 
 
 def _fields(free: str | Sequence[str]) -> tuple[str, ...]:

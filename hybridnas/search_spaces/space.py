@@ -16,13 +16,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, NoReturn
 
 from hybridnas.arch.arch import Arch, block_field
 from hybridnas.arch.pattern import Pattern, parse
-from hybridnas.arch.presets import DEFAULT_BASELINES, DEFAULT_REFERENCE, list_presets, preset, preset_arguments
+from hybridnas.arch.presets import DEFAULT_BASELINES, DEFAULT_REFERENCE, PRESETS, list_presets, preset, preset_arguments
 from hybridnas.config import FrozenConfig, option
 from hybridnas.errors import ConfigError, MatchError, PatternError, suggest
 from hybridnas.registry import BLOCKS
@@ -133,7 +134,7 @@ class Space(FrozenConfig, ABC):
                 got=None,
                 allowed=">= 1",
             )
-        return scaled_preset(self.reference, scale).cost().active_params
+        return _reference(PRESETS.get(self.reference).build, self.reference, scale).cost().active_params
 
     def baseline(self, name: str, scale: Scale) -> Arch:
         """Return a preset scaled to width and depth and matched to the target, as the first trials train it.
@@ -214,7 +215,8 @@ class Space(FrozenConfig, ABC):
             return self.state_bytes
         if self.reference is None:
             self._refuse("state_bytes", None, ">= 1", "has no reference whose state is the measure; give state_bytes")
-        return scaled_preset(self.reference, scale).cost(scale.seq_len).state_bytes
+        reference = _reference(PRESETS.get(self.reference).build, self.reference, scale)
+        return reference.cost(scale.seq_len).state_bytes
 
     def _check_names(self, key: str, values: Iterable[Any], allowed: Iterable[str]) -> None:
         names = tuple(allowed)
@@ -634,6 +636,12 @@ def _attention(text: str) -> int:
 
 def _empty(value: Any) -> bool:
     return isinstance(value, (list, tuple, dict)) and not value
+
+
+@lru_cache(maxsize=64)
+def _reference(build: Callable[..., Arch], name: str, scale: Scale) -> Arch:
+    """Return :func:`scaled_preset`, remembered: every draw asks for the reference. ``build``: the preset's function."""
+    return scaled_preset(name, scale)
 
 
 def scaled_preset(name: str, scale: Scale, **overrides: Any) -> Arch:
