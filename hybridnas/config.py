@@ -24,7 +24,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -50,12 +50,14 @@ def option(
     choices: Sequence[Any] | None = None,
     aliases: Mapping[str, str] | None = None,
     kinds: Sequence[str] | None = None,
+    sizable: bool = False,
     repr: bool = True,
 ) -> Any:
     """Declare a config field: its default, its one-line meaning with unit, and the values it allows.
 
     ``aliases`` are further spellings of choices, or of words that mean something special in a field of text; ``kinds``
     the kinds of data that have the field (none: all). Bounds of a tuple's field hold for each of its items.
+    ``sizable``: of a block, a size that matches a pattern to a number of active parameters where it has no width.
     """
     if not doc:
         raise TypeError("option() needs a one-line doc with the field's meaning and unit")
@@ -67,6 +69,7 @@ def option(
         "choices": tuple(choices) if choices else None,
         "aliases": dict(aliases or {}),
         "kinds": tuple(kinds) if kinds else None,
+        "sizable": sizable,
     }
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata, repr=repr)
@@ -384,18 +387,30 @@ _HOLDS = {"ge": operator.ge, "gt": operator.gt, "le": operator.le}
 
 
 # What is read from a class once: get_type_hints is slow, and configs are made by the thousand.
-@cache
+_HINTS: dict[type, dict[str, Any]] = {}
+_NAMES: dict[type, tuple[str, ...]] = {}
+_KINDS: dict[type, tuple[tuple[dataclasses.Field[Any], frozenset[type]], ...]] = {}
+
+
 def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
 
 
-@cache
-def _names(cls: type) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(cls))
+def _names(cls: type[FrozenConfig]) -> tuple[str, ...]:
+    if cls not in _NAMES:
+        _NAMES[cls] = tuple(field.name for field in dataclasses.fields(cls))
+    return _NAMES[cls]
 
 
-@cache
-def _plain_kinds(cls: type) -> tuple[tuple[dataclasses.Field[Any], frozenset[type]], ...]:
+def _plain_kinds(cls: type[FrozenConfig]) -> tuple[tuple[dataclasses.Field[Any], frozenset[type]], ...]:
+    if cls not in _KINDS:
+        _KINDS[cls] = _read_kinds(cls)
+    return _KINDS[cls]
+
+
+def _read_kinds(cls: type[FrozenConfig]) -> tuple[tuple[dataclasses.Field[Any], frozenset[type]], ...]:
     """Return each field with those of its types that need no conversion: text, numbers, yes or no, none."""
     found = []
     for field in dataclasses.fields(cls):

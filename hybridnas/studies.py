@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridnas.errors import ConfigError, StudyError, suggest
 from hybridnas.study.callbacks import StudyCallback
-from hybridnas.study.folder import FORMAT, REPORT, read_study
+from hybridnas.study.folder import FORMAT, REPORT, completed, read_study
 from hybridnas.study.records import (
     ARCH,
     COMPLETE,
@@ -58,7 +58,7 @@ def create_study(
     """Make a study, or take up the one that lies in ``runs/NAME`` with the same settings.
 
     ``space``, ``budget`` and ``data``: a name, settings as a mapping, or a config. ``name``: of the study and its
-    folder, by default SPACE-BUDGET. ``settings``: fields of :class:`hybridnas.search.config.SearchConfig`
+    folder, by default SPACE-BUDGET-HASH. ``settings``: fields of :class:`hybridnas.search.config.SearchConfig`
     (``seed=``, ``sampler=``, ``pruner=``, ``workers=``, ``runs=`` ...), of its budget (``n_trials=``, ``minutes=``,
     ``d_model=`` ...), and the space's ``baselines=`` and ``reference=``. Nothing is trained and no folder is made
     before :meth:`Study.run`.
@@ -96,10 +96,12 @@ def create_study(
 def load_study(path: str | Path) -> Study:
     """Open a study that lies on disk, given its folder, e.g. ``runs/mamba_moe-laptop``; loads no training library.
 
+    The beginning of a folder's name will do where no other study's name begins so.
+
     :meth:`Study.run` goes on with it; a study of hybridnas 0.1 can be read alone. Raises StudyError where there is
     none, or one that is damaged.
     """
-    folder = Path(path).expanduser()
+    folder = completed(Path(path).expanduser())
     read_study(folder)
     return Study(folder)
 
@@ -120,6 +122,7 @@ class Study:
         """Return the study that a search's settings describe; raises ConfigError or StudyError for bad ones."""
         from hybridnas.study.folder import StudyFolder
 
+        config = config.replace(study=config.name)
         return cls(StudyFolder(Path(config.runs).expanduser(), config.name).path, config)
 
     @property

@@ -27,8 +27,8 @@ def test_every_link_and_picture_of_the_readme_is_a_file_of_the_repository() -> N
 def test_the_commands_of_the_readme_run_in_an_empty_folder_and_then_its_python(tmp_path: Path) -> None:
     printed = run_commands(README, tmp_path)
     assert len(printed) >= 7
-    for made in ("runs/mamba_moe-smoke/report.html", "my_model/model.safetensors", "graph.svg"):
-        assert (tmp_path / made).is_file()
+    for made in ("runs/mamba_moe-smoke-*/report.html", "my_model/model.safetensors", "graph.svg"):
+        assert len(list(tmp_path.glob(made))) == 1
     found = re.search(r"^(\S+) Cost\(.*active_params=(\d+)", run_python(README, tmp_path), re.MULTILINE)
     pattern, active = found.groups()
     assert pattern == "(ME)x4A"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def contents(folder):
 
 
 def plain(records):
-    left_out = ("legs", "seconds", "tokens_per_second", "curve", "deaths")
+    left_out = ("legs", "seconds", "draw_seconds", "tokens_per_second", "curve", "deaths")
     return [{key: value for key, value in record.to_dict().items() if key not in left_out} for record in records]
 
 
@@ -246,7 +247,11 @@ def test_names_mappings_and_configs_describe_the_same_study(settings, tmp_path, 
         space_settings("hybrid"), Budget.from_dict(named_budget("smoke")), source_config({"kind": "stdlib"})
     )
     assert named.config.identity() == spelled.config.identity() == objects.config.identity()
-    assert named.name == spelled.name == objects.name == "hybrid-smoke"
+    assert named.name == spelled.name == objects.name
+    assert re.fullmatch("hybrid-smoke-[0-9a-f]{4}", named.name)
+    for change in ({"seed": 1}, {"depth": 5}, {"objectives": ("accuracy",)}, {"max_params": 1e6}):
+        assert hybridnas.create_study("hybrid", "smoke", "stdlib", **change).name != named.name
+    assert hybridnas.create_study("hybrid", "smoke", "stdlib", n_trials=3, minutes=9.0).name == named.name
     assert {"laptop", "smoke"} <= set(list_budgets())
 
 

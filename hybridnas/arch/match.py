@@ -6,11 +6,11 @@ the multiple allows. Active parameters rise along that line, so the nearest poin
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any
 
 from hybridnas.arch.arch import FACTORS, Arch, overlay
@@ -21,6 +21,8 @@ from hybridnas.registry import BLOCKS
 MAX_WIDTH = 2**20  # the widest size that is tried [channels]
 _GAP = 4096  # how many multiples in a row may be impossible (heads that do not divide) before the search gives up
 _WOBBLE = 512  # grouped-query attention makes the cost of d_model waver; this many multiples around are looked at
+_MOST_COUNTS = 65536
+_COUNTS: dict[Any, tuple[int, int]] = {}  # of blocks by class and values, see _counts
 Ratio = Mapping[str, float] | Sequence[float] | None
 
 
@@ -316,20 +318,13 @@ def _counts(kind: type[BlockConfig], values: Mapping[str, Any]) -> tuple[int, in
 
     Remembered, because a search asks for the same blocks again and again: its candidates share letters and sizes.
     """
-    try:
-        return _remembered(kind, tuple(sorted((name, type(value), value) for name, value in values.items())))
-    except TypeError:  # a value that cannot be hashed or ordered
-        return _counted(kind, values)
-
-
-@lru_cache(maxsize=65536)
-def _remembered(kind: type[BlockConfig], values: tuple[tuple[str, type, Any], ...]) -> tuple[int, int]:
-    return _counted(kind, {name: value for name, _, value in values})
-
-
-def _counted(kind: type[BlockConfig], values: Mapping[str, Any]) -> tuple[int, int]:
-    config = kind.from_dict(values, parse=True)
-    return config.cost(1).active_params, config.canon_params
+    key = (kind, *sorted((name, repr(value)) for name, value in values.items()))
+    if key not in _COUNTS:
+        if len(_COUNTS) >= _MOST_COUNTS:
+            _COUNTS.clear()
+        config = kind.from_dict(values, parse=True)
+        _COUNTS[key] = (config.cost(1).active_params, config.canon_params)
+    return _COUNTS[key]
 
 
 def _fields(free: str | Sequence[str]) -> tuple[str, ...]:
@@ -338,7 +333,7 @@ def _fields(free: str | Sequence[str]) -> tuple[str, ...]:
     fields = tuple(dict.fromkeys(FACTORS.get(name, name) for name in names))
     widths = {f for letter in BLOCKS for f in BLOCKS.get(letter).Config.field_names() if f.startswith("d_")}
     widths -= {"d_conv"}  # counts taps
-    widths |= {name for letter in BLOCKS for name in widths_of(letter)}
+    widths |= {name for letter in BLOCKS for name in (*widths_of(letter), *sizes_of(letter))}
     if not fields:
         raise ConfigError(
             f"match free=() needs at least one field; allowed: {', '.join(sorted(widths))}",
@@ -355,6 +350,14 @@ def _fields(free: str | Sequence[str]) -> tuple[str, ...]:
                 allowed=tuple(sorted(widths)),
             )
     return fields
+
+
+def sizes_of(letter: str) -> tuple[str, ...]:
+    """Return the further sizes that the block of a letter declares as sizable: for a pattern that has no width."""
+    fields = dataclasses.fields(BLOCKS.get(letter).Config)
+    return tuple(
+        field.name for field in fields if field.metadata.get("sizable") and field.name not in widths_of(letter)
+    )
 
 
 def widths_of(letter: str) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ class Attention(Block):
 
         n_heads: int | None = option(None, "query heads; none: of 64 channels where that divides d_model [count]", ge=1)
         n_kv_heads: int | None = option(None, "key and value heads, a divisor of n_heads; none: n_heads [count]", ge=1)
-        head_dim: int | None = option(None, "width of one head; none: d_model / n_heads [channels]", ge=1)
+        head_dim: int | None = option(None, "width of one head; none: d_model / n_heads [channels]", ge=1, sizable=True)
         positions: str = option("rope", "position information: rotary, or none", choices=("rope", "none"))
         rope_base: float = option(10000.0, "base of the rotary wavelengths", gt=0)
         rotary_fraction: float = option(1.0, "part of a head's channels, the first ones, that turn [1]", gt=0, le=1)

@@ -56,7 +56,7 @@ class GatedDeltaNet(LinearRecurrence):
             None, "value heads, a multiple of n_heads, which share its keys; none: n_heads [count]", ge=1
         )
         head_dim: int | None = option(
-            None, "key channels of a head; none: 3/4 of d_model over n_heads [channels]", ge=1
+            None, "key channels of a head; none: 3/4 of d_model over n_heads [channels]", ge=1, sizable=True
         )
         value_head_dim: int | None = option(
             None, "value channels of a head; none: 2 head_dim over value heads per key head [channels]", ge=1

@@ -52,7 +52,9 @@ class KimiDelta(LinearRecurrence):
         """Fields of the Kimi delta attention block."""
 
         n_heads: int | None = option(None, "heads; none: of 64 channels where that divides d_model [count]", ge=1)
-        head_dim: int | None = option(None, "key channels of a head; none: d_model / n_heads [channels]", ge=1)
+        head_dim: int | None = option(
+            None, "key channels of a head; none: d_model / n_heads [channels]", ge=1, sizable=True
+        )
         value_head_dim: int | None = option(None, "value channels of a head; none: head_dim [channels]", ge=1)
         d_conv: int = option(4, "taps of the causal convolution of q, k and v; 0: SiLU alone [tokens]", ge=0)
         conv_bias: bool = option(False, "bias of the convolution")

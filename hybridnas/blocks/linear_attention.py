@@ -84,7 +84,9 @@ class LinearAttention(LinearRecurrence):
         head_dim: int | None = option(
             None, "key channels of a head; none: value_head_dim, half of it with an output gate [channels]", ge=1
         )
-        value_head_dim: int | None = option(None, "value channels of a head; none: d_model / n_heads [channels]", ge=1)
+        value_head_dim: int | None = option(
+            None, "value channels of a head; none: d_model / n_heads [channels]", ge=1, sizable=True
+        )
         feature_map: str = option(
             "auto", "of queries and keys; auto: by kind", choices=("auto", "none", "elu", "relu", "l2")
         )

@@ -105,7 +105,9 @@ def _print(summary: Any, search: SearchConfig) -> Done:
     from rich.console import Console
 
     from hybridnas.analysis.confirmation import confirmed_winner
+    from hybridnas.analysis.limits import limits_report, sentences
     from hybridnas.report.leaderboard import render_leaderboard
+    from hybridnas.study.records import COMPLETE, INFEASIBLE
 
     render_leaderboard(summary.records, summary.reference, Console())
     ended = {
@@ -116,10 +118,15 @@ def _print(summary: Any, search: SearchConfig) -> Done:
         "interrupted": "stopped early; the same command goes on from here",
     }[summary.ended]
     show.line(f"{ended}, {summary.seconds:.0f} s")
-    if summary.ended == "time" and summary.records and all(record.preset for record in summary.records):
+    trained = [record for record in summary.records if record.state != INFEASIBLE]
+    if summary.ended == "time" and trained and all(record.preset for record in trained):
         show.line("the presets alone used them, and no candidate of the space was drawn; give more with minutes=N")
+    found = limits_report(summary.records, search.limits, search.state_length)
+    for text in sentences(found):
+        show.line(text)
     if summary.best is None:
-        show.line("no trial was trained to the end, so there is no winner yet")
+        if not any(record.state == COMPLETE for record in summary.records):
+            show.line("no trial was trained to the end, so there is no winner yet")
     else:
         best = summary.best
         sure = "one seed: unconfirmed"

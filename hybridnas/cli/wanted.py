@@ -49,9 +49,11 @@ def wanted_arch(
 
 
 def study_folder(study: str, runs: Path) -> Path:
-    """Return the folder of a study that is given by its folder or by its name; it may not exist."""
+    """Return the folder of a study that is given by its folder, its name or the beginning of it; it may not exist."""
+    from hybridnas.study.folder import completed
+
     given = Path(study).expanduser()
-    return given if (given / "study.json").is_file() else runs / study
+    return given if (given / "study.json").is_file() else completed(Path(runs) / study)
 
 
 def model_folder(model: Path | None, study: str | None = None, runs: Path = Path("runs")) -> Path:
@@ -71,7 +73,10 @@ def model_folder(model: Path | None, study: str | None = None, runs: Path = Path
                 got=study,
             )
         return folder / "best"
+    from hybridnas.study.folder import completed
+
     assert model is not None
+    model = completed(model)
     for folder in (model, model / "best", model / "model"):
         if (folder / CONFIG).is_file():
             return folder

@@ -27,6 +27,7 @@ from hybridnas.export.layout import (
     stored_tensors,
 )
 from hybridnas.hardware import Impl, pick_device
+from hybridnas.study.folder import completed
 
 if TYPE_CHECKING:
     from hybridnas.data.tokenizers import Tokenizer
@@ -74,7 +75,7 @@ def local_folder(folder: str | Path, **download: Any) -> Path:
 
     Raises ExportError for a repository that cannot be had.
     """
-    where = home(folder)
+    where = completed(home(folder))
     if where.exists() or not isinstance(folder, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", folder):
         return where
     import huggingface_hub

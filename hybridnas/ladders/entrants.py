@@ -24,7 +24,7 @@ from hybridnas.search.config import Budget
 from hybridnas.search.named import named_budget, named_data
 from hybridnas.search_spaces.fit import TOLERANCE, fit, spread
 from hybridnas.search_spaces.space import Scale, scaled_preset
-from hybridnas.study.folder import read_study
+from hybridnas.study.folder import completed, read_study
 from hybridnas.study.objectives import eligible
 from hybridnas.study.records import ARCH, COMPLETE, load_records, reference_of, trial_folder
 
@@ -76,7 +76,9 @@ class Base:
 def study_folder(config: LadderConfig) -> Path:
     """Return the folder of the ladder's study, which may lie elsewhere than other studies."""
     given = Path(str(config.study)).expanduser()
-    return given if (given / "study.json").is_file() else Path(config.runs).expanduser() / str(config.study)
+    if (given / "study.json").is_file():
+        return given
+    return completed(Path(config.runs).expanduser() / str(config.study))
 
 
 def base_of(config: LadderConfig) -> Base:

@@ -27,7 +27,7 @@ from hybridnas.report.colors import LIGHT, WHEEL, preset_key
 from hybridnas.report.html import cell, difference, render, short
 from hybridnas.report.leaderboard import signed
 from hybridnas.report.plots import Axis, Series
-from hybridnas.study.folder import read_study
+from hybridnas.study.folder import full_name, read_study
 from hybridnas.study.records import (
     COMPLETE,
     DUPLICATE,
@@ -375,13 +375,14 @@ def select(runs: Iterable[Run], config: CompareConfig, baseline: str | None) -> 
     """Keep the studies and runs that were asked for, and always the baseline; raises StudyError for unknown names."""
     kept = list(runs)
     studies = {run.study for run in kept}
-    for name in _names(config.study):
-        if name not in studies:
+    asked = {name: full_name(name, studies) for name in _names(config.study)}
+    for name, found in asked.items():
+        if found is None:
             raise StudyError(
                 f"no study {name!r} among the runs{suggest(name, studies)}", field="study", got=name, allowed=studies
             )
-    if config.study:
-        kept = [run for run in kept if run.study in _names(config.study)]
+    if asked:
+        kept = [run for run in kept if run.study in asked.values()]
     wanted = _names(config.run)
     for name in wanted:
         if not any(_is(run, name) for run in kept):

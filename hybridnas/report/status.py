@@ -14,7 +14,7 @@ from hybridnas.errors import StudyError
 from hybridnas.search.storage.database import database_url, read_database
 from hybridnas.search.storage.folder_store import FolderStore
 from hybridnas.search.storage.store import Held
-from hybridnas.study.folder import read_study
+from hybridnas.study.folder import completed, read_study
 from hybridnas.study.records import COMPLETE, FAIL, PRUNED, WORDS, TrialRecord, load_records, read_curve, trial_folder
 from hybridnas.units import duration
 
@@ -57,6 +57,8 @@ def read_status(runs: Path, name: str, storage: str | None = None, heartbeat: in
     if url is not None:
         card, records, held = read_database(url, name, heartbeat)
         return _status(name, card.get("limits") or {}, records, [_running(folder, one) for one in held])
+    folder = completed(folder)
+    name = folder.name
     meta = read_study(folder)
     store = FolderStore(folder)
     store.changes()

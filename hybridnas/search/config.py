@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hybridnas.config import MAX_SEED, FrozenConfig, option
 from hybridnas.data.source import source_config
 from hybridnas.errors import ConfigError, suggest
-from hybridnas.study.objectives import LIMITS, read_objectives, wants_hardware
+from hybridnas.study.objectives import FIRST_LIMITS, LIMITS, read_objectives, wants_hardware
 from hybridnas.train.config import ANNEALED_LR_FRACTION, TrainConfig
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ ADDED = {
 MOST_CONFIRMERS = 16  # processes, of about 400 MB each, where nothing else is asked for
 # Of a budget, what may change when a study goes on.
 LIMITS_OF_A_CALL = (
-    *("n_trials", "minutes", "max_tokens", "name"),
+    *("n_trials", "minutes", "max_tokens", "name", "train_baselines"),
     *("confirm", "confirm_top", "confirm_rates", "confirm_seeds", "verdict_seeds", "alpha"),
 )
 
@@ -104,6 +106,12 @@ class Budget(FrozenConfig):
     evals: int = option(9, "points of the loss curve, at least; every rung is one [count]", ge=1)
     valid_tokens: int = option(65536, "validation tokens per evaluation, the same for all trials [tokens]", ge=1)
     n_trials: int = option(30, "the search ends with this many finished trials, presets included [count]", ge=1)
+    train_baselines: str = option(
+        "within",
+        "which of the space's baselines are trained; within: those that keep the limits, the others are shown from "
+        "their costs; all; none",
+        choices=("within", "all", "none"),
+    )
     minutes: float | None = option(
         None, "no trial starts that would end later than this [minutes]; none: no limit", gt=0
     )
@@ -210,7 +218,7 @@ class SearchConfig(FrozenConfig):
     space: Mapping[str, Any] = option(doc="the space's YAML as a mapping")
     data: Mapping[str, Any] = option(doc="the data's settings as a mapping")
     budget: Budget = option(doc="sizes, lengths and limits")
-    study: str | None = option(None, "name of the study and its folder; none: SPACE-BUDGET [text]")
+    study: str | None = option(None, "name of the study and its folder; none: SPACE-BUDGET-HASH of its settings [text]")
     runs: Path = option(Path("runs"), "folder in which studies lie")
     seed: int = option(0, "everything random derives from it [integer]", ge=0, le=MAX_SEED)
     sampler: str = option(
@@ -229,7 +237,26 @@ class SearchConfig(FrozenConfig):
     max_params: float | None = option(None, "most parameters of a candidate [count]; none: no limit", gt=0)
     max_active_params: float | None = option(None, "most active parameters of a candidate [count]; none: any", gt=0)
     max_state_bytes: float | None = option(None, "most state of one sequence [bytes]; none: no limit", gt=0)
-    max_latency_ms: float | None = option(None, "longest time to generate a token here [ms]; none: no limit", gt=0)
+    max_flops: float | None = option(
+        None, "most FLOPs of a forward pass per token, at the budget's seq_len [FLOP]; none: no limit", gt=0
+    )
+    max_latency_ms: float | None = option(
+        None, "longest time here to generate a token of one sequence after state_length tokens [ms]; none: any", gt=0
+    )
+    min_train_tokens_per_second: float | None = option(
+        None, "least speed of training here, in steps of the budget's batch [tokens/s]; none: any", gt=0
+    )
+    min_prefill_tokens_per_second: float | None = option(
+        None, "least speed here of reading prompts of state_length tokens, speed_batch at once [tokens/s]", gt=0
+    )
+    min_decode_tokens_per_second: float | None = option(
+        None, "least speed here of generating after state_length tokens, all of speed_batch together [tokens/s]", gt=0
+    )
+    speed_batch: int | None = option(
+        None,
+        "sequences of prefill and decode when measured [count]; none: the budget's batch_size, and 1",
+        ge=1,
+    )
     tracking: str | None = option(
         None,
         "MLflow tracking URI; none: sqlite in the study folder; off: no MLflow [URI]",
@@ -300,16 +327,43 @@ class SearchConfig(FrozenConfig):
 
     @property
     def name(self) -> str:
-        """The study's name: the given one, or what it is about."""
-        return self.study or f"{self.space.get('name', 'space')}-{self.budget.name}"
+        """The study's name: the given one, or SPACE-BUDGET-HASH of all that makes the study.
+
+        A study of the same settings that an earlier version called SPACE-BUDGET is gone on with. Where two studies
+        share the four digits of the hash, the later one has eight.
+        """
+        if self.study is not None:
+            return self.study
+        identity = json.loads(json.dumps(self.identity(), sort_keys=True))
+        digits = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        plain = f"{self.space.get('name', 'space')}-{self.budget.name}"
+        runs = Path(self.runs).expanduser()
+        for name in (plain, f"{plain}-{digits[:4]}"):
+            stored = _stored_identity(runs / name)
+            if stored == identity or (stored is None and name != plain):
+                return name
+        return f"{plain}-{digits[:8]}"
 
     def identity(self) -> dict[str, Any]:
         """Return what makes two calls the same study; limits such as n_trials and minutes may change in between."""
-        kept = ("seed", "sampler", "pruner", "objectives", "state_length", *LIMITS)
-        data = source_config(self.data).to_dict()
+        kept = ("seed", "sampler", "pruner", "objectives", "state_length", *FIRST_LIMITS)
+        later = ("speed_batch", *(name for name in LIMITS if name not in FIRST_LIMITS))  # older studies lack them
+        data = source_config(self.data)
+        budget = self.budget.replace(
+            seq_len=data.own_seq_len or self.budget.seq_len
+        )  # a task's examples have their own
         return {
             "space": {k: v for k, v in self.space.items() if k != "description" and v not in (None, [], ())},
-            "data": {k: v for k, v in data.items() if k != "cache_dir" and v is not None},
-            "budget": self.budget.identity(),
+            "data": {k: v for k, v in data.to_dict().items() if k != "cache_dir" and v is not None},
+            "budget": budget.identity(),
             **{name: getattr(self, name) for name in kept},
+            **{name: value for name in later if (value := getattr(self, name)) is not None},
         }
+
+
+def _stored_identity(folder: Path) -> Any:
+    """Return the settings that make the study of a folder; None where no study lies there."""
+    try:
+        return json.loads((folder / "study.json").read_text(encoding="utf-8"))["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -10,13 +10,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from hybridnas.arch.arch import Arch
 from hybridnas.errors import MatchError, TrainingError
+from hybridnas.search import speeds
 from hybridnas.search.history import History
 from hybridnas.search.plan import Plan
+from hybridnas.search.sampling.candidates import Draw
 from hybridnas.search.storage.store import RecordStore, TrialLostError
 from hybridnas.search.trial import Trainer, TrialRun, died, new_record, reuse, weigh
 from hybridnas.study.callbacks import (
@@ -179,24 +181,25 @@ class Loop:
     def _begin(self, preset: str | None) -> tuple[TrialRecord, str] | str | None:
         """Begin a preset, or a candidate that the sampler draws."""
         plan, history = self.plan, self.history
+        began = time.monotonic()
         number = self.store.next_number()
-        marks: Mapping[str, Any] = {}
         if preset is not None:
-            candidate = plan.candidates.preset(preset)
+            draw = Draw(plan.candidates.preset(preset))
         else:
-            draw = self._sampler.draw(history, number)
-            if draw is None:
+            found = self._draw(number)
+            if found is None:
                 return None if history.running else EXHAUSTED
-            candidate, marks = draw.candidate, draw.marks
+            draw = found
             self.redrawn += draw.redrawn
-        record = new_record(plan, number, candidate, marks)
+        record = new_record(plan, number, draw)
         if record.state == RUNNING:
             same = history.same(record.fingerprint, number)
             if same is not None:
                 record = reuse(record, same)
-            elif not plan.hardware:
-                assert candidate.arch is not None
-                record = weigh(plan, record, candidate.arch, {})
+            else:
+                assert draw.candidate.arch is not None
+                record = weigh(plan, record, draw.candidate.arch, {})
+        record = dataclasses.replace(record, draw_seconds=time.monotonic() - began)
         if record.state == RUNNING:
             if not self.store.begin(record):
                 return None
@@ -205,12 +208,20 @@ class Loop:
             self._save(record)
         return record, NEW
 
+    def _draw(self, number: int) -> Draw | None:
+        """Ask the sampler, which passes by what was measured of others to be too slow in all likelihood."""
+        self.plan.candidates.unlikely = speeds.outlook(self.history, self.plan.limits)
+        return self._sampler.draw(self.history, number)
+
     def _train(self, record: TrialRecord, why: str) -> TrialRecord:
         """Train a trial that this process holds, and write its record."""
         plan, number = self.plan, record.number
         arch = self._arch(record)
         if plan.hardware and not record.rungs:
+            began = time.monotonic()
             record = weigh(plan, record, arch, self.trainer.figures(arch))
+            seconds = record.draw_seconds + time.monotonic() - began
+            record = dataclasses.replace(record, draw_seconds=seconds)
         if record.state == RUNNING:
             self.listener.started(record, record.tokens, why)
             self._say(record, why)
@@ -263,8 +274,9 @@ class Loop:
     def _raise_if_hopeless(self, last: TrialRecord) -> None:
         """Raise where nothing has worked so far: then it is the settings, not the candidates."""
         if not self.give_up or len(self.history) < MAX_FAILED_TRIALS or last.state not in (FAIL, INFEASIBLE):
-            return
-        ended = [record for record in self.history.ordered() if record.state != RUNNING]
+            return  # baselines outside the limits are shown from their costs: they are no sign of wrong settings
+        outside = {record.number for record in self.history.values() if record.state == INFEASIBLE and record.violation}
+        ended = [r for r in self.history.ordered() if r.state != RUNNING and r.number not in outside]
         states = {record.state for record in ended}
         if len(ended) < MAX_FAILED_TRIALS or not states <= {FAIL, INFEASIBLE}:
             return

@@ -32,6 +32,7 @@ class Plan:
     lr: float = 0.0  # the budget's learning rate, where races start
     hardware: bool = False  # whether candidates are measured on this machine
     presets: tuple[str, ...] = ()  # trained first
+    train_baselines: str = "within"  # those that keep the limits; or all
     minutes: float | None = None  # no trial starts that would end later
     max_draws: int | None = None  # candidates in all, trained or not; None: some for each trial
     max_tokens: int | None = None  # no new candidate once so many were trained in all

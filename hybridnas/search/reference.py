@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hybridnas.analysis.curves import best_so_far
 from hybridnas.errors import StudyError
 from hybridnas.search.confirm import at_own_rate, fresh_seeds, train_again, verdict_seeds
-from hybridnas.study.folder import read_study
+from hybridnas.study.folder import completed, read_study
 from hybridnas.study.objectives import eligible, score
 from hybridnas.study.records import SEED_RESULTS, TrialRecord, load_records, trained_tokens, trial_folder
 from hybridnas.study.reference import ReferenceStudy, read_reference_study, write_reference_study
@@ -37,7 +37,7 @@ def find_reference_study(
     config, study = session.config, session.folder.path
     if config.against is None:
         return None
-    name = f"{study.name}-random" if config.against == RANDOM else config.against
+    name = f"{study.name}-random" if config.against == RANDOM else completed(study.parent / config.against).name
     if config.against == RANDOM:
         tokens = trained_tokens(records)
         note(f"searching at random, too, for {tokens:,} trained tokens: study {name}")

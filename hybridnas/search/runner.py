@@ -16,13 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridnas.analysis.limits import stated
 from hybridnas.analysis.ranking import winner
 from hybridnas.arch.arch import Arch
 from hybridnas.errors import StudyError
 from hybridnas.hardware import describe_machine
 from hybridnas.search.config import SearchConfig
 from hybridnas.search.dashboard import JournalExport
+from hybridnas.search.forecast import forecast
 from hybridnas.search.history import History
+from hybridnas.search.latency import Setting
 from hybridnas.search.loop import Listener, Loop
 from hybridnas.search.session import Session, Settings, open_session
 from hybridnas.study.callbacks import (
@@ -263,6 +266,17 @@ class Search:
         )
         if repeated := session.source.repeated(plan.rungs[-1]):
             note(repeated)
+        if self.config.limits:
+            said = [stated(name, bound, self.config.state_length) for name, bound in self.config.limits.items()]
+            note(f"limits: {', '.join(said)}")
+        if self.config.hardware:
+            setting = Setting.of(self.config)
+            note("measured here: " + "; ".join(f"{name} of {setting.words(name)}" for name in setting.figures))
+        if session.share is not None:
+            note(str(session.share))
+        expected = None if session.on_table or history else forecast(plan, budget, history)
+        if expected is not None:
+            note(str(expected))
         if history:
             note(f"resuming: {history.finished} of {budget.n_trials} trials finished")
 

@@ -17,15 +17,19 @@ from hybridnas.data import open_source, source_config
 from hybridnas.errors import ConfigError, StudyError
 from hybridnas.hardware import describe_machine, pick_device
 from hybridnas.search.config import SearchConfig
+from hybridnas.search.feasible import Share, estimate
+from hybridnas.search.latency import Meter
 from hybridnas.search.plan import Plan
-from hybridnas.search.sampling.candidates import Candidates
+from hybridnas.search.sampling.candidates import RULES, Candidates
 from hybridnas.search.storage.folder_store import FolderStore
 from hybridnas.search.storage.store import RecordStore
 from hybridnas.search.table import TableSource, TableTrainer, on_table
 from hybridnas.search.training import CellTrainer
 from hybridnas.search.trial import Trainer
+from hybridnas.search_spaces.fit import TOLERANCE
 from hybridnas.search_spaces.space import Space
 from hybridnas.study.folder import StudyFolder
+from hybridnas.study.objectives import OF_LENGTH, counted_limits
 from hybridnas.study.records import StudyMeta, reference_of
 from hybridnas.tracking.secrets import masked
 from hybridnas.train.callbacks import Callback
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
     from hybridnas.search.workers.orders import Orders
 
 log = logging.getLogger("hybridnas.search")
+
+RULE_DRAWS, RULE_SECONDS = 60, 0.3  # for the share of a space without limits
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,13 @@ class Settings:
     @classmethod
     def of(cls, config: SearchConfig) -> Settings:
         """Read a search's settings; raises ConfigError, or StudyError for a table that is missing."""
+        config = config.replace(study=config.name)  # now: what follows changes settings that the name is made of
         space = Space.from_mapping(config.space)
         table = None
         if space.table:
-            config, table = on_table(config.replace(study=config.name), space)
+            config, table = on_table(config, space)
         data = source_config(config.data)
+        _check_lengths(config)
         seq_len = data.own_seq_len or config.budget.seq_len  # a task's examples have their own length
         config = config.replace(budget=config.budget.replace(seq_len=seq_len))
         pick_device(config.device)
@@ -75,6 +83,7 @@ class Session:
     plan: Plan
     store: RecordStore
     trainer: Trainer
+    share: Share | None = None  # how much of the space keeps its rules and limits, where it was asked
 
     @property
     def on_table(self) -> bool:
@@ -99,12 +108,18 @@ def open_session(
     folder = StudyFolder(Path(config.runs).expanduser(), config.name)
     stored = _enter(folder, config, orders)
     store: RecordStore | None = None
+    meter = Meter() if config.hardware and settings.table is None else None
     try:
+        if meter is not None:
+            meter.start()
         source = settings.table or open_source(settings.data)
         if orders is None:
             stored = folder.add_facts(stored, {"data_fingerprint": source.fingerprint})
         plan = make_plan(settings, source)
         target = space.target(plan.candidates.scale)
+        share = None
+        if orders is None and settings.table is None and config.worker != "join":
+            share = _share(stored, config, space, plan)
         worker = 0 if orders is None else orders.worker + 1
         limits = _limits(config, elapsed()) if orders is None and config.worker == "off" else None
         store = _store(config, folder, stored, worker, limits, note)
@@ -112,17 +127,63 @@ def open_session(
         if settings.table is not None:
             trainer = TableTrainer(settings.table, plan.rungs, folder.path)
         else:
-            trainer = CellTrainer(folder.path, config, source, target, callbacks)
+            trainer = CellTrainer(folder.path, config, source, target, callbacks, meter)
         meta = _meta(config, space, folder, stored, source, target)
         if orders is None:  # nothing can be refused any more: what this call may change is written now
-            folder.keep(meta=dataclasses.asdict(meta), **({} if limits is None else {"limits": limits}))
+            known = {"limits": limits, "feasible": None if share is None else dataclasses.asdict(share)}
+            kept = {name: value for name, value in known.items() if value is not None}
+            folder.keep(meta=dataclasses.asdict(meta), **kept)
             if config.worker == "off":
                 folder.admit_workers()
-        yield Session(config, space, folder, meta, config.identity(), source, target, plan, store, trainer)
+        yield Session(config, space, folder, meta, config.identity(), source, target, plan, store, trainer, share)
     finally:
+        if meter is not None:
+            meter.close()
         if store is not None:
             store.close()
         folder.close()
+
+
+def _share(stored: Mapping[str, Any], config: SearchConfig, space: Space, plan: Plan) -> Share | None:
+    """Return how much of the space is feasible, as it was found before or by drawing; raises ConfigError for none.
+
+    None where nothing could be refused: no limit, and no rule of the space.
+    """
+    known = stored.get("feasible")
+    if isinstance(known, Mapping):
+        return Share(**known)
+    rules = [name for name in RULES if getattr(space, name, None)]
+    if plan.candidates.limits:
+        return estimate(plan.candidates, config.seed)
+    return estimate(plan.candidates, config.seed, RULE_DRAWS, RULE_SECONDS) if rules else None
+
+
+def _check_lengths(config: SearchConfig) -> None:
+    """Raise ConfigError for a new study with a limit that means nothing without the context at which it holds."""
+    lacking = [name for name in config.limits if name in OF_LENGTH]
+    begun = (Path(config.runs).expanduser() / config.name / "study.json").exists()
+    if lacking and config.state_length is None and not begun:
+        raise ConfigError(
+            f"search {lacking[0]}={config.limits[lacking[0]]:g} needs state_length, the context at which it holds, "
+            f"e.g. state_length=4096",
+            field="state_length",
+            got=None,
+            allowed=">= 1",
+        )
+
+
+def _check_sizes(config: SearchConfig, space: Space, target: int) -> None:
+    """Raise ConfigError for a limit on parameters that contradicts the size to which candidates are matched."""
+    for name in ("max_active_params", "max_params"):
+        most = config.limits.get(name)
+        if space.match and most is not None and most < (1 - TOLERANCE) * target:
+            raise ConfigError(
+                f"search {name}={most:,.0f} contradicts the size of the candidates, which are matched to {target:,} "
+                f"active parameters each; raise it, or choose a smaller budget.active_params",
+                field=name,
+                got=most,
+                allowed=f">= {target}",
+            )
 
 
 def make_plan(settings: Settings, source: Source) -> Plan:
@@ -130,8 +191,15 @@ def make_plan(settings: Settings, source: Source) -> Plan:
     config, space, budget = settings.config, settings.space, settings.config.budget
     scale = budget.scale(source.vocab_size)
     space.check(scale)
+    _check_sizes(config, space, space.target(scale))
     return Plan(
-        candidates=Candidates(space, scale, settings.table.require if settings.table is not None else _trainable),
+        candidates=Candidates(
+            space,
+            scale,
+            settings.table.require if settings.table is not None else _trainable,
+            limits=counted_limits(config.limits),
+            state_length=config.state_length,
+        ),
         rungs=budget.rung_tokens(space.target(scale)),
         reduction=budget.reduction,
         n_trials=budget.n_trials,
@@ -144,7 +212,8 @@ def make_plan(settings: Settings, source: Source) -> Plan:
         rate=budget.rate,
         lr=budget.lr,
         hardware=config.hardware,
-        presets=space.baselines,
+        presets=() if budget.train_baselines == "none" else space.baselines,
+        train_baselines=budget.train_baselines,
         minutes=budget.minutes,
         max_tokens=budget.max_tokens,
     )

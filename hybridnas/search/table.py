@@ -38,6 +38,7 @@ from hybridnas.train.records import Eval, TrainResult
 
 if TYPE_CHECKING:
     from hybridnas.search.history import History
+    from hybridnas.search.latency import Figure
     from hybridnas.search.plan import Plan
 
 COSTS = tuple(item.name for item in dataclasses.fields(Cost))
@@ -297,9 +298,9 @@ class TableTrainer(LookupTrainer):
             )
         self.source, self.rungs, self.study = source, tuple(rungs), study
 
-    def figures(self, arch: Arch) -> dict[str, float]:
+    def figures(self, arch: Arch) -> Mapping[str, Figure]:
         raise ConfigError(
-            "a search on a table measures no speed; leave tokens_per_second, ms_per_token and max_latency_ms out",
+            "a search on a table measures no speed; leave speeds and times out of its objectives and limits",
             field="objectives",
         )
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hybridnas.arch.arch import Arch
 from hybridnas.files import write_json
+from hybridnas.search import speeds
 from hybridnas.search.config import SearchConfig
 from hybridnas.search.history import TRAINED, History
 from hybridnas.search.plan import Plan
 from hybridnas.search.rates import Tried
 from hybridnas.search.trial import flat, trained_tokens
-from hybridnas.study.objectives import eligible, score
+from hybridnas.study.objectives import LIMITS, eligible, score
 from hybridnas.study.records import ARCH, TrialRecord, trial_folder
 from hybridnas.train import checkpoint
 from hybridnas.train.callbacks import Action, Callback, OnEval
@@ -26,6 +27,7 @@ from hybridnas.train.records import Eval, TrainResult, read_evals
 
 if TYPE_CHECKING:
     from hybridnas.data import Source
+    from hybridnas.search.latency import Figure, Meter
 
 RATES = "rates"  # in a trial's folder: the runs of its race
 KEPT_CHECKPOINTS = 3  # of the best trials besides the presets; others come back through replay
@@ -48,9 +50,19 @@ class CellTrainer:
     """Trains the trials of one study, each in ``STUDY/trials/NNNN``."""
 
     def __init__(
-        self, study: Path, config: SearchConfig, source: Source, target: int, callbacks: Sequence[Callback] = ()
+        self,
+        study: Path,
+        config: SearchConfig,
+        source: Source,
+        target: int,
+        callbacks: Sequence[Callback] = (),
+        meter: Meter | None = None,
     ) -> None:
-        """``target``: active parameters that candidates are matched to. ``callbacks`` watch every training."""
+        """``target``: active parameters that candidates are matched to. ``callbacks`` watch every training.
+
+        ``meter``: measures speeds, where the search wants any.
+        """
+        self.meter = meter
         self.study, self.config, self.source, self.target = study, config, source, target
         self.callbacks = tuple(callbacks)
 
@@ -73,10 +85,11 @@ class CellTrainer:
                 marks.append("-")
         return " ".join(marks)
 
-    def figures(self, arch: Arch) -> dict[str, float]:
-        from hybridnas.search.latency import measure
+    def figures(self, arch: Arch) -> Mapping[str, Figure]:
+        from hybridnas.search.latency import Setting, measure
 
-        return measure(self.study, arch, self.config)
+        assert self.meter is not None
+        return measure(self.study, arch, Setting.of(self.config), self.meter)
 
     def try_rate(self, record: TrialRecord, arch: Arch, lr: float, tokens: int) -> Tried:
         folder = self.folder(record.number) / RATES / f"{lr:.4g}"
@@ -132,6 +145,8 @@ class CellTrainer:
 
         Disks are finite; replay brings any back, and a candidate that goes on without its checkpoint is trained again.
         """
+        if self.config.hardware:
+            speeds.write(self.study, history, {LIMITS[name] for name in speeds.measured_limits(plan.limits)})
         ranked = sorted(filter(eligible, history.values()), key=lambda record: (score(record), record.number))
         kept = max(KEPT_CHECKPOINTS, self.config.budget.confirm_top)
         keep = {record.number for record in ranked[:kept]} | history.running

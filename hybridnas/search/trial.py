@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hybridnas.arch.arch import Arch
 from hybridnas.search import rates
 from hybridnas.search.history import History
 from hybridnas.search.plan import Plan
 from hybridnas.search.pruning import hyperband
-from hybridnas.search.sampling.candidates import Candidate
+from hybridnas.search.sampling.candidates import Draw
 from hybridnas.study import objectives
 from hybridnas.study.records import (
     COMPLETE,
@@ -27,12 +27,15 @@ from hybridnas.study.records import (
 from hybridnas.train.callbacks import Action
 from hybridnas.train.records import Eval, TrainResult
 
+if TYPE_CHECKING:
+    from hybridnas.search.latency import Figure
+
 DEATHS = 5  # times in a row that a trial's process ended without a step forward: then the trial itself is the cause
 _STATES = {"completed": COMPLETE, "stopped": PRUNED, "paused": PRUNED, "failed": FAIL}
 _REUSED = (
     *("valid_loss", "bits_per_byte", "accuracy", *TEST_FIGURES),
     *("rungs", "curve", "tokens", "tokens_per_second", "lr"),
-    *("objectives", "figures", "violation"),
+    *("objectives", "figures", "spread", "within_spread", "violation"),
 )
 
 
@@ -51,8 +54,8 @@ class Trainer(Protocol):
         """Return a mark that changes whenever a trial has come further."""
         ...
 
-    def figures(self, arch: Arch) -> dict[str, float]:
-        """Return what was measured of an architecture on this machine, by objective; takes seconds."""
+    def figures(self, arch: Arch) -> Mapping[str, Figure]:
+        """Return what was measured of an architecture on this machine, by objective; takes a second or two."""
         ...
 
     def try_rate(self, record: TrialRecord, arch: Arch, lr: float, tokens: int) -> rates.Tried:
@@ -68,8 +71,9 @@ class Trainer(Protocol):
         ...
 
 
-def new_record(plan: Plan, number: int, candidate: Candidate, marks: Mapping[str, Any]) -> TrialRecord:
+def new_record(plan: Plan, number: int, draw: Draw) -> TrialRecord:
     """Return the record of a candidate as it is before anything is trained: INFEASIBLE or RUNNING."""
+    candidate = draw.candidate
     record = TrialRecord(
         number=number,
         state=RUNNING,
@@ -79,7 +83,8 @@ def new_record(plan: Plan, number: int, candidate: Candidate, marks: Mapping[str
         choices=dict(candidate.choices),
         cost=dict(candidate.cost),
         seed=plan.seed,
-        marks=dict(marks),
+        marks=dict(draw.marks),
+        refused=dict(draw.refused),
     )
     if candidate.arch is None:
         return dataclasses.replace(record, state=INFEASIBLE, reason=candidate.reason)
@@ -97,24 +102,33 @@ def reuse(record: TrialRecord, same: TrialRecord) -> TrialRecord:
     )
 
 
-def weigh(plan: Plan, record: TrialRecord, arch: Arch, figures: Mapping[str, float]) -> TrialRecord:
+def weigh(plan: Plan, record: TrialRecord, arch: Arch, measured: Mapping[str, Figure]) -> TrialRecord:
     """Add what is known before training: objectives that it does not change, and limits that are passed.
 
-    A candidate that passes a limit is INFEASIBLE; a preset is trained for comparison and cannot win.
-    ``figures``: what was measured on this machine.
+    A candidate that passes a limit is INFEASIBLE, and so is a preset, which is shown from its costs; with
+    ``train_baselines="all"`` a preset is trained for comparison and cannot win. A measured figure that passes a limit
+    while its interval does not keeps it, and the record says so. ``measured``: on this machine.
     """
+    figures = {name: figure.value for name, figure in measured.items()}
+    spread = {name: [figure.low, figure.high] for name, figure in measured.items()}
     state_bytes = record.cost["state_bytes"]
     shown: dict[str, float] = {}
     if plan.state_length is not None:
         state_bytes = shown["state_bytes"] = arch.cost(plan.state_length).state_bytes
     values = {**objectives.counted(record.cost, state_bytes), **figures}
-    violation = objectives.violation(plan.limits, values)
+    known = {name: bound for name, bound in plan.limits.items() if objectives.LIMITS[name] in values}
+    marginal = objectives.within_spread(known, values, spread)
+    violation = objectives.violation({name: known[name] for name in known if name not in marginal}, values)
     record = dataclasses.replace(
         record,
         objectives={name: values[name] for name in plan.objectives if name in values},
         figures={**shown, **figures},
+        spread=spread,
+        within_spread=marginal,
         violation=violation,
     )
+    if violation is not None and record.preset is not None and plan.train_baselines != "all":
+        return dataclasses.replace(record, state=INFEASIBLE, reason=f"{violation}, so it is shown from its costs")
     if violation is not None and record.preset is None:
         return dataclasses.replace(record, state=INFEASIBLE, reason=violation, violation=None)
     return record

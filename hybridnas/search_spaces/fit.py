@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hybridnas.arch.arch import Arch
-from hybridnas.arch.match import MAX_WIDTH, match, widths_of
+from hybridnas.arch.match import MAX_WIDTH, match, sizes_of, widths_of
 from hybridnas.arch.pattern import Pattern, Slot
 from hybridnas.errors import ConfigError, MatchError
 from hybridnas.registry import BLOCKS
@@ -14,6 +14,7 @@ TOLERANCE = 0.02  # a candidate farther from the target than this is not a fair 
 STATE_TOLERANCE = 0.05  # the same for the state's bytes, which come in larger steps [fraction]
 _HALVINGS = 40  # of the interval of sizes; widths are whole numbers up to 2 ** 20
 _STEPS = 16  # sizes tried around one that a block refuses
+_FINE = 2  # the finest step of a head's channels, which turn in pairs [channels]
 _FIRST = ("d_expert", "d_ff")  # widths that give way first: experts and MLPs
 
 
@@ -22,17 +23,12 @@ def fit(arch: Arch, target: int, multiple: int = 8, share: float | None = None) 
 
     Expert and MLP widths give way first, so that mixers (Mamba and others with an inner width) keep theirs; where that
     does not suffice, all widths move together. With ``share``, mixers get that share of the blocks' active parameters.
-    Raises MatchError.
+    A pattern without any width, such as one of attention alone, is sized by what its blocks declare as sizable
+    (channels of a head), in steps of 2 where ``multiple`` is too coarse, else by ``d_model``. Raises MatchError.
     """
     free = _free(arch.pattern)
     if not free:
-        sizable = ", ".join(letter for letter in BLOCKS if widths_of(letter))
-        raise MatchError(
-            f"pattern '{arch.pattern}' has no width to size; add a letter that has one: {sizable}",
-            field="pattern",
-            got=str(arch.pattern),
-            allowed=sizable,
-        )
+        return _without_widths(arch, target, multiple)
     outer = tuple(name for name in free if name in _FIRST)
     inner = tuple(name for name in free if name not in _FIRST)
     if share is not None and len(inner) == 1 and outer:
@@ -45,6 +41,31 @@ def fit(arch: Arch, target: int, multiple: int = 8, share: float | None = None) 
         if not (outer and inner):
             raise
         return _close_enough(match(arch, active_params=target, free=free, multiple=multiple), target)
+
+
+def _without_widths(arch: Arch, target: int, multiple: int) -> Arch:
+    """Return an architecture without widths, sized by its heads or else its ``d_model``; raises MatchError."""
+    heads = {name for s in arch.pattern.slots for name in sizes_of(s.letter) if name not in dict(s.args)}
+    ways = [(tuple(sorted(heads)), step) for step in (multiple, _FINE) if heads]
+    tried: MatchError | ConfigError | None = None
+    for free, step in [*ways, (("d_model",), multiple), (("d_model",), _FINE)]:
+        try:
+            return _close_enough(match(_opened(arch, free), active_params=target, free=free, multiple=step), target)
+        except (MatchError, ConfigError) as error:
+            tried = tried or error
+    assert tried is not None
+    raise tried if isinstance(tried, MatchError) else MatchError(str(tried), field=tried.field, got=tried.got)
+
+
+def _opened(arch: Arch, free: Sequence[str]) -> Arch:
+    """Return the architecture with a size, any, for the free fields that its blocks leave open: matching scales it."""
+    fields: dict[str, dict[str, int]] = {}
+    for node in arch.nodes:
+        for name in free:
+            config = node.config
+            if name != "d_model" and name in config.field_names() and config.canonical().get(name) is None:
+                fields.setdefault(node.slot.letter, {})[name] = max(2, node.config.d_model // 2 * 2)
+    return arch.replace(**fields) if fields else arch
 
 
 def spread(arch: Arch, target: int, ratios: Sequence[float], multiple: int = 8) -> Arch:

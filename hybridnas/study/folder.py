@@ -12,12 +12,14 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,44 @@ class StudyFolder:
                 got=self.name,
             )
         self._lock = handle
+
+
+def completed(path: Path) -> Path:
+    """Return a path, a study's name in it completed where it is the beginning of the name of one study alone.
+
+    ``runs/mamba_moe-laptop/best`` is ``runs/mamba_moe-laptop-3f2a/best``; a path that exists, or that no study's name
+    begins with, is returned as it is. Raises StudyError that lists the names where several begin so.
+    """
+    for place in (path, *path.parents):
+        if place.exists() or not place.name:
+            break
+        if not place.parent.is_dir():
+            continue
+        found = place.parent.glob(f"{glob.escape(place.name)}*/study.json")
+        name = full_name(place.name, (card.parent.name for card in found))
+        if name is not None:
+            return place.parent / name / path.relative_to(place)
+    return path
+
+
+def full_name(name: str, studies: Iterable[str]) -> str | None:
+    """Return the study of that name, or whose name begins so: the one that lacks the hash alone before others.
+
+    None where there is none; raises StudyError that lists them where several begin so.
+    """
+    names = sorted(study for study in studies if study.startswith(name))
+    if name in names:
+        return name
+    usual = [study for study in names if re.fullmatch(r"-[0-9a-f]{4,8}", study[len(name) :])]
+    fitting = usual if len(usual) == 1 else names
+    if len(fitting) > 1:
+        raise StudyError(
+            f"no study is called {name!r}, and {len(fitting)} names begin so: {', '.join(fitting)}; give one of them",
+            field="study",
+            got=name,
+            allowed=tuple(fitting),
+        )
+    return fitting[0] if fitting else None
 
 
 def read_study(path: Path) -> dict[str, Any]:

@@ -40,16 +40,27 @@ OBJECTIVES = {
         Objective("active_params", COUNTED, "active parameters"),
         Objective("flops_per_token", COUNTED, "FLOPs per token"),
         Objective("state_bytes", COUNTED, "state of one sequence"),
-        Objective("tokens_per_second", MEASURED, "tokens read per second", maximize=True),
+        Objective("tokens_per_second", MEASURED, "tokens read per second", maximize=True),  # former name of prefill_...
         Objective("ms_per_token", MEASURED, "time to generate a token [ms]"),
+        Objective("train_tokens_per_second", MEASURED, "tokens trained per second", maximize=True),
+        Objective("prefill_tokens_per_second", MEASURED, "tokens of prompts read per second", maximize=True),
+        Objective("decode_tokens_per_second", MEASURED, "tokens generated per second", maximize=True),
     )
 }
-LIMITS = {
+LIMITS = {  # of what: the most of what should be small, the least of what should be large
     "max_params": "params",
     "max_active_params": "active_params",
     "max_state_bytes": "state_bytes",
+    "max_flops": "flops_per_token",
     "max_latency_ms": "ms_per_token",
+    "min_train_tokens_per_second": "train_tokens_per_second",
+    "min_prefill_tokens_per_second": "prefill_tokens_per_second",
+    "min_decode_tokens_per_second": "decode_tokens_per_second",
 }
+OF_LENGTH = (  # limits that mean nothing without the context at which they hold
+    *("max_state_bytes", "max_latency_ms", "min_prefill_tokens_per_second", "min_decode_tokens_per_second"),
+)
+FIRST_LIMITS = ("max_params", "max_active_params", "max_state_bytes", "max_latency_ms")  # those of version 0.2
 DEFAULT = ("val_loss",)
 
 
@@ -96,16 +107,43 @@ def wants_hardware(names: Iterable[str], limits: Mapping[str, float]) -> bool:
     return any(OBJECTIVES[name].kind == MEASURED for name in (*names, *(LIMITS[limit] for limit in limits)))
 
 
+def counted_limits(limits: Mapping[str, float]) -> dict[str, float]:
+    """Return the limits that follow from the architecture."""
+    return {name: limit for name, limit in limits.items() if OBJECTIVES[LIMITS[name]].kind == COUNTED}
+
+
 def excess(limits: Mapping[str, float], values: Mapping[str, float]) -> dict[str, float]:
-    """Return by how much each limit is passed; zero and less keeps it."""
-    return {name: values[LIMITS[name]] - limit for name, limit in limits.items()}
+    """Return by how much each limit is passed, in its own unit; zero and less keeps it."""
+    return {name: OBJECTIVES[LIMITS[name]].turned(values[LIMITS[name]] - limit) for name, limit in limits.items()}
+
+
+def broken(limits: Mapping[str, float], values: Mapping[str, float]) -> list[str]:
+    """Return the names of the limits that are passed."""
+    return [name for name, amount in excess(limits, values).items() if amount > 0]
 
 
 def violation(limits: Mapping[str, float], values: Mapping[str, float]) -> str | None:
     """Return which limits are passed, as a sentence, or None."""
-    over = [name for name, amount in excess(limits, values).items() if amount > 0]
-    found = [f"{LIMITS[name]}={values[LIMITS[name]]:,.6g} is above {name}={limits[name]:,.6g}" for name in over]
+    found = [
+        f"{LIMITS[name]}={values[LIMITS[name]]:,.6g} is {'below' if OBJECTIVES[LIMITS[name]].maximize else 'above'} "
+        f"{name}={limits[name]:,.6g}"
+        for name in broken(limits, values)
+    ]
     return " and ".join(found) or None
+
+
+def within_spread(
+    limits: Mapping[str, float], values: Mapping[str, float], spread: Mapping[str, Sequence[float]]
+) -> list[str]:
+    """Return the limits that a measured value passes while its interval does not: such a limit counts as met."""
+    found = []
+    for name in broken(limits, values):
+        measured = LIMITS[name]
+        if measured in spread:
+            low, high = spread[measured]
+            best = high if OBJECTIVES[measured].maximize else low
+            found += [name] if not broken({name: limits[name]}, {measured: best}) else []
+    return found
 
 
 def of_eval(names: Sequence[str], known: Mapping[str, float], entry: Mapping[str, Any]) -> dict[str, float]:

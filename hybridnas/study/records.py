@@ -85,7 +85,11 @@ class TrialRecord:
     duplicate_of: int | None = None  # number of the trial whose result is reused
     objectives: Mapping[str, float] = field(default_factory=dict)  # asked for, in their order and directions
     figures: Mapping[str, float] = field(default_factory=dict)  # measured here, and state_bytes as asked for
+    spread: Mapping[str, Sequence[float]] = field(default_factory=dict)  # 95 % interval of each measured figure
+    within_spread: Sequence[str] = field(default_factory=list)  # limits that a figure passes and its interval does not
     violation: str | None = None  # which limit a preset passes: it is trained for comparison and cannot win
+    refused: Mapping[str, int] = field(default_factory=dict)  # draws before this one by the rule or limit they broke
+    draw_seconds: float = 0.0  # from asking the sampler to the start of the training, measurements included
     confirmed: Mapping[str, float | None] = field(default_factory=dict)  # fresh seed -> result at full length
     confirmed_test: Mapping[str, float | None] = field(default_factory=dict)  # the same on the test part
     verdict: Mapping[str, float | None] = field(default_factory=dict)  # seed that chose nothing -> result
@@ -130,7 +134,7 @@ class TrialRecord:
         known = {key: value for key, value in values.items() if key in names}
         if type(known.get("number")) is not int or not isinstance(known.get("state"), str):
             raise StudyError("a trial's record needs an integer 'number' and a 'state'")
-        for key in ("choices", "cost", "objectives", "figures", "marks", *SEED_RESULTS):
+        for key in ("choices", "cost", "objectives", "figures", "spread", "refused", "marks", *SEED_RESULTS):
             if not isinstance(known.setdefault(key, {}), Mapping):
                 raise StudyError(f"a trial's record needs a mapping for {key!r}, got {type(known[key]).__name__}")
         numbers = ("valid_loss", "bits_per_byte", "accuracy", *TEST_FIGURES, "tokens", "seconds", "tokens_per_second")

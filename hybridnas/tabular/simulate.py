@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hybridnas.arch.arch import Arch
 from hybridnas.search.history import History
@@ -21,6 +22,9 @@ from hybridnas.study.callbacks import COMPLETED
 from hybridnas.study.records import COMPLETE, TrialRecord
 from hybridnas.train.callbacks import Action
 from hybridnas.train.records import Eval, TrainResult
+
+if TYPE_CHECKING:
+    from hybridnas.search.latency import Figure
 
 Scores = Mapping[str, Mapping[int, float]]  # fingerprint -> training tokens -> loss; what diverged has no last score
 
@@ -113,7 +117,7 @@ class _Scores(LookupTrainer):
     def __init__(self, scores: Scores, rungs: Sequence[int]) -> None:
         self.scores, self.rungs = scores, tuple(rungs)
 
-    def figures(self, arch: Arch) -> dict[str, float]:
+    def figures(self, arch: Arch) -> Mapping[str, Figure]:
         return {}
 
     def train(self, record: TrialRecord, arch: Arch, on_eval: Callable[[Eval], Action]) -> TrainResult:

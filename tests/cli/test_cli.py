@@ -27,8 +27,9 @@ from hybridnas.train.config import TrainConfig
 
 SURFACE = {  # a setting more or less is a decision: change this table with it
     "search": "action against alpha confirm confirm_rates confirm_seeds confirm_top confirm_workers device heartbeat "
-    "launch max_active_params max_latency_ms max_params max_state_bytes minutes n_trials nodes objectives pruner runs "
-    "sampler seed state_length storage study tracking verdict_seeds worker workers",
+    "launch max_active_params max_flops max_latency_ms max_params max_state_bytes min_decode_tokens_per_second "
+    "min_prefill_tokens_per_second min_train_tokens_per_second minutes n_trials nodes objectives pruner runs "
+    "sampler seed speed_batch state_length storage study tracking verdict_seeds worker workers",
     "train": "arch device freeze impl lora lora_alpha lora_layers max_seconds model out pattern recipe tokenizer "
     "tracking train",
     "describe": "arch block device exportable out pattern presets seq_len",

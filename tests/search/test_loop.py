@@ -52,7 +52,7 @@ def plan_of(plain, scores, **fields):
 def bare(record: TrialRecord) -> dict:
     """Return what of a record does not depend on the clock, or on how often it was interrupted."""
     values = json.loads(json.dumps(record.to_dict()))
-    return {key: value for key, value in values.items() if key not in ("legs", "seconds", "deaths")}
+    return {key: value for key, value in values.items() if key not in ("legs", "seconds", "draw_seconds", "deaths")}
 
 
 class Interrupted(Exception):  # noqa: N818

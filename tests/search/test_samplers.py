@@ -222,12 +222,34 @@ def test_a_space_that_is_used_up_gives_what_it_has(plain):
     assert len(found) == 4
 
 
-def test_what_is_infeasible_is_not_drawn_twice(plain):
+def test_what_is_infeasible_is_never_drawn(plain):
     space = Space.from_mapping({**PLAIN, "requires": ["F"], "letters": ["A", "F"], "motif_length": [2]})
     candidates = Candidates(space, SCALE)
-    motifs = ["".join(params.values()) for params in drawn(plan_of("random", candidates), 4)]
-    assert sorted(motifs) == ["AA", "AF", "FA", "FF"]
-    assert candidates.of({"slot0": "A", "slot1": "A"}).arch is None
+    plan = plan_of("random", candidates)
+    history = History(plan.objectives, plan.rungs)
+    motifs = ["".join(params.values()) for params in drawn(plan, 3, history=history)]
+    assert sorted(motifs) == ["AF", "FA", "FF"]
+    assert candidates.of({"slot0": "A", "slot1": "A"}).breaks == "requires"
+    assert plan.draws.draw(history, 3) is None
+
+
+def test_brute_force_passes_by_what_breaks_a_limit():
+    space = Space.from_mapping({**PLAIN, "letters": ["A", "F"], "motif_length": [1]})
+    candidates = Candidates(space, SCALE, limits={"max_state_bytes": 10_000.0}, state_length=4096)
+    draw = plan_of("bruteforce", candidates).draws.draw(History(("val_loss",), (1,)), 0)
+    assert (draw.candidate.pattern, draw.refused) == ("Fx4", {"max_state_bytes": 1})
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_draw_that_passes_a_limit_is_drawn_again_and_counted(name):
+    space = Space.from_mapping(PLAIN)
+    candidates = Candidates(space, SCALE, limits={"max_state_bytes": 10_000.0}, state_length=4096)
+    plan = plan_of(name, candidates)
+    draws = [plan.draws.draw(History(plan.objectives, plan.rungs), number) for number in range(12)]
+    assert all(draw.candidate.arch.cost(4096).state_bytes <= 10_000 for draw in draws)
+    assert sum(draw.refused.get("max_state_bytes", 0) for draw in draws) > 0
+    assert all(sum(draw.refused.values()) <= draw.redrawn for draw in draws)
+    assert "A" in str(candidates.preset("transformer").arch.pattern)  # a baseline keeps its architecture
 
 
 def test_tpe_alone_comes_back_to_what_it_likes_and_here_it_does_not(plain):

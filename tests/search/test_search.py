@@ -22,6 +22,7 @@ from hybridnas.search.pruning.promotion import Promotion
 from hybridnas.search.replay import replay
 from hybridnas.studies import Study
 from hybridnas.study import records
+from hybridnas.study.folder import completed
 from hybridnas.train import experiment
 from hybridnas.train.records import TrainResult
 
@@ -216,18 +217,21 @@ def test_a_trial_is_replayed_from_another_folder_though_its_data_had_a_relative_
 
 
 def test_infeasible_draws_are_recorded_with_their_reason(tmp_path, tiny):
-    candidates = "space.candidates=[{name: wide, pattern: AA},{name: good, motif: ME}]"
+    candidates = "space.candidates=[{name: wide, pattern: 'AA{head_dim=8192}'},{name: good, motif: ME}]"
     summary = run(tmp_path, [*tiny, *LISTED[:-1], candidates, "sampler=bruteforce", "space.baselines=[]", "n_trials=5"])
     bad, good = summary.records
     assert (bad.state, good.state) == ("INFEASIBLE", "COMPLETE")
-    assert bad.reason.startswith("pattern 'AA' has no width to size")
+    assert bad.reason.startswith("active_params=")
     assert dict(bad.choices) == {"candidate": "wide"}
     assert not (summary.folder / "trials/0000/arch.json").exists()
 
 
 def test_a_target_that_nothing_reaches_ends_the_search(tmp_path, tiny):
-    with pytest.raises(MatchError, match=r"the first 5 candidates are all infeasible, the last one because: .*active"):
+    with pytest.raises(ConfigError, match=r"most often: active_params=30 lies below what") as caught:
         run(tmp_path, [*tiny, "budget.active_params=30"])
+    assert caught.value.field == "budget.active_params"
+    with pytest.raises(MatchError, match=r"the first 5 candidates are all infeasible, the last one because: .*active"):
+        run(tmp_path, [*tiny, "budget.active_params=30", "space.requires=[]"])
 
 
 def test_a_trial_that_crashes_is_a_failure_with_its_reason_and_the_search_goes_on(tmp_path, tiny, monkeypatch):
@@ -272,7 +276,7 @@ def test_when_everything_fails_the_search_says_so(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(experiment, "train_run", never)
     with pytest.raises(TrainingError, match="the first 5 trials all failed, the last one because: diverged in step 3"):
         run(tmp_path, tiny)
-    assert len(records.load_records(tmp_path / "mamba_moe-smoke")[0]) == 5
+    assert len(records.load_records(completed(tmp_path / "mamba_moe-smoke"))[0]) == 5
 
 
 def test_a_stop_by_the_pruner_is_recorded_as_pruned(tmp_path, tiny, monkeypatch):
@@ -364,7 +368,7 @@ def test_a_disk_that_refuses_a_checkpoint_fails_the_search_and_not_the_trial(tmp
     monkeypatch.setattr(experiment, "train_run", full)
     with pytest.raises(TrainingError, match="no space left on the disk"):
         run(tmp_path, tiny)
-    assert records.load_records(tmp_path / "mamba_moe-smoke")[0] == []
+    assert records.load_records(completed(tmp_path / "mamba_moe-smoke"))[0] == []
 
 
 @pytest.mark.parametrize(

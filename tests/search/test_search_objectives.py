@@ -1,7 +1,6 @@
 """Several objectives: fronts, ranks and directions; limits that are checked without training; measured figures."""
 
 import csv
-import itertools
 import json
 import random
 
@@ -20,6 +19,7 @@ from hybridnas.errors import ConfigError, StudyError
 from hybridnas.files import locked
 from hybridnas.report.callbacks import ConsoleLines
 from hybridnas.search import latency as measure
+from hybridnas.search_spaces.space import Space
 from hybridnas.studies import Study
 from hybridnas.study.records import TrialRecord
 
@@ -84,6 +84,8 @@ def test_crowding_is_the_sum_of_the_gaps_around_a_point():
         (["max_state_bytes=0"], "max_state_bytes", 0),
         (["max_latency_ms=-1"], "max_latency_ms", -1),
         (["state_length=0"], "state_length", 0),
+        (["max_state_bytes=1e5"], "state_length", None),
+        (["min_decode_tokens_per_second=10"], "state_length", None),
         (["confirm_seeds=0"], "confirm_seeds", 0),
         (["confirm_seeds=1"], "confirm_seeds", 1),
         (["confirm_top=0"], "confirm_top", 0),
@@ -151,22 +153,43 @@ def test_the_leaderboard_marks_the_front(study):
     assert study.best.number in marked
 
 
-def test_limits_are_checked_without_training(tmp_path, tiny):
-    loose = run(tmp_path / "a", [*tiny, "sampler=random", "n_trials=8"])
-    limit = min(one.cost["params"] for one in loose.records if one.state == "COMPLETE") + 0.5
+@pytest.mark.parametrize("which", ["within", "all", "none"])
+def test_counted_limits_are_decided_before_a_trial_exists(tmp_path, tiny, which):
+    config = search_config(compose("search", ["budget=smoke", *tiny]))
+    target = Space.from_mapping(config.space).target(config.budget.scale(256))
+    limit = 1.1 * target  # several experts have more
     lines = []
-    tight = run(tmp_path / "b", [*tiny, "sampler=random", "n_trials=6", f"max_params={limit}"], lines.append)
-    out = [one for one in tight.records if one.state == "INFEASIBLE" and one.reason and "max_params" in one.reason]
-    assert out
-    for one in out:
-        assert one.reason == f"params={one.cost['params']:,.6g} is above max_params={limit:,.6g}"
-        assert not (tight.folder / f"trials/{one.number:04d}/metrics.jsonl").exists()
-    yardsticks = [one for one in tight.records if one.preset is not None and one.cost["params"] > limit]
-    assert yardsticks
-    assert all(one.state == "COMPLETE" and one.violation for one in yardsticks)
-    assert tight.best is None or tight.best.violation is None
-    frozen = dashboard(tight.folder)
-    assert all(frozen.trials[one.number].constraints["max_params"] > 0 for one in out)
+    settings = ["sampler=random", f"max_params={limit}", f"budget.train_baselines={which}", "space.split=null"]
+    presets = "space.baselines=[mamba,moe_mamba]"
+    summary = run(tmp_path, [*tiny, *settings, presets, "n_trials=3"], lines.append)
+    drawn = [one for one in summary.records if one.preset is None]
+    assert drawn
+    assert all(one.state in ("COMPLETE", "PRUNED", "DUPLICATE") and one.cost["params"] <= limit for one in drawn)
+    assert any("even draws keep" in line for line in lines)
+    states = {one.preset: (one.state, bool(one.violation)) for one in summary.records if one.preset is not None}
+    mixture = ("COMPLETE", True) if which == "all" else ("INFEASIBLE", True)
+    assert states == ({} if which == "none" else {"mamba": ("COMPLETE", False), "moe_mamba": mixture})
+    for one in summary.records:
+        assert (summary.folder / f"trials/{one.number:04d}/metrics.jsonl").exists() == (one.state != "INFEASIBLE")
+        if one.violation:
+            assert one.violation == f"params={one.cost['params']:,.6g} is above max_params={limit:,.6g}"
+            assert dashboard(summary.folder).trials[one.number].constraints["max_params"] > 0
+    assert summary.best.violation is None
+
+
+def test_a_limit_that_nothing_keeps_is_refused_with_what_is_reached(tmp_path, tiny):
+    with pytest.raises(ConfigError) as caught:
+        run(tmp_path, [*tiny, "max_state_bytes=10", "state_length=4096"])
+    least, most = caught.value.allowed
+    assert (caught.value.field, caught.value.got) == ("max_state_bytes", 10)
+    assert 10 < least <= most
+    assert list((tmp_path / "demo" / "trials").iterdir()) == []
+
+
+def test_a_limit_below_the_size_that_all_candidates_have_contradicts_it(tmp_path, tiny):
+    with pytest.raises(ConfigError) as caught:
+        run(tmp_path, [*tiny, "max_active_params=100"])
+    assert (caught.value.field, caught.value.got) == ("max_active_params", 100)
 
 
 def test_accuracy_alone_is_maximised_in_the_whole_search(tmp_path, tiny):
@@ -177,50 +200,101 @@ def test_accuracy_alone_is_maximised_in_the_whole_search(tmp_path, tiny):
     assert frozen.best_trial.value == summary.best.accuracy
 
 
-def test_hardware_is_measured_alone_once_for_each_architecture(tmp_path, tiny, monkeypatch):
-    calls = itertools.count()
+@pytest.fixture
+def meter(monkeypatch):
+    """Replace the process that measures: each figure is its ``value``, known to a tenth; ``asked`` has the settings."""
 
-    def figures(arch, setting):
-        return {"tokens_per_second": 1000.0 - next(calls), "ms_per_token": 1.0}
+    class Fake:
+        value, asked = 7.0, []
 
-    monkeypatch.setattr(measure, "_in_a_process", figures)
-    settings = ["pruner=halving", "objectives=[val_loss,tokens_per_second]", "n_trials=6"]
+        def ask(self, arch, setting):
+            self.asked.append((arch.fingerprint(), setting))
+            return {name: measure.Figure(self.value, 0.9 * self.value, 1.1 * self.value) for name in setting.figures}
+
+    fake = Fake()
+    fake.asked = []
+    monkeypatch.setattr(measure.Meter, "start", lambda self: None)
+    monkeypatch.setattr(measure.Meter, "ask", lambda self, arch, setting: fake.ask(arch, setting))
+    return fake
+
+
+def test_hardware_is_measured_alone_once_for_each_architecture(tmp_path, tiny, meter):
+    settings = ["pruner=halving", "objectives=[val_loss,train_tokens_per_second]", "n_trials=6"]
     summary = run(tmp_path, [*tiny, *settings])
-    kept = sorted((summary.folder / "measured").iterdir())
-    asked = next(calls)
-    assert len(kept) == asked == len({one.fingerprint for one in summary.records if one.fingerprint})
+    kept = sorted(path for path in (summary.folder / "measured").iterdir() if path.name != "predictor.json")
+    assert len(kept) == len(meter.asked) == len({one.fingerprint for one in summary.records if one.fingerprint})
     stored = json.loads(kept[0].read_text())
     assert stored["isolated"] is True
     assert {"figures", "machine", "fingerprint", "setting"} <= set(stored)
-    assert all(one.objectives["tokens_per_second"] for one in summary.records if one.state == "COMPLETE")
-    config = search_config(compose("search", ["budget=smoke", *tiny]))
+    done = [one for one in summary.records if one.state == "COMPLETE"]
+    assert all(one.objectives["train_tokens_per_second"] == 7.0 for one in done)
+    assert all(one.spread["train_tokens_per_second"] == pytest.approx([6.3, 7.7]) for one in done)
+    fingerprint, setting = meter.asked[0]
     arch = Arch.from_dict(json.loads((summary.folder / "trials/0000/arch.json").read_text()))
-    assert measure.measure(summary.folder, arch, config)["ms_per_token"] == 1.0
-    assert next(calls) == asked + 1  # from memory
+    asked = len(meter.asked)
+    known = measure.measure(summary.folder, arch, setting, measure.Meter())
+    assert known["train_tokens_per_second"].value == 7.0
+    assert (arch.fingerprint(), len(meter.asked)) == (fingerprint, asked)  # from memory
 
 
-def test_a_latency_limit_measures_before_training(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(measure, "_in_a_process", lambda *_: {"tokens_per_second": 1.0, "ms_per_token": 7.0})
-    summary = run(tmp_path, [*tiny, "max_latency_ms=5", "n_trials=5"])
-    assert all(one.violation == "ms_per_token=7 is above max_latency_ms=5" for one in summary.records)
-    assert summary.best is None
+@pytest.mark.parametrize(
+    ("limit", "met"),
+    [
+        ("max_latency_ms=5", False),
+        ("max_latency_ms=6.5", True),
+        ("min_decode_tokens_per_second=7.5", True),
+        ("min_decode_tokens_per_second=8", False),
+    ],
+)
+def test_a_measured_limit_is_decided_before_training_and_met_within_the_spread(tmp_path, tiny, meter, limit, met):
+    summary = run(tmp_path, [*tiny, limit, "state_length=64", "n_trials=2", "space.baselines=[mamba,moe_mamba]"])
+    name = limit.partition("=")[0]
+    presets = [one for one in summary.records if one.preset is not None]
+    assert len(presets) == 2
+    if met:
+        assert all(one.state == "COMPLETE" and list(one.within_spread) == [name] for one in presets)
+        assert summary.best is not None
+    else:
+        assert all(one.state == "INFEASIBLE" and name in one.violation for one in presets)
+        assert summary.best is None
+        assert not list(summary.folder.glob("trials/*/metrics.jsonl"))
 
 
-def test_a_real_measurement_in_a_process_of_its_own(tmp_path):
+def test_a_real_measurement_in_a_process_of_its_own():
     arch = Arch.from_pattern("MF", d_model=16, vocab_size=32)
-    found = measure._in_a_process(arch, measure.Setting(16, 2, "cpu"))
-    assert found["tokens_per_second"] > 0
-    assert found["ms_per_token"] > 0
-    with pytest.raises(StudyError, match="MF could not be measured on this machine: "):
-        measure._in_a_process(arch, measure.Setting(16, 2, "nowhere"))
+    meter = measure.Meter()
+    try:
+        found = meter.ask(arch, setting(measure_all=True))
+        assert set(found) == set(setting(measure_all=True).figures)
+        assert all(0 < figure.low <= figure.value <= figure.high for figure in found.values())
+        with pytest.raises(StudyError, match="MF could not be measured on this machine: "):
+            meter.ask(arch, setting(device="nowhere"))
+    finally:
+        meter.close()
+
+
+def setting(*, measure_all=False, **changes):
+    figures = (
+        ("train_tokens_per_second", "prefill_tokens_per_second", "decode_tokens_per_second", "ms_per_token")
+        if measure_all
+        else ("ms_per_token",)
+    )
+    shapes = {"length": 16, "prefill_batch": 2, "decode_batch": 3, "train_batch": 2, "train_length": 8}
+    return measure.Setting(**{**shapes, "figures": figures, "device": "cpu", "seconds": 0.0, **changes})
+
+
+def test_the_interval_of_a_median_is_that_of_order_statistics():
+    times = [float(n) for n in range(1, 21)]
+    found = measure.interval(times)
+    assert (found.value, found.low, found.high) == (10.5, 6.0, 15.0)  # scipy.stats.binom(20, 0.5).ppf(0.025) is 6
+    assert measure.interval([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
 
 
 def test_the_name_of_a_figure_holds_architecture_machine_and_settings(monkeypatch):
     arch, other = (Arch.from_pattern(p, d_model=16, vocab_size=32) for p in ("MF", "MA"))
-    setting = measure.Setting(16, 2, "cpu")
-    names = {measure.key(arch, setting), measure.key(other, setting), measure.key(arch, measure.Setting(32, 2, "cpu"))}
+    names = {measure.key(arch, setting()), measure.key(other, setting()), measure.key(arch, setting(length=32))}
     monkeypatch.setattr(measure, "describe_machine", lambda: "another machine")
-    names.add(measure.key(arch, setting))
+    names.add(measure.key(arch, setting()))
     assert len(names) == 4
 
 
@@ -254,16 +328,14 @@ def test_writing_is_measured_with_the_decoder_of_generate(monkeypatch):
             return super().__call__(ids_B)
 
     monkeypatch.setattr(decode, "Decoder", Spy)
-    monkeypatch.setattr(measure, "_SECONDS", 0.0)
-    monkeypatch.setattr(measure, "_WARM_SECONDS", 0.0)
     model = HybridLM(Arch.from_pattern("A", d_model=16, vocab_size=32), seed=0).eval()
     whole_model_calls = []
     model.register_forward_hook(lambda *_: whole_model_calls.append(1))
-    assert measure.speeds(model, measure.Setting(300, 2, "cpu"))["ms_per_token"] > 0
-    assert len(steps) == measure._LEAST * (1 + measure._WRITTEN)
-    assert len(made) == measure._LEAST
+    assert measure.speeds(model, setting(length=300))["ms_per_token"].value > 0
+    assert len(made) == measure._SOME + 1  # one that is not counted
+    assert len(steps) == len(made) * (1 + measure._WRITTEN)
     assert all(any(300 in shape for shape in shapes) for shapes in made)  # after a full context
-    assert len(whole_model_calls) == measure._LEAST + 1
+    assert len(whole_model_calls) == 1  # the prompt, once
 
 
 @pytest.mark.parametrize(

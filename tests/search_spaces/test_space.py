@@ -229,11 +229,18 @@ def test_what_is_required_is_said():
     assert reasons == {"pattern 'Ex4' has no M, which space 'mine' requires"}
 
 
-def test_a_pattern_without_widths_cannot_be_fitted():
-    arch = Arch.from_pattern("AA", d_model=32, vocab_size=256)
-    with pytest.raises(MatchError, match="no width to size"):
-        fit(arch, 10_000)
+@pytest.mark.parametrize("letters", ["A", "S", "C", "L", "K", "AS", "GLKA"])
+@pytest.mark.parametrize(("d_model", "target", "multiple"), [(32, 20_000, 2), (512, 26_000_000, 8)])
+def test_a_pattern_without_widths_is_fitted_by_its_heads_or_its_d_model(letters, d_model, target, multiple):
+    arch = fit(Arch.from_pattern(letters * (4 // len(letters)), d_model=d_model, vocab_size=256), target, multiple)
+    assert abs(arch.cost().active_params - target) <= 0.02 * target
     assert not share_free(arch.pattern)
+
+
+def test_a_target_that_heads_and_d_model_cannot_reach_is_refused():
+    with pytest.raises(MatchError) as caught:
+        fit(Arch.from_pattern("AA", d_model=32, vocab_size=256, head_dim=2**20), 10_000)
+    assert caught.value.field == "active_params"
 
 
 @pytest.fixture

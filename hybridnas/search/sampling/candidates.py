@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,12 +17,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hybridnas.arch.arch import Arch
 from hybridnas.errors import HybridNASError
 from hybridnas.search_spaces.space import Proposal, Scale, Space, reason_of
+from hybridnas.study.objectives import broken, counted, violation
 
 if TYPE_CHECKING:
     from hybridnas.search.history import History
 
 REDRAWS = 8  # by the sampler itself: one that has settled on a point gives it again and again
 RANDOM_REDRAWS = 48  # then evenly from the space; where all of these are known, the space is as good as exhausted
+FURTHER_REDRAWS = 2000  # evenly, where some broke a rule or a limit: enough where one in 500 keeps them
+
+RULES = ("requires", "min_attention", "max_mixers", "exportable")  # fields of a space that refuse patterns
 
 Params = Mapping[str, Any]
 
@@ -113,7 +118,9 @@ class Candidate:
     pattern: str = ""  # canonical
     cost: Mapping[str, float] = dataclasses.field(default_factory=dict)
     reason: str | None = None  # why it is infeasible
+    breaks: str = ""  # the rule or limit that makes it infeasible, such as requires, size or max_state_bytes
     preset: str | None = None
+    values: Mapping[str, float] = dataclasses.field(default_factory=dict)  # counted, where there are limits
 
     @property
     def fingerprint(self) -> str:
@@ -125,10 +132,22 @@ class Candidates:
     """The candidates of a space at one scale; remembers them, because matching costs milliseconds.
 
     ``check`` raises a HybridNASError for an architecture that cannot be trained, such as one that a table lacks.
+    ``limits``: those that follow from an architecture; a candidate that passes one is infeasible, a preset is not.
+    ``state_length``: context at which the state counts [tokens]; None: that of the scale.
     """
 
-    def __init__(self, space: Space, scale: Scale, check: Callable[[Arch], None] | None = None) -> None:
+    def __init__(
+        self,
+        space: Space,
+        scale: Scale,
+        check: Callable[[Arch], None] | None = None,
+        *,
+        limits: Mapping[str, float] | None = None,
+        state_length: int | None = None,
+    ) -> None:
         self.space, self.scale = space, scale
+        self.limits, self.state_length = dict(limits or {}), state_length or scale.seq_len
+        self.unlikely: Callable[[Candidate], str | None] = lambda candidate: None  # which measured limit it will pass
         self._check = check
         self._known: dict[str, Candidate] = {}
         self._drawn: dict[str, Drawn] = {}
@@ -136,7 +155,7 @@ class Candidates:
 
     def only(self, keys: Container[str]) -> Candidates:
         """Return the candidates of which all but these architectures are infeasible; they share what is remembered."""
-        found = Candidates(self.space, self.scale, self._check)
+        found = Candidates(self.space, self.scale, self._check, limits=self.limits, state_length=self.state_length)
         found._known, found._drawn, found._allowed = self._known, self._drawn, keys
         return found
 
@@ -144,12 +163,15 @@ class Candidates:
         """Return what ``params`` lead to."""
         key = json.dumps(dict(params), sort_keys=True)
         if key not in self._known:
-            self._known[key] = self._make(key, params, lambda: self.space.propose(Fixed(params), self.scale))
+            found = self._make(key, params, lambda: self.space.propose(Fixed(params), self.scale))
+            self._known[key] = self._within(key, found)
         candidate = self._known[key]
         if self._allowed is None or candidate.key in self._allowed or candidate.arch is None:
             return candidate
         reason = f"pattern '{candidate.pattern}' at these sizes has no known score"
-        return dataclasses.replace(candidate, key=f"infeasible {key}", arch=None, pattern="", reason=reason)
+        return dataclasses.replace(
+            candidate, key=f"infeasible {key}", arch=None, pattern="", reason=reason, breaks="unknown"
+        )
 
     def recorded(self, choices: Params) -> Candidate:
         """Return what stored choices lead to."""
@@ -169,10 +191,33 @@ class Candidates:
             if self._check is not None:
                 self._check(proposal.arch)
         except HybridNASError as error:
-            return Candidate(f"infeasible {key}", dict(params), dict(params), None, reason=reason_of(error))
+            return Candidate(
+                f"infeasible {key}", dict(params), dict(params), None, reason=reason_of(error), breaks=_rule(error)
+            )
         arch = proposal.arch
         cost = dataclasses.asdict(arch.cost(self.scale.seq_len))
         return Candidate(arch.fingerprint(), dict(params), dict(proposal.choices), arch, str(arch.pattern), cost)
+
+    def values(self, candidate: Candidate) -> dict[str, float]:
+        """Return what is counted of a candidate that has an architecture, its state at ``state_length``."""
+        assert candidate.arch is not None
+        state_bytes = candidate.cost["state_bytes"]
+        if self.state_length != self.scale.seq_len:
+            state_bytes = candidate.arch.cost(self.state_length).state_bytes
+        return counted(candidate.cost, state_bytes)
+
+    def _within(self, key: str, candidate: Candidate) -> Candidate:
+        """Return the candidate, infeasible where it passes a limit."""
+        if candidate.arch is None or not self.limits:
+            return candidate
+        values = self.values(candidate)
+        over = broken(self.limits, values)
+        if not over:
+            return dataclasses.replace(candidate, values=values)
+        reason = violation(self.limits, values)
+        return dataclasses.replace(
+            candidate, key=f"infeasible {key}", arch=None, reason=reason, breaks=over[0], values=values
+        )
 
     def walk(self, ask: Callable[[str, Parameter], Any]) -> Drawn:
         """Return all choices on one way through the space, each asked for."""
@@ -191,6 +236,12 @@ class Candidates:
         return self._drawn[key]
 
 
+def _rule(error: HybridNASError) -> str:
+    """Return the name of the rule that a proposal broke: of the space, or that no sizes meet the target."""
+    field = str(error.field or "")
+    return field.removeprefix("space.") if field.startswith("space.") else "size"
+
+
 def _stored(choices: Params, name: str, parameter: Parameter) -> Any:
     if not parameter.allows(choices[name]):
         raise KeyError(name)
@@ -204,29 +255,33 @@ class Draw:
     candidate: Candidate
     marks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     redrawn: int = 0  # draws that were thrown away
+    refused: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of them, by the rule or limit they broke
 
 
 class Sampler(Protocol):
     """Draws candidates. A draw is a function of the study's seed, the trial's number and what is recorded alone."""
 
     def draw(self, history: History, number: int) -> Draw | None:
-        """Return the candidate of trial ``number``; None where the space has no further one."""
+        """Return the candidate of trial ``number``; None where no further one keeps the rules and limits."""
         ...
 
 
 def first_new(
     candidates: Candidates, known: Container[str], own: Callable[[], Drawn], uniform: Callable[[], Drawn]
-) -> tuple[Candidate, int]:
-    """Return the first drawn candidate that can be trained and is not known, and how many were thrown away.
+) -> Draw | None:
+    """Return the first drawn candidate that can be trained and is not known; None where none was found.
 
-    Where none is found, it is one that cannot be trained, whose record says why, rather than a known one.
+    Where every draw was known, it is a known one, whose result is reused.
     """
+    refused: Counter[str] = Counter()
     candidate = candidates.of(own().params)
-    infeasible = None
-    for attempt in range(REDRAWS + RANDOM_REDRAWS):
-        if candidate.key not in known:
-            if candidate.arch is not None:
-                return candidate, attempt
-            infeasible = candidate
+    attempt = 0
+    while attempt < REDRAWS + RANDOM_REDRAWS + (FURTHER_REDRAWS if refused else 0):
+        why = candidate.breaks if candidate.arch is None else candidates.unlikely(candidate)
+        if candidate.arch is not None and candidate.key not in known and not why:
+            return Draw(candidate, redrawn=attempt, refused=dict(refused))
+        if why and candidate.key not in known:
+            refused[why] += 1
         candidate = candidates.of((own if attempt < REDRAWS else uniform)().params)
-    return infeasible or candidate, REDRAWS + RANDOM_REDRAWS
+        attempt += 1
+    return None if refused else Draw(candidate, redrawn=attempt)

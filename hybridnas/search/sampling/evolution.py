@@ -65,7 +65,7 @@ class Evolution:
         self.motifs = Motifs(space, candidates.scale) if isinstance(space, LetterSpace) else None
         self.rng = random.Random(seed)  # of the present draw
 
-    def draw(self, history: History, number: int) -> Draw:
+    def draw(self, history: History, number: int) -> Draw | None:
         self.rng = draw_generator(self.seed, number)
         members = self.members(history)
 
@@ -78,8 +78,7 @@ class Evolution:
             child = self.child(members)
             return self.candidates.walk(lambda name, parameter: self._inherited(child, name, parameter))
 
-        candidate, redrawn = first_new(self.candidates, history.known(), own, uniform)
-        return Draw(candidate, redrawn=redrawn)
+        return first_new(self.candidates, history.known(), own, uniform)
 
     def _inherited(self, child: Mapping[str, Any], name: str, parameter: Parameter) -> Any:
         """Return a child's choice; one that it lacks, or that is not offered here, is drawn evenly."""

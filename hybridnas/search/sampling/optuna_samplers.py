@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hybridnas.errors import ConfigError
 from hybridnas.search.history import History
-from hybridnas.search.sampling.candidates import Candidate, Candidates, Draw, Drawn, Parameter, first_new
+from hybridnas.search.sampling.candidates import Candidates, Draw, Drawn, Parameter, first_new
 from hybridnas.search.sampling.optuna_view import OptunaView, distribution, quiet
 from hybridnas.search.sampling.uniform import draw_generator, evenly
 
@@ -35,11 +36,11 @@ class OptunaSampler:
             )
         self.name, self.view, self.seed, self.pruner = name, view, seed, pruner
 
-    def draw(self, history: History, number: int) -> Draw:
+    def draw(self, history: History, number: int) -> Draw | None:
         with quiet():
             return self._draw(history, number)
 
-    def _draw(self, history: History, number: int) -> Draw:
+    def _draw(self, history: History, number: int) -> Draw | None:
         whole = _Whole(
             _inner(self.name, draw_seed(self.seed, number)), self.view.candidates, history, self.seed, number
         )
@@ -47,9 +48,10 @@ class OptunaSampler:
         trial = study.ask()
         _ = trial.relative_params  # draws where Optuna has not yet done so
         marks = study.get_trials(deepcopy=False)[number].system_attrs
-        assert whole.candidate is not None
+        if whole.drawn is None:
+            return None
         kept = {key: value for key, value in marks.items() if "relative_params" not in key}
-        return Draw(whole.candidate, kept, whole.redrawn)
+        return dataclasses.replace(whole.drawn, marks=kept)
 
 
 def draw_seed(seed: int, number: int) -> int:
@@ -71,8 +73,7 @@ class _Whole(BaseSampler):
     def __init__(self, inner: BaseSampler, candidates: Candidates, history: History, seed: int, number: int) -> None:
         self.inner, self.candidates, self.history = inner, candidates, history
         self.chance = draw_generator(seed, number)
-        self.candidate: Candidate | None = None
-        self.redrawn = 0
+        self.drawn: Draw | None = None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         joint = self.inner.infer_relative_search_space(study, trial)
@@ -84,7 +85,7 @@ class _Whole(BaseSampler):
         def uniform() -> Drawn:
             return evenly(self.candidates, self.chance)
 
-        self.candidate, self.redrawn = first_new(self.candidates, self.history.known(), own, uniform)
+        self.drawn = first_new(self.candidates, self.history.known(), own, uniform)
         return {}
 
     def _choice(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator
 
 from hybridnas.search.history import History
-from hybridnas.search.sampling.candidates import Candidates, Draw, Drawn, Parameter, Params, first_new
+from hybridnas.search.sampling.candidates import RULES, Candidates, Draw, Drawn, Parameter, Params, first_new
 from hybridnas.search_spaces.enumerate import every_choice
 
 
@@ -31,18 +32,17 @@ class Uniform:
     def __init__(self, candidates: Candidates, seed: int) -> None:
         self.candidates, self.seed = candidates, seed
 
-    def draw(self, history: History, number: int) -> Draw:
+    def draw(self, history: History, number: int) -> Draw | None:
         chance = draw_generator(self.seed, number)
 
         def own() -> Drawn:
             return evenly(self.candidates, chance)
 
-        candidate, redrawn = first_new(self.candidates, history.known(), own, own)
-        return Draw(candidate, redrawn=redrawn)
+        return first_new(self.candidates, history.known(), own, own)
 
 
 class BruteForce:
-    """Tries every combination of choices once, in the order of the space."""
+    """Tries every combination of choices once, in the order of the space; passes by what breaks a rule or a limit."""
 
     def __init__(self, candidates: Candidates) -> None:
         self.candidates = candidates
@@ -55,11 +55,20 @@ class BruteForce:
             for record in history.values()
             if record.preset is None
         }
+        refused: Counter[str] = Counter()  # since the last one that was tried
         while True:
             if self._next is None:
                 self._next = next(self._rest, None)
                 if self._next is None:
                     return None
-            if json.dumps(dict(self._next), sort_keys=True) not in tried:
-                return Draw(self.candidates.of(self._next))
+            if json.dumps(dict(self._next), sort_keys=True) in tried:
+                refused.clear()
+            else:
+                candidate = self.candidates.of(self._next)
+                why = candidate.breaks if candidate.arch is None else self.candidates.unlikely(candidate)
+                if candidate.arch is None and why not in RULES and why not in self.candidates.limits:
+                    why = None  # what no sizes fit is recorded with the reason: everything was to be tried
+                if not why:
+                    return Draw(candidate, redrawn=sum(refused.values()), refused=dict(refused))
+                refused[why] += 1
             self._next = None
