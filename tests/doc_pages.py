@@ -116,9 +116,10 @@ def run_python(page: Path, folder: Path) -> str:
     child = context.Process(target=_run_in, args=(folder, _roots(folder)))
     child.start()
     child.join(600)
+    how = "took longer than 600 s" if child.is_alive() else f"exit code {child.exitcode}"
     child.kill()
     printed = (folder / "page.txt").read_text(encoding="utf-8")
-    assert child.exitcode == 0, f"{name}\n{printed[-4000:]}"
+    assert child.exitcode == 0, f"{name}: {how}\n{printed[-4000:]}"
     return printed
 
 

@@ -523,7 +523,7 @@ ANY_SEARCH = st.fixed_dictionaries(
 
 
 @pytest.mark.slow
-@hypothesis_settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@hypothesis_settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(given=ANY_SEARCH)
 def test_settings_written_as_a_command_read_back_as_they_were(given: dict[str, Any]):
     settings = settings_class("search").from_dict({**compose("search", ["budget=smoke"]), **given})

@@ -178,7 +178,7 @@ def test_a_batch_has_ids_targets_and_places_that_count(kind):
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_plain_solver_derives_every_target_from_its_own_input(kind):
-    @settings(max_examples=300, phases=[Phase.explicit, Phase.generate])
+    @settings(max_examples=100, phases=[Phase.explicit, Phase.generate])
     @given(changes=settings_of(kind), seed=st.integers(0, 2**31), step=st.integers(0, 10**6))
     def check(changes, seed, step):
         source = task(kind, n_test_examples=3, **changes)
