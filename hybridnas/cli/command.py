@@ -11,7 +11,8 @@ from typing import Any
 from hybridnas.config import FrozenConfig, option
 
 DEVICE = "auto, cpu, cuda or cuda:N"
-TRACKING = "MLflow tracking URI; none: sqlite in the folder; off: no MLflow [URI]"
+TRACKING = "MLflow tracking URI; none: sqlite in the folder; shared: in the folder above; off: no MLflow [URI]"
+EXPERIMENT = "experiment of MLflow that the run is recorded in [text]"
 ARCH = "fields of the architecture and its blocks: arch.d_model=64 arch.n_experts=8 arch.E.d_expert=128"
 PATTERN = "architecture as a pattern, e.g. '(ME)x8'; its width is arch.d_model"
 
@@ -24,6 +25,7 @@ class Command(FrozenConfig):
         False,
         "the last line of standard output is one JSON object with what was found, all else goes to standard error",
     )
+    plugins: bool = option(False, "run ./blocks/*.py and ./tasks/*.py first, which register blocks and tasks [yes/no]")
 
 
 @dataclass(frozen=True)

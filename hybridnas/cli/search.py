@@ -76,11 +76,13 @@ def run(settings: Settings) -> Done:
 
 
 def _status(search: SearchConfig) -> Done:
-    """Print how a study stands; reads alone, also while it runs."""
+    """Print how a study stands, also while it runs; reads records alone, and MLflow's places of files are set right."""
     from pathlib import Path
 
     from hybridnas.report.status import lines, read_status
+    from hybridnas.tracking.mlflow import rehome
 
+    rehome(Path(search.runs).expanduser() / search.name)
     status = read_status(Path(search.runs), search.name, search.storage, search.heartbeat)
     for text in lines(status):
         show.line(text)

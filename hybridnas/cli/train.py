@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hybridnas.cli import show
-from hybridnas.cli.command import ARCH, DEVICE, PATTERN, TRACKING, Command, Done, group
+from hybridnas.cli.command import ARCH, DEVICE, EXPERIMENT, PATTERN, TRACKING, Command, Done, group
 from hybridnas.cli.describe import facts
 from hybridnas.cli.wanted import in_tokens_of, model_folder, own_tokenizer, stored_model, wanted_arch
 from hybridnas.config import option
@@ -70,6 +70,7 @@ class Settings(Command):
     device: str = option("auto", DEVICE)
     impl: str = option("auto", "implementation of the kernels")
     tracking: str | None = option(None, TRACKING, aliases={"false": "off"})
+    tracking_experiment: str = option("hybridnas", EXPERIMENT)
     max_seconds: float | None = option(
         None, "save and stop after this long; the same command goes on; none: no limit [s]", gt=0
     )
@@ -116,7 +117,7 @@ def run(settings: Settings) -> Done:
     labels = {} if preset is None else {"preset": preset}
     if given is not None:
         labels["model"] = str(given.folder)
-    with Tracking(settings.tracking, tags=labels) as tracking:
+    with Tracking(settings.tracking, tags=labels, experiment=settings.tracking_experiment) as tracking:
         how: dict[str, Any] = {
             "folder": folder,
             "device": settings.device,

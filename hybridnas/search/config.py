@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hybridnas.config import MAX_SEED, FrozenConfig, option
 from hybridnas.data.source import source_config
 from hybridnas.errors import ConfigError, suggest
+from hybridnas.plugins import used_by
 from hybridnas.study.objectives import FIRST_LIMITS, LIMITS, read_objectives, wants_hardware
 from hybridnas.train.config import ANNEALED_LR_FRACTION, TrainConfig
 
@@ -259,9 +260,11 @@ class SearchConfig(FrozenConfig):
     )
     tracking: str | None = option(
         None,
-        "MLflow tracking URI; none: sqlite in the study folder; off: no MLflow [URI]",
+        "MLflow tracking URI; none: sqlite in the study folder; shared: one for all studies, RUNS/mlflow.db; off: no "
+        "MLflow [URI]",
         aliases={"false": "off"},
     )
+    tracking_experiment: str = option("hybridnas", "experiment of MLflow that the study is recorded in [text]")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     workers: int = option(1, "processes on this host that train trials side by side [count]", ge=1)
     confirm_workers: int | None = option(
@@ -352,12 +355,14 @@ class SearchConfig(FrozenConfig):
         budget = self.budget.replace(
             seq_len=data.own_seq_len or self.budget.seq_len
         )  # a task's examples have their own
+        plugins = used_by(self.space, self.data)
         return {
             "space": {k: v for k, v in self.space.items() if k != "description" and v not in (None, [], ())},
             "data": {k: v for k, v in data.to_dict().items() if k != "cache_dir" and v is not None},
             "budget": budget.identity(),
             **{name: getattr(self, name) for name in kept},
             **{name: value for name in later if (value := getattr(self, name)) is not None},
+            **({"plugins": plugins} if plugins else {}),
         }
 
 

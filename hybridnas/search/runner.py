@@ -128,6 +128,7 @@ class Search:
                 identity=session.identity,
                 records=shown(loop.history),
                 tracking=self._tracking(),
+                tracking_experiment=self.config.tracking_experiment,
             )
         )
         ended, last, exported = FAILED, True, None

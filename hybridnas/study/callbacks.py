@@ -29,7 +29,8 @@ class StudyStarted:
     meta: StudyMeta
     identity: Mapping[str, Any]  # the settings that make this study, as study.json has them
     records: Sequence[TrialRecord] = ()  # what was recorded before, by number
-    tracking: str | None = None  # what the user asked for: a URI; None: the study's own; off: none
+    tracking: str | None = None  # what the user asked for: a URI; None: the study's own; shared, off
+    tracking_experiment: str = "hybridnas"  # name of MLflow's experiment
 
 
 @dataclass(frozen=True, kw_only=True)

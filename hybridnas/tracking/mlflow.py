@@ -1,23 +1,27 @@
 """MLflow as a tracker: one parent run for the study, one child run for each trial.
 
 The only file that imports mlflow. A study's database is ``STUDY/mlflow.db`` unless another URI is named; its artifacts
-lie in ``mlartifacts`` beside the database and move with it.
+lie in ``mlartifacts`` beside the database and move with it. The winner is a logged model of MLflow without any pickle:
+the exported folder, and ``hybridnas.export.pyfunc`` as the module that loads it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import getpass
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import sqlite3
+import subprocess
 import sys
+import tempfile
 import threading
-import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,9 +32,10 @@ from hybridnas.errors import StudyError
 from hybridnas.files import cache_home, write_atomic
 from hybridnas.study.records import COMPLETE, DUPLICATE, FAIL, INFEASIBLE, PRUNED, RUNNING, save
 from hybridnas.tracking.secrets import masked
-from hybridnas.tracking.tracker import FINISHED, KILLED, BackgroundTracker, first_line
+from hybridnas.tracking.tracker import FINISHED, KILLED, BackgroundTracker, Data, RunFacts, first_line
 
-EXPERIMENT = "hybridnas"
+EXPERIMENT = "hybridnas"  # the experiment of all studies, unless another name is given
+SHARED = "shared"  # instead of a URI: one database for all studies of a folder, beside them
 # What MLflow calls the state of a trial, and of the study's own run; all others are FAILED.
 STATUS = {
     COMPLETE: FINISHED,
@@ -44,41 +49,70 @@ ARTIFACTS = "mlartifacts"  # folder beside an sqlite database
 _CARD = "mlflow.json"  # in the study folder: which study this is, on whatever server
 _LIMIT = 5000  # characters of a parameter's or tag's value; the server refuses more than 6000
 _SQLITE = "sqlite:///"
+# Where MLflow stores absolute places of artifacts: table, column.
+_PLACES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+)
+# Tags that MLflow has names for; all others are hybridnas.NAME.
+_TAGS = {
+    "description": "mlflow.note.content",
+    "source": "mlflow.source.name",
+    "git_commit": "mlflow.source.git.commit",
+    "user": "mlflow.user",
+}
 # Loggers that report on their own what BackgroundTracker reports in one warning, or that a database was made.
 _LOGGERS = ("mlflow.store.db.utils", "mlflow.store.db_migrations", "alembic.runtime.migration")
 
 
 def open_tracker(
-    uri: str | None, folder: Path | str, name: str, config: Mapping[str, Any], *, kind: str = "study"
+    uri: str | None,
+    folder: Path | str,
+    name: str,
+    config: Mapping[str, Any],
+    *,
+    kind: str = "study",
+    experiment: str = EXPERIMENT,
 ) -> BackgroundTracker:
     """Start recording a study or a training in MLflow; returns at once.
 
-    Without a URI the database is ``mlflow.db`` in ``folder``; ``off`` records nothing. ``kind="train"`` is for a
-    training that stands alone, whose curve goes to its own run (number None). The run is found again by an id kept in
-    the folder, so continuing makes no second one.
+    Without a URI the database is ``mlflow.db`` in ``folder``, with ``shared`` in the folder above it; ``off`` records
+    nothing. ``kind="train"`` is for a training that stands alone, whose curve goes to its own run (number None). The
+    run is found again by an id kept in the folder, so continuing makes no second one.
     """
     folder = Path(folder)
     if uri == "off":
         return BackgroundTracker(None, name)
-    return BackgroundTracker(MLflowTracker(uri or default_uri(folder), folder, name, config, kind), name)
+    uri = default_uri(folder.absolute().parent) if uri == SHARED else uri or default_uri(folder)
+    return BackgroundTracker(MLflowTracker(uri, folder, name, config, kind, experiment), name)
 
 
 class MLflowTracker:
     """Records a study in an MLflow server or database, see :class:`hybridnas.tracking.tracker.Tracker`."""
 
-    def __init__(self, uri: str, folder: Path, name: str, config: Mapping[str, Any], kind: str = "study") -> None:
+    def __init__(
+        self,
+        uri: str,
+        folder: Path,
+        name: str,
+        config: Mapping[str, Any],
+        kind: str = "study",
+        experiment: str = EXPERIMENT,
+    ) -> None:
         self.uri = uri
         self._folder = folder.absolute()
         self._name = name
         self._config = masked(dict(config))
         self._kind = kind
+        self._named = experiment
         self._client: Any = None
         self._experiment = ""
         self._id = ""
         self._runs: dict[int | None, str] = {}  # trial number (None: the study) -> run id
         self._states: dict[int, tuple[str, str]] = {}  # trial number -> fingerprint, state
         self._logged: dict[str, int] = {}  # run id -> training tokens up to which it has measurements
-        self._made: set[str] = set()  # runs that this object made
+        self._best: dict[str, set[tuple[int, float]]] = {}  # metric of the study's own run -> what it has of it
 
     @property
     def place(self) -> str:
@@ -93,7 +127,7 @@ class MLflowTracker:
             move_artifacts(database_path(self.uri), home, own=self.uri == default_uri(self._folder))
         self._client = connect(self.uri)
         with quiet(self.uri):
-            self._experiment = _experiment(self._client, home.as_uri() if home else None)
+            self._experiment = _experiment(self._client, self._named, home.as_uri() if home else None)
             self._id = self._own_id()
             for run in search_runs(self._client, self._experiment, f"tags.`hybridnas.study_id` = '{self._id}'"):
                 tags = run.data.tags
@@ -111,78 +145,120 @@ class MLflowTracker:
         """Return fingerprint and state of a trial that is recorded already; None where it is not."""
         return self._states.get(number)
 
-    def start(self, number: int | None, title: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+    def start(self, number: int | None, facts: RunFacts) -> None:
         """Make a run, or go on with the one there is; a trial of another architecture gets a new one."""
         with quiet(self.uri):
             run_id = self._runs.get(number, "")
             if number is not None:
-                fingerprint = tags.get("fingerprint", "")
+                fingerprint = facts.tags.get("fingerprint", "")
                 if run_id and self._states[number][0] != fingerprint:
                     self._client.set_tag(run_id, "hybridnas.superseded", "true")
                     run_id = ""
                 self._states[number] = (fingerprint, RUNNING)
+            known: Mapping[str, str] = {}
             if not run_id:
-                run_id = self._runs[number] = self._make(number, title)
-                self._made.add(run_id)
+                run_id = self._runs[number] = self._make(number, facts)
+                self._logged[run_id] = -1
             else:
                 self._client.update_run(run_id, status="RUNNING")
+                known = self._client.get_run(run_id).data.params
             if run_id not in self._logged:
                 points = self._client.get_metric_history(run_id, "valid_loss")
                 self._logged[run_id] = max((point.step for point in points), default=-1)
-            own = params if run_id in self._made else {}  # MLflow changes no parameter, and an older run has them
-            self._batch(run_id, {}, 0, own, {f"hybridnas.{key}": value for key, value in tags.items()})
+            self._batch(run_id, params=_new(facts.params, known), tags=facts.tags)
             if number is None:
                 self._client.log_dict(run_id, self._config, "config.json")
 
-    def log(self, number: int | None, metrics: Mapping[str, float], tokens: int) -> None:
+    def log(self, number: int | None, metrics: Mapping[str, float], step: int, at: float) -> None:
         """Record metrics at a count of training tokens; a measurement that the run has is not repeated."""
         run_id = self._runs[number]
         measured = "valid_loss" in metrics
-        if measured and tokens <= self._logged[run_id]:
+        if measured and step <= self._logged[run_id]:
             return
         with quiet(self.uri):
-            self._batch(run_id, metrics, tokens)
+            if number is None and self._kind == "study":
+                metrics = {name: value for name, value in metrics.items() if self._is_new(run_id, name, step, value)}
+            self._batch(run_id, metrics, step, at)
         if measured:
-            self._logged[run_id] = tokens
+            self._logged[run_id] = step
 
-    def end(self, number: int | None, state: str, tags: Mapping[str, str]) -> None:
+    def end(self, number: int | None, state: str, facts: RunFacts) -> None:
         """End a run: PRUNED is KILLED, FAIL and INFEASIBLE are FAILED."""
         run_id = self._runs[number]
         with quiet(self.uri):
-            self._batch(run_id, {}, 0, tags={f"hybridnas.{key}": value for key, value in tags.items()})
-            self._client.set_terminated(run_id, STATUS.get(state, "FAILED"))
+            known = self._client.get_run(run_id).data.params if facts.params else {}
+            self._batch(run_id, params=_new(facts.params, known), tags=facts.tags)
+            self._client.set_terminated(run_id, STATUS.get(state, "FAILED"), end_time=int(facts.at * 1000))
         if number is not None:
             self._states[number] = (self._states[number][0], state)
 
     def attach(self, number: int | None, path: Path) -> None:
-        """Keep a copy of a file as the run's artifact."""
+        """Keep a copy of a file as the run's artifact, of an exported folder as its logged model."""
         with quiet(self.uri):
-            self._client.log_artifact(self._runs[number], str(path))
+            if path.is_dir():
+                self._log_model(self._runs[number], path)
+            else:
+                self._client.log_artifact(self._runs[number], str(path))
 
-    def _make(self, number: int | None, title: str) -> str:
+    def _make(self, number: int | None, facts: RunFacts) -> str:
         kind = self._kind if number is None else "trial"
         tags = {"hybridnas.kind": kind, "hybridnas.study": self._name, "hybridnas.study_id": self._id}
+        tags["mlflow.source.type"] = "LOCAL"
         if number is not None:
             tags |= {"hybridnas.trial": str(number), "mlflow.parentRunId": self._runs[None]}
-        return str(self._client.create_run(self._experiment, run_name=title[:200], tags=tags).info.run_id)
+        at = int(facts.at * 1000) if facts.at else None
+        made = self._client.create_run(self._experiment, start_time=at, run_name=facts.title[:200], tags=tags)
+        if facts.data is not None:
+            self._client.log_inputs(made.info.run_id, datasets=[_dataset(facts.data)])
+        return str(made.info.run_id)
+
+    def _is_new(self, run_id: str, name: str, step: int, value: float) -> bool:
+        """Whether the study's own run lacks a point of a metric; it is counted as recorded from now on."""
+        if name not in self._best:
+            points = self._client.get_metric_history(run_id, _key(name))
+            self._best[name] = {(point.step, point.value) for point in points}
+        new = (step, value) not in self._best[name]
+        self._best[name].add((step, value))
+        return new
 
     def _batch(
         self,
         run_id: str,
-        metrics: Mapping[str, float],
-        tokens: int,
+        metrics: Mapping[str, float] | None = None,
+        step: int = 0,
+        at: float = 0.0,
+        *,
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
-        now = int(time.time() * 1000)
+        if not (metrics or params or tags):
+            return
         self._client.log_batch(
             run_id,
-            metrics=[Metric(_key(name), value, now, tokens) for name, value in metrics.items()],
+            metrics=[Metric(_key(name), value, int(at * 1000), step) for name, value in (metrics or {}).items()],
             params=[Param(_key(name), value[:_LIMIT]) for name, value in (params or {}).items()],
-            tags=[RunTag(name, value[:_LIMIT]) for name, value in (tags or {}).items()],
+            tags=[RunTag(_TAGS.get(name, f"hybridnas.{name}"), value[:_LIMIT]) for name, value in (tags or {}).items()],
         )
+
+    def _log_model(self, run_id: str, folder: Path) -> None:
+        """Log an exported folder as a model of MLflow, once for the same weights."""
+        from mlflow.entities import LoggedModelOutput
+
+        digest = _digest([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+        run = self._client.get_run(run_id)
+        if run.data.tags.get("hybridnas.model_digest") == digest:
+            return
+        made = self._client.create_logged_model(
+            self._experiment, name=_model_name(self._name), source_run_id=run_id, tags={"hybridnas.study": self._name}
+        )
+        with tempfile.TemporaryDirectory() as temporary:
+            write_model(Path(temporary), folder, run_id=run_id, model_id=made.model_id)
+            self._client.log_model_artifacts(made.model_id, temporary)
+        self._client.finalize_logged_model(made.model_id, "READY")
+        self._client.log_outputs(run_id, [LoggedModelOutput(made.model_id, 0)])
+        self._batch(run_id, tags={"model_digest": digest})
 
     def _own_id(self) -> str:
         path = self._folder / _CARD
@@ -192,6 +268,102 @@ class MLflowTracker:
             study_id = uuid.uuid4().hex
             save(path, json.dumps({"study_id": study_id}) + "\n")
             return study_id
+
+
+def write_model(path: Path, folder: Path, *, run_id: str | None = None, model_id: str | None = None) -> None:
+    """Write an exported folder as a model that ``mlflow.pyfunc.load_model`` reads, into the folder ``path``.
+
+    Texts go in and texts come out, of a model without a tokenizer ids and logits. There is no pickle and no code in it:
+    ``hybridnas`` has to be installed where it is loaded.
+    """
+    import numpy
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+
+    shutil.copytree(folder, path / "model", ignore=shutil.ignore_patterns(".*"))
+    if (folder / "tokenizer.json").is_file():
+        signature = ModelSignature(
+            inputs=Schema([ColSpec(DataType.string)]),
+            outputs=Schema([ColSpec(DataType.string)]),
+            params=ParamSchema(
+                [
+                    ParamSpec("max_new_tokens", DataType.long, 64),
+                    ParamSpec("temperature", DataType.double, 1.0),
+                    ParamSpec("top_p", DataType.double, 1.0),
+                    ParamSpec("seed", DataType.long, 0),
+                ]
+            ),
+        )
+    else:
+        signature = ModelSignature(
+            inputs=Schema([TensorSpec(numpy.dtype("int64"), (-1, -1), "ids")]),
+            outputs=Schema([TensorSpec(numpy.dtype("float32"), (-1, -1, -1), "logits")]),
+        )
+    model = Model(artifact_path="model", run_id=run_id, model_id=model_id, signature=signature)
+    python = ".".join(map(str, sys.version_info[:3]))
+    needs = [f"hybridnas=={_version('hybridnas')}", f"torch=={_version('torch').partition('+')[0]}"]
+    environment = {"python": python, "build_dependencies": ["pip"], "dependencies": ["-r requirements.txt"]}
+    model.add_flavor(
+        "python_function",
+        loader_module="hybridnas.export.pyfunc",
+        python_version=python,
+        data="model",
+        env={"virtualenv": "python_env.yaml"},
+    )
+    save(path / "requirements.txt", "\n".join(needs) + "\n")
+    save(path / "python_env.yaml", json.dumps(environment, indent=1) + "\n")
+    model.save(str(path / "MLmodel"))
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    """Return the SHA-256 of files, one after the other."""
+    found = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def _model_name(study: str) -> str:
+    """Return a study's name as MLflow takes it for a model."""
+    return re.sub(r"[/:.%\"']", "_", study)
+
+
+def _dataset(data: Data) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    settings = json.dumps(masked(dict(data.settings)), default=str)
+    entity = Dataset(
+        name=data.name[:500],
+        digest=data.fingerprint[:32] or hashlib.sha256(settings.encode()).hexdigest()[:32],
+        source_type="local",
+        source=settings,
+        profile=json.dumps({"description": masked(data.words)}),
+    )
+    return DatasetInput(entity, [InputTag("mlflow.data.context", "training")])
+
+
+def _new(params: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:
+    """Return the parameters that a run lacks: MLflow changes none."""
+    return {name: value for name, value in params.items() if _key(name) not in known}
+
+
+def standing_tags(command: str) -> dict[str, str]:
+    """Return the tags ``source``, ``user`` and ``git_commit`` of this process, each where it is known."""
+    found = {"source": command}
+    with contextlib.suppress(OSError, KeyError, ImportError):  # a user without a name, as in some containers
+        found["user"] = getpass.getuser()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+        found["git_commit"] = done.stdout.strip() if done.returncode == 0 else ""
+    return {name: text for name, text in found.items() if text}
 
 
 def default_uri(folder: Path | str) -> str:
@@ -248,24 +420,37 @@ def move_artifacts(database: Path, home: Path, *, own: bool) -> bool:
     chose stays: only a folder called ``mlartifacts`` is changed, and, of a database that is not the study's own
     (``own``), only where that folder is gone.
     """
+    moved = False
     with contextlib.closing(sqlite3.connect(database)) as connection, connection:
-        query = "SELECT experiment_id, artifact_location FROM experiments WHERE name = ?"
-        found = connection.execute(query, (EXPERIMENT,)).fetchone()
-        if found is None:
-            return False
-        experiment, stored = found
-        before = _local_path(stored)
-        if before is None or before.name != ARTIFACTS or before == home or (not own and before.exists()):
-            return False
-        connection.execute(
-            "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (home.as_uri(), experiment)
-        )
-        connection.execute(
-            "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) "
-            "WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?",
-            (home.as_uri(), len(stored) + 1, experiment, len(stored), stored),
-        )
-        return True
+        stored = connection.execute("SELECT experiment_id, artifact_location FROM experiments").fetchall()
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        for experiment, place in stored:
+            before = _local_path(place or "")
+            if before is None or before.name != ARTIFACTS or before == home or (not own and before.exists()):
+                continue
+            moved = True
+            for table, column in _PLACES:
+                if table in tables:
+                    connection.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                        f"WHERE experiment_id = ? AND substr({column}, 1, ?) = ?",
+                        (home.as_uri(), len(place) + 1, experiment, len(place), place),
+                    )
+    return moved
+
+
+def rehome(folder: Path) -> bool:
+    """Let the database of a study folder that was moved or copied find its artifacts; returns whether it had moved.
+
+    Needs no MLflow. A folder without a database, or that nobody may write to, stays as it is.
+    """
+    database = folder.absolute() / "mlflow.db"
+    if not database.is_file():
+        return False
+    try:
+        return move_artifacts(database, database.parent / ARTIFACTS, own=True)
+    except sqlite3.Error:
+        return False
 
 
 def connect(uri: str) -> Any:
@@ -335,12 +520,13 @@ def quiet(uri: str) -> Iterator[None]:
             logger.removeFilter(of_others)
 
 
-def search_runs(client: Any, experiment: str, query: str) -> list[Any]:
-    """Return all runs of an experiment that a filter keeps, page by page."""
+def search_runs(client: Any, experiments: str | list[str], query: str) -> list[Any]:
+    """Return all runs of an experiment, or of several, that a filter keeps, page by page."""
+    asked = [experiments] if isinstance(experiments, str) else experiments
     runs: list[Any] = []
     token = None
     while True:
-        page = client.search_runs([experiment], query, max_results=1000, page_token=token)
+        page = client.search_runs(asked, query, max_results=1000, page_token=token)
         runs.extend(page)
         token = page.token
         if not token:
@@ -376,8 +562,8 @@ def read_runs(uri: str) -> tuple[list[RecordedRun], str]:
     try:
         client = connect(uri)
         with quiet(uri):
-            experiment = client.get_experiment_by_name(EXPERIMENT)
-            found = [] if experiment is None else search_runs(client, experiment.experiment_id, "")
+            experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+            found = search_runs(client, experiments, "tags.`hybridnas.kind` != ''")
             curves = {
                 run.info.run_id: client.get_metric_history(run.info.run_id, "valid_loss")
                 for run in found
@@ -421,20 +607,20 @@ def _recorded(run: Any, curve: Sequence[Any], references: Mapping[str, str]) -> 
     )
 
 
-def _experiment(client: Any, artifact_location: str | None) -> str:
-    found = client.get_experiment_by_name(EXPERIMENT)
+def _experiment(client: Any, name: str, artifact_location: str | None) -> str:
+    found = client.get_experiment_by_name(name)
     if found is None:
         from mlflow.exceptions import MlflowException
 
         try:
-            return str(client.create_experiment(EXPERIMENT, artifact_location=artifact_location))
+            return str(client.create_experiment(name, artifact_location=artifact_location))
         except MlflowException:
-            found = client.get_experiment_by_name(EXPERIMENT)  # another process made it in between
+            found = client.get_experiment_by_name(name)  # another process made it in between
             if found is None:
                 raise
     if found.lifecycle_stage == "deleted":
         raise StudyError(
-            f"the experiment {EXPERIMENT!r} was deleted in MLflow; bring it back with "
+            f"the experiment {name!r} was deleted in MLflow; bring it back with "
             f"'mlflow experiments restore --experiment-id {found.experiment_id}', or record elsewhere (tracking=URI)",
             field="tracking",
             got="deleted",

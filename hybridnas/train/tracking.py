@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -9,10 +11,13 @@ from types import TracebackType
 from typing import Any
 
 from hybridnas.study.records import COMPLETE, FAIL, PRUNED
-from hybridnas.tracking.mlflow import open_tracker
-from hybridnas.tracking.tracker import FAILED, FINISHED, KILLED, BackgroundTracker, Tracker
+from hybridnas.tracking.mlflow import EXPERIMENT, open_tracker, standing_tags
+from hybridnas.tracking.secrets import masked
+from hybridnas.tracking.tracker import FAILED, FINISHED, KILLED, BackgroundTracker, Data, Tracker
 from hybridnas.train.callbacks import Action, Callback, Run
 from hybridnas.train.records import Eval, TrainResult
+
+TEXT = "Charts: Step, the x axis, is training tokens."
 
 
 class Tracking(Callback):
@@ -21,7 +26,7 @@ class Tracking(Callback):
     Without either, in ``mlflow.db`` of the training's folder; ``uri="off"`` records nothing. The tracker is touched
     when the training has been accepted and begins, so a refused one leaves no trace in it. ``tags`` are short texts to
     find the run by, such as its preset; ``params`` are shown beside the training's own settings. With ``number``, the
-    training is one of several in a :class:`BackgroundTracker` that somebody else closes.
+    training is one of several in a :class:`BackgroundTracker` that somebody else closes. ``experiment`` is MLflow's.
     """
 
     def __init__(
@@ -33,8 +38,10 @@ class Tracking(Callback):
         number: int | None = None,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
+        experiment: str = EXPERIMENT,
     ) -> None:
         self._uri = uri
+        self._experiment = experiment
         self._given = tracker
         self._name = name
         self._number = number
@@ -49,20 +56,27 @@ class Tracking(Callback):
         if run.arch is not None:
             named = {"pattern": str(run.arch.pattern), "fingerprint": run.arch.fingerprint()}
             cost = asdict(run.arch.cost(run.config.seq_len))
-            params, tags = {**named, "d_model": run.arch.d_model, **cost, **params}, {**named, **tags}
-        params = {**params, **self._params, **self._tags}
+            sizes = {"d_model": run.arch.d_model, "vocab_size": run.arch.vocab_size, **run.arch.to_dict()["blocks"]}
+            params, tags = {**named, **sizes, **cost, **params}, {**named, **tags}
+        settings = run.source.config.to_dict() if run.source.config is not None else {}
+        data = Data(
+            name=str(settings.get("kind", "data")),
+            fingerprint=run.source.fingerprint,
+            words=run.source.describe(),
+            settings=settings,
+        )
+        params = {**params, "data": data.name, **self._params, **self._tags}
         if self._number is None:
-            self._tracker.annotate(params, tags)
+            command = shlex.join(["python", "-m", "hybridnas.train", *sys.argv[1:]]) if _is_command() else ""
+            about = {**standing_tags(str(masked(command)) or Path(sys.argv[0]).name), "description": TEXT}
+            self._tracker.annotate(params, {**about, **tags}, data)
         else:
-            self._tracker.start_trial(self._number, params, tags)
+            self._tracker.start_trial(self._number, params, tags, data)
 
     def on_eval(self, run: Run, evaluation: Eval) -> Action:
         """Record a measurement."""
         if self._tracker is not None:
-            values = asdict(evaluation)
-            tested = {name: value for name, value in evaluation.aux.items() if name.startswith("test_")}
-            values["aux"] = {name: value for name, value in evaluation.aux.items() if name not in tested}
-            self._tracker.log_eval(self._number, {**values, **tested})
+            self._tracker.log_eval(self._number, asdict(evaluation))
         return Action.CONTINUE
 
     def on_end(self, run: Run, result: TrainResult) -> None:
@@ -93,4 +107,9 @@ class Tracking(Callback):
         name = self._name or folder.name
         if self._given is not None:
             return BackgroundTracker(self._given, name)
-        return open_tracker(self._uri, folder, name, run.config.to_dict(), kind="train")
+        return open_tracker(self._uri, folder, name, run.config.to_dict(), kind="train", experiment=self._experiment)
+
+
+def _is_command() -> bool:
+    """Whether this process is ``python -m hybridnas.train``."""
+    return Path(sys.argv[0]).parts[-3:] == ("hybridnas", "train", "__main__.py")

@@ -1,11 +1,13 @@
 """Tracking: what MLflow gets, that continuing repeats nothing, and that no tracker can cost a trial."""
 
+import contextlib
 import csv
 import logging
 import multiprocessing
 import os
 import shutil
 import socket
+import sqlite3
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -15,18 +17,23 @@ import pytest
 import hybridnas
 from hybridnas.cli import run as run_command
 from hybridnas.config import flatten
+from hybridnas.data.tokenizers import ByteTokenizer
 from hybridnas.errors import CheckpointError
+from hybridnas.export.folder import export
+from hybridnas.export.stream import stream_text
+from hybridnas.files import write_json
 from hybridnas.study.callbacks import StudyEnded, StudyStarted, TrialEnded, TrialMeasured, TrialStarted
 from hybridnas.study.records import StudyMeta, TrialRecord, write_record
 from hybridnas.tracking import mlflow as tracking
 from hybridnas.tracking.mlflow import default_uri, open_tracker
 from hybridnas.tracking.secrets import masked
 from hybridnas.tracking.study import StudyTracking
-from hybridnas.tracking.tracker import numbers, record_params
+from hybridnas.tracking.tracker import numbers, trial_facts
 from hybridnas.train.callbacks import Callback
 from hybridnas.train.records import read_evals
 from hybridnas.train.tracking import Tracking
 
+COMMAND = "python -m hybridnas.search n_trials=3"
 TAGS = {"pattern": "(ME)x4", "fingerprint": "ab" * 32, "preset": "moe_mamba"}
 
 
@@ -80,12 +87,12 @@ def test_a_study_is_one_parent_run_with_a_child_for_each_trial(mirrored):
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parents[0].info.run_id}
     assert runs["0"].info.run_name == "0000 moe_mamba"
     assert runs["0"].data.tags["hybridnas.pattern"] == "(ME)x4"
-    assert runs["0"].data.params == {"params": "10", "choices.split": "0.5"}
+    assert runs["0"].data.params.items() >= {"params": "10", "choices.split": "0.5"}.items()
     points = client.get_metric_history(runs["0"].info.run_id, "valid_loss")
     assert [(point.step, point.value) for point in points] == [(1000, 2.5), (2000, 2.0)]
     assert runs["0"].data.metrics["best_valid_loss"] == 2.0
-    assert runs["0"].data.metrics["aux.layer03.E.dropped"] == 0.25
-    assert runs["0"].data.metrics["aux.load.max"] == 0.9
+    assert runs["0"].data.metrics["layer03.E.dropped"] == 0.25
+    assert runs["0"].data.metrics["load.max"] == 0.9
 
 
 def test_states_map_to_the_statuses_of_mlflow(mirrored):
@@ -220,7 +227,7 @@ def test_nested_values_are_flattened_and_of_vectors_the_extremes_are_kept():
 
 def test_a_record_that_was_written_can_be_mirrored_whole(tmp_path):
     write_record(tmp_path, record(0, "COMPLETE", 2.0))
-    assert record_params(record(0, "COMPLETE", 2.0, seed=5)) == {
+    assert trial_facts(record(0, "COMPLETE", 2.0, seed=5)).params == {
         "pattern": "Mx4", "fingerprint": "0" * 64, "seed": "5", "params": "10", "active_params": "5",
         "choices.split": "0.5",
     }  # fmt: skip
@@ -264,16 +271,16 @@ class CSVTracker:
     def known(self, number):
         return self.states.get(number)
 
-    def start(self, number, title, params, tags):
+    def start(self, number, facts):
         if number is not None:
-            self.states[number] = (tags["fingerprint"], "RUNNING")
-        self.write(number, "start", title)
+            self.states[number] = (facts.tags["fingerprint"], "RUNNING")
+        self.write(number, "start", facts.title)
 
-    def log(self, number, metrics, tokens):
+    def log(self, number, metrics, step, at):
         for name, value in metrics.items():
             self.write(number, name, value)
 
-    def end(self, number, state, tags):
+    def end(self, number, state, facts):
         if number is not None:
             self.states[number] = (self.states[number][0], state)
         self.write(number, "end", state)
@@ -312,6 +319,130 @@ def test_another_tracker_is_one_class_that_gets_every_event_in_order(tmp_path):
         ("", "file", "report.html"),
         ("", "end", "FINISHED"),
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """What MLflow has of a study whose first trials were recorded afterwards, with a winner that was exported."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    for number, blocks in ((0, {"E": {"n_experts": 4}}), (1, {})):
+        write_json(
+            folder / "trials" / f"{number:04d}" / "arch.json", {"d_model": 16, "vocab_size": 256, "blocks": blocks}
+        )
+    write_json(folder / "study.json", {"data_fingerprint": "ab" * 32})
+    model = hybridnas.build("MF", d_model=16, vocab_size=256)
+    export(model, folder / "best", tokenizer=ByteTokenizer())
+    curve = [{"tokens": 1000, "valid_loss": 3.0, "seconds": 2.0}, {"tokens": 2000, "valid_loss": 2.0, "seconds": 5.0}]
+    first = record(0, "COMPLETE", 2.0, curve=curve, seconds=5.0, legs=[[1_700_000_100.0, 2000]], preset="moe_mamba")
+    second = record(1, "COMPLETE", 2.5, seconds=3.0, legs=[[1_700_000_200.0, 2000]], choices={"split": 0.3}, lr=0.02)
+    third = record(2, "COMPLETE", 1.5)
+    words = {"space": "mamba_moe", "budget": "smoke", "data": "text: 3 files", "command": COMMAND}
+    meta = StudyMeta(name="demo", lr=0.01, batch_size=4, seq_len=32, tokens=2000, active_params=500, **words)
+    identity = {"seed": 3, "data": {"kind": "text", "path": "/home/me/novels"}, "budget": {"d_model": 16}}
+    for _ in range(2):  # continuing repeats nothing
+        callback = StudyTracking()
+        start = StudyStarted(folder=folder, meta=meta, identity=identity, records=[first, second],
+                             tracking_experiment="thesis")  # fmt: skip
+        callback.on_study_start(start)
+        callback.on_trial_start(TrialStarted(record=record(2, "RUNNING", 0.0)))
+        for entry in third.curve:
+            callback.on_trial_eval(TrialMeasured(number=2, values={**entry, "step": 3, "grad_norm": 0.5}))
+        callback.on_trial_end(TrialEnded(record=third, records={0: first, 1: second, 2: third}, folder=folder))
+        callback.on_study_end(StudyEnded(folder=folder, meta=meta, records=[first, second, third], ended="completed"))
+    client = tracking.connect(default_uri(folder))
+    experiment = client.get_experiment_by_name("thesis").experiment_id
+    runs = tracking.search_runs(client, experiment, "")
+    return folder, client, {run.data.tags.get("hybridnas.trial", "study"): run for run in runs}, len(runs)
+
+
+def test_the_study_s_run_has_its_settings_and_how_the_best_came_down(searched):
+    _, client, runs, count = searched
+    assert count == 4
+    study = runs["study"]
+    expected = {"seed": "3", "data.kind": "text", "budget.d_model": "16", "active_params": "500"}
+    assert study.data.params.items() >= expected.items()
+    assert COMMAND in study.data.tags["mlflow.note.content"]
+    assert study.data.tags["mlflow.source.name"] == COMMAND
+    assert study.data.tags["hybridnas.best_trial"] == "2"
+    for name, values in (("best_valid_loss", [2.0, 2.0, 1.5]), ("trial_valid_loss", [2.0, 2.5, 1.5])):
+        points = client.get_metric_history(study.info.run_id, name)
+        assert sorted((point.step, point.value) for point in points) == list(enumerate(values))
+
+
+def test_a_trial_s_run_has_all_that_decides_it_its_data_and_its_real_times(searched):
+    _, client, runs, _ = searched
+    common = {"batch_size": "4", "seq_len": "32", "tokens_asked": "2000", "data": "text novels", "d_model": "16"}
+    assert runs["0"].data.params.items() >= {**common, "lr": "0.01", "E.n_experts": "4", "choices.split": "0.5"}.items()
+    assert runs["1"].data.params.items() >= {**common, "lr": "0.02", "choices.split": "0.3"}.items()
+    assert (runs["0"].info.start_time, runs["0"].info.end_time) == (1_700_000_095_000, 1_700_000_100_000)
+    assert (runs["1"].info.start_time, runs["1"].info.end_time) == (1_700_000_197_000, 1_700_000_200_000)
+    points = client.get_metric_history(runs["0"].info.run_id, "valid_loss")
+    assert [(point.step, point.timestamp) for point in points] == [(1000, 1_700_000_097_000), (2000, 1_700_000_100_000)]
+    for run in runs.values():
+        [given] = run.inputs.dataset_inputs
+        assert (given.dataset.name, given.dataset.digest) == ("text novels", "ab" * 16)
+    assert runs["2"].data.metrics["grad_norm"] == 0.5
+    assert "step" not in runs["2"].data.metrics
+    if Path("/proc/meminfo").exists():
+        assert 0 < runs["2"].data.metrics["system/system_memory_usage_percentage"] < 100
+
+
+# MLflow warns of type hints of its own when its pyfunc is imported.
+@pytest.mark.filterwarnings("ignore:.*type hint is inferred as AnyType:UserWarning")
+def test_the_winner_is_a_logged_model_that_continues_texts(searched):
+    import mlflow
+
+    folder, client, runs, _ = searched
+    models = client.search_logged_models([runs["study"].info.experiment_id])
+    [model] = list(models)
+    assert (model.name, model.source_run_id, str(model.status)) == ("demo", runs["study"].info.run_id, "READY")
+    files = list((folder / "mlartifacts").rglob("*"))
+    assert not [path for path in files if path.suffix in (".pkl", ".pickle", ".pt", ".bin")]
+    [place] = [path.parent for path in files if path.name == "MLmodel"]
+    loaded = mlflow.pyfunc.load_model(str(place))
+    asked = {"max_new_tokens": 5, "temperature": 0.0}
+    texts = loaded.predict(["state ", ""], params=asked)
+    assert [type(text) for text in texts] == [str, str]
+    pieces = []
+    stream_text(hybridnas.load(folder / "best"), ByteTokenizer(), "state ", pieces.append, max_new_tokens=5,
+                temperature=0.0, top_k=None)  # fmt: skip
+    assert texts[0] == "".join(pieces)
+
+
+@pytest.mark.filterwarnings("ignore:.*type hint is inferred as AnyType:UserWarning")
+def test_the_model_of_a_task_maps_ids_to_logits(tmp_path):
+    import mlflow
+    import numpy as np
+    import torch
+
+    model = hybridnas.build("MF", d_model=16, vocab_size=32)
+    tracking.write_model(tmp_path / "m", export(model, tmp_path / "best"))
+    ids = np.arange(12, dtype=np.int64).reshape(2, 6)
+    logits = mlflow.pyfunc.load_model(str(tmp_path / "m")).predict({"ids": ids})
+    with torch.no_grad():
+        np.testing.assert_allclose(logits, model.eval()(torch.from_numpy(ids)).logits.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_search_that_fails_before_anything_is_recorded_leaves_the_runs_as_they_are(tmp_path):
+    done = record(0, "COMPLETE", 2.0)
+    events(tmp_path, [done], StudyTracking())
+    before = snapshot(tmp_path)
+    callback = StudyTracking()
+    meta = StudyMeta(name="demo")
+    callback.on_study_start(StudyStarted(folder=tmp_path, meta=meta, identity={"seed": 1}, records=[done]))
+    callback.on_study_end(StudyEnded(folder=tmp_path, meta=meta, records=[done], ended="failed", last=False))
+    assert snapshot(tmp_path) == before
+
+
+def test_studies_that_share_a_database_are_compared_whatever_their_experiments_are_called(tmp_path):
+    for name, experiment in (("a", "hybridnas"), ("b", "thesis")):
+        folder = tmp_path / name
+        folder.mkdir()
+        with open_tracker("shared", folder, name, {}, experiment=experiment) as tracker:
+            tracker.start_trial(0, {}, TAGS)
+            tracker.end_trial(0, "COMPLETE", record(0, "COMPLETE", 2.0))
+        assert not tracker.off
+    assert {run.study for run in tracking.read_runs(default_uri(tmp_path))[0]} == {"a", "b"}
 
 
 class Broken:
@@ -417,6 +548,21 @@ def test_a_study_that_was_moved_keeps_its_artifacts_beside_itself(recorded_elsew
     files = {run.data.tags["hybridnas.trial"]: [f.path for f in client.list_artifacts(run.info.run_id)]
              for run in runs if "hybridnas.trial" in run.data.tags}  # fmt: skip
     assert files == {"0": ["arch.json"], "1": ["arch.json"]}
+
+
+def test_the_places_of_files_in_a_copied_study_are_set_right_without_mlflow(searched, tmp_path):
+    old, new = searched[0], tmp_path / "copy"
+    shutil.copytree(old, new)
+    assert tracking.rehome(new)
+    assert not tracking.rehome(new)
+    assert not tracking.rehome(tmp_path)
+    for folder in (old, new):
+        home = tracking.artifact_home(default_uri(folder)).as_uri()
+        with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as base:
+            for table, column in tracking._PLACES:
+                places = [place for (place,) in base.execute(f"SELECT {column} FROM {table} WHERE experiment_id > 0")]
+                assert places, table
+                assert all(place.startswith(home) for place in places), (table, places)
 
 
 def test_tracking_leaves_the_process_as_it_was(tmp_path):
