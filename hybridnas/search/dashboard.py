@@ -1,5 +1,9 @@
 """``STUDY/journal.log``: the study for optuna-dashboard, written from the records and never read back.
 
+It holds two studies. NAME has every trial under the number that the report gives it. NAME: choices has those that the
+space drew; presets have no choices, and beside them Optuna finds no parameter that all trials share, so that its
+importances, slices and contours stay empty. There the numbers are the same, and what is left out is a failed trial.
+
 It may be deleted at any time; the next search call, or :func:`write_journal`, makes it again::
 
     optuna-dashboard runs/STUDY/journal.log
@@ -10,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,13 +41,16 @@ def write_journal(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".journal-") as temporary:
         new = Path(temporary) / JOURNAL
         with quiet():
-            study = plan.view.study([], name=name, storage=JournalStorage(JournalFileBackend(str(new))))
-            study.set_metric_names(list(plan.objectives))
-            for key, value in facts.items():
-                study.set_user_attr(key, value)
-            by_number = {record.number: record for record in records}
-            for number in range(max(by_number, default=-1) + 1):
-                study.add_trial(plan.view.trial(by_number.get(number), at=everything, live=True))
+            storage = JournalStorage(JournalFileBackend(str(new)))
+            drawn = [record for record in records if record.preset is None]
+            for title, kept in ((name, records), (f"{name}: choices", drawn)):
+                study = plan.view.study([], name=title, storage=storage)
+                study.set_metric_names(list(plan.objectives))
+                for key, value in facts.items():
+                    study.set_user_attr(key, value)
+                by_number = {record.number: record for record in kept}
+                for number in range(max(by_number, default=-1) + 1):
+                    study.add_trial(plan.view.trial(by_number.get(number), at=everything, live=True))
         new.replace(path)
     return path
 
@@ -78,6 +86,13 @@ class JournalExport(StudyCallback):
             "reference": meta.reference,
             "active_params": meta.active_params,
             "seed": meta.seed,
+            "objectives": list(self.plan.objectives),
+            "limits": dict(self.plan.limits),
+            "tokens_per_trial": meta.tokens,
+            "sampler": meta.sampler,
+            "pruner": meta.pruner,
+            "command": meta.command,
+            **{f"trials_{state}": count for state, count in Counter(record.state for record in records).items()},
         }
         with contextlib.suppress(OSError):  # a view for people; a full disk is met by what matters
             write_journal(folder, meta.name, self.plan, records, facts)

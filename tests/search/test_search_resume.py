@@ -182,7 +182,11 @@ def test_the_journal_for_the_dashboard_is_made_from_the_records_and_can_be_lost(
             assert trial.user_attrs.get("preset") == record.preset
             assert trial.value == (record.valid_loss if record.state == "COMPLETE" else trial.value)
             assert all(trial.intermediate_values[int(tokens)] == loss for tokens, loss in record.rungs)
+            assert (trial.user_attrs["name"], trial.user_attrs["state"]) == (record.name, record.state)
         assert study.metric_names == ["val_loss"]
+        drawn = optuna.load_study(study_name="demo: choices", storage=optuna.storages.JournalStorage(backend)).trials
+        for trial, record in zip(drawn, found, strict=True):  # those without choices are in nobody's way
+            assert trial.state.name == "FAIL" if record.preset else bool(trial.params)
         assert {"space": "mamba_moe", "budget": "smoke"}.items() <= study.user_attrs.items()
     assert len(whole) > 0
     assert not [path for path in (tmp_path / "demo").iterdir() if path.name.startswith((".journal", "journal.log."))]

@@ -85,8 +85,10 @@ class OptunaView:
     def trial(self, record: TrialRecord | None, *, at: Container[int] | None = None, live: bool = False) -> FrozenTrial:
         """Return a record as a trial of Optuna; a failed one for None.
 
-        ``at``: training tokens of the intermediate values, by default the rungs. ``live``: a trial that trains is shown
-        as running also where it was paused before; a sampler is given what it had reached then.
+        ``at``: training tokens of the intermediate values, by default the rungs. ``live``: as people are shown it. Then
+        a trial that trains is running also where it was paused before (a sampler is given what it had reached), one
+        that was rejected before any training has failed (a sampler is given its excess over the limits), and names,
+        costs and the record's own state are attributes.
         """
         import optuna
         from optuna.trial import TrialState
@@ -104,7 +106,7 @@ class OptunaView:
             distributions={name: distribution(one) for name, one in drawn.parameters.items()} if drawn else {},
             intermediate_values=curve,
             constraints=self._constraints(record),
-            user_attrs=_facts(record),
+            user_attrs={**_facts(record), **(_shown(record) if live else {})},
             system_attrs=dict(record.marks),
         )
 
@@ -123,6 +125,8 @@ class OptunaView:
             return TrialState.COMPLETE if values is not None else TrialState.FAIL
         if record.state == DUPLICATE:
             return TrialState.PRUNED if record.tokens else TrialState.FAIL
+        if record.state == INFEASIBLE and live:
+            return TrialState.FAIL
         return {PRUNED: TrialState.PRUNED, INFEASIBLE: TrialState.PRUNED}.get(record.state, TrialState.FAIL)
 
     def _curve(self, record: TrialRecord, at: Container[int]) -> dict[int, float]:
@@ -167,6 +171,12 @@ def _facts(record: TrialRecord) -> dict[str, Any]:
         "reason": record.reason,
     }
     return {name: value for name, value in own.items() if value not in (None, "")}
+
+
+def _shown(record: TrialRecord) -> dict[str, Any]:
+    """Return what only people are shown: the name, the state in the words of the report's file, costs and length."""
+    own = {"name": record.name, "state": record.state, "trained_tokens": record.tokens, "violation": record.violation}
+    return {name: value for name, value in {**own, **record.cost, **record.figures}.items() if value is not None}
 
 
 def hyperband(rungs: Sequence[int]) -> BasePruner | None:
