@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # the same names as in _LAZY, for type checkers and editors
     from hybridnas.data.task import register_task
     from hybridnas.export.load import load
     from hybridnas.ladders.ladder import ladder
+    from hybridnas.plugins import load_plugins
     from hybridnas.search_spaces.listing import register_space
     from hybridnas.studies import create_study, load_study
     from hybridnas.train.config import TrainConfig
@@ -68,6 +69,7 @@ _LAZY = {  # public name -> the module that is imported when the name is first u
     "list_presets": "hybridnas.arch.presets",
     "list_search_spaces": "hybridnas.api",
     "load": "hybridnas.export.load",
+    "load_plugins": "hybridnas.plugins",
     "load_study": "hybridnas.studies",
     "match": "hybridnas.arch.match",
     "preset": "hybridnas.arch.presets",
@@ -107,6 +109,7 @@ __all__ = [
     "list_presets",
     "list_search_spaces",
     "load",
+    "load_plugins",
     "load_study",
     "match",
     "preset",

@@ -16,6 +16,7 @@ warning, leaves all others usable, and raises ConfigError with its package and r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
@@ -68,10 +69,15 @@ class Registry(Generic[T]):
                 got=key,
             )
         self._entries[key] = value
+        if _recorded is not None:
+            _recorded.append((self, key, origin))
 
     def remove(self, key: str) -> None:
         """Take a key out again, as a notebook that defines its block anew needs it."""
         self._entries.pop(key, None)
+        if self is BLOCKS:
+            for alias in [alias for alias, letter in ALIASES.items() if letter == key]:
+                del ALIASES[alias]
 
     def get(self, key: str) -> T:
         """Return the value under ``key``; raises ConfigError that names what exists, or why an entry did not load."""
@@ -138,6 +144,20 @@ class Registry(Generic[T]):
                 f"repair or uninstall {package!r}"
             )
             _log.warning("%s", self.failures[point.name])
+
+
+_recorded: list[tuple[Registry[Any], str, str]] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[tuple[Registry[Any], str, str]]]:
+    """Collect (registry, key, module) of what is registered inside, so that it can be named or taken back."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
 
 
 @functools.lru_cache(maxsize=1)

@@ -146,11 +146,14 @@ class Study:
 
         Raises StudyError for a folder that is busy, damaged, of another study or of version 0.1.
         """
+        from hybridnas.plugins import require
         from hybridnas.report.callbacks import ReportFiles
         from hybridnas.search.runner import Search
         from hybridnas.tracking.study import StudyTracking
         from hybridnas.train.callbacks import Callback, checked_callbacks
 
+        if self._config is None:
+            require(read_study(self.path)["identity"])
         own = [*checked_callbacks(callbacks, StudyCallback), ReportFiles(), StudyTracking()]
         training = checked_callbacks(training, Callback, "training")
         return Search(self.config, own, training=training, reference_callbacks=[ReportFiles()]).run()
@@ -380,7 +383,7 @@ def stored_config(folder: Path) -> SearchConfig:
 
     stored = read_study(folder)
     limits = {k: v for k, v in (stored.get("limits") or {}).items() if k in Budget.field_names() and v is not None}
-    identity = stored["identity"]
+    identity = {key: value for key, value in stored["identity"].items() if key != "plugins"}
     budget = Budget.from_dict({**identity["budget"], **limits})
     return SearchConfig.from_dict(
         {**identity, "budget": budget, "study": str(stored["study"]), "runs": str(folder.parent)}

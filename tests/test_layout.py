@@ -78,7 +78,7 @@ def test_the_wheel_holds_the_package_alone_and_all_its_files(tmp_path):
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"hybridnas"}
-    kept = {".py", ".yaml", ".j2", ".js", ".txt", ".c", ".h", ".typed"}
+    kept = {".py", ".yaml", ".j2", ".tmpl", ".js", ".txt", ".c", ".h", ".typed"}
     here = {f"hybridnas/{name_of(path)}" for path in PACKAGE.rglob("*") if path.suffix in kept and path.is_file()}
     assert here - set(names) == set()
     recipes = {f"hybridnas/experiments/{path.name}" for path in (ROOT / "experiments").glob("*.yaml")}

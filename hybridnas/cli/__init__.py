@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "measure a model's loss, its accuracy by length, or architectures on a suite of tasks",
     "replay": "run a trial of a study again: same seed, same data, same numbers on CPU",
     "ladder": "train architectures at growing size, fit scaling laws, and say whether their order holds",
+    "new": "write a block, a task or a space of your own from a template, with its test",
     "bench": "measure kernels, training and decoding beside other packages that are installed",
 }
 
@@ -54,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
 
         print(f"hybridnas: unknown command {command!r}{suggest(command, COMMANDS)}", file=sys.stderr)
         return 2
-    if not _wants_json(overrides):
+    if not _wants(overrides, "json"):
         return _guarded(command, overrides)[0]
     with contextlib.redirect_stdout(sys.stderr):
         code, found = _guarded(command, overrides)
@@ -67,6 +68,9 @@ def _guarded(command: str, overrides: list[str]) -> tuple[int, dict[str, Any]]:
     from hybridnas.errors import HybridNASError
 
     try:
+        loaded = _wants(overrides, "plugins")
+        if loaded:
+            _load_plugins()
         if any(item in ("-h", "--help") for item in overrides):
             from hybridnas.cli.help import help_text
 
@@ -74,14 +78,17 @@ def _guarded(command: str, overrides: list[str]) -> tuple[int, dict[str, Any]]:
             return 0, {}
         from hybridnas.cli.compose import read_settings
 
-        done = importlib.import_module(f"hybridnas.cli.{command}").run(read_settings(command, overrides))
+        settings = read_settings(command, overrides)
+        if settings.plugins != loaded:
+            raise _not_in_a_file(command)
+        done = importlib.import_module(f"hybridnas.cli.{command}").run(settings)
         return done.code, _json_ready(done.found)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: be quiet at exit, too
         return 0, {}
     except HybridNASError as error:
         facts = {"field": error.field, "got": error.got, "allowed": error.allowed}
-        return 2, _failed(type(error).__name__, str(error), facts)
+        return 2, _failed(type(error).__name__, f"{error}{_plugin_hint(error)}", facts)
     except OSError as error:  # the machine's refusal: a full disk, a folder without permission
         where = f"{error.filename}: " if error.filename else ""
         return 2, _failed(type(error).__name__, f"{where}{error.strerror or error}", {})
@@ -95,10 +102,40 @@ def _failed(kind: str, message: str, facts: Mapping[str, Any]) -> dict[str, Any]
     return {"error": {"type": kind, "message": message, **_json_ready(facts)}}
 
 
-def _wants_json(overrides: list[str]) -> bool:
-    """Whether the last ``json=`` says yes; a value that is neither is refused with the other settings."""
-    given = [item.partition("=")[2].lower() for item in overrides if item.lstrip("+").startswith("json=")]
+def _wants(overrides: list[str], name: str) -> bool:
+    """Whether the last ``NAME=`` says yes; a value that is neither is refused with the other settings."""
+    given = [item.partition("=")[2].lower() for item in overrides if item.lstrip("+").startswith(f"{name}=")]
     return bool(given) and given[-1] in ("true", "yes", "on")
+
+
+def _load_plugins() -> None:
+    """Load the working folder's plugins before settings are read, and say in one line what was loaded."""
+    from hybridnas.plugins import load_plugins
+
+    print(load_plugins().words, flush=True)  # those that fail are logged
+
+
+def _not_in_a_file(command: str) -> Exception:
+    from hybridnas.errors import ConfigError
+
+    return ConfigError(
+        f"{command} plugins=true runs code, so it is given on the command line, not in an experiment's file",
+        field="plugins",
+        got=True,
+        allowed="the command line",
+    )
+
+
+def _plugin_hint(error: Exception) -> str:
+    """Return what to add to an error over an unknown letter, task or space: plugins that wait in this folder."""
+    from hybridnas.errors import PatternError
+
+    about = ("data", "kind", "block letter", "blocks", "plugins", "arch")
+    if not isinstance(error, PatternError) and str(getattr(error, "field", "")).rpartition(".")[2] not in about:
+        return ""
+    from hybridnas.plugins import hint
+
+    return hint()
 
 
 def _json_ready(value: Any) -> Any:

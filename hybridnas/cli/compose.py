@@ -28,8 +28,8 @@ from hybridnas.cli.sections import (
 from hybridnas.config import FrozenConfig, plain, read_text, spell, type_text
 from hybridnas.errors import ConfigError, suggest
 
-# Commands whose first argument may stand without its key: 'bench scan' is 'bench suite=scan'.
-FIRST_ARGUMENT = {"bench": "suite", "search": "action"}
+# Commands whose first arguments may stand without their keys: 'bench scan' is 'bench suite=scan'.
+FIRST_ARGUMENTS = {"bench": ("suite",), "search": ("action",), "new": ("kind", "name")}
 
 
 def read_settings(command: str, overrides: Sequence[str]) -> Command:
@@ -58,8 +58,10 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
 def split_overrides(command: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
     """Return (key, text) of each ``key=value``; raises ConfigError for anything else."""
     overrides = list(overrides)
-    if command in FIRST_ARGUMENT and overrides and re.fullmatch(r"[\w,]+", overrides[0]):
-        overrides[0] = f"{FIRST_ARGUMENT[command]}={overrides[0]}"
+    for place, key in enumerate(FIRST_ARGUMENTS.get(command, ())[: len(overrides)]):
+        if not re.fullmatch(r"[\w,]+", overrides[place]):
+            break
+        overrides[place] = f"{key}={overrides[place]}"
     pairs = []
     for override in overrides:
         key, equals, text = override.partition("=")

@@ -33,10 +33,15 @@ def run(settings: Settings) -> Done:
         missing = "study" if settings.study is None else "trial"
         raise ConfigError("replay needs study=NAME and trial=NUMBER", field=missing, allowed="a study and a trial")
     from hybridnas.cli.progress import progress
+    from hybridnas.plugins import load_files
     from hybridnas.search.replay import replay
+    from hybridnas.study.folder import read_study
 
+    folder = study_folder(settings.study, settings.runs)
+    if settings.plugins:
+        load_files(read_study(folder).get("plugin_files", ()))
     again = replay(
-        study_folder(settings.study, settings.runs),
+        folder,
         settings.trial,
         out=settings.out,
         device=settings.device,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybridnas.arch.arch import Arch
+from hybridnas.export.layout import plugins_of
 from hybridnas.registry import BLOCKS
 
 TEST_LABELS = {
@@ -154,7 +155,10 @@ def _native_usage(class_name: str, name: str, *, has_tokenizer: bool) -> str:
 
 
 def _usage(arch: Arch, name: str, *, has_tokenizer: bool) -> str:
+    needed = plugins_of(arch)
     load = [f'model = hybridnas.load("{name}")  # needs nothing but this folder']
+    if needed:
+        load = ['hybridnas.load_plugins(".")  # runs ./blocks/*.py', f'model = hybridnas.load("{name}")']
     code = ["import hybridnas", "", *load]
     if has_tokenizer and arch.causal:
         code = [
@@ -169,6 +173,12 @@ def _usage(arch: Arch, name: str, *, has_tokenizer: bool) -> str:
             "print(tokenizer.decode(model.generate(ids_BL, 200, temperature=0.8, top_k=40)[0].tolist()))",
         ]
     text = "```python\n" + "\n".join(code) + "\n```"
+    if needed:
+        files = [f"{letter} is that of `{own['name']}` (SHA-256 `{own['sha256']}`)" for letter, own in needed.items()]
+        text = (
+            f"The block of letter {'; of letter '.join(files)}, which is no part of hybridnas: put the file into the "
+            f"folder below the one where you run this; commands load it with `plugins=true`.\n\n{text}"
+        )
     if not arch.causal:
         return text + "\n\nThe model has a block that is not causal, so it cannot generate text."
     if not has_tokenizer:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hybridnas.arch.arch import Arch, Node
 from hybridnas.arch.model import HybridLM
+from hybridnas.plugins import of_module
 from hybridnas.registry import BLOCKS
 
 CONFIG, WEIGHTS, CARD, GENERATION = "config.json", "model.safetensors", "README.md", "generation_config.json"
@@ -99,9 +100,20 @@ def make_config(arch: Arch, facts: Mapping[str, Any], dtype: str) -> dict[str, A
         "tie_word_embeddings": arch.model.tie_embeddings,
         "dtype": dtype,
         **_common_sizes(arch),
+        **({"plugins": needed} if (needed := plugins_of(arch)) else {}),
         "cost": {"seq_len": COST_SEQ_LEN, **dataclasses.asdict(cost)},
         "training": plain(facts),
     }
+
+
+def plugins_of(arch: Arch) -> dict[str, dict[str, str]]:
+    """Return letter -> name and SHA-256 of the plugin whose block it is, for letters that no package registers."""
+    found = {}
+    for letter in sorted({node.slot.letter for node in arch.nodes}):
+        plugin = of_module(BLOCKS.get(letter).__module__)
+        if plugin is not None:
+            found[letter] = {"name": plugin.name, "sha256": plugin.sha256}
+    return found
 
 
 def _version() -> str:

@@ -27,6 +27,7 @@ from hybridnas.export.layout import (
     stored_tensors,
 )
 from hybridnas.hardware import Impl, pick_device
+from hybridnas.registry import BLOCKS
 from hybridnas.study.folder import completed
 
 if TYPE_CHECKING:
@@ -175,6 +176,15 @@ def arch_of(config: Mapping[str, Any], path: str | Path) -> Arch:
         arch = Arch.from_dict(config["arch"])
     except (HybridNASError, KeyError, TypeError, AttributeError) as error:
         missing = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        for letter, plugin in (config.get("plugins") or {}).items():
+            if letter not in BLOCKS:
+                raise ExportError(
+                    f"{path} needs block {letter} of the plugin {plugin['name']} (SHA-256 {plugin['sha256'][:12]}...): "
+                    f"put that file there and call hybridnas.load_plugins(FOLDER), or give a command plugins=true",
+                    field="plugins",
+                    got=letter,
+                    allowed=plugin,
+                ) from None
         raise ExportError(f"{path} does not describe an architecture: {missing}", field="arch") from None
     if arch.fingerprint() != config.get("fingerprint"):
         raise ExportError(

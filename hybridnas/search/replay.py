@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hybridnas.data import open_source, source_config
 from hybridnas.errors import StudyError
+from hybridnas.plugins import require
 from hybridnas.search.config import Budget
 from hybridnas.search.runner import rebuild
 from hybridnas.search_spaces.space import Space
@@ -61,9 +62,10 @@ def replay(
 
     On a processor with the same number of threads the losses are the recorded ones to the bit; the weights end in
     ``out``. A trial that failed fails again, and the result says why. Raises StudyError for a trial that was never
-    trained, or for data that is not what the study read.
+    trained, for data that is not what the study read, and for a plugin of the study that is not loaded or has changed.
     """
     meta = read_study(study)
+    require(meta["identity"])
     if (meta["identity"].get("space") or {}).get("table"):
         raise StudyError(
             f"study {study} looked its scores up in a table and trained nothing, so nothing can be replayed; train an "

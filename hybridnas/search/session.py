@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridnas import plugins
 from hybridnas.data import open_source, source_config
 from hybridnas.errors import ConfigError, StudyError
 from hybridnas.hardware import describe_machine, pick_device
@@ -232,13 +233,16 @@ def _enter(folder: StudyFolder, config: SearchConfig, orders: Orders | None) -> 
     if orders is not None:
         return folder.join(orders.token)
     place = "folder" if config.storage is None else "database"
-    facts = {
+    facts: dict[str, Any] = {
         "machine": describe_machine(),
         "command": _command(),
         "directory": str(Path.cwd()),
         "versions": _versions(),
         "storage": place,
     }
+    used = plugins.stored(config.identity().get("plugins", ()))
+    if used:
+        facts["plugin_files"] = used
     stored = folder.open(config.identity(), facts, shared=config.worker != "off")
     if stored.get("storage", place) != place:
         folder.close()

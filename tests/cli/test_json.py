@@ -44,6 +44,7 @@ CASES = {  # command -> settings, and what must be in the object; in an order in
         ["study=tiny", "top=1", "sizes=[1]", "seeds=1", "tokens=[0.2]", "warmup=0.1", "hold_out=0", "device=cpu"],
         {"ladder", "folder", "models", "pairs", "done"},
     ),
+    "new": (["space", "own"], {"kind", "name", "file", "test"}),
     "bench": (["conv", "tiny=true"], {"suites", "settings", "machine"}),
 }
 

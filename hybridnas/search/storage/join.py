@@ -42,6 +42,6 @@ def joined(asked: SearchConfig, usual: SearchConfig) -> SearchConfig:
             )
     limits = {key: value for key, value in (card.get("limits") or {}).items() if key in Budget.field_names()}
     budget = Budget.from_dict({**identity["budget"], **limits})
-    rest = {key: value for key, value in identity.items() if key != "budget"}
+    rest = {key: value for key, value in identity.items() if key not in ("budget", "plugins")}
     own = {key: getattr(asked, key) for key in OWN}
     return SearchConfig.from_dict({**rest, **own, "budget": budget})

@@ -15,6 +15,7 @@ import time
 from typing import IO, Any
 
 from hybridnas.errors import HybridNASError
+from hybridnas.plugins import load_files
 from hybridnas.search.confirm import train_ahead
 from hybridnas.search.history import History
 from hybridnas.search.lines import received, send
@@ -62,6 +63,7 @@ def main() -> int:
 
     listener = _Sender(answers)
     try:
+        load_files(orders.plugins)
         settings = Settings.of(orders.search_config())
         with open_session(settings, orders=orders, elapsed=elapsed, note=listener.note) as session:
             loop = Loop(session.plan, session.store, session.trainer, listener, elapsed=elapsed)

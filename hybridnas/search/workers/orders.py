@@ -1,4 +1,4 @@
-"""Messages from a search command to a worker that it starts: settings, token, number, start time."""
+"""Messages from a search command to a worker that it starts: settings, token, number, start time, plugins."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Orders:
     worker: int
     started: float  # of the command [Unix time]
     again: Sequence[Wanted] = ()  # what to train instead of trials, shared with the other workers
+    plugins: Sequence[Mapping[str, str]] = ()  # files that the command has loaded
 
     @classmethod
     def of(cls, message: Mapping[str, Any]) -> Orders:

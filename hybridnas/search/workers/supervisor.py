@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from hybridnas import errors
 from hybridnas.errors import HybridNASError, StudyError
+from hybridnas.plugins import all_loaded
 from hybridnas.search.config import SearchConfig
 from hybridnas.search.lines import received, send
 from hybridnas.search.storage.folder_store import LEASES
@@ -119,7 +120,8 @@ class Supervisor:
                 env=environment(config, number, self.count),
                 **own,
             )
-        orders = Orders(config.to_dict(), session.folder.token, number, self.started, self.again)
+        held = session.folder.token
+        orders = Orders(config.to_dict(), held, number, self.started, self.again, all_loaded())
         assert process.stdin is not None and process.stdout is not None
         send(process.stdin, orders.__dict__)  # one that died at once is seen when it is waited for
         worker = Worker(number, process, log)
