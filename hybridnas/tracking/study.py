@@ -140,6 +140,7 @@ class StudyFacts:
             "tokens_asked": meta.tokens,
             "schedule": meta.schedule,
             "data": self.data.name,
+            "data_fingerprint": self.data.fingerprint or None,
             **_architecture(trial_folder(self.folder, record.number) / ARCH),
         }
         tags = {**self.tags, "description": TRIAL_TEXT}

@@ -65,7 +65,7 @@ class Tracking(Callback):
             words=run.source.describe(),
             settings=settings,
         )
-        params = {**params, "data": data.name, **self._params, **self._tags}
+        params = {**params, "data": data.name, "data_fingerprint": data.fingerprint, **self._params, **self._tags}
         if self._number is None:
             command = shlex.join(["python", "-m", "hybridnas.train", *sys.argv[1:]]) if _is_command() else ""
             about = {**standing_tags(str(masked(command)) or Path(sys.argv[0]).name), "description": TEXT}

@@ -374,6 +374,7 @@ def test_a_trial_s_run_has_all_that_decides_it_its_data_and_its_real_times(searc
     common = {"batch_size": "4", "seq_len": "32", "tokens_asked": "2000", "data": "text novels", "d_model": "16"}
     assert runs["0"].data.params.items() >= {**common, "lr": "0.01", "E.n_experts": "4", "choices.split": "0.5"}.items()
     assert runs["1"].data.params.items() >= {**common, "lr": "0.02", "choices.split": "0.3"}.items()
+    assert runs["1"].data.params["data_fingerprint"] == "ab" * 32  # by which compare groups
     assert (runs["0"].info.start_time, runs["0"].info.end_time) == (1_700_000_095_000, 1_700_000_100_000)
     assert (runs["1"].info.start_time, runs["1"].info.end_time) == (1_700_000_197_000, 1_700_000_200_000)
     points = client.get_metric_history(runs["0"].info.run_id, "valid_loss")
