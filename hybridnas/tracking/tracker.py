@@ -110,6 +110,8 @@ class BackgroundTracker:
         self._name = name
         self._about = RunFacts(title=name)  # of the study's own run
         self._begun = False
+        self._live = False  # whether something happens now, and is not only made up for
+        self._last = 0.0  # when the last trial that was made up for ended [Unix time]
         self._closed = tracker is None
         self._system = SystemMetrics()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -178,7 +180,7 @@ class BackgroundTracker:
             self._begin()
             self._tracker.log(None, metrics, number, at)
 
-        self._post(job)
+        self._post(job, live=not again)
 
     def end_trial(
         self, number: int, state: str, record: TrialRecord | None = None, artifacts: Iterable[Path | str] = ()
@@ -190,7 +192,7 @@ class BackgroundTracker:
     def sync(self, records: Iterable[TrialRecord]) -> None:
         """Record every finished trial that the tracker lacks or knows as running: what a kill or an outage lost."""
         finished = [record for record in records if record.state != RUNNING]
-        self._post(lambda: self._sync(finished))
+        self._post(lambda: self._sync(finished), live=False)
 
     def log_artifacts(self, paths: Iterable[Path | str]) -> None:
         """Attach files (report, leaderboard) and exported models, which are folders, to the study's own run."""
@@ -200,7 +202,7 @@ class BackgroundTracker:
             self._begin()
             self._attach(None, files)
 
-        self._post(job)
+        self._post(job, live=False)
 
     def close(
         self, status: str = FINISHED, timeout: float = FLUSH_SECONDS, tags: Mapping[str, Any] | None = None
@@ -213,8 +215,14 @@ class BackgroundTracker:
             return
         self._closed = True
         atexit.unregister(self.close)
-        facts = RunFacts(tags=texts(tags or {}), at=time.time())
-        self._jobs.put(lambda: self._tracker.end(None, status, facts) if self._begun else None)
+        marks, now = texts(tags or {}), time.time()
+
+        def job() -> None:
+            if self._begun:
+                at = now if self._live or not self._last else self._last
+                self._tracker.end(None, status, RunFacts(tags=marks, at=at))
+
+        self._jobs.put(job)
         self._jobs.put(None)
         self._thread.join(timeout)
         if self._thread.is_alive() and not self.off:
@@ -231,7 +239,8 @@ class BackgroundTracker:
 
     # On the thread.
 
-    def _post(self, job: Callable[[], None]) -> None:
+    def _post(self, job: Callable[[], None], *, live: bool = True) -> None:
+        self._live = self._live or live
         if not (self.off or self._closed):
             self._jobs.put(job)
 
@@ -289,8 +298,10 @@ class BackgroundTracker:
         for record in records:
             if self._tracker.known(record.number) == (record.fingerprint, record.state):
                 continue
+            ended = times(record)[1]
+            self._last = max(self._last, ended)
             self._record(record)
-            self._end(record.number, record.state, record, [], times(record)[1])
+            self._end(record.number, record.state, record, [], ended)
 
     def _record(self, record: TrialRecord) -> None:
         """Open a run for a trial that trained elsewhere or earlier, with its whole curve, at the times it had."""
