@@ -125,7 +125,7 @@ def curves(series: Sequence[Series], marks: Sequence[float] = ()) -> list[Chart]
         near = {"range": [min(losses) - margin, max(losses) + margin]}
         last = layout(
             "training tokens, the last third", words[1], yaxis=near,
-            xaxis={"range": [0.7 * end, 1.01 * end], "tickformat": "~s"}, shapes=_lines(marks),
+            xaxis={"range": [0.7 * end, 1.01 * end], "tickformat": "~s"}, shapes=_lines(marks), showlegend=False,
         )  # fmt: skip
         found.append(Chart(_curve_traces(close), last))
     return found
