@@ -15,7 +15,7 @@ from hybridnas.units import human, human_bytes
 
 STATE_LENGTHS = (4096, 131072)  # contexts at which states are compared [tokens]
 _ROW, _BAR, _NAMES, _STRIP, _WIDEST = 22, 14, 170, 620, 14  # lengths in pixels
-_COLUMNS = (70, 70, 80, 80)
+_COLUMNS = (75, 65, 95, 100)
 _STYLE = (
     ".strips text{font:12px sans-serif;fill:#1F2933}.strips .soft{fill:#5F6C7B}"
     "@media (prefers-color-scheme:dark){.strips text{fill:#E9E9EA}.strips .soft{fill:#A7AFB9}}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hybridnas.analysis.ranking import Row, preset_record
 from hybridnas.errors import HybridNASError
 from hybridnas.report import plots
+from hybridnas.report.colors import WHEEL
 from hybridnas.report.html import difference, markup
 from hybridnas.report.sections import ReportInput, choice_name, color_of, state_of
 from hybridnas.study.records import ARCH, COMPLETE, DUPLICATE, PRUNED, WORDS, TrialRecord, trial_folder
@@ -62,7 +63,7 @@ def trial_pages(study_folder: Path, lines: Sequence[Row], given: ReportInput) ->
 def _page(study_folder: Path, row: Row, given: ReportInput) -> TrialPage:
     record = row.record
     arch, _ = read_arch(study_folder, record)
-    points = record.points()
+    points, color = record.points(), color_of(record, given)
     return TrialPage(
         record.number,
         record.name,
@@ -71,7 +72,7 @@ def _page(study_folder: Path, row: Row, given: ReportInput) -> TrialPage:
         _drawing(record, arch),
         _layers(arch, given),
         _facts(record, given),
-        plots.curve(points, color_of(record, given), record.name) if len(points) > 1 else None,
+        plots.curve(points, WHEEL[1] if color == "faint" else color, record.name) if len(points) > 1 else None,
         _commands(record, given),
     )
 
