@@ -1,36 +1,43 @@
-"""A study's limits in its report: which they are, who keeps them, how near the others come, what each limit costs."""
+"""A study's limits in its report: which they are, who keeps them, how near the others come, what each limit costs.
+
+What the limits did is found by :mod:`hybridnas.analysis.limits`; this file puts it into words and a table.
+"""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridnas.errors import StudyError
+from hybridnas.analysis.limits import LimitsReport, Price, limits_of, limits_report, misses, values_of
 from hybridnas.report.html import cell, difference
-from hybridnas.report.sections import ReportInput, Section, state_of
+from hybridnas.report.sections import ReportInput, Section
 from hybridnas.study.folder import read_study
-from hybridnas.study.objectives import LIMITS, eligible, score
+from hybridnas.study.objectives import LIMITS, OF_LENGTH
 from hybridnas.study.records import COMPLETE, FAIL, INFEASIBLE, WORDS, TrialRecord
 from hybridnas.units import human, human_bytes, several
 
 _NAMES = {
     "params": "parameters",
     "active_params": "active parameters",
+    "flops_per_token": "FLOPs per token",
     "state_bytes": "of state",
     "ms_per_token": "ms to generate a token",
+    "train_tokens_per_second": "tokens/s while training",
+    "prefill_tokens_per_second": "tokens/s while reading prompts",
+    "decode_tokens_per_second": "tokens/s while generating",
 }
 
 
 def read_limits(study_folder: Path) -> dict[str, float]:
-    """Return the limits of a study by name, in the order of its settings; none where there is no study.json."""
-    try:
-        identity = read_study(study_folder).get("identity", {})
-    except StudyError:
+    """Return the limits of a study by name, in the order of its settings; none where there is no study.json.
+
+    Raises StudyError for a limit of a newer version.
+    """
+    if not (study_folder / "study.json").is_file():
         return {}
-    return {name: float(value) for name in LIMITS if isinstance(value := identity.get(name), (int, float))}
+    return limits_of(read_study(study_folder))
 
 
 def words(limits: Mapping[str, float], length: int | None) -> str:
@@ -39,9 +46,8 @@ def words(limits: Mapping[str, float], length: int | None) -> str:
 
 
 def _words(name: str, limit: float, length: int | None) -> str:
-    at = f" at {length:,} tokens" if LIMITS[name] == "state_bytes" and length else ""
-    bound = "at least" if name.startswith("min_") else "at most"
-    return f"{bound} {_written(name, limit)} {_NAMES.get(LIMITS[name], LIMITS[name].replace('_', ' '))}{at}"
+    at = f" at {length:,} tokens" if name in OF_LENGTH and length else ""
+    return f"at {'least' if name.startswith('min_') else 'most'} {_written(name, limit)} {_NAMES[LIMITS[name]]}{at}"
 
 
 def _written(name: str, value: float) -> str:
@@ -50,99 +56,71 @@ def _written(name: str, value: float) -> str:
     return f"{value:.3g}" if LIMITS[name] == "ms_per_token" else human(value)
 
 
-def value_of(record: TrialRecord, limit: str) -> float | None:
-    """Return what a limit bounds of a trial, None where it was not measured."""
-    name = LIMITS[limit]
-    return state_of(record) if name == "state_bytes" else record.figures.get(name, record.cost.get(name))
-
-
-def passed(record: TrialRecord, limits: Mapping[str, float]) -> dict[str, float]:
-    """Return the limits that a trial passes, each with how far it is outside (above 1)."""
-    values = {name: value for name in limits if (value := value_of(record, name)) is not None}
-    shares = {
-        name: limits[name] / max(value, 1e-9) if name.startswith("min_") else value / limits[name]
-        for name, value in values.items()
-    }
-    return {name: share for name, share in shares.items() if share > 1}
-
-
-def nearest(records: Iterable[TrialRecord], limits: Mapping[str, float]) -> tuple[TrialRecord, str] | None:
-    """Return the trained trial that comes nearest to keeping all limits, and the limit that it passes most."""
-    over = [(record, found) for record in records if record.state == COMPLETE and (found := passed(record, limits))]
-    if not over:
-        return None
-    record, found = min(over, key=lambda one: (max(one[1].values()), one[0].number))
-    return record, max(found, key=lambda name: found[name])
-
-
 def nothing_keeps(records: Sequence[TrialRecord], limits: Mapping[str, float], length: int | None) -> str | None:
     """State that trials completed and none is within the limits, and by how much the nearest misses; else None."""
     done = [record for record in records if record.state == COMPLETE]
-    found = nearest(done, limits)
-    if found is None or any(map(eligible, done)):
+    found = limits_report(done, limits, length)
+    if found.winner is not None or found.nearest is None:
         return None
-    record, name = found
-    value = value_of(record, name)
-    assert value is not None
+    miss = found.nearest
     trained = "the one architecture" if len(done) == 1 else f"the {len(done)} architectures"
     return (
-        f"None of {trained} that completed keeps {words(limits, length)}; {record.name} comes nearest, "
-        f"with {_written(name, value)}"
+        f"None of {trained} that completed keeps {words(limits, length)}; {miss.record.name} comes nearest, "
+        f"with {_written(miss.limit, miss.value)}"
     )
 
 
 def limits_section(given: ReportInput) -> Section | None:
-    """Each limit with how many trials pass it, and what the best loss would be without it."""
-    limits, length = given.limits, given.state_length
-    if not limits:
+    """Each limit with how many trials it refused, and what the best score would be without it."""
+    found = limits_report(given.records, given.limits, given.state_length)
+    if not given.limits:
         return None
-    done = [record for record in given.records if record.state == COMPLETE]
-    over = {record.number: passed(record, limits) for record in given.records}
-    rows = []
-    for name, limit in limits.items():
-        drawn = sum(name in over[record.number] for record in given.records if record.state == INFEASIBLE)
-        trained = sum(name in over[record.number] for record in done)
-        free = min(
-            (record for record in done if score(record) is not None and not set(over[record.number]) - {name}),
-            key=lambda record: (score(record) or 0.0, record.number),
-            default=None,
-        )
-        gap = None if free is None or given.best is None else (score(free) or 0.0) - (score(given.best) or 0.0)
-        cost = "no winner to compare with" if gap is None else "nothing" if gap >= 0 else difference(gap)
-        best = "" if free is None or free is given.best else f"{free.name}, {_written_at(free, name)}"
-        cells = [cell(_words(name, limit, length), name, "text"), cell(str(drawn), drawn), cell(str(trained), trained)]
-        rows.append({"trial": None, "style": "", "cells": [*cells, cell(best, best, "text"), cell(cost, gap)]})
     names = (
         ("limit", True), ("draws refused", False), ("trained outside, for comparison", False),
         ("best without this limit", True), ("its score, against the winner's", False),
     )  # fmt: skip
-    table = {"columns": [{"name": name, "help": "", "text": text} for name, text in names], "rows": rows}
-    intro = (
-        "Only trials within all limits can win. Presets outside them are trained for comparison where that is asked."
-    )
-    return Section("Limits", intro, table=table)
+    table = {
+        "columns": [{"name": name, "help": "", "text": text} for name, text in names],
+        "rows": [_row(price, found, given) for price in found.prices],
+    }
+    intro = "Only trials within all limits can win; presets outside them may be trained for comparison."
+    return Section("Limits", intro, table=table, notes=_notes(found))
 
 
-def _written_at(record: TrialRecord, limit: str) -> str:
-    value = value_of(record, limit)
-    return "" if value is None else _written(limit, value)
+def _row(price: Price, found: LimitsReport, given: ReportInput) -> dict[str, Any]:
+    name, best = price.limit, price.best
+    refused = sum(count for rule, count in found.refused.items() if rule.split(" ")[0] == name)
+    done = [record for record in given.records if record.state == COMPLETE]
+    trained = sum(name in {miss.limit for miss in misses(record, given.limits)} for record in done)
+    cost = "nothing" if best is None or (price.loss is not None and price.loss >= 0) else difference(price.loss)
+    outside = "" if best is None else f"{best.name}, {_written(name, values_of(best)[LIMITS[name]])}"
+    cells = [
+        cell(_words(name, given.limits[name], given.state_length), name, "text"),
+        cell(str(refused), refused),
+        cell(str(trained), trained),
+        cell(outside, outside, "text"),
+        cell(cost or "no winner to compare with", price.loss),
+    ]
+    return {"trial": None, "style": "", "cells": cells}
 
 
-def refusals(records: Iterable[TrialRecord]) -> Counter[str]:
-    """Return why draws were refused, without the figures of each, and how often."""
-    reasons = (record.reason or "no reason was recorded" for record in records if record.state == INFEASIBLE)
-    return Counter(re.sub(r"=[\d.,e+]+ is (above|below)", r" is \1", reason) for reason in reasons)
+def _notes(found: LimitsReport) -> list[str]:
+    notes = []
+    if found.references:
+        names = ", ".join(record.name for record in found.references)
+        notes.append(f"Outside the limits, known by their costs and not trained: {names}.")
+    if found.marginal:
+        names = ", ".join(f"trial {record.number}" for record in found.marginal)
+        notes.append(f"Met within the spread of the measurement alone: {names}.")
+    return notes
 
 
-def refused_words(records: Iterable[TrialRecord]) -> str:
-    """Return how many draws were refused, and why, in one sentence; empty for none."""
-    found = refusals(records)
-    if not found:
-        return ""
-    first = ", ".join(f"{count} because {reason}" for reason, count in found.most_common(3))
-    rest, count = sum(count for _, count in found.most_common()[3:]), sum(found.values())
-    more = f", {rest} for other reasons" if rest else ""
-    return f"{several(count, 'draw')} {'was' if count == 1 else 'were'} refused: {first}{more}."
+def refused_words(records: Sequence[TrialRecord], limits: Mapping[str, float]) -> str:
+    """Return how many draws were refused before any training, by the limit or rule; empty for none."""
+    found = limits_report(records, limits).refused
+    total = sum(found.values())
+    listed = ", ".join(f"{name} {count}" for name, count in sorted(found.items(), key=lambda item: -item[1]))
+    return f"{several(total, 'draw')} {'was' if total == 1 else 'were'} refused: {listed}." if total else ""
 
 
 def rows_of_refusals(records: Sequence[TrialRecord]) -> list[dict[str, Any]]:
@@ -150,7 +128,9 @@ def rows_of_refusals(records: Sequence[TrialRecord]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str], list[int]] = {}
     for record in records:
         if record.state in (FAIL, INFEASIBLE):
-            reason = next(iter(refusals([record])), record.reason or "no reason was recorded")
+            reason = record.reason or "no reason was recorded"
+            if record.state == INFEASIBLE:  # the figures of each would make a row of each
+                reason = re.sub(r"=[\d.,e+]+ is (above|below)", r" is \1", reason)
             groups.setdefault((WORDS[record.state], reason), []).append(record.number)
     return [
         {"state": state, "reason": reason, "count": len(numbers), "numbers": _listed(numbers)}

@@ -201,7 +201,7 @@ def _confirmation(given: ReportInput) -> tuple[str, str]:
 
 def _notes(given: ReportInput) -> list[str]:
     records, meta = given.records, given.meta
-    notes = [*meta.notes, *filter(None, [refused_words(records)])]
+    notes = [*meta.notes, *filter(None, [refused_words(records, given.limits)])]
     if given.best is None:
         return notes
     tried = [record for record in records if meta.reference is not None and record.preset == meta.reference]

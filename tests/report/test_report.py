@@ -356,6 +356,19 @@ def test_the_report_names_the_limits_and_what_they_cost(tmp_path):
     assert nobody.endswith("transformer comes nearest, with 4.88 KiB")
 
 
+def test_limits_that_were_measured_or_refused_draws_are_counted(tmp_path):
+    with_limits(tmp_path, max_latency_ms=2.0, min_decode_tokens_per_second=100.0)
+    kept = {"ms_per_token": 1.5, "decode_tokens_per_second": 99.0}
+    records = [record(0, 1.6, figures=kept, within_spread=["min_decode_tokens_per_second"], refused={"requires": 3}),
+               record(1, 1.5, figures={"ms_per_token": 2.5, "decode_tokens_per_second": 400.0},
+                      violation="ms_per_token=2.5 is above max_latency_ms=2", preset="mamba")]  # fmt: skip
+    page = written(render_report(tmp_path, records, dataclasses.replace(META, reference=None)))
+    assert "at least 100 tokens/s while generating at 256 tokens, (ME)x4 is best" in Page(page).title
+    assert "3 draws were refused: requires 3." in page
+    assert "Met within the spread of the measurement alone: trial 0." in page
+    assert "mamba, 2.5" in page
+
+
 def test_where_a_baseline_won_the_searchs_own_best_is_named():
     records = [record(0, 1.5, preset="moe_mamba"), record(1, 1.6), record(2, 1.7)]
     said = headline(records, "moe_mamba")
