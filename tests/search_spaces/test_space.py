@@ -239,7 +239,7 @@ def test_a_pattern_without_widths_is_fitted_by_its_heads_or_its_d_model(letters,
 
 def test_a_target_that_heads_and_d_model_cannot_reach_is_refused():
     with pytest.raises(MatchError) as caught:
-        fit(Arch.from_pattern("AA", d_model=32, vocab_size=256, head_dim=2**20), 10_000)
+        fit(Arch.from_pattern("A{head_dim=8192}A{head_dim=8192}", d_model=32, vocab_size=256), 10_000)
     assert caught.value.field == "active_params"
 
 
@@ -275,13 +275,9 @@ def test_a_space_is_sized_by_the_width_that_a_users_block_declares(recurrent):
     one = space(letters=["Q", "A"], motif_length=[2], baselines=[])
     target, found = one.target(SCALE), {}
     for seed in range(20):
-        try:
-            proposal = one.propose(Dice(seed), SCALE)
-            found[str(proposal.arch.pattern)] = proposal.arch.cost().active_params
-        except MatchError as error:
-            found[error.got] = None
-    assert found.pop("Ax4") is None  # attention has no width to size
-    assert set(found) == {"Qx4", "QAQA", "AQAQ"}
+        proposal = one.propose(Dice(seed), SCALE)
+        found[str(proposal.arch.pattern)] = proposal.arch.cost().active_params
+    assert set(found) == {"Qx4", "QAQA", "AQAQ", "Ax4"}  # the last one is sized by its heads
     assert all(abs(params - target) <= TOLERANCE * target for params in found.values())
 
 
