@@ -33,6 +33,7 @@ ADDED = {
     "optimizer": TrainConfig().optimizer,
     "z_loss": TrainConfig().z_loss,
     "confirm_rates": "own",
+    "train_baselines": "within",
     "verdict_seeds": 4,
     "alpha": 0.05,
 }

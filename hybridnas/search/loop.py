@@ -274,8 +274,11 @@ class Loop:
     def _raise_if_hopeless(self, last: TrialRecord) -> None:
         """Raise where nothing has worked so far: then it is the settings, not the candidates."""
         if not self.give_up or len(self.history) < MAX_FAILED_TRIALS or last.state not in (FAIL, INFEASIBLE):
-            return  # baselines outside the limits are shown from their costs: they are no sign of wrong settings
-        outside = {record.number for record in self.history.values() if record.state == INFEASIBLE and record.violation}
+            return
+        # Baselines outside the limits are shown from their costs, and what was measured here may yet be met by another
+        # candidate: neither is a sign of wrong settings.
+        refused = [record for record in self.history.values() if record.state == INFEASIBLE]
+        outside = {record.number for record in refused if record.violation or record.spread}
         ended = [r for r in self.history.ordered() if r.state != RUNNING and r.number not in outside]
         states = {record.state for record in ended}
         if len(ended) < MAX_FAILED_TRIALS or not states <= {FAIL, INFEASIBLE}:

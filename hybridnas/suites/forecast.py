@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from hybridnas.arch.arch import Arch
 from hybridnas.train.callbacks import Callback, Run
 
 if TYPE_CHECKING:
@@ -33,6 +32,8 @@ def expected_seconds(runner: Runner) -> float:
     Of architectures alone: a suite that trains modules of the user's own has no count of FLOPs. A training that
     reaches the suite's ``stop_at`` ends sooner.
     """
+    from hybridnas.arch.arch import Arch  # which loads torch, and help texts need this package
+
     known: dict[tuple[str, int, int], float] = {}  # seconds per token
     per_flop = total = 0.0
     began = time.perf_counter()

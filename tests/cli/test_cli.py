@@ -50,8 +50,8 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
 BUDGET = (
     "active_params alpha base_width batch_size compile confirm confirm_rates confirm_seeds confirm_top d_model "
     "decay_fraction depth devices embedding_lr evals growth lr max_tokens minutes multiple n_experts n_trials "
-    "name optimizer precision rate reduction rungs schedule seq_len tokens_per_active_param valid_tokens "
-    "verdict_seeds weight_decay z_loss"
+    "name optimizer precision rate reduction rungs schedule seq_len tokens_per_active_param "
+    "train_baselines valid_tokens verdict_seeds weight_decay z_loss"
 )
 GROUPS = {
     "search": "budget data experiment space",

@@ -71,12 +71,10 @@ def test_size_one_is_the_architecture_itself():
 
 
 def test_a_size_that_no_width_meets_is_refused():
-    entrant = one("AA")  # attention alone: nothing but d_model can grow, in steps of more than 2 %
+    entrant, target = one("MFMF"), 12  # fewer active parameters than any width leaves
     with pytest.raises(MatchError) as caught:
-        grown(
-            entrant, 1.37, LadderConfig(patterns=["M"]), Budget.from_dict(BUDGET), round(1.37 * entrant.active_params)
-        )
-    assert (caught.value.field, caught.value.got) == ("ladder.sizes", 1.37)
+        grown(entrant, 0.001, LadderConfig(patterns=["M"]), Budget.from_dict(BUDGET), target)
+    assert (caught.value.field, caught.value.got) == ("ladder.sizes", 0.001)
 
 
 @pytest.fixture(scope="module")

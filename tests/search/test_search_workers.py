@@ -284,7 +284,7 @@ def test_what_one_worker_cannot_do_ends_the_search_in_its_words(tmp_path, tiny, 
 
 def test_workers_that_cannot_start_are_not_started_for_ever(tmp_path, tiny, capsys, monkeypatch):
     broken = {**os.environ, "PYTHONPATH": "/absent", "PYTHONHOME": "/absent"}
-    monkeypatch.setattr(workers, "environment", lambda config, number: broken)
+    monkeypatch.setattr(workers, "environment", lambda config, number, count: broken)
     assert run_cli(["search", "budget=smoke", f"runs={tmp_path}", "study=demo", *tiny, "n_trials=1", "workers=2"]) == 2
     assert re.search(
         r"StudyError: workers cannot start \(.*\); their log ends with: .* \(see ", capsys.readouterr().err

@@ -128,6 +128,11 @@ class Candidate:
         return "" if self.arch is None else self.key
 
 
+def _nothing(candidate: Candidate) -> str | None:
+    """Return what limit a candidate will pass where none is measured; a function, so that processes can share it."""
+    return None
+
+
 class Candidates:
     """The candidates of a space at one scale; remembers them, because matching costs milliseconds.
 
@@ -147,7 +152,7 @@ class Candidates:
     ) -> None:
         self.space, self.scale = space, scale
         self.limits, self.state_length = dict(limits or {}), state_length or scale.seq_len
-        self.unlikely: Callable[[Candidate], str | None] = lambda candidate: None  # which measured limit it will pass
+        self.unlikely: Callable[[Candidate], str | None] = _nothing  # which measured limit it will pass
         self._check = check
         self._known: dict[str, Candidate] = {}
         self._drawn: dict[str, Drawn] = {}
