@@ -19,7 +19,7 @@ from hybridnas.files import write_text
 
 CHOOSING, REPORTING = "choosing", "reporting"
 HALVES = (CHOOSING, REPORTING)
-TEXT = "text"
+TEXT, RECALL = "text", "recall"
 RATES = (0.012, 0.004, 0.036)  # that every architecture is trained at, in this order
 RUNGS = (0.125, 0.25, 0.5, 1.0)  # shares of a training's tokens at which every row has a score
 _POINTS = {"losses": "loss_at_", "accuracies": "accuracy_at_", "trunk": "trunk_at_"}  # field -> column without rung
@@ -48,7 +48,7 @@ class TruthRow:
     embedding_params: int
     flops_per_token: float  # forward, at the training's length
     state_bytes: int
-    task: str  # text
+    task: str  # text | recall
     schedule: str
     rate: float
     seed: int

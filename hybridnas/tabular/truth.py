@@ -3,7 +3,7 @@
 Each training is a cell of an :class:`hybridnas.train.experiment.Experiment`, so it resumes to the bit. Any number of
 processes work on one set: each takes the first training that has no row and is locked by no other. The order makes any
 beginning useful: small sizes first; of a size one rate of every architecture, then the others, then seeds at the best
-rate, then the same in one cosine.
+rate, then the same in one cosine, then the recall of a task.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from hybridnas.study.locks import FileLock
 from hybridnas.study.truth import (
     CHOOSING,
     RATES,
+    RECALL,
     REPORTING,
     RUNGS,
     TEXT,
@@ -63,6 +64,7 @@ class TruthSize:
     batch_size: int
     valid_tokens: int
     cosine: bool = False  # whether the middle rate is trained with a cosine, too
+    recall: bool = False  # whether the recall of a task is measured, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,8 @@ class TruthSpec:
     architectures: Sequence[Listed]
     sizes: Sequence[TruthSize]
     data: Mapping[str, Any] = field(default_factory=lambda: {"kind": "stdlib"})
+    recall: Mapping[str, Any] = field(default_factory=lambda: RECALL_DATA)
+    recall_tokens: int = 1_000_000
     tokens_per_active_param: float = 100.0
     seq_len: int = 128
     rates: tuple[float, ...] = RATES  # in the order in which they are trained
@@ -79,9 +83,15 @@ class TruthSpec:
     schedule: str = "wsd"  # or constant, whose scores at the rungs are plain ones
 
 
+RECALL_DATA: Mapping[str, Any] = {
+    "kind": "in_context_recall",
+    "vocab_size": 16,
+    "seq_len": 128,
+    "n_train_examples": None,
+}
 SIZES = (
-    TruthSize(active_params=4_608, d_model=12, batch_size=8, valid_tokens=65_536, cosine=True),
-    TruthSize(active_params=16_384, d_model=24, batch_size=16, valid_tokens=65_536, cosine=True),
+    TruthSize(active_params=4_608, d_model=12, batch_size=8, valid_tokens=65_536, cosine=True, recall=True),
+    TruthSize(active_params=16_384, d_model=24, batch_size=16, valid_tokens=65_536, cosine=True, recall=True),
     TruthSize(active_params=65_536, d_model=48, batch_size=32, valid_tokens=131_072),
     TruthSize(active_params=262_144, d_model=96, batch_size=64, valid_tokens=131_072),
 )
@@ -217,6 +227,10 @@ class _Builder:
     def _text(self) -> Source:
         return open_source(source_config(self.spec.data))
 
+    @functools.cached_property
+    def _recall(self) -> Source:
+        return open_source(source_config(self.spec.recall))
+
     def run(self, minutes: float | None) -> list[TruthRow]:
         self.report(f"{len(self.spec.architectures)} architectures; {len(self._read())} trainings are in {self.path}")
         experiment = Experiment(self._cells(), minutes=minutes, on_result=self._keep)
@@ -278,10 +292,14 @@ class _Builder:
             if size.cosine:
                 for one in spec.architectures:
                     yield _Training(one, size, TEXT, "cosine", spec.rates[0], 0)
+            if size.recall:
+                for one in spec.architectures:
+                    if one.pattern in best:
+                        yield _Training(one, size, RECALL, "cosine", best[one.pattern], 0)
             best_before = best
 
     def _cell(self, training: _Training, name: str) -> Cell:
-        source = self._text
+        source = self._text if training.task == TEXT else self._recall
         used = _CpuTime()
         return Cell(
             key=name,
@@ -298,7 +316,7 @@ class _Builder:
     def _config(self, training: _Training) -> TrainConfig:
         spec, size = self.spec, training.size
         step = size.batch_size * spec.seq_len
-        wanted = spec.tokens_per_active_param * size.active_params
+        wanted = spec.tokens_per_active_param * size.active_params if training.task == TEXT else spec.recall_tokens
         tokens = max(1, round(wanted / (8 * step))) * 8 * step  # every rung is a whole step
         values: dict[str, Any] = {
             **{"tokens": tokens, "batch_size": size.batch_size, "seq_len": spec.seq_len, "lr": training.rate},

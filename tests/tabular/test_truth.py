@@ -14,12 +14,12 @@ from hybridnas.data import open_source, source_config
 from hybridnas.errors import ConfigError, StudyError
 from hybridnas.search.rates import rate_beyond
 from hybridnas.study.locks import FileLock
-from hybridnas.study.truth import CHOOSING, REPORTING, RUNGS, TEXT, Listed, read_listed, read_truth, write_truth
+from hybridnas.study.truth import CHOOSING, RECALL, REPORTING, RUNGS, TEXT, Listed, read_listed, read_truth, write_truth
 from hybridnas.tabular.proxies import proxies
 from hybridnas.tabular.truth import SIZES, TruthSize, TruthSpec, build_truth, draw_architectures, sized
 from hybridnas.train import experiment
 
-SMALL = TruthSize(active_params=2000, d_model=8, batch_size=2, valid_tokens=64, cosine=True)
+SMALL = TruthSize(active_params=2000, d_model=8, batch_size=2, valid_tokens=64, cosine=True, recall=True)
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,8 @@ def spec(corpus):
         architectures=[Listed(pattern="FF", half=REPORTING)],
         sizes=[SMALL],
         data={"kind": "text", "path": str(corpus)},
+        recall={"kind": "in_context_recall", "vocab_size": 16, "seq_len": 16, "n_train_examples": None},
+        recall_tokens=256,
         tokens_per_active_param=0.2,
         seq_len=16,
         seeds=2,
@@ -36,8 +38,8 @@ def spec(corpus):
 
 @pytest.fixture(scope="module")
 def short(spec):
-    """The set without further seeds and cosine: four trainings at most."""
-    return dataclasses.replace(spec, sizes=[dataclasses.replace(SMALL, cosine=False)], seeds=1)
+    """The set without further seeds, cosine and recall: four trainings at most."""
+    return dataclasses.replace(spec, sizes=[dataclasses.replace(SMALL, cosine=False, recall=False)], seeds=1)
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +49,17 @@ def built(spec, tmp_path_factory):
     return build_truth(spec, folder / "truth.csv", folder / "work", report=lines.append), lines, folder
 
 
-def test_every_architecture_has_all_rates_seeds_at_the_best_and_a_cosine(built, spec):
+def test_every_architecture_has_all_rates_seeds_at_the_best_a_cosine_and_recall(built, spec):
     rows, _, _ = built
     for one in spec.architectures:
         own = [row for row in rows if row.pattern == str(parse(one.pattern))]
-        firsts = {row.rate: row for row in own if (row.schedule, row.seed) == ("wsd", 0)}
+        firsts = {row.rate: row for row in own if (row.task, row.schedule, row.seed) == (TEXT, "wsd", 0)}
         assert set(spec.rates) <= set(firsts) and len(firsts) <= 4
         assert rate_beyond({rate: row.loss for rate, row in firsts.items()}, spec.rates) is None
         best = min(firsts, key=lambda rate: firsts[rate].loss)
         assert [row.rate for row in own if row.seed == 1] == [best]
-        assert [row.rate for row in own if row.schedule == "cosine"] == [spec.rates[0]]
+        assert [row.rate for row in own if row.task == TEXT and row.schedule == "cosine"] == [spec.rates[0]]
+        assert [row.rate for row in own if row.task == RECALL] == [best]
         assert {row.half for row in own} == {one.half}
 
 
@@ -68,7 +71,8 @@ def test_a_row_has_finished_models_at_all_rungs_and_the_stable_curve_before_thei
         if row.schedule == "wsd":
             assert set(row.trunk) == set(RUNGS) and row.trained_tokens > row.tokens
             assert not {tokens for tokens, _, _ in row.curve} & {round(rung * row.tokens) for rung in RUNGS}
-        assert row.task == TEXT and row.test_loss is not None
+        if row.task == TEXT:
+            assert row.test_loss is not None
     assert read_truth(folder / "truth.csv") == sorted(rows, key=[*rows].index)
 
 

@@ -20,7 +20,7 @@ from hybridnas.bench.result import Result, Table
 from hybridnas.draw.figure import FAINT, INK, SETTINGS, save
 from hybridnas.errors import StudyError
 from hybridnas.files import write_json
-from hybridnas.study.truth import CHOOSING, HALVES, RATES, REPORTING, RUNGS, TEXT, TruthRow, read_truth
+from hybridnas.study.truth import CHOOSING, HALVES, RATES, RECALL, REPORTING, RUNGS, TEXT, TruthRow, read_truth
 
 LIMIT = 1 / 8  # compute of the default policy at most, as a part of the truth's
 BEFORE = "0.012"  # the rate for all, in one cosine, by which searches compared before this was measured
@@ -43,7 +43,7 @@ def run(config: BenchConfig) -> Result:
             raise
         result.notes.append(f"not run: {error}")
         return result
-    signals = {} if config.tiny else _signals(truth, rows)
+    signals = {} if config.tiny else _signals(truth, rows, read)
     body = measure(rows, truth, signals, draws=config.pick(1000, 200, 20))
     result.tables += tables(body)
     if not config.tiny:
@@ -99,8 +99,8 @@ def _share_dict(one: StepShare) -> dict[str, Any]:
     return {**vars(one), "interval": None if one.interval is None else list(one.interval)}
 
 
-def _signals(truth: Truth, rows: Rows) -> dict[str, dict[str, float]]:
-    """Return costs at the truth's size, proxies at initialization, and recall on text where it was measured."""
+def _signals(truth: Truth, rows: Rows, read: Sequence[TruthRow]) -> dict[str, dict[str, float]]:
+    """Return costs at the truth's size, proxies at initialization, and recall where it was measured."""
     from hybridnas.data import open_source, source_config
     from hybridnas.tabular.proxies import proxies
     from hybridnas.tabular.truth import SIZES, sized
@@ -122,7 +122,10 @@ def _signals(truth: Truth, rows: Rows) -> dict[str, dict[str, float]]:
             runs = rows.at_best_rate(pattern, active).values()
             known = [row.test_repeat_accuracy for row in runs if row.test_repeat_accuracy is not None]
             if known:
-                recall.setdefault(f"recall at {active:,}", {})[pattern] = fmean(known)
+                recall.setdefault(f"recall on text at {active:,}", {})[pattern] = fmean(known)
+    for row in read:
+        if row.task == RECALL and not row.failed and row.size <= truth.size:
+            recall.setdefault(f"in-context recall at {row.size:,}", {})[row.pattern] = row.accuracies[1.0]
     return found | {name: values for name, values in recall.items() if set(truth.scores) <= set(values)}
 
 
