@@ -333,7 +333,9 @@ def export_gguf(model: HybridLM, file: str | Path, *, tokenizer: Tokenizer | Non
         writer.close()
         partial.replace(path)
     except OSError as error:
-        raise ExportError(f"could not write {path} ({error.strerror or error}); free space there") from None
+        raise ExportError(
+            f"could not write {path} ({error.strerror or error}); free space there, or choose another file"
+        ) from None
     finally:
         partial.unlink(missing_ok=True)
     return GgufExport(path, name, words.reason)

@@ -56,7 +56,11 @@ class HybridNASForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **settings: Any) -> Any:
-        """Load a folder or a repository as other models of transformers; raises ExportError for tensors that miss."""
+        """Load a folder or a repository as other models of transformers, from safetensors alone: pickles are not read.
+
+        Raises ExportError for tensors that miss.
+        """
+        settings["use_safetensors"] = True
         model, info = super().from_pretrained(*args, output_loading_info=True, **settings)
         for what, names in (("lacks", info["missing_keys"]), ("has an unknown", info["unexpected_keys"])):
             if names:
@@ -167,6 +171,8 @@ class HybridNASForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         if use_cache is None:
             causal = all(node.config.causal for node in self.model.arch.nodes)
             use_cache = self.config.use_cache and not self.training and causal
+            if cache is None and position_ids is not None and bool((position_ids[..., 1:] == 0).any()):
+                use_cache = False  # several documents in a row, of which no state goes on
         if use_cache and cache is None:
             cache = HybridNASCache()
         real_BL = _real(attention_mask, input_ids, 0 if cache is None else cache.columns)

@@ -99,7 +99,7 @@ def fit(
         weight = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
         device = "auto" if weight is None else str(weight.device)
     if isinstance(model, nn.Module):
-        start.freeze(model, freeze)
+        start.freeze(model, freeze, some_left=lora is None)
     around: AbstractContextManager[None] = nullcontext()
     if lora is not None and isinstance(model, nn.Module):
         around = start.adapted(model, start.Lora.of(lora), seed=config.seed)

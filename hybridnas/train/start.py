@@ -43,10 +43,10 @@ class Lora(FrozenConfig):
         return cls.from_dict({"rank": given} if isinstance(given, int) else given)
 
 
-def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+def freeze(model: nn.Module, patterns: Sequence[str], *, some_left: bool = True) -> list[str]:
     """Let the parameters whose names match any pattern (``*`` and ``?``) have no gradient; returns their names.
 
-    Raises ConfigError for a pattern that matches nothing.
+    Raises ConfigError for a pattern that matches nothing, and, with ``some_left``, where nothing is left to train.
     """
     named = dict(model.named_parameters())
     for pattern in patterns:
@@ -58,6 +58,13 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
                 allowed=list(named),
             )
     frozen = [name for name in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if some_left and frozen and len(frozen) == len(named):
+        raise ConfigError(
+            f"freeze={list(patterns)} leaves no parameter to train; freeze fewer of {', '.join(named)[:200]}",
+            field="freeze",
+            got=list(patterns),
+            allowed=list(named),
+        )
     for name in frozen:
         named[name].requires_grad_(False)
     return frozen

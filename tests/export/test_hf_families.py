@@ -438,6 +438,7 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
         (lambda tensors: tensors.update({EXPERT: torch.zeros(5, 7)}), EXPERT.replace("2.w1.weight", "gate_up_proj")),
         (lambda tensors: tensors.update({QUERY: torch.zeros(8, D)}), QUERY),
         (lambda tensors: tensors.update({QUERY: torch.zeros(D + 8, D)}), QUERY),
+        (lambda tensors: tensors.update({QUERY: torch.zeros(D, D, dtype=torch.int8)}), QUERY),
         (lambda tensors: tensors.update({"model.layers.0.conv.extra": torch.zeros(1)}), "model.layers.0.conv.extra"),
         (lambda tensors: tensors.update({"lm_head.weight": torch.zeros(V, D)}), "tie_word_embeddings"),
     ],

@@ -110,7 +110,7 @@ def test_padding_on_the_right_and_between_is_not_read(tmp_path: Path) -> None:
 def test_positions_that_start_again_are_documents(tmp_path: Path) -> None:
     path, ids_BL = folder(tmp_path, "AM"), some(1, 7)
     ours, theirs = hybridnas.load(path), auto(path)
-    found = theirs(ids_BL, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), use_cache=False).logits
+    found = theirs(ids_BL, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]])).logits
     wanted = torch.cat([ours(ids_BL[:, :3]).logits, ours(ids_BL[:, 3:]).logits], dim=1)
     assert relative(found, wanted) < 1e-5
     shifted = theirs(ids_BL, position_ids=torch.arange(5, 12)[None]).logits  # attention sees differences alone
@@ -250,6 +250,11 @@ def test_bad_folders_are_refused_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ExportError) as error:
         auto(path)
     assert error.value.field == "fingerprint"
+    path = folder(tmp_path / "pickle", "MA")
+    torch.save(whole, path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        auto(path)
     path = folder(tmp_path / "size", "MA")
     changed(path, vocab_size=V + 1)
     with pytest.raises(ExportError) as error:

@@ -27,7 +27,7 @@ def text(corpus: Path) -> dict[str, Any]:
     return {"kind": "text", "path": str(corpus)}
 
 
-def test_frozen_parameters_stay_and_all_others_move(corpus: Path) -> None:
+def test_frozen_parameters_stay_and_all_others_move(corpus: Path, tmp_path: Path) -> None:
     trained, before = model(), weights(model())
     result = hybridnas.fit(trained, text(corpus), freeze=["embedding.*", "layers.0.*"], **TINY)
     for name, tensor in weights(result.model).items():
@@ -35,6 +35,10 @@ def test_frozen_parameters_stay_and_all_others_move(corpus: Path) -> None:
     with pytest.raises(ConfigError) as error:
         freeze(trained, ["layers.9.*"])
     assert (error.value.field, error.value.got) == ("freeze", "layers.9.*")
+    with pytest.raises(ConfigError) as error:
+        hybridnas.fit(model(), text(corpus), freeze=["*"], folder=tmp_path / "run", **TINY)
+    assert (error.value.field, error.value.got) == ("freeze", ["*"])
+    assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError) as error:
         hybridnas.fit(trained.arch, text(corpus), freeze=["embedding.*"], **TINY)
     assert error.value.field == "freeze"

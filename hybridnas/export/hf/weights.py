@@ -320,6 +320,14 @@ def filled(
         needed = (size, *target.shape[1:])
         try:
             tensor = theirs[piece.theirs]().detach()
+            if not tensor.is_floating_point():
+                raise ExportError(
+                    f"{where} has tensor {piece.theirs!r} of dtype {tensor.dtype}, and quantized weights are not read; "
+                    f"give the model in float32 or bfloat16",
+                    field=piece.theirs,
+                    got=str(tensor.dtype),
+                    allowed="a floating point dtype",
+                )
             value = piece.value(tensor)
         except (RuntimeError, IndexError) as error:  # fewer rows or dimensions, experts of unequal sizes
             raise _wrong_shape(where, piece, str(error), None, needed) from None
