@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -61,7 +62,14 @@ class HybridNASForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         Raises ExportError for tensors that miss.
         """
         settings["use_safetensors"] = True
-        model, info = super().from_pretrained(*args, output_loading_info=True, **settings)
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **settings)
+        except SafetensorError as error:
+            raise ExportError(
+                f"{args[0] if args else WEIGHTS}: {WEIGHTS} cannot be read ({error}); export the model again",
+                field=WEIGHTS,
+                got=str(error),
+            ) from None
         for what, names in (("lacks", info["missing_keys"]), ("has an unknown", info["unexpected_keys"])):
             if names:
                 first = min(names).removeprefix("model.")

@@ -450,6 +450,15 @@ def test_weights_of_another_model_are_refused(folder, change, field):
     assert error.value.field == field
 
 
+@pytest.mark.parametrize("layers", [-1, 0, 10**9])
+def test_a_number_of_layers_that_no_model_has_is_refused_by_its_name(folder, layers):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    with pytest.raises(ConfigError) as error:
+        read(folder)
+    assert (error.value.field, error.value.got) == ("num_hidden_layers", layers)
+
+
 def test_a_folder_without_usable_weights_is_refused(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])

@@ -250,6 +250,11 @@ def test_bad_folders_are_refused_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ExportError) as error:
         auto(path)
     assert error.value.field == "fingerprint"
+    path = folder(tmp_path / "cut", "MA")
+    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(ExportError) as error:
+        auto(path)
+    assert error.value.field == "model.safetensors"
     path = folder(tmp_path / "pickle", "MA")
     torch.save(whole, path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()

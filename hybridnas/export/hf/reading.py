@@ -137,8 +137,20 @@ def _family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
     return family, {**text, "model_type": kind, "tie_word_embeddings": tied}
 
 
+MOST_LAYERS = 10_000  # more are a damaged or hostile config: a pattern of so many letters is built before any weight
+
+
 def arch_of(family: Family, settings: Settings) -> Arch:
     """Return the architecture of a config; raises ConfigError also for settings that describe no model."""
+    layers = settings["num_hidden_layers"] if "num_hidden_layers" in family.defaults else 1
+    if isinstance(layers, int) and not 1 <= layers <= MOST_LAYERS:
+        raise ConfigError(
+            f"config of model_type {settings.model_type!r} has num_hidden_layers={layers}, allowed: 1 to "
+            f"{MOST_LAYERS:,}; give the config.json of a model",
+            field="num_hidden_layers",
+            got=layers,
+            allowed=f"1 to {MOST_LAYERS}",
+        )
     try:
         return family.arch(settings)
     except (
