@@ -63,7 +63,8 @@ def test_outputs_and_gradients_agree_with_the_float64_recurrence(
     got = run(ssd_torch, inputs(*shape, **options, dtype=torch.float32), seq_idx=ids, chunk_size=chunk)
     for name, expected in true.items():
         error = (got[name].double() - expected).abs().max().item()
-        assert error <= 1e-5 * expected.abs().max().item() + 1e-12, f"{name} is {error} off"
+        # Float32 sums of terms near 1: where they cancel, their rounding stays.
+        assert error <= 1e-5 * expected.abs().max().item() + 1e-6, f"{name} is {error} off"
 
 
 def test_the_torch_form_passes_gradcheck():
