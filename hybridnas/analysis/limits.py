@@ -154,6 +154,12 @@ def sentences(report: LimitsReport) -> list[str]:
     if report.refused:
         listed = ", ".join(f"{name} {count}" for name, count in sorted(report.refused.items()))
         found.append(f"{several(sum(report.refused.values()), 'draw')} refused before training: {listed}")
+    return [*found, *remarks(report)]
+
+
+def remarks(report: LimitsReport) -> list[str]:
+    """Return the sentences on presets that were not trained, and on trials that a measurement's spread lets through."""
+    found = []
     if report.references:
         names = ", ".join(record.name for record in report.references)
         found.append(f"outside the limits, shown from their costs and not trained: {names}")

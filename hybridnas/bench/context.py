@@ -66,10 +66,10 @@ class BenchConfig(FrozenConfig):
     keep_memory: bool = option(True, "let malloc keep freed memory, which favours peers that allocate much")
     patience: float = option(120.0, "a process that measures one length is ended after this time [s]", gt=0)
 
-    space: str = option(
-        "tabular",
-        "samplers, fidelity, table: the space whose table is read or built; verdicts: what is searched, mamba_moe in "
-        "place of tabular [name]",
+    space: str | None = option(
+        None,
+        "samplers, fidelity, table: the space whose table is read or built, none: tabular; verdicts: the space "
+        "that is searched, none: mamba_moe [name]",
     )
     repeats: int | None = option(
         None,

@@ -179,8 +179,12 @@ class HybridNASForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         if use_cache is None:
             causal = all(node.config.causal for node in self.model.arch.nodes)
             use_cache = self.config.use_cache and not self.training and causal
-            if cache is None and position_ids is not None and bool((position_ids[..., 1:] == 0).any()):
-                use_cache = False  # several documents in a row, of which no state goes on
+            if cache is None and position_ids is not None:
+                real_BL = _real(attention_mask, input_ids, 0)
+                again_BL = position_ids.expand_as(input_ids)[:, 1:] == 0
+                if real_BL is not None:  # positions at padding mean nothing
+                    again_BL = again_BL & real_BL[:, 1:] & real_BL[:, :-1]
+                use_cache = use_cache and not bool(again_BL.any())  # no state goes on from one document to another
         if use_cache and cache is None:
             cache = HybridNASCache()
         real_BL = _real(attention_mask, input_ids, 0 if cache is None else cache.columns)

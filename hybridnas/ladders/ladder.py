@@ -25,7 +25,7 @@ from hybridnas.search.named import named_budget
 from hybridnas.study.folder import first_difference
 from hybridnas.tracking.secrets import masked
 from hybridnas.train.config import ANNEALED_LR_FRACTION
-from hybridnas.units import human, several
+from hybridnas.units import duration, human, several
 
 if TYPE_CHECKING:
     from hybridnas.ladders.plan import LadderRun, Plan
@@ -199,7 +199,7 @@ class Ladder:
         if missing:
             seconds = expected_seconds(plan, missing) / config.workers
             say(
-                f"to train: {human(tokens)} tokens, about {_duration(seconds)} with "
+                f"to train: {human(tokens)} tokens, about {duration(seconds)} with "
                 f"{several(config.workers, 'worker')}, by a few steps of each size"
             )
 
@@ -355,7 +355,7 @@ class _Watch:
     def run_ended(self, key: str, status: str, reason: str) -> None:
         self.trained += self.left.pop(key, 0)
         seconds = (time.monotonic() - self.began) / max(1, self.trained) * sum(self.left.values())
-        words = f"; about {_duration(seconds)} left" if self.left else ""
+        words = f"; about {duration(seconds)} left" if self.left else ""
         self.say(f"[{self.total - len(self.left)}/{self.total}] {key}: {status}{': ' if reason else ''}{reason}{words}")
 
 
@@ -363,12 +363,6 @@ def _reason(run: LadderRun) -> str:
     from hybridnas.train.records import read_run
 
     return str((read_run(run.folder) or {}).get("reason", ""))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _finite(value: Any) -> Any:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
 
-from hybridnas.files import write_text
+from hybridnas.files import write_csv
 from hybridnas.ladders.plan import LadderRun
-from hybridnas.train.records import read_evals, read_run
+from hybridnas.train.records import final_status, read_evals
 
 TRAINING_FLOPS = 3  # forward and backward over forward
 
@@ -43,8 +41,7 @@ class Row:
 
 def ended(run: LadderRun) -> str:
     """Return the status of a run that is not trained again, such as ``completed``; empty for one that goes on."""
-    stored = read_run(run.folder)
-    return str(stored["status"]) if stored is not None and stored["final"] else ""
+    return final_status(run.folder)
 
 
 def rows_of(run: LadderRun, target: int) -> list[Row]:
@@ -84,11 +81,7 @@ def rows_of(run: LadderRun, target: int) -> list[Row]:
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Replace the CSV whole."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [item.name for item in fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    write_text(path, text.getvalue())
+    write_csv(path, [item.name for item in fields(Row)], map(asdict, rows))
 
 
 def mean_losses(rows: Iterable[Row]) -> dict[tuple[str, float, int], float]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridnas.analysis.limits import LimitsReport, Price, limits_of, limits_report, misses, values_of
+from hybridnas.analysis.limits import LimitsReport, Price, limits_of, limits_report, misses, remarks, values_of
 from hybridnas.report.html import cell, difference
 from hybridnas.report.sections import ReportInput, Section
 from hybridnas.study.folder import read_study
@@ -84,7 +84,7 @@ def limits_section(given: ReportInput) -> Section | None:
         "rows": [_row(price, found, given) for price in found.prices],
     }
     intro = "Only trials within all limits can win; presets outside them may be trained for comparison."
-    return Section("Limits", intro, table=table, notes=_notes(found))
+    return Section("Limits", intro, table=table, notes=[f"{text[0].upper()}{text[1:]}." for text in remarks(found)])
 
 
 def _row(price: Price, found: LimitsReport, given: ReportInput) -> dict[str, Any]:
@@ -102,17 +102,6 @@ def _row(price: Price, found: LimitsReport, given: ReportInput) -> dict[str, Any
         cell(cost or "no winner to compare with", price.loss),
     ]
     return {"trial": None, "style": "", "cells": cells}
-
-
-def _notes(found: LimitsReport) -> list[str]:
-    notes = []
-    if found.references:
-        names = ", ".join(record.name for record in found.references)
-        notes.append(f"Outside the limits, known by their costs and not trained: {names}.")
-    if found.marginal:
-        names = ", ".join(f"trial {record.number}" for record in found.marginal)
-        notes.append(f"Met within the spread of the measurement alone: {names}.")
-    return notes
 
 
 def refused_words(records: Sequence[TrialRecord], limits: Mapping[str, float]) -> str:

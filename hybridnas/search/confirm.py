@@ -29,8 +29,8 @@ from hybridnas.study.locks import FileLock
 from hybridnas.study.objectives import eligible, score
 from hybridnas.study.records import COMPLETE, TrialRecord
 from hybridnas.study.reference import ReferenceStudy
-from hybridnas.train.records import read_run
-from hybridnas.units import several
+from hybridnas.train.records import final_status
+from hybridnas.units import duration, several
 
 if TYPE_CHECKING:
     from hybridnas.search.session import Session
@@ -87,8 +87,8 @@ def confirm(
     def train(numbers: Sequence[int], seeds: Sequence[int], field: Literal["confirmed", "verdict"], what: str) -> None:
         missing = [(seed, n) for seed in seeds for n in numbers if str(seed) not in getattr(known[n], field)]
         if missing:
-            took = _about(sum(known[n].seconds for _, n in missing) / min(processes, len(missing)))
-            note(f"{what} {len(numbers)} architectures, {len(missing)} trainings: {took}")
+            seconds = sum(known[n].seconds for _, n in missing) / min(processes, len(missing))
+            note(f"{what} {len(numbers)} architectures, {len(missing)} trainings: about {duration(seconds)}")
         told = together([Wanted(known[n].to_dict(), seed, what) for seed, n in missing])
         for seed, n in missing:
             again = train_again(session, known[n], session.folder.trial(n), seed)
@@ -122,7 +122,7 @@ def train_ahead(session: Session, wanted: Sequence[Wanted], note: Callable[[str]
         try:
             if one.seed is None:
                 at_own_rate(session, record, folder, lambda text: None)  # told by the command, once
-            elif not (read_run(folder / "confirm" / key) or {}).get("final"):
+            elif not final_status(folder / "confirm" / key):
                 note(_line(one.what, record, one.seed, train_again(session, record, folder, one.seed)))
         finally:
             claim.release()
@@ -130,10 +130,6 @@ def train_ahead(session: Session, wanted: Sequence[Wanted], note: Callable[[str]
 
 def _line(what: str, record: TrialRecord, seed: int, again: Again) -> str:
     return f"{what} trial {record.number:>3}  {record.name}  seed {seed}: {again}"
-
-
-def _about(seconds: float) -> str:
-    return f"about {math.ceil(seconds / 60)} min" if seconds >= 60 else "under a minute"
 
 
 class Again(NamedTuple):

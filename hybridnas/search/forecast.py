@@ -10,7 +10,7 @@ from hybridnas.search.history import History
 from hybridnas.search.plan import Plan
 from hybridnas.study.objectives import violation
 from hybridnas.study.records import COMPLETE
-from hybridnas.units import several
+from hybridnas.units import duration, several
 
 if TYPE_CHECKING:
     from hybridnas.search.config import Budget
@@ -33,9 +33,9 @@ class Forecast:
     def __str__(self) -> str:
         outside = f" ({self.outside} more are outside the limits and not trained)" if self.outside else ""
         return (
-            f"plan: {several(self.baselines, 'baseline')} in about {_minutes(self.baseline_seconds)}{outside}, "
+            f"plan: {several(self.baselines, 'baseline')} in about {duration(self.baseline_seconds)}{outside}, "
             f"then about {several(self.candidates, 'candidate')} in "
-            f"{_minutes(self.candidates * self.candidate_seconds)}, at {self.speed:,.0f} tokens/s"
+            f"{duration(self.candidates * self.candidate_seconds)}, at {self.speed:,.0f} tokens/s"
         )
 
 
@@ -103,7 +103,3 @@ def _speed(plan: Plan, budget: Budget, history: History) -> float | None:
         seconds=_SAMPLE_SECONDS,
     )
     return speeds(HybridLM(first, seed=0), setting)["train_tokens_per_second"].value
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"

@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
-import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from hybridnas.config import FrozenConfig, option
 from hybridnas.cost import Cost
 from hybridnas.data.source import Batch, Source
 from hybridnas.errors import ConfigError, MatchError, StudyError
-from hybridnas.files import write_json, write_text
+from hybridnas.files import write_csv, write_json
 from hybridnas.search.config import ADDED, Budget, SearchConfig
 from hybridnas.search.rates import Tried
 from hybridnas.search_spaces.space import Space
@@ -183,12 +182,8 @@ class Table:
     def write(self) -> None:
         """Write the CSV, whole or not at all."""
         points = self.points
-        text = io.StringIO()
         columns = [*_HEAD, *(f"{kind}{point}" for kind in (_LOSS, _ACCURACY) for point in points), *_TAIL]
-        out = csv.DictWriter(text, columns, lineterminator="\n")
-        out.writeheader()
-        out.writerows(row.cells(points) for row in self.rows)
-        write_text(self.path, text.getvalue())
+        write_csv(self.path, columns, (row.cells(points) for row in self.rows))
 
     @classmethod
     def read(cls, path: Path) -> Table:

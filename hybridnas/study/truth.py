@@ -7,7 +7,6 @@ states how good they are. Loss is cross-entropy [nats per token].
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridnas.errors import StudyError
-from hybridnas.files import write_text
+from hybridnas.files import write_csv
 
 CHOOSING, REPORTING = "choosing", "reporting"
 HALVES = (CHOOSING, REPORTING)
@@ -88,7 +87,7 @@ def read_listed(path: Path) -> list[Listed]:
 def write_listed(path: Path, listed: Iterable[Listed]) -> None:
     """Write the list, whole or not at all."""
     names = [item.name for item in fields(Listed)]
-    _write(path, names, [{name: getattr(one, name) for name in names} for one in listed])
+    write_csv(path, names, [{name: getattr(one, name) for name in names} for one in listed])
 
 
 def read_truth(path: Path) -> list[TruthRow]:
@@ -110,7 +109,7 @@ def write_truth(path: Path, rows: Iterable[TruthRow]) -> None:
     columns = []
     for item in fields(TruthRow):
         columns += [f"{_POINTS[item.name]}{rung:g}" for rung in RUNGS] if item.name in _POINTS else [item.name]
-    _write(path, columns, [_cells(row) for row in ordered])
+    write_csv(path, columns, [_cells(row) for row in ordered])
 
 
 def _cells(row: TruthRow) -> dict[str, Any]:
@@ -149,11 +148,3 @@ def _lines(path: Path) -> list[dict[str, str]]:
             return list(csv.DictReader(file))
     except OSError as error:
         raise StudyError(f"{path} cannot be read: {error.strerror or error}", field="path", got=str(path)) from None
-
-
-def _write(path: Path, columns: list[str], lines: Iterable[Mapping[str, Any]]) -> None:
-    text = io.StringIO()
-    out = csv.DictWriter(text, columns, lineterminator="\n")
-    out.writeheader()
-    out.writerows(lines)
-    write_text(path, text.getvalue())

@@ -8,22 +8,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from hybridnas.train.callbacks import Callback, Run
-
 if TYPE_CHECKING:
-    from hybridnas.suites.runner import Runner, Training
+    from hybridnas.suites.runner import Runner
 
-_STEPS = 3  # the first is not timed
 _LONGEST = 10.0  # of all measurements together [s]
-_FORWARD = 1 / 3  # of a step's time is its forward pass, which is all that an evaluation takes
-
-
-class _Clock(Callback):
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step(self, run: Run, step: int) -> None:
-        self.ends.append(time.perf_counter())
 
 
 def expected_seconds(runner: Runner) -> float:
@@ -33,6 +21,7 @@ def expected_seconds(runner: Runner) -> float:
     reaches the suite's ``stop_at`` ends sooner.
     """
     from hybridnas.arch.arch import Arch  # which loads torch, and help texts need this package
+    from hybridnas.train.pace import FORWARD, seconds_per_token
 
     known: dict[tuple[str, int, int], float] = {}  # seconds per token
     per_flop = total = 0.0
@@ -44,19 +33,10 @@ def expected_seconds(runner: Runner) -> float:
         key = (one.fingerprint, config.seq_len, config.batch_size)
         if key not in known:
             if not per_flop or time.perf_counter() - began < _LONGEST:
-                known[key] = _seconds_per_token(runner, one)
+                known[key] = seconds_per_token(arch, runner.source(one.task), config, runner.device)
                 per_flop = known[key] / flops
             else:
                 known[key] = per_flop * flops
         measured = len(config.eval_at) * config.valid_tokens
-        total += missing * known[key] * (config.steps * config.step_tokens + _FORWARD * measured)
+        total += missing * known[key] * (config.steps * config.step_tokens + FORWARD * measured)
     return total
-
-
-def _seconds_per_token(runner: Runner, one: Training) -> float:
-    from hybridnas.train.loop import run as train
-
-    clock, config = _Clock(), one.config
-    few = config.replace(tokens=_STEPS * config.step_tokens, schedule="constant", eval_at=(), valid_tokens=1)
-    train(one.model, runner.source(one.task), few, device=runner.device, callbacks=[clock])
-    return (clock.ends[-1] - clock.ends[0]) / ((_STEPS - 1) * config.step_tokens)

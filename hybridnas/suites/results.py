@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, get_type_hints
 
 from hybridnas.analysis.rung_correlation import rank_correlation
 from hybridnas.errors import StudyError
-from hybridnas.files import write_text
+from hybridnas.files import write_csv
 from hybridnas.suites.suite import Suite
 
 
@@ -123,12 +122,8 @@ def write_rows(path: Path, rows: Sequence[Any]) -> None:
     """Replace a CSV whole."""
     if not rows:
         return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [item.name for item in fields(rows[0])], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: int(v) if isinstance(v, bool) else v for k, v in asdict(row).items()})
-    write_text(path, text.getvalue())
+    lines = ({k: int(v) if isinstance(v, bool) else v for k, v in asdict(row).items()} for row in rows)
+    write_csv(path, [item.name for item in fields(rows[0])], lines)
 
 
 def merged(old: Iterable[Row], *new: Row) -> list[Row]:

@@ -173,6 +173,12 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     return dict(values)
 
 
+def final_status(folder: Path) -> str:
+    """Return the status of a run that is not trained again, such as ``completed``; empty for one that goes on."""
+    stored = read_run(folder)
+    return str(stored["status"]) if stored is not None and stored["final"] else ""
+
+
 def disk_error(error: OSError, path: Path, what: str) -> TrainingError:
     """Return the sentence for a write that the disk refused."""
     why = "no space left on the disk" if error.errno == errno.ENOSPC else (error.strerror or str(error))

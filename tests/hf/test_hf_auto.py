@@ -113,6 +113,11 @@ def test_positions_that_start_again_are_documents(tmp_path: Path) -> None:
     found = theirs(ids_BL, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]])).logits
     wanted = torch.cat([ours(ids_BL[:, :3]).logits, ours(ids_BL[:, 3:]).logits], dim=1)
     assert relative(found, wanted) < 1e-5
+    padded = {
+        "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1]]),
+        "position_ids": torch.tensor([[0, 0, 0, 1, 2, 3, 4]]),
+    }
+    assert theirs(ids_BL, **padded).past_key_values is not None  # one document, whose padding has positions, too
     shifted = theirs(ids_BL, position_ids=torch.arange(5, 12)[None]).logits  # attention sees differences alone
     assert relative(shifted, ours(ids_BL).logits) < 1e-5
     cache = theirs(ids_BL[:, :3], position_ids=torch.arange(3)[None]).past_key_values

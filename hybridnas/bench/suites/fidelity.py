@@ -15,7 +15,7 @@ def run(config: BenchConfig) -> Result:
     """State Spearman's and Kendall's correlations over the architectures of ``space=``'s table."""
     result = Result("fidelity")
     try:
-        table = tiny_table() if config.tiny else load_table(load_space(config.space))[1]
+        table = tiny_table() if config.tiny else load_table(load_space(config.space or "tabular"))[1]
     except StudyError as error:
         if config.suite != "all":
             raise

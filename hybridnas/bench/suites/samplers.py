@@ -82,7 +82,7 @@ def run(config: BenchConfig) -> Result:
 
 
 def _from_table(config: BenchConfig, result: Result) -> Field | None:
-    space = load_space(config.space)
+    space = load_space(config.space or "tabular")
     try:
         spec, table = load_table(space)
     except StudyError as error:

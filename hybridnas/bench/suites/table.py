@@ -26,7 +26,11 @@ def run(config: BenchConfig) -> Result:
         table = tiny_table()
     else:
         table = build(
-            load_space(config.space), part=_part(config.part), minutes=config.minutes, report=say, origin=origin()
+            load_space(config.space or "tabular"),
+            part=_part(config.part),
+            minutes=config.minutes,
+            report=say,
+            origin=origin(),
         )
     result.tables.append(summary(table))
     result.tables.append(fidelity(table))

@@ -8,7 +8,6 @@ same call goes on; its row is written when it ends. Not part of ``suite=all``: a
 from __future__ import annotations
 
 import csv
-import io
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from hybridnas.analysis.verdict import verdict
 from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.result import Result, Table
 from hybridnas.bench.suites.table import say
-from hybridnas.files import write_text
+from hybridnas.files import write_csv
 from hybridnas.report.claims import confirmed_headline, study_documents
 from hybridnas.search.config import Budget, SearchConfig
 from hybridnas.search.named import named_budget, named_data, named_space
@@ -43,7 +42,7 @@ class Row:
     words: str  # the verdict as the report has it
     drawn: int  # candidates besides presets that trained
     best_drawn: str  # best of them by the search's own seed
-    seconds: float  # of all calls
+    seconds: float  # of the call that ended it
     ended: str
 
     @property
@@ -62,7 +61,7 @@ def run(config: BenchConfig) -> Result:
 
 def _run(config: BenchConfig, runs: Path) -> Result:
     result = Result("verdicts")
-    space = "mamba_moe" if config.space == "tabular" else config.space
+    space = config.space or "mamba_moe"
     count = 1 if config.tiny else config.repeats or SEEDS
     path = runs / f"{space}-{config.budget}.csv" if config.out is None else config.out.with_suffix(".csv")
     rows = {row.seed: row for row in _read(path)}
@@ -167,9 +166,4 @@ def _row(cells: Mapping[str, str]) -> Row:
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:
-    text = io.StringIO()
-    out = csv.DictWriter(text, [item.name for item in fields(Row)], lineterminator="\n")
-    out.writeheader()
-    out.writerows(asdict(row) for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text.getvalue())
+    write_csv(path, [item.name for item in fields(Row)], map(asdict, rows))
