@@ -367,24 +367,27 @@ def budget_words(
     active_params: int,
     tokens_per_active_param: float,
     seeds: int = 1,
+    what: str = "comparisons at this budget",
 ) -> str:
-    """Return one sentence on how far a study's comparisons can be trusted, from a decisions.json.
+    """Return one sentence on how far ``what`` can be trusted, from a decisions.json.
 
     ``rate``: own, halved, or the one rate of all; another word is a policy that no truth set has. Of the measured
     policies with this signal and number of seeds, the one nearest in size, then in tokens, then in its shared rate
-    stands for the budget; where there is none, the sentence says that nothing was measured.
+    stands for the budget; where there is none, the sentence says that nothing was measured. At the truth's own size
+    only policies count whose trainings are not among those of the truth.
     """
+    truth = decisions.get("truth", {})
     alike = [
         one
         for one in decisions["policies"]
         if one["signal"] == signal
         and one["seeds"] == seeds
-        and one["size"] < decisions["truth"]["size"]
+        and not one["shares_trainings"]
         and (one["rate"] == rate if isinstance(rate, str) else one["rate"] not in (OWN, HALVED))
     ]
     if not alike:
-        return "how often comparisons at this budget are right was not measured"
-    whole = decisions["truth"]["tokens_per_active_param"]
+        return f"how often {what} are right was not measured"
+    whole = truth["tokens_per_active_param"]
 
     def distance(one: Mapping[str, Any]) -> tuple[float, float, float]:
         off = one["size"] / active_params, one["rung"] * whole / tokens_per_active_param
@@ -392,10 +395,15 @@ def budget_words(
         return abs(math.log(off[0])), abs(math.log(off[1])), abs(math.log(own))
 
     nearest = min(alike, key=distance)
+    larger, longer = truth["size"] / nearest["size"], 1 / nearest["rung"]
+    times = [f"{larger:.0f} times larger"] * (larger > 1) + [f"{longer:.0f} times longer trained"] * (longer > 1)
+    same = "" if larger > 1 else " of the same size"
     low, high = (100 * end for end in nearest["accuracy_interval"])
+    better = nearest["accuracy_best_half"]
+    within = "" if better is None else f", and in {100 * better:.0f} % of those within the better half"
     return (
-        f"comparisons at this budget agree with {decisions['truth']['size'] / nearest['size']:.0f} times larger, fully "
-        f"tuned models in {100 * nearest['accuracy']:.0f} % of pairs (95 % interval {low:.0f} to {high:.0f} %)"
+        f"{what} agree with {', '.join([*times, 'fully tuned'])} models{same} in {100 * nearest['accuracy']:.0f} % of "
+        f"pairs (95 % interval {low:.0f} to {high:.0f} %){within}"
     )
 
 

@@ -6,12 +6,13 @@ nothing else.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from pathlib import Path
 
 from hybridnas.analysis.confirmation import trained_objective
-from hybridnas.analysis.decisions import ANNEALED, COSINE, HALVED, budget_words
+from hybridnas.analysis.decisions import ANNEALED, COSINE, HALVED, OWN, budget_words
 from hybridnas.analysis.held_out import TEST
 from hybridnas.analysis.verdict import Compared, Documents, Verdict
 from hybridnas.errors import StudyError
@@ -21,6 +22,7 @@ from hybridnas.units import several
 
 # Written by python -m hybridnas.bench decisions; in a checkout through a link, in a wheel as a copy.
 DECISIONS = Path(__file__).resolve().parents[1] / "experiments" / "results" / "decisions.json"
+CONFIRMED_SEEDS = 2  # of a policy that stands for confirmation: more would leave none for the truth to be independent
 log = logging.getLogger("hybridnas.report")
 
 
@@ -38,23 +40,27 @@ def study_documents(study_folder: Path) -> Documents:
     return find
 
 
-def budget_note(meta: StudyMeta, decisions: Path = DECISIONS) -> str | None:
+def budget_notes(meta: StudyMeta, *, confirmed: bool = False, decisions: Path = DECISIONS) -> list[str]:
     """State how often comparisons at a study's budget decide rightly, as far as it was measured.
 
-    None for a study that trained nothing, or whose size and learning rate are not known.
+    ``confirmed``: some were trained again, each at its own best rate; a second sentence tells of those. Nothing is
+    stated for a study that trained nothing, or whose size and learning rate are not known.
     """
     if meta.from_table or not (meta.tokens and meta.active_params and meta.lr):
-        return None
+        return []
     measured = json.loads(decisions.read_text(encoding="utf-8")) if decisions.is_file() else {"policies": []}
     rates: dict[str, str | float] = {"tuned": HALVED, "shared": meta.lr}
-    words = budget_words(
+    words = functools.partial(
+        budget_words,
         measured,
         signal=ANNEALED if meta.schedule == "wsd" else COSINE,
-        rate=rates.get(meta.rate, meta.rate),
         active_params=meta.active_params,
         tokens_per_active_param=meta.tokens / meta.active_params,
     )
-    return f"{words[0].upper()}{words[1:]}."
+    notes = [words(rate=rates.get(meta.rate, meta.rate))]
+    if confirmed and meta.schedule == "wsd":
+        notes.append(words(rate=OWN, seeds=CONFIRMED_SEEDS, what="comparisons of those that were confirmed"))
+    return [f"{words[0].upper()}{words[1:]}." for words in notes]
 
 
 def unit_of(record: TrialRecord) -> str:

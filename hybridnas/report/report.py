@@ -17,7 +17,7 @@ from hybridnas.analysis.held_out import TEST, VALID, loss_on, stated_part
 from hybridnas.analysis.ranking import Row, preset_loss, preset_record, rows, winner
 from hybridnas.analysis.verdict import Verdict, over_documents
 from hybridnas.report import leaderboard as board
-from hybridnas.report.claims import budget_note, confirmed_headline, study_documents
+from hybridnas.report.claims import budget_notes, confirmed_headline, study_documents
 from hybridnas.report.html import cell, difference, markup, render
 from hybridnas.report.limits import limits_section, nothing_keeps, read_limits, refused_words, rows_of_refusals, words
 from hybridnas.report.sections import ReportInput, choice_name, color_of, sections, state_of
@@ -208,7 +208,7 @@ def _notes(given: ReportInput) -> list[str]:
     if tried and preset_record(records, meta.reference) is None:
         why = f": {tried[0].reason}" if tried[0].reason else ""
         notes.append(f"{meta.reference} is {WORDS[tried[0].state]}{why}; so no difference to it is stated.")
-    return [*notes, *filter(None, [budget_note(meta)])]
+    return [*notes, *budget_notes(meta, confirmed=any(record.own_rates for record in records))]
 
 
 def _cards(given: ReportInput) -> list[dict[str, str]]:

@@ -181,7 +181,7 @@ def test_the_measured_budget_becomes_a_sentence_and_an_unmeasured_one_says_so():
     words = budget_words(body, signal=ANNEALED, rate=OWN, active_params=1000, tokens_per_active_param=90)
     assert words == (
         "comparisons at this budget agree with 8 times larger, fully tuned models in 100 % of pairs "
-        "(95 % interval 100 to 100 %)"
+        "(95 % interval 100 to 100 %), and in 100 % of those within the better half"
     )
     assert "was not measured" in budget_words(
         body, signal=COSINE, rate=OWN, active_params=1000, tokens_per_active_param=20
@@ -190,13 +190,16 @@ def test_the_measured_budget_becomes_a_sentence_and_an_unmeasured_one_says_so():
 
 def test_the_policy_nearest_in_size_tokens_and_rate_stands_for_a_budget():
     def policy(size, rung, rate, accuracy):
-        own = {"signal": COSINE, "seeds": 1, "accuracy_interval": [0.0, 1.0]}
+        own = {"signal": COSINE, "seeds": 1, "accuracy_interval": [0.0, 1.0], "accuracy_best_half": None}
+        own["shares_trainings"] = size == 64_000 and rung == 1.0
         return {**own, "size": size, "rung": rung, "rate": rate, "accuracy": accuracy}
 
     policies = [
         *(policy(4_000, 0.25, rate, accuracy) for rate, accuracy in (("0.004", 0.61), ("0.012", 0.62))),
         *(policy(4_000, 1.0, rate, accuracy) for rate, accuracy in (("0.004", 0.63), ("0.012", 0.64))),
         *(policy(16_000, 0.25, rate, accuracy) for rate, accuracy in (("0.004", 0.65), ("0.012", 0.99))),
+        policy(64_000, 0.25, "0.004", 0.66),
+        policy(64_000, 1.0, "0.004", 0.98),  # the truth itself
     ]
     body = {"policies": policies, "truth": {"size": 64_000, "tokens_per_active_param": 100}}
 
@@ -206,5 +209,6 @@ def test_the_policy_nearest_in_size_tokens_and_rate_stands_for_a_budget():
     assert "in 61 % of pairs" in words(5_000, 20, 0.003)
     assert "in 62 % of pairs" in words(5_000, 20, 0.02)
     assert "16 times larger, fully tuned models in 64 % of pairs" in words(2_000, 90, 0.012)
-    assert "4 times larger, fully tuned models in 65 % of pairs" in words(30_000, 20, 0.004)
+    assert "4 times larger, 4 times longer trained, fully tuned models in 65 % of pairs" in words(30_000, 20, 0.004)
+    assert "4 times longer trained, fully tuned models of the same size in 66 % of pairs" in words(60_000, 90, 0.004)
     assert "was not measured" in words(5_000, 20, "scaled")

@@ -4,36 +4,58 @@ import json
 
 import pytest
 
-from hybridnas.report.claims import budget_note
+from hybridnas.report.claims import budget_notes
 from hybridnas.study.records import StudyMeta
 
+
+def _policy(signal, rate, rung, accuracy, interval, seeds=1):
+    return {
+        **{"signal": signal, "rate": rate, "seeds": seeds, "size": 16_000, "rung": rung, "accuracy": accuracy},
+        **{"accuracy_interval": interval, "accuracy_best_half": 0.6, "shares_trainings": False},
+    }
+
+
 POLICIES = [
-    {"signal": "annealed", "rate": "halved", "seeds": 1, "size": 16_000, "rung": 0.5, "accuracy": 0.83,
-     "accuracy_interval": [0.79, 0.88]},
-    {"signal": "cosine", "rate": "0.012", "seeds": 1, "size": 16_000, "rung": 0.25, "accuracy": 0.7,
-     "accuracy_interval": [0.6, 0.8]},
-]  # fmt: skip
+    _policy("annealed", "halved", 0.5, 0.83, [0.79, 0.88]),
+    _policy("annealed", "own", 0.5, 0.87, [0.79, 0.91], seeds=2),
+    _policy("cosine", "0.012", 0.25, 0.7, [0.6, 0.8]),
+]
 
 
 @pytest.mark.parametrize(
-    ("fields", "part"),
+    ("fields", "parts"),
     [
-        ({"schedule": "wsd", "rate": "tuned"}, "agree with 4 times larger, fully tuned models in 83 % of pairs"),
-        ({}, "in 70 % of pairs (95 % interval 60 to 80 %)"),
-        ({"schedule": "wsd"}, "was not measured"),
-        ({"rate": "scaled"}, "was not measured"),
+        (
+            {"schedule": "wsd", "rate": "tuned"},
+            ("2 times longer trained, fully tuned models in 83 % of pairs", "in 60 % of those within the better half"),
+        ),
+        ({}, ("in 70 % of pairs (95 % interval 60 to 80 %)",)),
+        ({"schedule": "wsd"}, ("was not measured",)),
+        ({"rate": "scaled"}, ("was not measured",)),
     ],
     ids=["tuned", "as-ever", "unmeasured", "scaled"],
 )
-def test_a_report_says_how_often_comparisons_at_its_budget_decide_rightly(tmp_path, fields, part):
-    path = tmp_path / "decisions.json"
-    path.write_text(json.dumps({"policies": POLICIES, "truth": {"size": 64_000, "tokens_per_active_param": 100}}))
+def test_a_report_says_how_often_comparisons_at_its_budget_decide_rightly(tmp_path, fields, parts):
     meta = StudyMeta(name="s", tokens=800_000, active_params=16_000, lr=0.012, **fields)
-    assert part in budget_note(meta, path)
+    (note,) = budget_notes(meta, decisions=_measured(tmp_path))
+    assert [part for part in parts if part not in note] == []
+
+
+def test_a_second_sentence_tells_of_those_that_were_confirmed_at_their_own_rates(tmp_path):
+    meta = StudyMeta(name="s", tokens=800_000, active_params=16_000, lr=0.012, schedule="wsd", rate="tuned")
+    first, second = budget_notes(meta, confirmed=True, decisions=_measured(tmp_path))
+    assert "83 %" in first and "87 % of pairs (95 % interval 79 to 91 %)" in second
+
+
+def _measured(folder):
+    path = folder / "decisions.json"
+    path.write_text(json.dumps({"policies": POLICIES, "truth": {"size": 64_000, "tokens_per_active_param": 100}}))
+    return path
 
 
 def test_nothing_is_said_where_nothing_was_trained_and_no_figure_where_none_was_measured(tmp_path):
     meta = StudyMeta(name="s", tokens=800_000, active_params=16_000, lr=0.012)
-    assert "was not measured" in budget_note(meta, tmp_path / "absent.json")
-    assert budget_note(StudyMeta(name="s", from_table=True, tokens=1, active_params=1)) is None
-    assert budget_note(StudyMeta(name="s")) is None
+    (note,) = budget_notes(meta, decisions=tmp_path / "absent.json")
+    assert "was not measured" in note
+    assert budget_notes(StudyMeta(name="s", from_table=True, tokens=1, active_params=1)) == []
+    assert budget_notes(StudyMeta(name="s")) == []
