@@ -29,18 +29,23 @@ class Forecast:
     baseline_seconds: float  # of all of them
     candidates: int
     candidate_seconds: float  # of one, what is paused early included
+    confirm_seconds: float = 0.0  # of the trainings after the search; 0: none are asked for
 
     def __str__(self) -> str:
         outside = f" ({self.outside} more are outside the limits and not trained)" if self.outside else ""
+        confirmed = f", then confirmation in about {duration(self.confirm_seconds)}" if self.confirm_seconds else ""
         return (
             f"plan: {several(self.baselines, 'baseline')} in about {duration(self.baseline_seconds)}{outside}, "
             f"then about {several(self.candidates, 'candidate')} in "
-            f"{duration(self.candidates * self.candidate_seconds)}, at {self.speed:,.0f} tokens/s"
+            f"{duration(self.candidates * self.candidate_seconds)}{confirmed}, at {self.speed:,.0f} tokens/s"
         )
 
 
-def forecast(plan: Plan, budget: Budget, history: History) -> Forecast | None:
-    """Return what is to be expected; None where nothing says how fast this machine trains."""
+def forecast(plan: Plan, budget: Budget, history: History, confirmers: int = 1) -> Forecast | None:
+    """Return what is to be expected; None where nothing says how fast this machine trains.
+
+    ``confirmers``: processes that share the trainings of the confirmation.
+    """
     speed = _speed(plan, budget, history)
     if speed is None:
         return None
@@ -61,6 +66,7 @@ def forecast(plan: Plan, budget: Budget, history: History) -> Forecast | None:
     left = None if plan.minutes is None else max(0.0, 60 * plan.minutes - trained * whole)
     wanted = max(0, plan.n_trials - history.finished - trained)
     most = wanted if left is None else min(wanted, int(left / (whole * part)))
+    again = _confirmations(budget, trained) * whole / confirmers if budget.confirm == "on" else 0.0
     return Forecast(
         speed=speed,
         baselines=trained,
@@ -68,7 +74,14 @@ def forecast(plan: Plan, budget: Budget, history: History) -> Forecast | None:
         baseline_seconds=trained * whole,
         candidates=most,
         candidate_seconds=whole * part,
+        confirm_seconds=again,
     )
+
+
+def _confirmations(budget: Budget, baselines: int) -> int:
+    """Return how many whole trainings a confirmation has: rates, fresh seeds, and seeds of two for the verdict."""
+    rates = 2 if budget.confirm_rates == "own" else 0  # beside the one that the search trained at
+    return (baselines + budget.confirm_top) * (rates + budget.confirm_seeds) + 2 * budget.verdict_seeds
 
 
 def _mean_tokens(plan: Plan) -> float:

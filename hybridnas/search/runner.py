@@ -275,7 +275,7 @@ class Search:
             note("measured here: " + "; ".join(f"{name} of {setting.words(name)}" for name in setting.figures))
         if session.share is not None:
             note(str(session.share))
-        expected = None if session.on_table or history else forecast(plan, budget, history)
+        expected = None if session.on_table or history else forecast(plan, budget, history, self.config.confirmers)
         if expected is not None:
             note(str(expected))
         if history:
