@@ -17,7 +17,7 @@ from hybridnas.analysis.held_out import TEST
 from hybridnas.analysis.verdict import Compared, Documents, Verdict
 from hybridnas.errors import StudyError
 from hybridnas.study.documents import DocumentSums, read_documents
-from hybridnas.study.records import StudyMeta, TrialRecord, trial_folder
+from hybridnas.study.records import CONFIRM, StudyMeta, TrialRecord, trial_folder
 from hybridnas.units import several
 
 # Written by python -m hybridnas.bench decisions; in a checkout through a link, in a wheel as a copy.
@@ -32,7 +32,7 @@ def study_documents(study_folder: Path) -> Documents:
     def find(study: str | None, number: int, seed: str | None) -> DocumentSums | None:
         folder = trial_folder(study_folder if study is None else study_folder.parent / study, number)
         try:
-            return read_documents(folder if seed is None else folder / "confirm" / f"seed{seed}")
+            return read_documents(folder if seed is None else folder / CONFIRM / f"seed{seed}")
         except StudyError as error:  # a report is written all the same; it names the sources of each interval
             log.warning("%s", error)
             return None

@@ -27,7 +27,7 @@ from hybridnas.search.training import CellTrainer, Wanted
 from hybridnas.search.trial import flat, trained_tokens
 from hybridnas.study.locks import FileLock
 from hybridnas.study.objectives import eligible, score
-from hybridnas.study.records import COMPLETE, TrialRecord
+from hybridnas.study.records import COMPLETE, CONFIRM, TrialRecord
 from hybridnas.study.reference import ReferenceStudy
 from hybridnas.train.records import final_status
 from hybridnas.units import duration, several
@@ -122,7 +122,7 @@ def train_ahead(session: Session, wanted: Sequence[Wanted], note: Callable[[str]
         try:
             if one.seed is None:
                 at_own_rate(session, record, folder, lambda text: None)  # told by the command, once
-            elif not final_status(folder / "confirm" / key):
+            elif not final_status(folder / CONFIRM / key):
                 note(_line(one.what, record, one.seed, train_again(session, record, folder, one.seed)))
         finally:
             claim.release()

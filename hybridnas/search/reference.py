@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +14,7 @@ from hybridnas.errors import StudyError
 from hybridnas.search.confirm import at_own_rate, fresh_seeds, train_again, verdict_seeds
 from hybridnas.study.folder import completed, read_study
 from hybridnas.study.objectives import eligible, score
-from hybridnas.study.records import SEED_RESULTS, TrialRecord, load_records, trained_tokens, trial_folder
+from hybridnas.study.records import CONFIRM, SEED_RESULTS, TrialRecord, load_records, trained_tokens, trial_folder
 from hybridnas.study.reference import ReferenceStudy, read_reference_study, write_reference_study
 
 if TYPE_CHECKING:
@@ -59,10 +60,16 @@ def find_reference_study(
     return reference
 
 
-def confirm_reference_study(session: Session, reference: ReferenceStudy, note: Callable[[str], None]) -> ReferenceStudy:
-    """Train the reference study's best with the seeds of our own confirmation and verdict, those that it lacks."""
+def confirm_reference_study(
+    session: Session, records: Iterable[TrialRecord], reference: ReferenceStudy, note: Callable[[str], None]
+) -> ReferenceStudy:
+    """Train the reference study's best with the seeds of our own confirmation and verdict, those that it lacks.
+
+    Where it is one of our ``records``, what that was trained again is taken over: it would be the same to the bit.
+    """
     study, config = session.folder.path, session.config
     folder = trial_folder(study.parent / reference.study, reference.record.number)
+    _take_over(study, records, reference.record, folder)
     if config.budget.confirm_rates == "own" and not reference.record.own_rates and not reference.confirmed:
         reference = dataclasses.replace(reference, record=at_own_rate(session, reference.record, folder, note))
         write_reference_study(study, reference)
@@ -79,6 +86,22 @@ def confirm_reference_study(session: Session, reference: ReferenceStudy, note: C
             write_reference_study(study, reference)
             note(f"confirming {reference.name}  {reference.record.name}  seed {seed}: {again}")
     return reference
+
+
+def _take_over(study: Path, records: Iterable[TrialRecord], theirs: TrialRecord, folder: Path) -> None:
+    """Copy the further trainings of the record that trained as ``theirs`` did into its folder; a part is not seen."""
+    alike = [
+        one for one in records if (one.fingerprint, one.seed, one.lr) == (theirs.fingerprint, theirs.seed, theirs.lr)
+    ]
+    target = folder / CONFIRM
+    if not alike or target.exists():
+        return
+    ours = trial_folder(study, alike[0].number) / CONFIRM
+    if ours.is_dir():
+        part = target.with_name(f"{CONFIRM}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(ours, part)
+        part.replace(target)
 
 
 def _at_random(config: SearchConfig, name: str, tokens: int) -> SearchConfig:

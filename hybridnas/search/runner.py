@@ -201,7 +201,7 @@ class Search:
             if self.config.budget.confirm == "on" and winner(records) is not None:
                 confirm(session, records, save, self.callbacks.on_note, self._train_ahead(session, loop))
                 if reference is not None:
-                    confirm_reference_study(session, reference, self.callbacks.on_note)
+                    confirm_reference_study(session, loop.history.values(), reference, self.callbacks.on_note)
         except KeyboardInterrupt:
             self.callbacks.on_note("stopping: the same command goes on with the confirmation")
             return INTERRUPTED

@@ -19,7 +19,7 @@ from hybridnas.search.plan import Plan
 from hybridnas.search.rates import Tried
 from hybridnas.search.trial import flat, trained_tokens
 from hybridnas.study.objectives import LIMITS, eligible, score
-from hybridnas.study.records import ARCH, TrialRecord, trial_folder
+from hybridnas.study.records import ARCH, CONFIRM, TrialRecord, trial_folder
 from hybridnas.train import checkpoint
 from hybridnas.train.callbacks import Action, Callback, OnEval
 from hybridnas.train.experiment import Cell, run_cell
@@ -124,7 +124,7 @@ class CellTrainer:
         ``folder``: of the trial, whose architecture lies there. ``lr``: another rate; None: the trial's own.
         """
         arch = Arch.from_dict(json.loads((folder / ARCH).read_text(encoding="utf-8")))
-        place = folder / "confirm" / (f"seed{seed}" if lr is None else f"rate{lr:.4g}")
+        place = folder / CONFIRM / (f"seed{seed}" if lr is None else f"rate{lr:.4g}")
         cell = self._cell(arch, place, seed, keep=False, lr=lr or record.own_lr or record.lr)
         return run_cell(cell, callbacks=self.callbacks)
 

@@ -41,6 +41,7 @@ TEST_FIGURES = ("test_loss", "test_bits_per_byte", "test_accuracy", "test_repeat
 
 RESULT = "result.json"
 ARCH = "arch.json"  # the trial's architecture, in its folder
+CONFIRM = "confirm"  # folder of its further trainings, at other rates and seeds
 CURVE = "metrics.jsonl"
 
 

@@ -14,7 +14,7 @@ from hybridnas.cli.search import search_config
 from hybridnas.errors import StudyError
 from hybridnas.report.callbacks import ConsoleLines
 from hybridnas.report.claims import study_documents
-from hybridnas.search import confirm
+from hybridnas.search import confirm, reference
 from hybridnas.studies import Study
 from hybridnas.study.documents import read_documents
 from hybridnas.study.records import TrialRecord, load_records, trained_tokens
@@ -123,6 +123,20 @@ def test_a_random_search_of_equal_cost_is_the_reference_study(study):
     assert set(found.verdict) == set(found.verdict_test) == VERDICT
     assert found.steps[-1][1] == min(one.valid_loss for one in theirs if one.state == "COMPLETE")
     assert any("searching at random, too" in line for line in said)
+
+
+def test_a_reference_that_is_one_of_ours_takes_its_further_trainings_over(tmp_path):
+    own = TrialRecord(number=3, state="COMPLETE", pattern="MA", fingerprint="f", seed=0, lr=0.01)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    run_folder = ours / "trials/0003/confirm/seed1"
+    run_folder.mkdir(parents=True)
+    (run_folder / "run.json").write_text("{}")
+    folder = theirs / "trials/0007"
+    folder.mkdir(parents=True)
+    reference._take_over(ours, [dataclasses.replace(own, lr=0.02)], own, folder)
+    assert list(folder.iterdir()) == []  # at another rate it is another training
+    reference._take_over(ours, [own], own, folder)
+    assert [path.name for path in folder.rglob("*")] == ["confirm", "seed1", "run.json"]
 
 
 def test_confirming_again_trains_nothing(study, tiny, monkeypatch):
