@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from hybridnas.errors import ConfigError, HybridNASError, StudyError
-from hybridnas.registry import Registry, recording
+from hybridnas.registry import PLUGINS, Registry, recording
 
 KINDS = {"blocks": "block letter", "tasks": "data"}  # folder -> kind of the registry that its files fill
-MODULES = "hybridnas_plugins"  # plugins are modules below this name, e.g. hybridnas_plugins.blocks.my_mixer
 _PACKAGE = Path(__file__).resolve().parent
 _log = logging.getLogger("hybridnas.plugins")
 
@@ -166,7 +165,7 @@ def require(identity: Mapping[str, Any]) -> None:
 
 def of_module(module: str) -> Plugin | None:
     """Return the plugin whose module has this name, None for anything else."""
-    if not module.startswith(f"{MODULES}."):
+    if not module.startswith(f"{PLUGINS}."):
         return None
     return next((plugin for plugin in _LOADED.values() if _module_name(plugin.name) == module), None)
 
@@ -226,7 +225,7 @@ def _own(added: Iterable[tuple[Registry[Any], str, str]], module: str) -> list[t
 
 
 def _module_name(name: str) -> str:
-    return f"{MODULES}.{name.removesuffix('.py').replace('/', '.')}"
+    return f"{PLUGINS}.{name.removesuffix('.py').replace('/', '.')}"
 
 
 def _sentence(name: str, path: Path, error: BaseException) -> str:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 B = TypeVar("B", bound="type[Any]")
 _OWN = __name__.partition(".")[0]
+PLUGINS = "hybridnas_plugins"  # files of a working folder are modules below this name, see hybridnas.plugins
+_REGISTRIES: list[Registry[Any]] = []
 _PACKAGE = Path(__file__).resolve().parent
 _log = logging.getLogger("hybridnas.registry")
 
@@ -52,8 +54,11 @@ class Registry(Generic[T]):
         self._package = package
         self._groups = groups
         self._entries: dict[str, T] = {}
+        self._here: dict[str, str] = {}  # key -> module that registered it, where no other process loads that by itself
         self._package_imported = package is None
         self._filled = package is None and not groups
+        self._from_entry_point = False  # what is registered now comes from an installed package
+        _REGISTRIES.append(self)
 
     def add(self, key: str, value: T, origin: str = _OWN) -> None:
         """Put a value under a new key; a key that is taken raises ConfigError.
@@ -69,12 +74,15 @@ class Registry(Generic[T]):
                 got=key,
             )
         self._entries[key] = value
+        if not self._from_entry_point and origin.partition(".")[0] not in (_OWN, PLUGINS):
+            self._here[key] = origin
         if _recorded is not None:
             _recorded.append((self, key, origin))
 
     def remove(self, key: str) -> None:
         """Take a key out again, as a notebook that defines its block anew needs it."""
         self._entries.pop(key, None)
+        self._here.pop(key, None)
         if self is BLOCKS:
             for alias in [alias for alias, letter in ALIASES.items() if letter == key]:
                 del ALIASES[alias]
@@ -132,11 +140,14 @@ class Registry(Generic[T]):
 
     def _load(self, point: EntryPoint) -> None:
         """Load one entry point; whatever goes wrong inside another package is kept as a failure."""
+        self._from_entry_point = True
         try:
             point.load()
             reason = "" if point.name in self._entries else f"{point.value} registers no {self.kind} {point.name!r}"
         except Exception as error:  # code of another package: anything may be raised
             reason = f"{type(error).__name__}: {error}"
+        finally:
+            self._from_entry_point = False
         if reason:
             package = point.dist.name if point.dist is not None else point.module
             self.failures[point.name] = (
@@ -166,6 +177,19 @@ def _entry_points() -> Any:
     from importlib.metadata import entry_points
 
     return entry_points()
+
+
+def only_here() -> list[str]:
+    """Return what this process has registered and a new one would lack, each with its module.
+
+    That is what a script or a notebook registers itself: not files of this package, entry points of installed packages
+    and plugins, which are handed on.
+    """
+    return [
+        f"{registry.kind} {key} (of {origin})"
+        for registry in _REGISTRIES
+        for key, origin in sorted(registry._here.items())
+    ]
 
 
 def _import_all(package: str) -> None:

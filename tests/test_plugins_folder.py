@@ -13,7 +13,7 @@ from hybridnas import plugins
 from hybridnas.cli import run as command
 from hybridnas.data import SOURCES
 from hybridnas.errors import ConfigError, ExportError, StudyError
-from hybridnas.registry import BLOCKS
+from hybridnas.registry import BLOCKS, PLUGINS
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def here(tmp_path, monkeypatch):
     for registry, names in zip((BLOCKS, SOURCES), before, strict=True):
         for name in set(registry) - names:
             registry.remove(name)
-    for module in [name for name in sys.modules if name.startswith(f"{plugins.MODULES}.")]:
+    for module in [name for name in sys.modules if name.startswith(f"{PLUGINS}.")]:
         del sys.modules[module]
 
 

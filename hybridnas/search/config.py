@@ -14,6 +14,7 @@ from hybridnas.config import MAX_SEED, FrozenConfig, option
 from hybridnas.data.source import source_config
 from hybridnas.errors import ConfigError, suggest
 from hybridnas.plugins import used_by
+from hybridnas.registry import only_here
 from hybridnas.study.objectives import FIRST_LIMITS, LIMITS, read_objectives, wants_hardware
 from hybridnas.train.config import ANNEALED_LR_FRACTION, TrainConfig
 
@@ -37,7 +38,7 @@ ADDED = {
     "verdict_seeds": 4,
     "alpha": 0.05,
 }
-MOST_CONFIRMERS = 16  # processes, of about 400 MB each, where nothing else is asked for
+MOST_PROCESSES = 16  # processes, of about 400 MB each, where nothing else is asked for
 # Of a budget, what may change when a study goes on.
 LIMITS_OF_A_CALL = (
     *("n_trials", "minutes", "max_tokens", "name", "train_baselines"),
@@ -267,7 +268,12 @@ class SearchConfig(FrozenConfig):
     )
     tracking_experiment: str = option("hybridnas", "experiment of MLflow that the study is recorded in [text]")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    workers: int = option(1, "processes on this host that train trials side by side [count]", ge=1)
+    workers: int | None = option(
+        None,
+        "processes on this host that train trials side by side [count]; none: one for each core of a CPU where the "
+        "budget has minutes, whose course depends on the machine's speed anyway, else one",
+        ge=1,
+    )
     confirm_workers: int | None = option(
         None, "processes that train confirmations side by side; none: one for each core or GPU [count]", ge=1
     )
@@ -314,17 +320,33 @@ class SearchConfig(FrozenConfig):
         return wants_hardware(self.objectives, self.limits)
 
     @property
+    def trainers(self) -> int:
+        """Processes that train trials: as asked for, else one for each core of a CPU where the budget has minutes.
+
+        A model of these sizes gains nothing from a second thread. Without minutes the course of a search follows from
+        its seed alone, which takes one process.
+        """
+        if self.workers is not None:
+            return self.workers
+        from hybridnas.hardware import pick_device
+
+        timed = self.budget.minutes is not None and pick_device(self.device).type == "cpu"
+        return self._beside_each_other() if timed else 1
+
+    @property
     def confirmers(self) -> int:
         """Processes that train confirmations: as asked for, else as many as there are cores or GPUs."""
-        if self.confirm_workers is not None:
-            return self.confirm_workers
-        if self.budget.devices > 1 or self.worker != "off":
-            return 1  # each training already has several processes, or the study several workers
+        return self._beside_each_other() if self.confirm_workers is None else self.confirm_workers
+
+    def _beside_each_other(self) -> int:
+        """Return how many trainings this host bears; 1 where each has processes already, or a new one would fail."""
+        if self.budget.devices > 1 or self.worker != "off" or only_here():
+            return 1
         from hybridnas.hardware import pick_device, usable_cores
 
         device = pick_device(self.device)
         if device.type == "cpu":
-            return min(usable_cores(), MOST_CONFIRMERS)
+            return min(usable_cores(), MOST_PROCESSES)
         import torch
 
         return torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1

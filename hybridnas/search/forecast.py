@@ -28,7 +28,7 @@ class Forecast:
     outside: int  # that are not, because they pass a counted limit
     baseline_seconds: float  # of all of them
     candidates: int
-    candidate_seconds: float  # of one, what is paused early included
+    candidate_seconds: float  # of one, what is paused early included, over the processes that train side by side
     confirm_seconds: float = 0.0  # of the trainings after the search; 0: none are asked for
 
     def __str__(self) -> str:
@@ -41,12 +41,12 @@ class Forecast:
         )
 
 
-def forecast(plan: Plan, budget: Budget, history: History, confirmers: int = 1) -> Forecast | None:
+def forecast(plan: Plan, budget: Budget, history: History, *, workers: int = 1, confirmers: int = 1) -> Forecast | None:
     """Return what is to be expected; None where nothing says how fast this machine trains.
 
-    ``confirmers``: processes that share the trainings of the confirmation.
+    ``workers``: processes that share the trials, ``confirmers``: the trainings of the confirmation.
     """
-    speed = _speed(plan, budget, history)
+    speed = _speed(plan, budget, history, workers)
     if speed is None:
         return None
     tried = {record.preset for record in history.values()}
@@ -63,17 +63,18 @@ def forecast(plan: Plan, budget: Budget, history: History, confirmers: int = 1) 
     whole = (plan.rungs[-1] + evaluated) / speed
     part = _mean_tokens(plan) / plan.rungs[-1]
     trained = len(presets) - len(outside)
-    left = None if plan.minutes is None else max(0.0, 60 * plan.minutes - trained * whole)
+    first = trained * whole / max(1, min(workers, trained))
+    left = None if plan.minutes is None else max(0.0, 60 * plan.minutes - first)
     wanted = max(0, plan.n_trials - history.finished - trained)
-    most = wanted if left is None else min(wanted, int(left / (whole * part)))
+    most = wanted if left is None else min(wanted, int(left * workers / (whole * part)))
     again = _confirmations(budget, trained) * whole / confirmers if budget.confirm == "on" else 0.0
     return Forecast(
         speed=speed,
         baselines=trained,
         outside=len(outside),
-        baseline_seconds=trained * whole,
+        baseline_seconds=first,
         candidates=most,
-        candidate_seconds=whole * part,
+        candidate_seconds=whole * part / workers,
         confirm_seconds=again,
     )
 
@@ -93,7 +94,7 @@ def _mean_tokens(plan: Plan) -> float:
     return float(sum((end - begin) / plan.reduction**rung for rung, (begin, end) in legs))
 
 
-def _speed(plan: Plan, budget: Budget, history: History) -> float | None:
+def _speed(plan: Plan, budget: Budget, history: History, workers: int) -> float | None:
     known = sorted(
         record.tokens_per_second for record in history.values() if record.state == COMPLETE and record.tokens_per_second
     )
@@ -102,8 +103,11 @@ def _speed(plan: Plan, budget: Budget, history: History) -> float | None:
     first = next((arch for name in plan.presets if (arch := plan.candidates.preset(name).arch) is not None), None)
     if first is None:
         return None
+    import torch
+
     from hybridnas.arch.model import HybridLM
     from hybridnas.search.latency import Setting, speeds
+    from hybridnas.search.workers.supervisor import threads_each
 
     setting = Setting(
         figures=("train_tokens_per_second",),
@@ -115,4 +119,9 @@ def _speed(plan: Plan, budget: Budget, history: History) -> float | None:
         device="cpu",
         seconds=_SAMPLE_SECONDS,
     )
-    return speeds(HybridLM(first, seed=0), setting)["train_tokens_per_second"].value
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads_each(workers))
+    try:
+        return speeds(HybridLM(first, seed=0), setting)["train_tokens_per_second"].value
+    finally:
+        torch.set_num_threads(threads)

@@ -163,16 +163,21 @@ class Search:
         )
 
     def _search(self, session: Session, loop: Loop) -> str:
-        if self.config.workers == 1:
+        count = self._trainers(session)
+        if count == 1:
             return loop.run()
         from hybridnas.search.workers.supervisor import Supervisor
 
-        count = self.config.workers
         return Supervisor(session, loop, self.callbacks, elapsed=self.elapsed, count=count).run()
+
+    def _trainers(self, session: Session) -> int:
+        """Return in how many processes trials train; one where nothing else was asked for and callbacks watch it."""
+        here = bool(self.training) or session.on_table
+        return 1 if here and self.config.workers is None else self.config.trainers
 
     def _train_ahead(self, session: Session, loop: Loop) -> Ahead | None:
         """Return what trains a confirmation's runs in several processes; None where one process trains them."""
-        count = session.config.confirmers
+        count = 1 if self.training and self.config.confirm_workers is None else session.config.confirmers
         if count == 1:
             return None
         from hybridnas.search.workers.supervisor import Supervisor
@@ -275,7 +280,11 @@ class Search:
             note("measured here: " + "; ".join(f"{name} of {setting.words(name)}" for name in setting.figures))
         if session.share is not None:
             note(str(session.share))
-        expected = None if session.on_table or history else forecast(plan, budget, history, self.config.confirmers)
+        expected = (
+            None
+            if session.on_table or history
+            else forecast(plan, budget, history, workers=self._trainers(session), confirmers=self.config.confirmers)
+        )
         if expected is not None:
             note(str(expected))
         if history:

@@ -260,7 +260,7 @@ def _enter(folder: StudyFolder, config: SearchConfig, orders: Orders | None) -> 
 def _limits(config: SearchConfig, elapsed: float) -> dict[str, Any]:
     budget = config.budget
     kept = {"n_trials": budget.n_trials, "minutes": budget.minutes, "max_tokens": budget.max_tokens}
-    return {**kept, "workers": config.workers, "since": time.time() - elapsed}
+    return {**kept, "workers": config.trainers, "since": time.time() - elapsed}
 
 
 def _store(

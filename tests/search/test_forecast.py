@@ -25,7 +25,9 @@ def test_the_time_of_candidates_and_of_their_confirmation_is_counted_by_hand(con
     history = History(plan.objectives, plan.rungs)
     history.put(done)
     found = forecast(plan, budget, history, confirmers=2)
+    beside = forecast(plan, budget, history, workers=4)
     # 900 tokens and two evaluations of 300, which cost a third of training, at 1,000 tokens per second
     assert found.candidate_seconds == pytest.approx(1.1)
     assert (found.baselines, found.candidates) == (0, 5)
+    assert (beside.candidates, beside.candidate_seconds) == (21, pytest.approx(1.1 / 4))
     assert found.confirm_seconds == pytest.approx(trainings * 1.1 / 2)

@@ -14,6 +14,7 @@ import pytest
 
 from hybridnas.cli import run as run_cli
 from hybridnas.errors import StudyError
+from hybridnas.registry import BLOCKS, only_here
 from hybridnas.search.config import Budget, SearchConfig
 from hybridnas.search.replay import _threads_of
 from hybridnas.search.storage.folder_store import LEASES, FolderStore
@@ -130,6 +131,35 @@ def test_the_processor_is_divided(monkeypatch):
     assert [threads_each(n) for n in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert [threads_each(n) for n in (1, 2, 8)] == [2, 2, 1]
+
+
+def test_a_search_with_a_time_limit_takes_a_process_for_each_core_of_a_cpu(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    monkeypatch.setattr("hybridnas.search.config.only_here", list)
+
+    def processes(minutes=None, devices=1, **fields):
+        budget = Budget(d_model=8, depth=1, minutes=minutes, devices=devices)
+        config = SearchConfig(space={}, data={}, budget=budget, **{"device": "cpu", **fields})
+        return config.trainers, config.confirmers
+
+    assert processes() == (1, 4)  # the course of such a search follows from its seed alone
+    assert processes(minutes=5.0) == (4, 4)
+    assert processes(minutes=5.0, workers=2, confirm_workers=1) == (2, 1)
+    assert processes(minutes=5.0, devices=2) == (1, 1)
+    assert processes(minutes=5.0, worker="join") == (1, 1)
+
+
+def test_what_only_this_process_has_registered_is_trained_in_this_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    config = SearchConfig(space={}, data={}, budget=Budget(d_model=8, depth=1, minutes=5.0), device="cpu")
+    before = only_here()
+    BLOCKS.add("V", BLOCKS.get("F"), "__main__")
+    try:
+        assert [one for one in only_here() if one not in before] == ["block letter V (of __main__)"]
+        assert (config.trainers, config.confirmers) == (1, 1)
+    finally:
+        BLOCKS.remove("V")
+    assert only_here() == before
 
 
 def test_a_workers_environment_says_its_threads(monkeypatch):
