@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hybridnas.search.config import Budget
 
 _EVAL_COST = 1 / 3  # of a token that is evaluated, beside one that is trained: a forward pass alone
-_SAMPLE_SECONDS = 0.2  # of training the first baseline, to know the machine's speed
+_SAMPLE_SECONDS = 1.0  # of training the first baseline, to know the machine's speed
 
 
 @dataclass(frozen=True, kw_only=True)
