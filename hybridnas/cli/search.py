@@ -109,6 +109,7 @@ def _print(summary: Any, search: SearchConfig) -> Done:
     from hybridnas.analysis.confirmation import confirmed_winner
     from hybridnas.analysis.limits import limits_report, sentences
     from hybridnas.report.leaderboard import render_leaderboard
+    from hybridnas.report.report import conclusion
     from hybridnas.study.records import COMPLETE, INFEASIBLE
 
     render_leaderboard(summary.records, summary.reference, Console())
@@ -126,6 +127,7 @@ def _print(summary: Any, search: SearchConfig) -> Done:
     found = limits_report(summary.records, search.limits, search.state_length)
     for text in sentences(found):
         show.line(text)
+    said = [] if summary.meta is None else conclusion(summary.folder, summary.records, summary.meta)
     if summary.best is None:
         if not any(record.state == COMPLETE for record in summary.records):
             show.line("no trial was trained to the end, so there is no winner yet")
@@ -135,7 +137,10 @@ def _print(summary: Any, search: SearchConfig) -> Done:
         if confirmed_winner(summary.records) is not None:
             sure = f"confirmed by {several(len(best.confirmed), 'fresh seed')}"
         test = "" if best.test_loss is None else f", test loss {best.test_loss:.4f}"
-        show.line(f"winner: trial {best.number}, {best.pattern}, loss {best.valid_loss:.4f}{test} ({sure})")
+        name = best.pattern if best.preset is None else f"{best.preset} {best.pattern}"
+        show.line(f"winner: trial {best.number}, {name}, loss {best.valid_loss:.4f}{test} ({sure})")
+        for text in said:
+            show.line(text)
     if summary.report is None:
         show.line("other workers go on; the last one to end writes the report, or the search's own command does")
     else:
@@ -143,7 +148,7 @@ def _print(summary: Any, search: SearchConfig) -> Done:
         if summary.exported is not None:
             again = ["python", "-m", "hybridnas.generate", f"model={summary.exported}", "prompt=def "]
             show.line(f"model:  {summary.exported}   {shlex.join(again)}")
-    return Done(_found(summary, search))
+    return Done({**_found(summary, search), "conclusion": said})
 
 
 def _found(summary: Any, search: SearchConfig) -> dict[str, Any]:

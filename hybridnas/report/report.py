@@ -86,6 +86,20 @@ def render_report(study_folder: Path | str, records: Sequence[TrialRecord], meta
     )
 
 
+def conclusion(study_folder: Path | str, records: Sequence[TrialRecord], meta: StudyMeta) -> list[str]:
+    """Return a study's answer in a few sentences: what won, by how much, and how often its budget decides rightly."""
+    folder = Path(study_folder)
+    given = ReportInput(records, meta, read_reference_study(folder), study_documents(folder), read_limits(folder))
+    first = headline(records, meta.reference, given.verdict, limits=given.limits, length=given.state_length)
+    size = (
+        f"At {meta.active_params:,} active parameters and {meta.tokens:,} tokens: "
+        if meta.active_params and meta.tokens
+        else ""
+    )
+    raced = any(record.own_rates for record in records)
+    return [f"{size}{first}.", *(budget_notes(meta, confirmed=raced) if given.best is not None else ())]
+
+
 def headline(
     records: Sequence[TrialRecord],
     reference: str | None,

@@ -118,8 +118,12 @@ class Budget(FrozenConfig):
     minutes: float | None = option(
         None, "no trial starts that would end later than this [minutes]; none: no limit", gt=0
     )
-    confirm: str = option("off", "train the best and the presets again with fresh seeds", choices=("off", "on"))
-    confirm_top: int = option(3, "how many of the best are confirmed [count]", ge=1)
+    confirm: str = option(
+        "off", "train the best ones and the best baselines again with fresh seeds", choices=("off", "on")
+    )
+    confirm_top: int = option(
+        3, "how many of the best drawn are confirmed, and of the baselines beside the reference [count]", ge=1
+    )
     confirm_rates: str = option(
         "own",
         "own: what is confirmed races rates at full length first, and is judged at its best; shared: at its trial's",

@@ -1,4 +1,4 @@
-"""Confirmation: the best architectures and the presets trained again with fresh seeds, at full length.
+"""Confirmation: the best architectures and baselines trained again with fresh seeds, at full length.
 
 Each is confirmed at its own best learning rate, found with the search's seed: at one rate for all, the rate decides.
 The fresh seeds choose the winner; then the winner and what it is compared with are trained with further seeds, those
@@ -41,12 +41,14 @@ Ahead = Callable[[Sequence[Wanted]], None]  # trains what is wanted in several p
 Grown = TypeVar("Grown", TrialRecord, ReferenceStudy)
 
 
-def chosen(records: Sequence[TrialRecord], top: int) -> list[TrialRecord]:
-    """Return which trials are confirmed: the best ``top`` that were drawn, and every preset trained to the end."""
+def chosen(records: Sequence[TrialRecord], top: int, reference: str | None) -> list[TrialRecord]:
+    """Return which trials are confirmed: the best ``top`` presets and drawn ones each, and the ``reference`` preset."""
     best = [record for record in front(records) if record.preset is None]
     best += sorted(filter(eligible, records), key=lambda record: (score(record), record.number))
     drawn = list({record.number: record for record in best if record.preset is None}.values())[:top]
-    presets = [record for record in records if record.preset is not None and record.state == COMPLETE]
+    trained = [record for record in records if record.preset is not None and record.state == COMPLETE]
+    ranked = sorted(trained, key=lambda record: (score(record) if eligible(record) else math.inf, record.number))
+    presets = [record for record in trained if record in ranked[:top] or record.preset == reference]
     already = [record for record in records if record.confirmed]
     return list({record.number: record for record in (*presets, *drawn, *already)}.values())
 
@@ -97,7 +99,7 @@ def confirm(
             if not told:
                 note(_line(what, known[n], seed, again))
 
-    numbers = [record.number for record in chosen(records, budget.confirm_top)]
+    numbers = [record.number for record in chosen(records, budget.confirm_top, session.meta.reference)]
     if budget.confirm_rates == "own":
         racing = [n for n in numbers if not known[n].own_rates and not known[n].confirmed]
         if racing:

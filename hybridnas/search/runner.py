@@ -47,6 +47,7 @@ from hybridnas.train.callbacks import Callback
 if TYPE_CHECKING:
     from hybridnas.search.confirm import Ahead
     from hybridnas.search.training import Wanted
+    from hybridnas.study.records import StudyMeta
 
 log = logging.getLogger("hybridnas.search")
 
@@ -63,6 +64,7 @@ class SearchSummary:
     ended: str  # completed | time | tokens | exhausted | interrupted
     seconds: float
     reference: str | None = None  # the preset that losses are compared with; None: none
+    meta: StudyMeta | None = field(default=None, repr=False)  # of the study; None: not known
 
 
 class Search:
@@ -148,7 +150,7 @@ class Search:
         except BaseException:
             self._end(session, loop.history, FAILED, last, quietly=True)
             raise
-        self._end(session, loop.history, ended, last)
+        meta = self._end(session, loop.history, ended, last)
         records = shown(loop.history)
         report = folder / REPORT
         return SearchSummary(
@@ -159,7 +161,8 @@ class Search:
             report if last and report.is_file() else None,
             ended,
             self.elapsed,
-            session.meta.reference,
+            meta.reference,
+            meta,
         )
 
     def _search(self, session: Session, loop: Loop) -> str:
@@ -236,7 +239,7 @@ class Search:
         card = card_facts(best, session.folder.name, self.config)
         return export(load_model(folder), session.folder.path / "best", source=session.source, card=card)
 
-    def _end(self, session: Session, history: History, ended: str, last: bool, *, quietly: bool = False) -> None:
+    def _end(self, session: Session, history: History, ended: str, last: bool, *, quietly: bool = False) -> StudyMeta:
         meta = dataclasses.replace(
             session.meta,
             seconds=self.elapsed,
@@ -254,6 +257,7 @@ class Search:
             if not quietly:
                 raise
             log.exception("a callback failed after the search had failed")
+        return meta
 
     def _tracking(self) -> str | None:
         """Return where to track: workers beside each other write no sqlite file, only to a server that was named."""

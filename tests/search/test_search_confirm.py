@@ -31,11 +31,16 @@ def record(number, loss, preset=None, **fields):
     return TrialRecord(number=number, state="COMPLETE", valid_loss=loss, preset=preset, **fields)
 
 
-def test_the_best_drawn_ones_and_every_baseline_are_confirmed():
+def test_the_best_drawn_ones_and_the_best_baselines_are_confirmed():
     records = [record(0, 1.0, "moe_mamba"), *(record(n, 2.0 - n / 10) for n in range(1, 6))]
-    assert [one.number for one in confirm.chosen(records, 2)] == [0, 5, 4]
+    assert [one.number for one in confirm.chosen(records, 2, "moe_mamba")] == [0, 5, 4]
     stopped = dataclasses.replace(records[5], state="PRUNED")
-    assert [one.number for one in confirm.chosen([*records[:5], stopped], 2)] == [0, 4, 3]
+    assert [one.number for one in confirm.chosen([*records[:5], stopped], 2, "moe_mamba")] == [0, 4, 3]
+    baselines = [record(0, 3.0, "moe_mamba"), record(1, 1.2, "mamba"), record(2, 1.1, "a"), record(3, 1.3, "b")]
+    assert [one.number for one in confirm.chosen([*baselines, *records[4:]], 2, "moe_mamba")] == [0, 1, 2, 5, 4]
+    assert [one.number for one in confirm.chosen([*baselines, *records[4:]], 2, None)] == [1, 2, 5, 4]
+    outside = dataclasses.replace(baselines[2], violation=0.5)
+    assert [one.number for one in confirm.chosen([*baselines[:2], outside, baselines[3]], 2, None)] == [1, 3]
     assert confirm.fresh_seeds(7, 3) == [8, 9, 10]
     assert confirm.verdict_seeds(7, 2) == [1008, 1009]
 

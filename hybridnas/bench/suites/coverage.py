@@ -161,7 +161,7 @@ def simulate(world: World, *, seed: int) -> Outcome:
     if one is not None and one_best is not None and one.half is not None:
         true = nature.loss(one_best.number, own) - nature.loss(0, own)
         one_covers = abs(one.mean - true) <= one.half
-    for n in [record.number for record in chosen(records, 3)]:
+    for n in [record.number for record in chosen(records, 3, REFERENCE)]:
         records[n] = nature.again(records[n], "confirmed", fresh_seeds(own, world.confirm_seeds))
     for n in [record.number for record in contenders(records, REFERENCE)]:
         records[n] = nature.again(records[n], "verdict", verdict_seeds(own, world.verdict_seeds))
