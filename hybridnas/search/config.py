@@ -38,6 +38,7 @@ ADDED = {
     "verdict_seeds": 4,
     "alpha": 0.05,
 }
+LEAST_MINUTES = 2.0  # of a search that starts processes by itself: each takes seconds to start
 MOST_PROCESSES = 16  # processes, of about 400 MB each, where nothing else is asked for
 # Of a budget, what may change when a study goes on.
 LIMITS_OF_A_CALL = (
@@ -275,7 +276,7 @@ class SearchConfig(FrozenConfig):
     workers: int | None = option(
         None,
         "processes on this host that train trials side by side [count]; none: one for each core of a CPU where the "
-        "budget has minutes, whose course depends on the machine's speed anyway, else one",
+        "budget has two minutes or more, whose course depends on the machine's speed anyway, else one",
         ge=1,
     )
     confirm_workers: int | None = option(
@@ -325,7 +326,7 @@ class SearchConfig(FrozenConfig):
 
     @property
     def trainers(self) -> int:
-        """Processes that train trials: as asked for, else one for each core of a CPU where the budget has minutes.
+        """Processes that train trials: as asked for, else one for each core of a CPU where the budget has its minutes.
 
         A model of these sizes gains nothing from a second thread. Without minutes the course of a search follows from
         its seed alone, which takes one process.
@@ -334,7 +335,7 @@ class SearchConfig(FrozenConfig):
             return self.workers
         from hybridnas.hardware import pick_device
 
-        timed = self.budget.minutes is not None and pick_device(self.device).type == "cpu"
+        timed = (self.budget.minutes or 0.0) >= LEAST_MINUTES and pick_device(self.device).type == "cpu"
         return self._beside_each_other() if timed else 1
 
     @property

@@ -143,6 +143,7 @@ def test_a_search_with_a_time_limit_takes_a_process_for_each_core_of_a_cpu(monke
         return config.trainers, config.confirmers
 
     assert processes() == (1, 4)  # the course of such a search follows from its seed alone
+    assert processes(minutes=0.6) == (1, 4)  # too short to start others
     assert processes(minutes=5.0) == (4, 4)
     assert processes(minutes=5.0, workers=2, confirm_workers=1) == (2, 1)
     assert processes(minutes=5.0, devices=2) == (1, 1)
