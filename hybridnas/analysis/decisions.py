@@ -22,6 +22,7 @@ from hybridnas.study.truth import RATES, RUNGS, TEXT, TruthRow
 
 ANNEALED, TRUNK, COSINE = "annealed", "trunk", "cosine"
 SPEED, EXTRAPOLATED = "training speed", "extrapolated"
+SETTABLE = (ANNEALED, COSINE)  # signals that a budget can be set to: budget.schedule
 OWN, HALVED = "own", "halved"  # rate policies beside one shared rate
 LEAST = 6  # architectures; fewer say nothing about an order
 ENOUGH = 16  # architectures with all rates that make a size the truth
@@ -345,12 +346,12 @@ def judge(rows: Rows, policy: Policy, truth: Truth, half: str | None = None, *, 
 def choose(judged: Sequence[Judged], limit: float) -> Judged | None:
     """Return the policy of at most ``limit`` of the truth's compute that decides best, by all pairs and the best half.
 
-    Of equals the cheapest. Policies that miss a tenth of the architectures or more, or share trainings with the truth,
-    are left out; None where there is no other.
+    Of equals the cheapest. Policies that no budget can be set to, that miss a tenth of the architectures or more, or
+    that share trainings with the truth are left out; None where there is no other.
     """
     most = max((one.quality.n for one in judged), default=0)
     fit = [one for one in judged if one.compute_fraction <= limit and one.quality.n > 0.9 * most]
-    fit = [one for one in fit if not one.shares_trainings]
+    fit = [one for one in fit if one.policy.signal in SETTABLE and not one.shares_trainings]
 
     def merit(one: Judged) -> tuple[float, float]:
         best_half = one.quality.accuracy_best_half
