@@ -223,6 +223,41 @@ def _pieces_agree(cls: type[Block], variant: Variant) -> None:
                 assert_same(run_in_chunks(block, x_BLD, [length // 2, length - length // 2])[0], whole_BLD)
 
 
+@_check("documents packed into one row give what each gives alone", causal=True)
+def _documents_are_apart(cls: type[Block], variant: Variant) -> None:
+    """Outputs and gradients, in float32 and float64; for a block that leaves documents to the model, nothing."""
+    if not (cls.takes_segments or cls.role == "feed_forward"):
+        return
+    ends, length = [(5, 6, 15), (19,), (2, 11, 12, 18)], 19  # of the documents of each row
+    for dtype in (torch.float32, torch.float64):
+        block = build(cls, variant).to(dtype)
+        x_BLD, weight_BLD = tokens(3, length).to(dtype), tokens(3, length, seed=2).to(dtype)
+        segments_BL = torch.stack([2 * (torch.arange(length)[:, None] >= torch.tensor(of)).sum(1) for of in ends])
+        packed = {"segments_BL": segments_BL} if cls.takes_segments else {}
+        given_BLD = x_BLD.clone().requires_grad_()
+        whole_BLD = block(given_BLD, **packed).y_BLD
+        whole = torch.autograd.grad((whole_BLD * weight_BLD).sum(), [given_BLD, *block.parameters()], allow_unused=True)
+        alone_BLD, alone = torch.zeros_like(x_BLD), [torch.zeros_like(t) for t in (x_BLD, *block.parameters())]
+        for row, of in enumerate(ends):
+            for first, last in zip((0, *of), (*of, length), strict=True):
+                if first == last:
+                    continue
+                own_BLD = x_BLD[row : row + 1, first:last].clone().requires_grad_()
+                y_BLD = block(own_BLD).y_BLD
+                alone_BLD[row, first:last] = y_BLD[0].detach()
+                loss = (y_BLD * weight_BLD[row, first:last]).sum()
+                own, *rest = torch.autograd.grad(loss, [own_BLD, *block.parameters()], allow_unused=True)
+                alone[0][row, first:last] = own[0]
+                for total, gradient in zip(alone[1:], rest, strict=True):
+                    total += 0 if gradient is None else gradient
+        tolerance = 2e-5 if dtype == torch.float32 else 1e-10
+        for got, expected in zip((whole_BLD, *whole), (alone_BLD, *alone), strict=True):
+            scale = max(1.0, expected.abs().max().item())
+            torch.testing.assert_close(
+                torch.zeros_like(expected) if got is None else got, expected, rtol=0, atol=tolerance * scale
+            )
+
+
 @_check("later inputs do not touch earlier outputs", causal=True)
 def _is_causal(cls: type[Block], variant: Variant) -> None:
     block, x_BLD = build(cls, variant), tokens(2, 19)

@@ -44,10 +44,12 @@ class Around(nn.Module):
         """Whether the block stands alone, all options at their defaults."""
         return self.canon is None and self.norm is None and self.in_multiplier == self.out_multiplier == 1.0
 
-    def before(self, x_BLD: Tensor, state_BKD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def before(
+        self, x_BLD: Tensor, state_BKD: Tensor | None, segments_BL: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return what the block reads, and the next state of the convolution, where there is one."""
         x_BLD = scaled(x_BLD, self.in_multiplier)
-        return (x_BLD, None) if self.canon is None else self.canon(x_BLD, state_BKD)
+        return (x_BLD, None) if self.canon is None else self.canon(x_BLD, state_BKD, segments_BL)
 
     def after(self, y_BLD: Tensor) -> Tensor:
         """Return what the block adds to the residual stream, or what the next block of its branch reads."""
@@ -86,11 +88,16 @@ class ResidualLayer(nn.Module):
         return all(self.reads_norm) and not stream and not self.around
 
     def forward(
-        self, x_BLD: Tensor, given: Iterator[State] | None, following: list[State]
+        self,
+        x_BLD: Tensor,
+        given: Iterator[State] | None,
+        following: list[State],
+        segments_BL: Tensor | None = None,
     ) -> tuple[Tensor, list[tuple[str, Aux]]]:
         """Return the stream after the layer, and each block's extras by its name.
 
         ``given`` yields the states in the order of ``init_states`` and the next ones are appended to ``following``.
+        ``segments_BL``: the number of each token's document; blocks that take it get it.
         """
         normed_BLD = x_BLD if self.norm is None else self.norm(x_BLD)
         total_BLD = scaled(normed_BLD if self.adds_to_normed else x_BLD, self.stream_multiplier)
@@ -102,10 +109,11 @@ class ResidualLayer(nn.Module):
                 around = self.around_of(number, position)
                 if around is not None:
                     before = None if given is None or around.canon is None else next(given)[0]
-                    y_BLD, after = around.before(y_BLD, before)
+                    y_BLD, after = around.before(y_BLD, before, segments_BL)
                     if after is not None:
                         following.append((after,))
-                output: BlockOutput = block(y_BLD, next(given) if given is not None else None)
+                packed = {} if segments_BL is None or not block.takes_segments else {"segments_BL": segments_BL}
+                output: BlockOutput = block(y_BLD, next(given) if given is not None else None, **packed)
                 y_BLD = output.y_BLD if around is None else around.after(output.y_BLD)
                 if output.state is not None:
                     following.append(output.state)

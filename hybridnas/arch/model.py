@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.decode import RowDecoder
 from hybridnas.arch.layer import ResidualLayer, make_norm, scaled
-from hybridnas.arch.padding import RowStates
+from hybridnas.arch.padding import RowStates, hidden_of_rows
 from hybridnas.errors import ConfigError, TrainingError
 from hybridnas.hardware import Impl
 from hybridnas.kernels import cross_entropy as loss_kernel
@@ -123,29 +123,60 @@ class HybridLM(nn.Module):
             self.head.weight = self.embedding.weight
             self.register_load_state_dict_pre_hook(_refuse_untied)  # type: ignore[no-untyped-call]
 
-    def forward(self, ids: Tensor, labels: Tensor | None = None, state: LMState | None = None) -> LMOutput:
+    def forward(
+        self,
+        ids: Tensor,
+        labels: Tensor | None = None,
+        state: LMState | None = None,
+        segments: Tensor | None = None,
+    ) -> LMOutput:
         """Return logits for every position of ids (B, L); with a state, continue from it and return the next one.
+
+        ``segments`` (B, L) integers that do not fall along a row: the number of each token's document. Documents that
+        are packed into one row give what each gives as a row of its own: no token attends across, no state goes on,
+        positions start again from 0, and no label across a document's end counts. Where experts are limited by a
+        capacity or choose their tokens, what they do depends on the whole batch, with documents as without.
 
         ``labels`` (B, L), as in transformers: aligned with ids and shifted here, so that the logits at position t are
         measured against ``labels[:, t + 1]``; -100 counts for nothing. The loss is the mean cross-entropy over what
         counts (0 where nothing does) and nothing else: auxiliary losses stay in ``aux.losses``.
 
-        Raises ConfigError for ids that are not (B, L) integers below the vocabulary's size, and for a state when a
-        block is not causal.
+        Raises ConfigError for ids that are not (B, L) integers below the vocabulary's size, for a state when a block
+        is not causal, and for segments that fall, have another shape than ids, or come with a state.
         """
-        x_BLD, following, aux = self.hidden(ids, state)
+        if segments is not None:
+            check_segments(ids, segments)
+        x_BLD, following, aux = self.hidden(ids, state, segments)
         logits_BLV: Tensor = self.head(x_BLD)
-        loss = None if labels is None else self._loss(logits_BLV, labels)
+        loss = None if labels is None else self._loss(logits_BLV, labels, segments)
         return LMOutput(logits_BLV, loss, following, aux)
 
-    def hidden(self, ids_BL: Tensor, state: LMState | None = None) -> LMHidden:
-        """Return what the head reads, for a loss that computes logits chunk by chunk; otherwise as ``forward``."""
+    def hidden(self, ids_BL: Tensor, state: LMState | None = None, segments_BL: Tensor | None = None) -> LMHidden:
+        """Return what the head reads, for a loss that computes logits chunk by chunk; otherwise as ``forward``.
+
+        Whether segments fall is looked at on a processor alone: on a GPU it would have to be waited for.
+        """
         config = self.arch.model
         if state is not None:
             self._need_causal()
+        if segments_BL is not None:
+            if state is not None:
+                raise ConfigError(
+                    "model takes segments or a state, not both: a state is that of one document; read packed "
+                    "documents without a state, and a document in pieces without segments",
+                    field="segments",
+                    got="segments and a state",
+                    allowed="one of them",
+                )
+            check_segments(ids_BL, segments_BL, on_gpu=False)
+            self._check_ids(ids_BL)
+            if ids_BL.numel() and (self.meta_tokens is not None or not self._keeps_documents_apart):
+                x_BLD, aux = hidden_of_rows(self, ids_BL, _numbered(segments_BL))
+                return LMHidden(x_BLD, None, aux)
+            segments_BL = segments_BL.long() if ids_BL.numel() else None
         x_BLD = scaled(self._embedded(ids_BL), config.embedding_multiplier)
         if self.meta_tokens is None or state is not None:
-            x_BLD, following, aux = self._through_layers(x_BLD, state)
+            x_BLD, following, aux = self._through_layers(x_BLD, state, segments_BL)
         else:
             meta_BMD = self.meta_tokens.to(x_BLD.dtype).expand(x_BLD.shape[0], -1, -1)
             x_BLD, following, aux = self._through_layers(torch.cat([meta_BMD, x_BLD], dim=1), state)
@@ -155,13 +186,13 @@ class HybridLM(nn.Module):
         # The head is linear: scaling what it reads scales the logits, also where a loss computes them in chunks.
         return LMHidden(scaled(x_BLD, config.logits_multiplier), following, aux)
 
-    def _through_layers(self, x_BLD: Tensor, state: LMState | None) -> LMHidden:
+    def _through_layers(self, x_BLD: Tensor, state: LMState | None, segments_BL: Tensor | None = None) -> LMHidden:
         given = iter(state) if state is not None else None
         following: list[State] = []
         losses: dict[str, list[Tensor]] = defaultdict(list)
         stats: dict[str, Tensor] = {}
         for layer in self.layers:
-            x_BLD, auxes = layer(x_BLD, given, following)
+            x_BLD, auxes = layer(x_BLD, given, following, segments_BL)
             for where, aux in auxes:
                 for name, loss in aux.losses.items():
                     losses[name].append(loss)
@@ -322,7 +353,12 @@ class HybridLM(nn.Module):
         found: str = _folders("hub").push_to_hub(self, repo_id, **settings)
         return found
 
-    def _loss(self, logits_BLV: Tensor, labels: Tensor) -> Tensor:
+    @property
+    def _keeps_documents_apart(self) -> bool:
+        """Whether every block takes segments, or treats each token by itself."""
+        return all(block.takes_segments or block.role == "feed_forward" for block in self.blocks())
+
+    def _loss(self, logits_BLV: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
         if labels.shape != logits_BLV.shape[:2]:
             raise ConfigError(
                 f"model labels must have the shape of ids {tuple(logits_BLV.shape[:2])}, got {tuple(labels.shape)}; "
@@ -331,7 +367,8 @@ class HybridLM(nn.Module):
                 got=tuple(labels.shape),
                 allowed=tuple(logits_BLV.shape[:2]),
             )
-        return loss_kernel.cross_entropy(logits_BLV[:, :-1], labels[:, 1:], impl=self.loss_impl)
+        mask_BL = None if segments is None else segments[:, 1:] == segments[:, :-1]
+        return loss_kernel.cross_entropy(logits_BLV[:, :-1], labels[:, 1:], mask=mask_BL, impl=self.loss_impl)
 
     def _embedded(self, ids_BL: Tensor) -> Tensor:
         self._check_ids(ids_BL)
@@ -501,6 +538,46 @@ def _token_ids(given: int | Sequence[int] | None, name: str, vocab_size: int) ->
             allowed = f"0 to {vocab_size - 1}"
             raise ConfigError(f"generate {name}={one} must be {allowed}", field=name, got=one, allowed=allowed)
     return ids
+
+
+def check_segments(ids_BL: Tensor, segments: Tensor, *, on_gpu: bool = True) -> None:
+    """Raise ConfigError for segments that are not integers of the shape of ids, or that fall.
+
+    ``on_gpu``: look at the numbers on a GPU, too, which waits for it.
+    """
+    is_tensor = isinstance(segments, Tensor)
+    whole = is_tensor and not segments.is_floating_point() and segments.dtype != torch.bool
+    if not whole or segments.shape != ids_BL.shape:
+        got = f"{tuple(segments.shape)} {segments.dtype}" if is_tensor else type(segments).__name__
+        allowed = f"{tuple(ids_BL.shape)} integers"
+        raise ConfigError(
+            f"model segments must be the number of each id's document, a tensor of {allowed}, got {got}; number the "
+            f"documents of each row from 0 up",
+            field="segments",
+            got=got,
+            allowed=allowed,
+        )
+    if torch.compiler.is_compiling() or not (on_gpu or segments.device.type == "cpu"):
+        return
+    falls_BL = segments[:, 1:] < segments[:, :-1]
+    if bool(falls_BL.any()):
+        row, place = falls_BL.nonzero()[0].tolist()
+        where = f"row {row}, position {place + 1}"
+        got = segments[row, place : place + 2].tolist()
+        raise ConfigError(
+            f"model segments must not fall along a row, got {got[1]} after {got[0]} at {where}; "
+            f"number the documents of each row from 0 up",
+            field="segments",
+            got=tuple(got),
+            allowed="numbers that do not fall",
+        )
+
+
+def _numbered(segments_BL: Tensor) -> Tensor:
+    """Return the number of each token's document in its row, from 1."""
+    starts_BL = torch.ones_like(segments_BL, dtype=torch.bool)
+    starts_BL[:, 1:] = segments_BL[:, 1:] != segments_BL[:, :-1]
+    return starts_BL.long().cumsum(dim=1)
 
 
 def check_seed(where: str, seed: int) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hybridnas.layers.block import State, map_state
+from hybridnas.layers.block import Aux, State, map_state
 
 if TYPE_CHECKING:
     from hybridnas.arch.model import HybridLM, LMState
@@ -73,8 +73,8 @@ class RowStates:
         self.groups = groups  # of one group new_N counts up from 0, so its rows are in their order
 
 
-def hidden_of_rows(model: HybridLM, ids_BL: Tensor, document_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return what the head reads (B, L, D), 0 at padding, and auxiliary losses; no state is taken or returned.
+def hidden_of_rows(model: HybridLM, ids_BL: Tensor, document_BL: Tensor) -> tuple[Tensor, Aux]:
+    """Return what the head reads (B, L, D), 0 at padding, and auxiliary losses and statistics; there is no state.
 
     ``document_BL``: int64, 0 at padding and else the number of the document in its row, rising from 1: neither padding
     nor another document is seen. Where experts have a capacity or a balance, tokens behind a row's end count in them.
@@ -90,24 +90,27 @@ def hidden_of_rows(model: HybridLM, ids_BL: Tensor, document_BL: Tensor) -> tupl
     length_S = torch.bincount(sequence_T)
     ids_Sl = ids_BL.new_zeros(len(length_S), int(length_S.max()))
     ids_Sl[sequence_T, place_T] = ids_BL[row_T, column_T]
-    x_SlD, losses = _sequences(model, ids_Sl, length_S)
+    x_SlD, aux = _sequences(model, ids_Sl, length_S)
     x_BLD = x_SlD.new_zeros(*ids_BL.shape, x_SlD.shape[2])
     x_BLD[row_T, column_T] = x_SlD[sequence_T, place_T]
-    return x_BLD, losses
+    return x_BLD, aux
 
 
-def _sequences(model: HybridLM, ids_Sl: Tensor, length_S: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _sequences(model: HybridLM, ids_Sl: Tensor, length_S: Tensor) -> tuple[Tensor, Aux]:
     if all(node.config.causal for node in model.arch.nodes):
         x_SlD, _, aux = model.hidden(ids_Sl)
-        return x_SlD, dict(aux.losses)
+        return x_SlD, aux
     x_SlD = model.embedding.weight.new_zeros(*ids_Sl.shape, model.arch.d_model)
     losses: dict[str, Tensor] = {}
+    stats: dict[str, Tensor] = {}
     for length, part_R in _by_count(length_S):
         x_RlD, _, aux = model.hidden(ids_Sl[part_R, :length])
         x_SlD[part_R, :length] = x_RlD.to(x_SlD.dtype)
-        for name, loss in aux.losses.items():
-            losses[name] = losses.get(name, 0) + loss * (len(part_R) / len(length_S))
-    return x_SlD, losses
+        share = len(part_R) / len(length_S)
+        for sums, own in ((losses, aux.losses), (stats, aux.stats)):
+            for name, value in own.items():
+                sums[name] = sums.get(name, 0) + (value * share if value.is_floating_point() else value)
+    return x_SlD, Aux(losses, stats)
 
 
 def _by_count(count_R: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -25,6 +25,7 @@ SUITES: dict[str, str] = {
     "delta": "gated delta rules, forward and backward, against Hugging Face and attention",
     "moe": "routed experts against a dense MLP of equal active FLOPs, and against Hugging Face",
     "step": "a training step against a Transformer, Hugging Face's Mamba and its own matrix products",
+    "packed": "a training step with packed documents kept apart, against the same as one stream",
     "mixers": "every mixer in turn with an MLP: a training step and a token, beside attention and transformers",
     "decode": "one token at a time against Hugging Face's generate, after short and long contexts",
     "tasks": "batches of the synthetic tasks against the training step that reads them",

@@ -22,6 +22,7 @@ from hybridnas.layers.latent_attention import LatentAttention, LatentCache, Late
 from hybridnas.layers.mode import has_hooks, is_plain_eager
 from hybridnas.layers.norms import RMSNorm, ZeroCenteredRMSNorm, one_row
 from hybridnas.layers.rotary import Angles, rotate, rotation
+from hybridnas.layers.segments import rotation_by_document
 from hybridnas.layers.softmax_attention import scored_pairs, scored_width, softmax_attention
 from hybridnas.layers.width import WidthRule
 from hybridnas.registry import register_block
@@ -354,27 +355,29 @@ class Attention(Block):
             Variant(fields={**latent, "softcap": 1.5, "sink": True, "rope_dim": 0, "positions": "none"}),
         ]  # fmt: skip
 
-    def forward(self, x_BLD: Tensor, state: State | None = None) -> BlockOutput:
+    def forward(self, x_BLD: Tensor, state: State | None = None, segments_BL: Tensor | None = None) -> BlockOutput:
         if self.latent is not None:
-            y_BHLV, state = self.latent(x_BLD, cast("LatentState | None", state), self.sinks)
+            y_BHLV, state = self.latent(x_BLD, cast("LatentState | None", state), self.sinks, segments_BL)
         else:
-            y_BHLV, state = self._attend(x_BLD, cast("AttentionState | None", state))
+            y_BHLV, state = self._attend(x_BLD, cast("AttentionState | None", state), segments_BL)
         return BlockOutput(self._output(y_BHLV.transpose(1, 2), x_BLD), state)
 
-    def _attend(self, x_BLD: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState | None]:
+    def _attend(
+        self, x_BLD: Tensor, state: AttentionState | None, segments_BL: Tensor | None
+    ) -> tuple[Tensor, AttentionState | None]:
         config: Attention.Config = self.config
         parts = self._project(x_BLD, self.q_norm, self.k_norm)
         q_BHLP, k_BKLP, v_BKLP = (part.transpose(1, 2) for part in parts)
         past, length = 0 if state is None else state.k_BKTP.shape[2], x_BLD.shape[1]
         if config.window is None:
-            q_BHLP, k_BKLP = self._turned(q_BHLP, past), self._turned(k_BKLP, past)
+            q_BHLP, k_BKLP = self._turned(q_BHLP, past, segments_BL), self._turned(k_BKLP, past, segments_BL)
         if state is not None:
             k_BKLP = torch.cat([state.k_BKTP.to(k_BKLP.dtype), k_BKLP], dim=2)
             v_BKLP = torch.cat([state.v_BKTP.to(v_BKLP.dtype), v_BKLP], dim=2)
             oldest = 0 if config.window is None else max(0, past + length - config.window)
             state = AttentionState(k_BKLP[:, :, oldest:], v_BKLP[:, :, oldest:])
         if config.window is not None:  # angles count from the oldest key that is there: only differences matter
-            q_BHLP, k_BKLP = self._turned(q_BHLP, past), self._turned(k_BKLP, 0)
+            q_BHLP, k_BKLP = self._turned(q_BHLP, past, segments_BL), self._turned(k_BKLP, 0, segments_BL)
         y_BHLP = softmax_attention(
             q_BHLP,
             k_BKLP,
@@ -383,6 +386,7 @@ class Attention(Block):
             scale=config.scale,
             softcap=config.softcap,
             sink_H=self.sinks,
+            segments_BL=segments_BL,
             impl=self.impl,
         )
         return y_BHLP, state
@@ -399,10 +403,14 @@ class Attention(Block):
             q, k = q_norm(q), k_norm(k)
         return q, k, v
 
-    def _turned(self, x_BHLP: Tensor, start: int) -> Tensor:
+    def _turned(self, x_BHLP: Tensor, start: int, segments_BL: Tensor | None = None) -> Tensor:
+        """Return queries or keys turned by their positions, from ``start`` on, or from 0 in each document."""
         config: Attention.Config = self.config
         if config.positions != "rope":
             return x_BHLP
+        if segments_BL is not None:
+            cos_BLh, sin_BLh = rotation_by_document(segments_BL, config.rotary, config.rope_base)
+            return rotate(x_BHLP, cos_BLh[:, None], sin_BLh[:, None])
         cos_Lh, sin_Lh = rotation(start, x_BHLP.shape[2], config.rotary, config.rope_base, x_BHLP.device)
         return rotate(x_BHLP, cos_Lh, sin_Lh)
 

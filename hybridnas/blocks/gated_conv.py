@@ -83,10 +83,10 @@ class GatedConv(Block):
             Variant(fields={"d_conv": 4, "d_inner": 7, "conv_bias": True}),
         ]
 
-    def forward(self, x_BLD: Tensor, state: State | None = None) -> BlockOutput:
+    def forward(self, x_BLD: Tensor, state: State | None = None, segments_BL: Tensor | None = None) -> BlockOutput:
         b_BLI, c_BLI, u_BLI = self.in_proj(x_BLD).chunk(3, dim=-1)
         before = None if state is None else cast(GatedConvState, state).conv_BKI
-        y_BLI, after = self.conv(b_BLI * u_BLI, before)
+        y_BLI, after = self.conv(b_BLI * u_BLI, before, segments_BL)
         y_BLD = self.out_proj(c_BLI * y_BLI)
         return BlockOutput(y_BLD, None if after is None else GatedConvState(after))
 

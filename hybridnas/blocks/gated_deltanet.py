@@ -149,13 +149,18 @@ class GatedDeltaNet(LinearRecurrence):
         ]
 
     def recur(
-        self, u_BLC: Tensor, decay_BLX: Tensor, beta_BLH: Tensor | None, memory_BHKV: Tensor | None
+        self,
+        u_BLC: Tensor,
+        decay_BLX: Tensor,
+        beta_BLH: Tensor | None,
+        memory_BHKV: Tensor | None,
+        segments_BL: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         q_BLGK, k_BLGK, v_BLHV = self.heads_of(u_BLC)
         log_BLH = softplus_decay(decay_BLX, self.A_log, self.dt_bias)
         if self.config.negative_eigenvalues and beta_BLH is not None:
             beta_BLH = 2 * beta_BLH
-        return self.run(self.unit(q_BLGK), self.unit(k_BLGK), v_BLHV, log_BLH, beta_BLH, memory_BHKV)
+        return self.run(self.unit(q_BLGK), self.unit(k_BLGK), v_BLHV, log_BLH, beta_BLH, memory_BHKV, segments_BL)
 
     def step(self) -> tuple[Weights, Form]:
         beta = 2.0 if self.config.negative_eigenvalues else 1.0

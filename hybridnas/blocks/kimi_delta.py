@@ -192,7 +192,12 @@ class KimiDelta(LinearRecurrence):
         ]
 
     def recur(
-        self, u_BLC: Tensor, decay_BLX: Tensor, beta_BLH: Tensor | None, memory_BHKV: Tensor | None
+        self,
+        u_BLC: Tensor,
+        decay_BLX: Tensor,
+        beta_BLH: Tensor | None,
+        memory_BHKV: Tensor | None,
+        segments_BL: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         config: KimiDelta.Config = self.config
         q_BLHK, k_BLHK, v_BLHV = self.heads_of(u_BLC)
@@ -208,7 +213,7 @@ class KimiDelta(LinearRecurrence):
             log_BLHK = config.gate_lower_bound * rate_BLHK.sigmoid()
         if config.negative_eigenvalues and beta_BLH is not None:
             beta_BLH = 2 * beta_BLH
-        return self.run(self.unit(q_BLHK), self.unit(k_BLHK), v_BLHV, log_BLHK, beta_BLH, memory_BHKV)
+        return self.run(self.unit(q_BLHK), self.unit(k_BLHK), v_BLHV, log_BLHK, beta_BLH, memory_BHKV, segments_BL)
 
     def step(self) -> tuple[Weights, Form]:
         bound = self.config.gate_lower_bound

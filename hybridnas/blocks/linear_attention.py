@@ -35,6 +35,7 @@ from hybridnas.layers.linear_recurrence import (
     largest_divisor,
 )
 from hybridnas.layers.rotary import rotate, rotation
+from hybridnas.layers.segments import rotation_by_document
 from hybridnas.layers.width import WidthRule, matrix
 from hybridnas.registry import register_block
 
@@ -274,7 +275,12 @@ class LinearAttention(LinearRecurrence):
         ]
 
     def recur(
-        self, u_BLC: Tensor, decay_BLX: Tensor, beta_BLH: Tensor | None, memory_BHKV: Tensor | None
+        self,
+        u_BLC: Tensor,
+        decay_BLX: Tensor,
+        beta_BLH: Tensor | None,
+        memory_BHKV: Tensor | None,
+        segments_BL: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         config: LinearAttention.Config = self.config
         kind = _KINDS[config.kind]
@@ -296,9 +302,13 @@ class LinearAttention(LinearRecurrence):
         if self.shape.norm == "sum":
             v_BLHV = F.pad(v_BLHV, (0, 1), value=1.0)  # a value that is always 1 sums the weights
         if config.kind == "retnet":
-            cos_L1K, sin_L1K = (part[:, None] for part in self._rotation(0, u_BLC.shape[1], u_BLC.device, wide))
+            if segments_BL is None:
+                angles = self._rotation(0, u_BLC.shape[1], u_BLC.device, wide)
+            else:
+                angles = rotation_by_document(segments_BL, config.key_dim, config.rope_base, wide)
+            cos_L1K, sin_L1K = (part.unsqueeze(-2) for part in angles)
             q_BLHK, k_BLHK = rotate(q_BLHK, cos_L1K, sin_L1K), rotate(k_BLHK, cos_L1K, sin_L1K)
-        o_BLHV, memory_BHKV = self.run(q_BLHK, k_BLHK, v_BLHV, log, beta_BLH, memory_BHKV, scale=scale)
+        o_BLHV, memory_BHKV = self.run(q_BLHK, k_BLHK, v_BLHV, log, beta_BLH, memory_BHKV, segments_BL, scale=scale)
         if config.kind == "retnet" and memory_BHKV is not None:
             # the next call counts its steps from 0 again
             back = self._rotation(-u_BLC.shape[1], 1, u_BLC.device, wide)

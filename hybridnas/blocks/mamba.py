@@ -225,12 +225,12 @@ class Mamba(Block):
             Variant(fields={"inner_moe": "conv+gate+out", "inner_experts": 2, "inner_d_expert": 12, "bias": True}),
         ]
 
-    def forward(self, x_BLD: Tensor, state: State | None = None) -> BlockOutput:
+    def forward(self, x_BLD: Tensor, state: State | None = None, segments_BL: Tensor | None = None) -> BlockOutput:
         auxes: dict[str, Aux] = {}
         u_BLI, z_BLI = self._project_in(x_BLD, auxes)
         before = None if state is None else cast(MambaState, state)
-        u_BLI, conv_BKI = self.conv1d(u_BLI, None if before is None else before.conv_BKI)
-        y_BLI, ssm_BIN = self._scan(u_BLI, z_BLI, before)
+        u_BLI, conv_BKI = self.conv1d(u_BLI, None if before is None else before.conv_BKI, segments_BL)
+        y_BLI, ssm_BIN = self._scan(u_BLI, z_BLI, before, segments_BL)
         if self.out_proj is not None:
             y_BLD = self.out_proj(y_BLI)
         else:
@@ -329,7 +329,9 @@ class Mamba(Block):
                 found[part], auxes[part] = self.inner[part](x_BLD)
         return found["conv"], found["gate"]
 
-    def _scan(self, u_BLI: Tensor, z_BLI: Tensor, before: MambaState | None) -> tuple[Tensor, Tensor | None]:
+    def _scan(
+        self, u_BLI: Tensor, z_BLI: Tensor, before: MambaState | None, segments_BL: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         delta_BLI, B_BLN, C_BLN = self._select(u_BLI)
         wide = torch.promote_types(self.A_log.dtype, torch.float32)
         A_IN, D_I, bias_I = -self.A_log.to(wide).exp(), self.D.to(wide), self.dt_proj.bias.to(wide)
@@ -361,6 +363,7 @@ class Mamba(Block):
             delta_softplus=True,
             initial_state=None if before is None else before.ssm_BIN,
             return_final_state=before is not None,
+            seq_idx=segments_BL,
             impl=self.impl,
         )
         return scanned if isinstance(scanned, tuple) else (scanned, None)

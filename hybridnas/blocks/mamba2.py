@@ -166,13 +166,13 @@ class Mamba2(Block):
             Variant(fields={"d_state": 8, "head_dim": 4, "n_groups": 2, "gated_norm": False}),
         ]
 
-    def forward(self, x_BLD: Tensor, state: State | None = None) -> BlockOutput:
+    def forward(self, x_BLD: Tensor, state: State | None = None, segments_BL: Tensor | None = None) -> BlockOutput:
         config: Mamba2.Config = self.config
         before = None if state is None else cast(Mamba2State, state)
         sizes = [config.width, config.conv_width, config.heads]
         z_BLI, u_BLJ, dt_BLH = torch.split(self.in_proj(x_BLD), sizes, dim=-1)
-        u_BLJ, conv_BKJ = self.conv1d(u_BLJ, None if before is None else before.conv_BKJ)
-        y_BLI, ssm_BHPN = self._scan(u_BLJ, dt_BLH, before)
+        u_BLJ, conv_BKJ = self.conv1d(u_BLJ, None if before is None else before.conv_BKJ, segments_BL)
+        y_BLI, ssm_BHPN = self._scan(u_BLJ, dt_BLH, before, segments_BL)
         y_BLD = self.out_proj(silu_gated(y_BLI, z_BLI) if self.norm is None else self.norm(y_BLI, z_BLI))
         after = None if conv_BKJ is None or ssm_BHPN is None else Mamba2State(conv_BKJ, ssm_BHPN)
         return BlockOutput(y_BLD, after)
@@ -209,7 +209,9 @@ class Mamba2(Block):
 
         return run
 
-    def _scan(self, u_BLJ: Tensor, dt_BLH: Tensor, before: Mamba2State | None) -> tuple[Tensor, Tensor | None]:
+    def _scan(
+        self, u_BLJ: Tensor, dt_BLH: Tensor, before: Mamba2State | None, segments_BL: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         config: Mamba2.Config = self.config
         shared = config.n_groups * config.d_state
         x_BLI, B_BLX, C_BLX = torch.split(u_BLJ, [config.width, shared, shared], dim=-1)
@@ -225,6 +227,7 @@ class Mamba2(Block):
             dt_softplus=True,
             initial_state=None if before is None else before.ssm_BHPN,
             return_final_state=before is not None,
+            seq_idx=segments_BL,
             impl=ssd_kernel.OPERATION.nearest(self.impl),
         )
         y_BLHP, ssm_BHPN = scanned if isinstance(scanned, tuple) else (scanned, None)

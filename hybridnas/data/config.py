@@ -57,6 +57,12 @@ class DataConfig(SourceConfig):
     separator: str | None = option(
         None, "token put after each document, for a Hugging Face tokenizer; none: its own end-of-text token"
     )
+    pack: str | None = option(
+        None,
+        "documents: those in one window do not see each other, and nothing is predicted across a document's end; none: "
+        "a window is one stream",
+        choices=("documents",),
+    )
     valid_fraction: float = option(
         0.05, "share of the documents held out for validation, by which candidates are chosen [0 to 1]", gt=0, le=0.5
     )

@@ -33,6 +33,7 @@ class Batch(NamedTuple):
     mask_BL: Tensor | None = None
     head: str | None = None  # the task head (a name in Source.heads) through which the model is read; None: directly
     documents_BL: Tensor | None = None  # number of each target's document in the test part; None: each row is its own
+    segments_BL: Tensor | None = None  # number of each input's document in its row, none of which sees another
 
 
 @dataclass(frozen=True, kw_only=True)

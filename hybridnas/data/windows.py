@@ -2,6 +2,9 @@
 
 In each epoch windows of ``seq_len`` tokens tile the training ids, taken as a ring from a random start, in a random
 order: every token is read at most once an epoch, and all but fewer than ``seq_len`` of them are.
+
+With ``pack='documents'`` the same windows say which document each token is of. A document ends with its separator, so
+the separators in a window are all that is needed. What follows one, another document's first token, is not a target.
 """
 
 from __future__ import annotations
@@ -34,9 +37,10 @@ U64 = npt.NDArray[np.uint64]
 class TextSource(Source):
     """A tokenised corpus as training and validation batches."""
 
-    def __init__(self, shards: Shards, *, name: str) -> None:
+    def __init__(self, shards: Shards, *, name: str, pack: str | None = None) -> None:
         self._shards = shards
         self._name = name
+        self._pack = pack
         self._lengths = token_lengths(shards.tokenizer)
 
     @property
@@ -45,7 +49,9 @@ class TextSource(Source):
 
     @property
     def fingerprint(self) -> str:
-        return self._shards.fingerprint
+        if self._pack is None:
+            return self._shards.fingerprint
+        return hashlib.sha256(f"{self._shards.fingerprint} {self._pack}".encode()).hexdigest()
 
     @property
     def token_lengths(self) -> npt.NDArray[np.int64] | None:
@@ -72,26 +78,35 @@ class TextSource(Source):
         n_tokens = sum(len(part.tokens) - part.documents for part in (train, valid, test))
         per_token = sum(part.bytes for part in (train, valid, test)) / max(1, n_tokens)
         reported = f"{_counts(test)} to report{_copies(test)}" if test.documents else "none to report"
+        apart = "" if self._pack is None else "; documents in a window do not see each other"
         return (
             f"{self._name}: {_counts(train)} to train on ({len(train.tokens):,} tokens); "
             f"{_counts(valid)} to choose by{_copies(valid)}; {reported}; tokenizer {self.tokenizer.kind}, "
-            f"{self.vocab_size:,} tokens, {per_token:.2f} bytes per token"
+            f"{self.vocab_size:,} tokens, {per_token:.2f} bytes per token{apart}"
         )
 
     def train_batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> Batch:
         self._require(seq_len)
         starts = window_starts(np.arange(batch_size) + step * batch_size, self.train_tokens, seq_len, seed)
-        return _gather(self._shards.train.tokens, starts, seq_len)
+        return self._packed(_gather(self._shards.train.tokens, starts, seq_len))
 
     def valid_batches(self, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
         self._require(seq_len)
-        return _spread(self._shards.valid, n_tokens, batch_size, seq_len)
+        return map(self._packed, _spread(self._shards.valid, n_tokens, batch_size, seq_len))
 
     def test_batches(self, n_tokens: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
         self._require(seq_len)
         if not self.test_tokens:
             raise DataError(f"{self._name} has no test part, since data.test_fraction=0; set it above 0")
-        return _spread(self._shards.test, n_tokens, batch_size, seq_len, ends=self._test_ends)
+        return map(self._packed, _spread(self._shards.test, n_tokens, batch_size, seq_len, ends=self._test_ends))
+
+    def _packed(self, batch: Batch) -> Batch:
+        """Return the batch with the document of each input, its targets within documents alone, where that is asked."""
+        if self._pack is None:
+            return batch
+        last_BL = batch.inputs_BL == self.tokenizer.separator
+        mask_BL = ~last_BL if batch.mask_BL is None else batch.mask_BL & ~last_BL
+        return batch._replace(segments_BL=last_BL.cumsum(dim=1) - last_BL.long(), mask_BL=mask_BL)
 
     @cached_property
     def _test_ends(self) -> npt.NDArray[np.int64]:
@@ -151,7 +166,7 @@ def _documents(ends: npt.NDArray[np.int64], starts_B: npt.NDArray[np.int64], seq
 
 def open_text(corpus: FileCorpus, config: DataConfig) -> TextSource:
     """Return a corpus as a source, tokenised once for all."""
-    return TextSource(open_shards(corpus, config), name=corpus.describe())
+    return TextSource(open_shards(corpus, config), name=corpus.describe(), pack=config.pack)
 
 
 def window_starts(sample_B: npt.NDArray[np.int64], n_tokens: int, seq_len: int, seed: int) -> npt.NDArray[np.int64]:

@@ -173,6 +173,14 @@ class HybridNASForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
                     got=type(got).__name__,
                     allowed=None,
                 )
+        if kwargs.get("segments") is not None:
+            raise ConfigError(
+                "segments is not something that these models take; give position_ids that start again from 0 with each "
+                "document",
+                field="segments",
+                got=type(kwargs["segments"]).__name__,
+                allowed=None,
+            )
         if input_ids is None:
             raise ConfigError("forward needs input_ids (B, L), got none", field="input_ids", got=None, allowed="(B, L)")
         cache = given_cache(past_key_values)
@@ -196,7 +204,8 @@ class HybridNASForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
                 x_BLD, _, aux = self.model.hidden(input_ids)
                 losses = dict(aux.losses)
             else:
-                x_BLD, losses = hidden_of_rows(self.model, input_ids, document_BL)
+                x_BLD, aux = hidden_of_rows(self.model, input_ids, document_BL)
+                losses = dict(aux.losses)
         if real_BL is not None:
             x_BLD = _held(x_BLD, real_BL)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -6,6 +6,7 @@ D d_model.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -140,6 +141,11 @@ class Block(nn.Module, ABC):
     float32: ClassVar[tuple[str, ...]] = ()  # parameters and buffers never narrower than float32 in any model
     no_decay: ClassVar[tuple[str, ...]] = ()  # matrices that weight decay leaves alone
     role: ClassVar[Role] = "mixer"  # whether it mixes tokens, by attention or another way, or treats each by itself
+    takes_segments: ClassVar[bool] = False  # whether forward has the parameter segments_BL, found by its signature
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        cls.takes_segments = "segments_BL" in inspect.signature(cls.forward).parameters
 
     def __init__(self, config: Any, *, impl: Impl = Impl.AUTO) -> None:
         super().__init__()
@@ -153,7 +159,12 @@ class Block(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_BLD: Tensor, state: State | None = None) -> BlockOutput:
-        """Map (B, L, D) to (B, L, D). With a state, continue from it and return the next one; without, start fresh."""
+        """Map (B, L, D) to (B, L, D). With a state, continue from it and return the next one; without, start fresh.
+
+        A block that mixes tokens should have a third parameter ``segments_BL: Tensor | None = None``: the number of
+        each token's document, int64 (B, L), never given with a state. No document sees another, and each is read as a
+        sequence of its own. Without that parameter a model reads packed documents as padded rows, one of each.
+        """
 
     @abstractmethod
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:

@@ -25,13 +25,19 @@ class Canon(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, taps))
         self.impl = impl
 
-    def forward(self, x_BLD: Tensor, state_BKD: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return (B, L, D), and with a state of the K - 1 inputs before x the one after it, else None."""
+    def forward(
+        self, x_BLD: Tensor, state_BKD: Tensor | None = None, segments_BL: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return (B, L, D), and with a state of the K - 1 inputs before x the one after it, else None.
+
+        ``segments_BL``: no tap reaches over a change of it.
+        """
         found = causal_conv1d(
             x_BLD,
             self.weight,
             initial_state=None if state_BKD is None else state_BKD.to(x_BLD.dtype),
             return_final_state=state_BKD is not None,
+            seq_idx=segments_BL,
             impl=self.impl,
         )
         mixed_BLD, after_BKD = found if isinstance(found, tuple) else (found, None)

@@ -24,6 +24,7 @@ from hybridnas.hardware import Impl
 from hybridnas.layers.block import exportable, truncated_normal_
 from hybridnas.layers.norms import RMSNorm, one_row
 from hybridnas.layers.rotary import Angles, rotate, rotation
+from hybridnas.layers.segments import rotation_by_document
 from hybridnas.layers.softmax_attention import softmax_attention
 
 _Norm = Callable[[Tensor], Tensor]
@@ -89,13 +90,15 @@ class LatentAttention(nn.Module):
         self.kv_up_proj = nn.Linear(shape.kv_rank, shape.heads * (shape.head + shape.value), bias=False)
 
     def forward(
-        self, x_BLD: Tensor, state: LatentState | None, sink_H: Tensor | None
+        self, x_BLD: Tensor, state: LatentState | None, sink_H: Tensor | None, segments_BL: Tensor | None = None
     ) -> tuple[Tensor, LatentState | None]:
-        """Return (B, H, L, V) and the next state, None where none was given."""
+        """Return (B, H, L, V) and the next state, None where none was given; ``segments_BL``: see ``Block.forward``."""
         shape, length = self.shape, x_BLD.shape[1]
         past = 0 if state is None else state.latent_BTN.shape[1]
         angles = None
-        if shape.rope_base is not None:
+        if shape.rope_base is not None and segments_BL is not None:
+            angles = rotation_by_document(segments_BL, shape.rotary, shape.rope_base)
+        elif shape.rope_base is not None:
             angles = rotation(past, length, shape.rotary, shape.rope_base, x_BLD.device)
         q_BHLP, latent_BTN = self.project(x_BLD, angles, self.q_norm, self.kv_norm)
         if state is not None:
@@ -114,7 +117,14 @@ class LatentAttention(nn.Module):
         k_BHTP, v_BHTV = kv_BHTW.split([shape.head, shape.value], dim=-1)
         k_BHTP = torch.cat([k_BHTP, r_BTR[:, None].expand(-1, shape.heads, -1, -1)], dim=-1)
         y_BHLV = softmax_attention(
-            q_BHLP, k_BHTP, v_BHTV, scale=self.scale, softcap=self.softcap, sink_H=sink_H, impl=self.impl
+            q_BHLP,
+            k_BHTP,
+            v_BHTV,
+            scale=self.scale,
+            softcap=self.softcap,
+            sink_H=sink_H,
+            segments_BL=segments_BL,
+            impl=self.impl,
         )
         return y_BHLV, state
 
@@ -162,7 +172,7 @@ class LatentAttention(nn.Module):
     def project(
         self, x_BLD: Tensor, angles: tuple[Tensor, Tensor] | None, q_norm: _Norm | None, kv_norm: _Norm
     ) -> tuple[Tensor, Tensor]:
-        """Return queries (B, H, L, P + R) and latents (B, L, C + R), turned by the cosines and sines of ``angles``."""
+        """Return queries (B, H, L, P + R) and latents (B, L, C + R), turned by angles of shape (L, h) or (B, L, h)."""
         shape = self.shape
         first = shape.q_rank or shape.query
         q_BLQ, c_BLC, r_BLR = self.down_proj(x_BLD).split([first, shape.kv_rank, shape.rotary], dim=-1)
@@ -171,7 +181,8 @@ class LatentAttention(nn.Module):
         q_BHLP = q_BLQ.unflatten(-1, (shape.heads, shape.head + shape.rotary)).transpose(1, 2)
         if angles is not None:
             q_BHLP, q_BHLR = q_BHLP.split([shape.head, shape.rotary], dim=-1)
-            q_BHLP = torch.cat([q_BHLP, rotate(q_BHLR, *angles)], dim=-1)
+            of_heads = [part[:, None] if part.ndim == 3 else part for part in angles]
+            q_BHLP = torch.cat([q_BHLP, rotate(q_BHLR, *of_heads)], dim=-1)
             r_BLR = rotate(r_BLR, *angles)
         return q_BHLP, torch.cat([kv_norm(c_BLC), r_BLR], dim=-1)
 

@@ -172,7 +172,7 @@ class LinearRecurrence(Block):
         self.norm = OutputNorm(shape.norm_width, shape.norm_eps, shape.gate, impl=impl)
         self.out_proj = nn.Linear(shape.inner, shape.d_model, bias=False)
 
-    def forward(self, x_BLD: Tensor, state: State | None = None) -> BlockOutput:
+    def forward(self, x_BLD: Tensor, state: State | None = None, segments_BL: Tensor | None = None) -> BlockOutput:
         before = None if state is None else cast(RecurrenceState, state)
         mixed, gate, decay, beta = self.shape.columns
         u_BLC, gate_BLI, rest_BLY = split_linear(self.in_proj, x_BLD, (mixed, gate, decay + beta))
@@ -181,7 +181,7 @@ class LinearRecurrence(Block):
             gate_BLI = self.gate_proj(gate_BLI)
         conv_BTC = None if before is None else before.conv_BTC
         if self.conv1d is not None:
-            u_BLC, conv_BTC = self.conv1d(u_BLC, conv_BTC)
+            u_BLC, conv_BTC = self.conv1d(u_BLC, conv_BTC, segments_BL)
         elif self.shape.silu:
             u_BLC = F.silu(u_BLC)
         y_BLHV, memory_BHKV = self.recur(
@@ -189,6 +189,7 @@ class LinearRecurrence(Block):
             decay_BLX,
             beta_BLH.sigmoid() if self.shape.delta else None,
             None if before is None else before.memory_BHKV,
+            segments_BL,
         )
         y_BLD = self.out_proj(self.norm(y_BLHV, None if self.shape.gate == "none" else gate_BLI))
         if conv_BTC is None or memory_BHKV is None:
@@ -197,7 +198,12 @@ class LinearRecurrence(Block):
 
     @abstractmethod
     def recur(
-        self, u_BLC: Tensor, decay_BLX: Tensor, beta_BLH: Tensor | None, memory_BHKV: Tensor | None
+        self,
+        u_BLC: Tensor,
+        decay_BLX: Tensor,
+        beta_BLH: Tensor | None,
+        memory_BHKV: Tensor | None,
+        segments_BL: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return what is read at each step (B, L, H, V), and the next memory where one was given."""
 
@@ -223,6 +229,7 @@ class LinearRecurrence(Block):
         log_decay: Tensor | None,
         beta_BLH: Tensor | None,
         memory_BHKV: Tensor | None,
+        segments_BL: Tensor | None,
         *,
         scale: float | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -236,6 +243,7 @@ class LinearRecurrence(Block):
             scale=scale,
             initial_state=memory_BHKV,
             return_final_state=memory_BHKV is not None,
+            seq_idx=segments_BL,
             impl=delta_kernel.OPERATION.nearest(self.impl),
         )
         return found if isinstance(found, tuple) else (found, None)

@@ -27,8 +27,13 @@ class ShortConvolution(nn.Conv1d):
         self.activation = activation
         self.impl = impl
 
-    def forward(self, x_BLC: Tensor, state_BKC: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        """Return (B, L, C), and with a state of the K - 1 inputs before x the one after it, else None."""
+    def forward(  # type: ignore[override]
+        self, x_BLC: Tensor, state_BKC: Tensor | None = None, segments_BL: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return (B, L, C), and with a state of the K - 1 inputs before x the one after it, else None.
+
+        ``segments_BL``: no tap reaches over a change of it.
+        """
         found = kernel.causal_conv1d(
             x_BLC,
             self.weight.squeeze(1),
@@ -36,6 +41,7 @@ class ShortConvolution(nn.Conv1d):
             activation=self.activation,
             initial_state=None if state_BKC is None else state_BKC.to(x_BLC.dtype),
             return_final_state=state_BKC is not None,
+            seq_idx=segments_BL,
             impl=self.impl,
         )
         return found if isinstance(found, tuple) else (found, None)

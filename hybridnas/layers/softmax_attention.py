@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridnas.hardware import Impl
+from hybridnas.layers.segments import same_document
 
 _ROWS = 256  # queries whose scores are written out together
 
@@ -28,22 +29,28 @@ def softmax_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sink_H: Tensor | None = None,
+    segments_BL: Tensor | None = None,
     impl: Impl = Impl.AUTO,
 ) -> Tensor:
     """Return (B, H, L, V): query i, at position T - L + i, over the keys up to its own position, at most ``window``.
 
     ``scale`` multiplies the scores, by default P ** -0.5; ``softcap`` c makes a score s c * tanh(s / c) (Gemma 2,
     2408.00118); ``sink_H`` is a logit per head that takes part in the softmax and brings no value (gpt-oss,
-    2508.10925). ``impl='reference'`` writes everything out with one mask.
+    2508.10925). ``segments_BL``, for L = T: the number of each position's document, beyond which a query sees no key.
+    ``impl='reference'`` writes everything out with one mask.
     """
     length, total = q_BHLP.shape[2], k_BKTP.shape[2]
     past = total - length
     how = _Scores(scale, softcap, sink_H, impl)
     if impl is Impl.REFERENCE or (window is not None and isinstance(total, torch.SymInt)):
-        return how.attend(q_BHLP, k_BKTP, v_BKTV, _visible(length, past, window, q_BHLP.device))
+        mask_LT = _visible(length, past, window, q_BHLP.device)
+        if segments_BL is not None:
+            mask_LT = mask_LT & same_document(segments_BL, segments_BL)[:, None]
+        return how.attend(q_BHLP, k_BKTP, v_BKTV, mask_LT)
     if window is None or total <= window:
         if past == 0 or length == 1:  # a symbolic length compares to a symbol
-            return how.attend(q_BHLP, k_BKTP, v_BKTV, None, causal=bool(past == 0 and length > 1))
+            causal = bool(past == 0 and length > 1)
+            return how.attend(q_BHLP, k_BKTP, v_BKTV, None, causal, segments_BL if causal else None)
         return how.attend(q_BHLP, k_BKTP, v_BKTV, _visible(length, past, None, q_BHLP.device))
     if length == 1:
         return how.attend(q_BHLP, k_BKTP[:, :, -window:], v_BKTV[:, :, -window:], None)
@@ -53,8 +60,10 @@ def softmax_attention(
     parts = []
     if head:
         mask = None if past == 0 else _visible(head, past, None, q_BHLP.device)
-        parts.append(how.attend(q_BHLP[:, :, :head], k_BKTP[:, :, :first], v_BKTV[:, :, :first], mask, past == 0))
-    parts.append(_in_blocks(how, q_BHLP[:, :, head:], k_BKTP[:, :, oldest:], v_BKTV[:, :, oldest:], window))
+        own = None if segments_BL is None else segments_BL[:, :head]
+        parts.append(how.attend(q_BHLP[:, :, :head], k_BKTP[:, :, :first], v_BKTV[:, :, :first], mask, past == 0, own))
+    of = None if segments_BL is None else (segments_BL[:, head:], segments_BL[:, oldest:])
+    parts.append(_in_blocks(how, q_BHLP[:, :, head:], k_BKTP[:, :, oldest:], v_BKTV[:, :, oldest:], window, of))
     return torch.cat(parts, dim=2)
 
 
@@ -95,11 +104,23 @@ class _Scores:
         self.written_out = softcap is not None or sink_H is not None or impl is Impl.REFERENCE
 
     def attend(
-        self, q_BHLP: Tensor, k_BKTP: Tensor, v_BKTV: Tensor, mask_LT: Tensor | None, causal: bool = False
+        self,
+        q_BHLP: Tensor,
+        k_BKTP: Tensor,
+        v_BKTV: Tensor,
+        mask_LT: Tensor | None,
+        causal: bool = False,
+        segments_BL: Tensor | None = None,
     ) -> Tensor:
-        """Return (B, H, L, V); ``mask`` is true where a query sees a key, ``causal`` the mask of L = T."""
+        """Return (B, H, L, V); ``mask`` (L, T) or (B, 1, L, T) is true where a query sees a key.
+
+        ``causal`` is the mask of L = T, and with ``segments`` that within each document.
+        """
         (heads, length), keys, values = q_BHLP.shape[1:3], k_BKTP.shape[1], v_BKTV.shape[3]
         groups = heads // keys
+        if segments_BL is not None and not (self.written_out and length > _ROWS):
+            mask_LT = _visible(length, 0, None, q_BHLP.device) & same_document(segments_BL, segments_BL)[:, None]
+            causal = False
         if not self.written_out:
             scale = self.scale
             if values != q_BHLP.shape[3]:  # the fused kernels take one width
@@ -118,6 +139,8 @@ class _Scores:
             for start in range(0, length, _ROWS):
                 end = min(length, start + _ROWS)
                 mask_LT = _visible(end - start, start, None, q_BHLP.device)
+                if segments_BL is not None:
+                    mask_LT = mask_LT & same_document(segments_BL[:, start:end], segments_BL[:, :end])[:, None]
                 rows_BHLP, seen = q_BHLP[:, :, start:end], (k_BKTP[:, :, :end], v_BKTV[:, :, :end])
                 parts.append(self.attend(rows_BHLP, *seen, mask_LT))
             return torch.cat(parts, dim=2)
@@ -141,7 +164,8 @@ class _Scores:
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        if mask_LT is not None:
+        if mask_LT is not None:  # with a batch dimension one for the groups, too
+            mask_LT = mask_LT.unsqueeze(-3) if mask_LT.ndim == scores.ndim - 1 else mask_LT
             scores = scores.masked_fill(~mask_LT, float("-inf"))
         if sink is None:
             weights = scores.softmax(dim=-1)
@@ -152,9 +176,17 @@ class _Scores:
         return y_XKRV
 
 
-def _in_blocks(how: _Scores, q_BHLP: Tensor, k_BKTP: Tensor, v_BKTV: Tensor, window: int) -> Tensor:
+def _in_blocks(
+    how: _Scores,
+    q_BHLP: Tensor,
+    k_BKTP: Tensor,
+    v_BKTV: Tensor,
+    window: int,
+    segments: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Return (B, H, L, V) where query i sees keys i to i + window - 1, of T = L + window - 1 keys.
 
+    ``segments``: the documents of queries (B, L) and of keys (B, T), of which a query sees its own alone.
     Shapes: n blocks of b queries, S = b + window - 1 keys that a block's queries see, X = B K.
     """
     batch, heads, length, _ = q_BHLP.shape
@@ -169,11 +201,15 @@ def _in_blocks(how: _Scores, q_BHLP: Tensor, k_BKTP: Tensor, v_BKTV: Tensor, win
     )
     ahead_bS = torch.arange(span, device=q_BHLP.device) - torch.arange(block, device=q_BHLP.device)[:, None]
     mask_bS = (ahead_bS >= 0) & (ahead_bS < window)
+    if segments is not None:  # (X, n, b, S); what is padded is of the last document, so that every query sees a key
+        query_BL, key_BT = (torch.cat([s, s[:, -1:].expand(-1, missing)], dim=1) for s in segments)
+        same = query_BL.reshape(batch, blocks, block, 1) == key_BT.unfold(1, span, block)[:, :, None]
+        mask_bS = (mask_bS & same).repeat_interleave(keys, dim=0)
     if how.written_out:
         sink = None if how.sink_H is None else how.sink_H.view(keys, 1, groups, 1, 1).repeat(batch, 1, 1, 1, 1)
         y_XnRV = how.write_out(q_XnRP, k_XnSP, v_XnSV, mask_bS, groups, sink)
     else:
-        mask_RS = mask_bS.repeat(groups, 1)
+        mask_RS = torch.cat([mask_bS] * groups, dim=-2)
         y_XnRV = F.scaled_dot_product_attention(q_XnRP, k_XnSP, v_XnSV, attn_mask=mask_RS, scale=how.scale)
     y_XgTV = torch.unflatten(y_XnRV, 2, (groups, block)).transpose(1, 2).flatten(2, 3)
     return y_XgTV.reshape(batch, heads, blocks * block, v_BKTV.shape[3])[:, :, :length]

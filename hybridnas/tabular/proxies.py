@@ -31,7 +31,7 @@ def proxies(arch: Arch, source: Source, *, batch_size: int = 8, seq_len: int = 1
         (objective(batch).total / batch.targets_BL.numel()).backward()
         weights = [(weight.detach(), weight.grad) for weight in model.parameters() if weight.grad is not None]
         with torch.no_grad():
-            x_ND = model.hidden(batch.inputs_BL).x_BLD.flatten(0, 1)
+            x_ND = model.hidden(batch.inputs_BL, segments_BL=batch.segments_BL).x_BLD.flatten(0, 1)
     x_ND = x_ND[:: max(1, len(x_ND) // _TOKENS)][:_TOKENS]
     codes_ND = torch.where(x_ND > 0, 1.0, -1.0).double()
     alike_NN = (codes_ND @ codes_ND.T + codes_ND.shape[1]) / (2 * codes_ND.shape[1])

@@ -63,8 +63,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return the batch on ``device``."""
     if device.type == "cpu":
         return batch
-    mask_BL = None if batch.mask_BL is None else batch.mask_BL.to(device)
-    return batch._replace(inputs_BL=batch.inputs_BL.to(device), targets_BL=batch.targets_BL.to(device), mask_BL=mask_BL)
+    names = ("inputs_BL", "targets_BL", "mask_BL", "segments_BL")
+    given = {name: tensor for name in names if (tensor := getattr(batch, name)) is not None}
+    return batch._replace(**{name: tensor.to(device) for name, tensor in given.items()})
 
 
 def counted(batch: Batch) -> Tensor | int:
@@ -218,7 +219,7 @@ class _Repeats:
         if self._context is None:  # by the first batch, which is the same at every call
             lengths = self._lengths_V[batch.targets_BL].double()
             self._context = context_tokens(float(lengths.sum() / max(1, int((lengths > 0).sum()))))
-        again_BL = repeated(batch.inputs_BL, batch.targets_BL, self._context)
+        again_BL = repeated(batch.inputs_BL, batch.targets_BL, self._context, batch.segments_BL)
         if batch.mask_BL is not None:
             again_BL &= batch.mask_BL
         again_BL = again_BL.to(scores.loss.device)

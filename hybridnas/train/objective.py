@@ -8,6 +8,7 @@ Shapes: B batch, L length, D d_model, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -51,11 +52,14 @@ class Objective(nn.Module):
         self.vocab_size = vocab_size
         self.z_loss = z_loss
         self.heads = heads if heads is not None else nn.ModuleDict()
-        own: Callable[[Tensor], Any] = model.hidden if isinstance(model, HybridLM) else model
+        own: Callable[..., Any] = model.hidden if isinstance(model, HybridLM) else model
         compiled = torch.compile(own) if compile_model else own
 
-        def read(ids_BL: Tensor) -> Any:
-            return compiled(ids_BL)
+        def read(batch: Batch) -> Any:
+            if batch.segments_BL is None:
+                return compiled(batch.inputs_BL)
+            name = "segments_BL" if isinstance(model, HybridLM) else _segments_of(model)
+            return compiled(batch.inputs_BL, **{name: batch.segments_BL})
 
         self._read = read  # a function: torch would register a module a second time
 
@@ -63,7 +67,7 @@ class Objective(nn.Module):
         """Return the loss of a batch, differentiable."""
         if not isinstance(self.model, HybridLM):
             return Loss(self._cross_entropy(self._logits(batch), batch, "sum", self.z_loss), {}, {})
-        hidden = self._read(batch.inputs_BL)
+        hidden = self._read(batch)
         x_BLD = self._through_head(hidden.x_BLD, batch)
         if self._linear_head:
             total = cross_entropy_sum(x_BLD, self.model.head.weight, batch, self.model.loss_impl, z_loss=self.z_loss)
@@ -75,7 +79,7 @@ class Objective(nn.Module):
     def scores(self, batch: Batch) -> TokenScores:
         """Return each place's loss and whether its likeliest token is right; 0 and False where it does not count."""
         if isinstance(self.model, HybridLM):
-            x_BLD = self._through_head(self.model.hidden(batch.inputs_BL).x_BLD, batch)
+            x_BLD = self._through_head(self.model.hidden(batch.inputs_BL, segments_BL=batch.segments_BL).x_BLD, batch)
             if self._linear_head:
                 head_VD, impl = self.model.head.weight, self.model.loss_impl
                 return token_scores(x_BLD, head_VD, batch.targets_BL, mask=batch.mask_BL, impl=impl)
@@ -122,7 +126,7 @@ class Objective(nn.Module):
                 allowed="HybridLM",
             )
         try:
-            output = self._read(batch.inputs_BL)
+            output = self._read(batch)
         except IndexError as error:
             vocab_size = self.vocab_size or int(batch.inputs_BL.max()) + 1
             raise _too_small(self.model, batch.inputs_BL, vocab_size) or error from None
@@ -167,6 +171,19 @@ def logits_of(output: Any, model: nn.Module) -> Tensor:
             allowed="logits, an object with .logits, or a tuple",
         )
     return found
+
+
+def _segments_of(model: nn.Module) -> str:
+    """Return the name of the parameter of documents; raises ConfigError for a module whose forward has none."""
+    if "segments" not in inspect.signature(model.forward).parameters:
+        raise ConfigError(
+            f"data.pack=documents packs documents that must not see each other, and {type(model).__name__}.forward "
+            f"has no parameter segments (B, L) to be told by; leave data.pack out, or train a HybridLM",
+            field="data.pack",
+            got="documents",
+            allowed=None,
+        )
+    return "segments"
 
 
 def _too_small(model: nn.Module, ids_BL: Tensor, vocab_size: int) -> ConfigError | None:

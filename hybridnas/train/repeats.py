@@ -20,10 +20,11 @@ def context_tokens(bytes_per_token: float) -> int:
     return max(1, round(CONTEXT_BYTES / bytes_per_token)) if bytes_per_token > 0 else CONTEXT_BYTES
 
 
-def repeated(inputs_BL: Tensor, targets_BL: Tensor, context: int) -> Tensor:
+def repeated(inputs_BL: Tensor, targets_BL: Tensor, context: int, segments_BL: Tensor | None = None) -> Tensor:
     """Return (B, L), true where the target and the ``context`` inputs before it stood in the row before.
 
-    Strings are compared by a hash of 64 bits.
+    ``segments_BL``: the document of each input; only what stood in the same document counts. Strings are compared by a
+    hash of 64 bits.
     """
     rows, length = inputs_BL.shape
     found_BL = torch.zeros(rows, length, dtype=torch.bool, device=inputs_BL.device)
@@ -34,6 +35,8 @@ def repeated(inputs_BL: Tensor, targets_BL: Tensor, context: int) -> Tensor:
     for back in range(context):
         start = context - 1 - back
         hash_BP = hash_BP * _FACTOR + inputs_BL[:, start : start + places].long() + 1
+    if segments_BL is not None:  # that of a string's last input, its targets' document wherever a target counts
+        hash_BP = hash_BP * _FACTOR + segments_BL[:, context - 1 :].long()
     ordered_BP, order_BP = torch.sort(hash_BP, dim=1, stable=True)
     again_BP = torch.zeros_like(ordered_BP, dtype=torch.bool)
     again_BP[:, 1:] = ordered_BP[:, 1:] == ordered_BP[:, :-1]

@@ -455,8 +455,9 @@ class Trainer:
 
 def _slice(batch: Batch, start: int, length: int) -> Batch:
     rows = slice(start, start + length)
-    mask_BL = None if batch.mask_BL is None else batch.mask_BL[rows]
-    return batch._replace(inputs_BL=batch.inputs_BL[rows], targets_BL=batch.targets_BL[rows], mask_BL=mask_BL)
+    names = ("inputs_BL", "targets_BL", "mask_BL", "segments_BL")
+    given = {name: tensor for name in names if (tensor := getattr(batch, name)) is not None}
+    return batch._replace(**{name: tensor[rows] for name, tensor in given.items()})
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

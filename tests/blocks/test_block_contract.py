@@ -110,6 +110,11 @@ class Forgets(Counter):
         return BlockOutput(y_BLD, state, aux)
 
 
+class Leaks(Counter):
+    def forward(self, x_BLD, state=None, segments_BL=None):
+        return super().forward(x_BLD, state)
+
+
 NO_EXPORT = ["it exports", "bfloat16 computes the same within rounding"]  # sums in bfloat16 drift
 
 
@@ -124,6 +129,7 @@ def test_a_block_that_keeps_its_promises_passes():
         (DictState, "a tuple of tensors"),
         (LooksAhead, "token by token"),
         (Forgets, "token by token"),
+        (Leaks, "what each gives alone"),
     ],
 )
 def test_a_block_that_breaks_a_promise_is_told_which(cls, promise):

@@ -204,3 +204,35 @@ def test_each_target_of_the_test_part_knows_its_document():
     starts = range(0, len(tokens) - 12, 12)
     assert rows == [[(start + 1 + place) // 5 for place in range(12)] for start in starts]
     assert all(batch.documents_BL is None for batch in source.valid_batches(200, 2, 12))
+
+
+def packed(tokens, pack="documents", counted=None):
+    part = Split(np.array(tokens, dtype=np.uint32), len(tokens), 1, counted)
+    return TextSource(Shards(part, part, part, ByteTokenizer(), "0" * 64), name="packed", pack=pack)
+
+
+def test_a_packed_window_says_which_document_each_token_is_of_and_predicts_none_from_another():
+    tokens = [7, 8, 0, 9, 0, 5, 6, 7, 8, 0]  # 0 ends a document
+    source, plain = packed(tokens), packed(tokens, pack=None)
+    for step in range(6):
+        batch, stream = source.train_batch(step, 2, 4, 3), plain.train_batch(step, 2, 4, 3)
+        assert batch.inputs_BL.equal(stream.inputs_BL)
+        assert batch.targets_BL.equal(stream.targets_BL)
+        for inputs, segments, mask in zip(batch.inputs_BL, batch.segments_BL, batch.mask_BL, strict=True):
+            assert segments.tolist() == [inputs[:place].tolist().count(0) for place in range(4)]
+            assert mask.tolist() == [one != 0 for one in inputs.tolist()]
+        assert stream.segments_BL is stream.mask_BL is None
+
+
+def test_packed_places_that_are_not_measured_stay_so():
+    counted = np.array([True, False] * 5)
+    for name in ("valid", "test"):
+        (batch,) = getattr(packed([7, 8, 0, 9, 0, 5, 6, 7, 8, 0], counted=counted), f"{name}_batches")(9, 1, 9)
+        assert batch.mask_BL.tolist() == [[False, True, False, True, False, True, False, True, False]]
+        assert batch.segments_BL.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2, 2]]
+
+
+def test_packing_is_part_of_what_identifies_the_data_and_a_stream_is_what_it_was():
+    assert packed([7, 0, 8], pack=None).fingerprint == "0" * 64
+    assert packed([7, 0, 8]).fingerprint != "0" * 64
+    assert "do not see each other" in packed([7, 0, 8]).describe()

@@ -284,3 +284,11 @@ def test_inputs_that_mean_nothing_to_these_models_are_refused(tmp_path: Path) ->
         with pytest.raises(ConfigError) as error:
             model(ids_BL, **given)
         assert error.value.field == field
+
+
+def test_segments_are_refused_and_positions_named_instead() -> None:
+    model = HybridNASForCausalLM.wrap(hybridnas.build("M", d_model=16, vocab_size=V))
+    with pytest.raises(ConfigError) as caught:
+        model(some(1, 4), segments=torch.zeros(1, 4, dtype=torch.long))
+    assert caught.value.field == "segments"
+    assert "position_ids" in str(caught.value)

@@ -1,5 +1,7 @@
 """Softmax attention on tensors: every way to compute it gives what one mask over all scores gives."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -104,3 +106,21 @@ def test_channels_beyond_the_turned_ones_stay_as_they_are():
     torch.testing.assert_close(turned[..., :4], rotate(x_BLP[..., :4], cos_Lh, sin_Lh))
     pair = torch.complex(x_BLP[..., 0], x_BLP[..., 2]) * torch.polar(torch.ones(5), torch.arange(3.0, 8.0))
     torch.testing.assert_close(torch.complex(turned[..., 0], turned[..., 2]), pair)
+
+
+@pytest.mark.parametrize("impl", [Impl.AUTO, Impl.REFERENCE])
+@pytest.mark.parametrize("window", [None, 3, 50, 200])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_queries_see_the_keys_of_their_own_document_alone(impl, window, softcap):
+    make, length = torch.Generator().manual_seed(0), 300  # more rows than are written out together
+    q, k, v = (torch.randn(2, heads, length, 4, generator=make, dtype=torch.float64) for heads in (4, 2, 2))
+    ends = [(0, 150, 151, 290, 300), (0, 7, 300)]
+    place = torch.arange(length)[:, None]
+    segments = torch.stack([(place >= torch.tensor(of[1:])).sum(1) for of in ends])
+    how = {"window": window, "softcap": softcap}
+    found = softmax_attention(q, k, v, segments_BL=segments, impl=impl, **how)
+    for row, of in enumerate(ends):
+        for first, last in pairwise(of):
+            own = (x[row : row + 1, :, first:last] for x in (q, k, v))
+            expected = softmax_attention(*own, impl=Impl.REFERENCE, **how)
+            torch.testing.assert_close(found[row : row + 1, :, first:last], expected, rtol=0, atol=1e-12)

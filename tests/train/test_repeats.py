@@ -67,3 +67,11 @@ def test_what_a_model_scores_where_text_repeats_is_measured_on_the_test_part(tmp
     assert score.repeats.accuracy == right / places
     assert score.test_figures()["test_repeat_accuracy"] == score.repeats.accuracy
     assert "test_repeat_loss" not in evaluate(model, source, **settings, device=torch.device("cpu")).test_figures()
+
+
+def test_what_another_document_of_the_window_said_is_no_repeat():
+    inputs = torch.tensor([[1, 2, 3, 0, 1, 2, 3, 1, 2, 0]])
+    targets = torch.tensor([[2, 3, 0, 1, 2, 3, 1, 2, 0, 1]])
+    segments = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1]])
+    assert repeated(inputs, targets, 1).tolist()[0] == [False] * 4 + [True, True, False, True, False, True]
+    assert repeated(inputs, targets, 1, segments).tolist()[0] == [False] * 7 + [True, False, False]
