@@ -563,12 +563,12 @@ def check_segments(ids_BL: Tensor, segments: Tensor, *, on_gpu: bool = True) -> 
     if bool(falls_BL.any()):
         row, place = falls_BL.nonzero()[0].tolist()
         where = f"row {row}, position {place + 1}"
-        got = segments[row, place : place + 2].tolist()
+        before, after = segments[row, place : place + 2].tolist()
         raise ConfigError(
-            f"model segments must not fall along a row, got {got[1]} after {got[0]} at {where}; "
+            f"model segments must not fall along a row, got {after} after {before} at {where}; "
             f"number the documents of each row from 0 up",
             field="segments",
-            got=tuple(got),
+            got=(before, after),
             allowed="numbers that do not fall",
         )
 
