@@ -60,11 +60,12 @@ def measure(
 ) -> dict[str, Any]:
     """Return all that is known about policies, as plain values.
 
-    ``policies`` are judged on both halves together; ``default`` was chosen on the choosing half and ``reporting`` is
+    ``policies`` are judged on both halves together, those that nine tenths of the architectures have; ``default`` was chosen on the choosing half and ``reporting`` is
     its quality on the other. ``signals``: name -> pattern -> value, of which more should be better.
     """
     wanted = [policy for policy in decisions.policies(rows) if policy.size <= truth.size]
     both = [judged for policy in wanted if (judged := decisions.judge(rows, policy, truth, draws=draws))]
+    both = [judged for judged in both if judged.quality.n > 0.9 * len(truth.scores)]
     choosing = [j for policy in wanted if (j := decisions.judge(rows, policy, truth, CHOOSING, draws=2))]
     chosen = decisions.choose(choosing, LIMIT)
     report = None if chosen is None else decisions.judge(rows, chosen.policy, truth, REPORTING, draws=draws)
