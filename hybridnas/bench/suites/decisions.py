@@ -61,7 +61,8 @@ def measure(
     """Return all that is known about policies, as plain values.
 
     ``policies`` are judged on both halves together, those that nine tenths of the architectures have; ``default`` was
-    chosen on the choosing half and ``reporting`` is its quality on the other. ``signals``: name -> pattern -> value, of which more should be better.
+    chosen on the choosing half and ``reporting`` is its quality on the other. ``signals``: name -> pattern -> value, of
+    which more should be better.
     """
     wanted = [policy for policy in decisions.policies(rows) if policy.size <= truth.size]
     both = [judged for policy in wanted if (judged := decisions.judge(rows, policy, truth, draws=draws))]
