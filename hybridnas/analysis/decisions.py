@@ -25,6 +25,7 @@ SPEED, EXTRAPOLATED = "training speed", "extrapolated"
 SETTABLE = (ANNEALED, COSINE)  # signals that a budget can be set to: budget.schedule
 OWN, HALVED = "own", "halved"  # rate policies beside one shared rate
 LEAST = 6  # architectures; fewer say nothing about an order
+LIKE = 1.6  # factor in size and in tokens within which a budget is the one that was measured
 ENOUGH = 16  # architectures with all rates that make a size the truth
 _DRAWS = 1000
 _TRAINING = 3.0  # FLOPs of a training step over those of its forward pass
@@ -368,14 +369,14 @@ def budget_words(
     active_params: int,
     tokens_per_active_param: float,
     seeds: int = 1,
-    what: str = "comparisons at this budget",
+    what: str = "comparisons",
 ) -> str:
     """Return one sentence on how far ``what`` can be trusted, from a decisions.json.
 
     ``rate``: own, halved, or the one rate of all; another word is a policy that no truth set has. Of the measured
     policies with this signal and number of seeds, the one nearest in size, then in tokens, then in its shared rate
-    stands for the budget; where there is none, the sentence says that nothing was measured. At the truth's own size
-    only policies count whose trainings are not among those of the truth.
+    stands for the budget; where it is of another size or length, the sentence says of which, and where there is none,
+    that nothing was measured. At the truth's own size only policies count whose trainings are not those of the truth.
     """
     truth = decisions.get("truth", {})
     alike = [
@@ -387,7 +388,7 @@ def budget_words(
         and (one["rate"] == rate if isinstance(rate, str) else one["rate"] not in (OWN, HALVED))
     ]
     if not alike:
-        return f"how often {what} are right was not measured"
+        return f"how often {what} at this budget are right was not measured"
     whole = truth["tokens_per_active_param"]
 
     def distance(one: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -396,6 +397,13 @@ def budget_words(
         return abs(math.log(off[0])), abs(math.log(off[1])), abs(math.log(own))
 
     nearest = min(alike, key=distance)
+    off = distance(nearest)
+    where = "at this budget"
+    if off[0] > math.log(LIKE) or off[1] > math.log(LIKE):
+        tokens = nearest["rung"] * whole
+        where = (
+            f"at {nearest['size']:,} active parameters and {tokens:g} tokens for each, the nearest that was measured,"
+        )
     larger, longer = truth["size"] / nearest["size"], 1 / nearest["rung"]
     times = [f"{larger:.0f} times larger"] * (larger > 1) + [f"{longer:.0f} times longer trained"] * (longer > 1)
     same = "" if larger > 1 else " of the same size"
@@ -403,8 +411,8 @@ def budget_words(
     better = nearest["accuracy_best_half"]
     within = "" if better is None else f", and in {100 * better:.0f} % of those within the better half"
     return (
-        f"{what} agree with {', '.join([*times, 'fully tuned'])} models{same} in {100 * nearest['accuracy']:.0f} % of "
-        f"pairs (95 % interval {low:.0f} to {high:.0f} %){within}"
+        f"{what} {where} agree with {', '.join([*times, 'fully tuned'])} models{same} in "
+        f"{100 * nearest['accuracy']:.0f} % of pairs (95 % interval {low:.0f} to {high:.0f} %){within}"
     )
 
 

@@ -59,7 +59,7 @@ def budget_notes(meta: StudyMeta, *, confirmed: bool = False, decisions: Path = 
     )
     notes = [words(rate=rates.get(meta.rate, meta.rate))]
     if confirmed and meta.schedule == "wsd":
-        notes.append(words(rate=OWN, seeds=CONFIRMED_SEEDS, what="comparisons of those that were confirmed"))
+        notes.append(words(rate=OWN, seeds=CONFIRMED_SEEDS, what="comparisons by own rates and two seeds"))
     return [f"{words[0].upper()}{words[1:]}." for words in notes]
 
 

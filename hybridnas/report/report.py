@@ -72,6 +72,7 @@ def render_report(study_folder: Path | str, records: Sequence[TrialRecord], meta
         headline=headline(records, meta.reference, given.verdict, limits=given.limits, length=given.state_length),
         searched=_searched(records, meta),
         confirmation=_confirmation(given),
+        warnings=_warnings(given),
         notes=_notes(given),
         cards=_cards(given),
         drawing=drawing,
@@ -96,8 +97,7 @@ def conclusion(study_folder: Path | str, records: Sequence[TrialRecord], meta: S
         if meta.active_params and meta.tokens
         else ""
     )
-    raced = any(record.own_rates for record in records)
-    return [f"{size}{first}.", *(budget_notes(meta, confirmed=raced) if given.best is not None else ())]
+    return [f"{size}{first}.", *_notes(given)]
 
 
 def headline(
@@ -213,16 +213,22 @@ def _confirmation(given: ReportInput) -> tuple[str, str]:
     return f"confirmed: {several(len(best.confirmed), 'fresh seed')}", "good" if ahead else ""
 
 
-def _notes(given: ReportInput) -> list[str]:
+def _warnings(given: ReportInput) -> list[str]:
+    """Return what went wrong or is missing."""
     records, meta = given.records, given.meta
-    notes = [*meta.notes, *filter(None, [refused_words(records, given.limits)])]
-    if given.best is None:
-        return notes
+    notes = list(meta.notes)
     tried = [record for record in records if meta.reference is not None and record.preset == meta.reference]
-    if tried and preset_record(records, meta.reference) is None:
+    if given.best is not None and tried and preset_record(records, meta.reference) is None:
         why = f": {tried[0].reason}" if tried[0].reason else ""
         notes.append(f"{meta.reference} is {WORDS[tried[0].state]}{why}; so no difference to it is stated.")
-    return [*notes, *budget_notes(meta, confirmed=any(record.own_rates for record in records))]
+    return notes
+
+
+def _notes(given: ReportInput) -> list[str]:
+    """Return what was refused, and how far the comparisons can be trusted."""
+    raced = any(record.own_rates for record in given.records)
+    trust = [] if given.best is None else budget_notes(given.meta, confirmed=raced)
+    return [*filter(None, [refused_words(given.records, given.limits)]), *trust]
 
 
 def _cards(given: ReportInput) -> list[dict[str, str]]:
