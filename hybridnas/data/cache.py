@@ -33,19 +33,20 @@ def explaining_disk(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold ``path.lock`` while building; the system frees it when the holder dies.
+def lock(path: Path) -> Iterator[bool]:
+    """Hold ``path.lock`` while building and yield whether it is held; the system frees it when the holder dies.
 
-    Where the file system knows no locks two processes may both build: wasteful, but harmless, because a folder is
-    published by one rename.
+    Where the file system knows no locks two processes may both build: wasteful, but harmless where each builds under a
+    name of its own, because a folder is published by one rename.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / f"{path.name}.lock").open("a") as handle:
+        held = False
         with contextlib.suppress(OSError):
-            lock_file(handle)
+            held = lock_file(handle)
             for leftover in path.parent.glob(f"{path.name}.tmp-*"):  # of a builder that was killed: we hold its lock
                 remove(leftover)
-        yield
+        yield held
 
 
 def temporary(path: Path) -> Path:

@@ -45,6 +45,11 @@ class DataConfig(SourceConfig):
         kinds=("text",),
     )
     skip_bad_files: bool = option(False, "leave out files that are not UTF-8 text, rather than stop", kinds=("text",))
+    skip_bad_rows: bool | None = option(
+        None,
+        "leave out rows that are no JSON or have no text in text_field, counted, rather than stop; none: stop",
+        kinds=("text", "hub"),
+    )
     max_bytes: int | None = option(
         None, f"read no more text than this [bytes]; none: all files, {DEFAULT_HUB_BYTES:,} of a hub dataset", ge=1
     )

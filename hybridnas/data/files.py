@@ -16,7 +16,7 @@ from hybridnas.data.cache import explaining_disk, read_json
 from hybridnas.data.config import DataConfig
 from hybridnas.data.opening import UNSOUND, CorpusFile, NotTextError, check_growth, open_packed, open_text
 from hybridnas.data.progress import reporting
-from hybridnas.data.rows import READERS, TABLES, read_rows
+from hybridnas.data.rows import READERS, TABLES, LeftOut, read_rows
 from hybridnas.files import write_json
 
 PIECE_BYTES = (1024, 32 * 1024)  # a cut file's documents: a 256th of the corpus, within these bounds
@@ -40,6 +40,7 @@ class FileCorpus:
         self.files = list(files)
         plain = [file for file in self.files if file.suffix not in READERS]
         self.cut = config.split_files == "always" or (config.split_files == "auto" and len(plain) < FEW_FILES)
+        self.left_out = LeftOut()  # rows that the last reading of the documents left out
         self._config = config
         self._found: Survey | None = None
 
@@ -67,12 +68,13 @@ class FileCorpus:
     def documents(self) -> Iterator[bytes]:
         """Yield the documents in order, none of them empty, up to the config's ``max_bytes`` in all."""
         bad = set(self.survey().bad)
+        self.left_out = LeftOut()
         left = self._config.max_bytes
         piece = min(max(self.survey().size // 256, PIECE_BYTES[0]), PIECE_BYTES[1]) if self.cut else None
         for file in self.files:
             if file.key in bad:
                 continue
-            for raw in read_documents(file, self._config, piece_bytes=piece):
+            for raw in read_documents(file, self._config, piece_bytes=piece, left_out=self.left_out):
                 if left is not None and len(raw) >= left:
                     yield raw[:left].decode("utf-8", "ignore").encode()  # never half a character
                     return
@@ -88,7 +90,8 @@ class FileCorpus:
 
     def _settings(self) -> list[Any]:
         config = self._config
-        how = [config.encoding, config.chat_template]
+        how: list[Any] = [config.encoding, config.chat_template]
+        how += ["skip_bad_rows"] if config.skip_bad_rows else []
         return [3, self.cut, config.text_field, config.max_bytes, config.skip_bad_files, *how]
 
     def _read_all(self) -> Survey:
@@ -115,10 +118,12 @@ class FileCorpus:
         return Survey(content.hexdigest(), size, tuple(bad))
 
 
-def read_documents(file: CorpusFile, config: DataConfig, *, piece_bytes: int | None) -> Iterator[bytes]:
+def read_documents(
+    file: CorpusFile, config: DataConfig, *, piece_bytes: int | None, left_out: LeftOut | None = None
+) -> Iterator[bytes]:
     """Yield a file's documents that are not empty, as UTF-8 bytes; plain text in pieces, or (None) whole."""
     if file.suffix in READERS:
-        documents = read_rows(file, config)
+        documents = read_rows(file, config, left_out)
     else:
         documents = _pieces(file, config, piece_bytes) if piece_bytes else iter([_read_whole(file, config)])
     yield from (document for document in documents if document)

@@ -14,11 +14,12 @@ from hybridnas.data.files import FileCorpus
 from hybridnas.data.network import why_offline
 from hybridnas.data.opening import CorpusFile
 from hybridnas.data.progress import reporting
-from hybridnas.data.rows import row_text
+from hybridnas.data.rows import BadRowError, LeftOut, row_text
 from hybridnas.data.source import Source, register_source
 from hybridnas.data.windows import open_text
 from hybridnas.errors import DataError
 from hybridnas.files import write_json
+from hybridnas.units import several
 
 _OFFLINE_WAYS = "data=stdlib and data=text data.path=FILES need no network"
 
@@ -26,8 +27,13 @@ _OFFLINE_WAYS = "data=stdlib and data=text data.path=FILES need no network"
 @register_source("hub", config=DataConfig)
 def open_hub(config: DataConfig) -> Source:
     """Open a hub dataset's text; raises DataError without network, unless it was read before."""
-    file = CorpusFile(spool(config), "documents.jsonl")
-    return open_text(FileCorpus([file], config.replace(text_field="text"), name=_words(config)), config)
+    path = spool(config)
+    left_out = int((read_json(path.parent / "meta.json") or {}).get("left_out", 0))
+    name = (
+        f"{_words(config)} (without {several(left_out, 'row')} that could not be read)" if left_out else _words(config)
+    )
+    file = CorpusFile(path, "documents.jsonl")
+    return open_text(FileCorpus([file], config.replace(text_field="text", skip_bad_rows=None), name=name), config)
 
 
 def spool(config: DataConfig) -> Path:
@@ -39,6 +45,8 @@ def spool(config: DataConfig) -> Path:
     key = [1, config.name, config.config, config.split, config.revision, config.text_field, limit]
     if config.chat_template is not None:
         key.append(config.chat_template)
+    if config.skip_bad_rows:
+        key.append("skip_bad_rows")
     folder = config.cache / "hub" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     file = folder / "documents.jsonl"
     with explaining_disk(config.cache), lock(folder):
@@ -63,9 +71,16 @@ def _sound(folder: Path) -> bool:
 
 def _stream(config: DataConfig, file: Path, limit: int) -> dict[str, int]:
     taken = count = 0
+    left_out = LeftOut()
     with file.open("w", encoding="utf-8") as handle, reporting(f"fetching {config.name}", limit) as report:
         for number, row in enumerate(_rows(config), start=1):
-            raw = row_text(row, config, f"dataset {_words(config)} row {number}")
+            try:
+                raw = row_text(row, config, f"dataset {_words(config)} row {number}")
+            except BadRowError as error:
+                if not config.skip_bad_rows:
+                    raise
+                left_out.add(error)
+                continue
             if raw:
                 handle.write(json.dumps({"text": raw.decode()}, ensure_ascii=False) + "\n")
                 taken, count = taken + len(raw), count + 1
@@ -73,8 +88,12 @@ def _stream(config: DataConfig, file: Path, limit: int) -> dict[str, int]:
             if taken >= limit:
                 break
     if not count:
-        raise DataError(f"dataset {_words(config)} has no text in field {config.text_field!r}; choose another split")
-    return {"size": file.stat().st_size, "documents": count}
+        why = f"; the first row left out: {left_out.first}" if left_out.count else ""
+        raise DataError(
+            f"dataset {_words(config)} has no text in field {config.text_field!r}; choose another split{why}"
+        )
+    counts = {"size": file.stat().st_size, "documents": count}
+    return {**counts, "left_out": left_out.count} if left_out.count else counts
 
 
 def _rows(config: DataConfig) -> Iterator[Any]:

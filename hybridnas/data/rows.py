@@ -1,7 +1,7 @@
 """Rows of a file as texts: json lines, json, csv, tsv, parquet, arrow; notebooks and web pages, each one document.
 
 Of a row one field is text: ``data.text_field``, with dots into nested objects. It may hold text, a list of texts, or a
-list of chat messages.
+list of chat messages. A row without is refused, or left out and counted where ``data.skip_bad_rows`` says so.
 """
 
 from __future__ import annotations
@@ -18,24 +18,48 @@ from hybridnas.data.config import DataConfig
 from hybridnas.data.opening import UNSOUND, CorpusFile, NotTextError, open_bytes, open_text
 from hybridnas.errors import DataError, suggest
 
-Reader = Callable[[CorpusFile, DataConfig], Iterator[bytes]]
+Row = Callable[[], bytes]  # the text of a row; raises BadRowError where there is none
+Reader = Callable[[CorpusFile, DataConfig], Iterator[Row]]
 TABLES = (".parquet", ".arrow")  # binary
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 _LONGEST_INTEGER = 4000  # digits; Python refuses longer ones, and no field of text has them
+_MEND = "mend or remove it, or set data.skip_bad_rows=true"
 _SEPARATORS = (",", ";", "\t", "|")
 
 
+class BadRowError(DataError):
+    """A row without the text that was asked for, among others that may have it."""
+
+
+class LeftOut:
+    """Rows that were left out: how many, and what was wrong with the first."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first = ""
+
+    def add(self, error: BadRowError) -> None:
+        """Count one more."""
+        self.count += 1
+        self.first = self.first or str(error)
+
+
 def row_text(row: Any, config: DataConfig, where: str) -> bytes:
-    """Return the text of a row as UTF-8; raises DataError that opens with ``where`` if there is none."""
+    """Return the text of a row as UTF-8; raises BadRowError that opens with ``where`` if there is none."""
     if not isinstance(row, Mapping):
-        raise DataError(f"{where} is not an object of named fields but {type(row).__name__}")
+        raise BadRowError(
+            f"{where} is not an object of named fields but {type(row).__name__}; {_MEND}",
+            field="data.path",
+            got=type(row).__name__,
+            allowed="an object of named fields",
+        )
     name = config.text_field
     value: Any = row
     for part in (name,) if name in row else name.split("."):
         if not isinstance(value, Mapping) or part not in value:
             have = value if isinstance(value, Mapping) else row
             close = suggest(part, map(str, have)).replace("allowed", "it has")
-            raise DataError(
+            raise BadRowError(
                 f"{where} has no field {name!r}{close}; set data.text_field",
                 field="data.text_field",
                 got=name,
@@ -46,7 +70,7 @@ def row_text(row: Any, config: DataConfig, where: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{where} field {name!r} holds half a surrogate pair, which is not text") from None
+        raise BadRowError(f"{where} field {name!r} holds half a surrogate pair, which is not text") from None
 
 
 def _as_text(value: Any, config: DataConfig, where: str) -> str:
@@ -59,7 +83,7 @@ def _as_text(value: Any, config: DataConfig, where: str) -> str:
     if isinstance(value, (list, tuple)) and all(isinstance(one, Mapping) and "role" in one for one in value):
         return _chat([_message(one) for one in value], config.chat_template or CHAT_TEMPLATE)
     kind = type(value).__name__
-    raise DataError(
+    raise BadRowError(
         f"{where} field {config.text_field!r} is {kind}, not text, texts or messages with role and content; "
         f"set data.text_field",
         field="data.text_field",
@@ -98,15 +122,17 @@ def _template(text: str) -> Any:
     return ImmutableSandboxedEnvironment().from_string(text)
 
 
-def _json_lines(file: CorpusFile, config: DataConfig) -> Iterator[bytes]:
+def _json_lines(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
+    def read(line: bytes, where: str) -> bytes:
+        return row_text(_parse(line, where), config, where)
+
     with open_text(file, config.encoding) as handle:
         for number, line in enumerate(handle, start=1):
             if line.strip():
-                where = f"{file.place} line {number}"
-                yield row_text(_parse(line, where), config, where)
+                yield functools.partial(read, line, f"{file.place} line {number}")
 
 
-def _json(file: CorpusFile, config: DataConfig) -> Iterator[bytes]:
+def _json(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
     with open_text(file, config.encoding) as handle:
         rows = _parse(handle.read(), file.place)
     if not isinstance(rows, list):
@@ -118,25 +144,25 @@ def _json(file: CorpusFile, config: DataConfig) -> Iterator[bytes]:
             allowed="a list of objects",
         )
     for number, row in enumerate(rows, start=1):
-        yield row_text(row, config, f"{file.place} item {number}")
+        yield functools.partial(row_text, row, config, f"{file.place} item {number}")
 
 
 def _parse(text: bytes, where: str) -> Any:
     try:
         return json.loads(text, parse_int=_integer)
     except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 text: {error.reason} at byte {error.start} of the line") from None
+        raise BadRowError(f"{where} is not UTF-8 text: {error.reason} at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error.msg} at character {error.pos + 1}; mend or remove it") from None
+        raise BadRowError(f"{where} is not JSON: {error.msg} at character {error.pos + 1}; {_MEND}") from None
     except RecursionError:
-        raise DataError(f"{where} is nested too deeply to be read; mend or remove it") from None
+        raise BadRowError(f"{where} is nested too deeply to be read; {_MEND}") from None
 
 
 def _integer(digits: str) -> int | str:
     return int(digits) if len(digits) <= _LONGEST_INTEGER else digits
 
 
-def _separated(file: CorpusFile, config: DataConfig) -> Iterator[bytes]:
+def _separated(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
     """Yield cells as the text that stands there: csv knows no missing value and no number."""
     csv.field_size_limit(1 << 30)
     with open_text(file, config.encoding) as handle:
@@ -149,7 +175,7 @@ def _separated(file: CorpusFile, config: DataConfig) -> Iterator[bytes]:
             for number, cells in enumerate(csv.reader(text, delimiter=separator), start=1):
                 if cells:  # an empty line is no row
                     row = dict(zip(names, cells, strict=False))
-                    yield row_text(row, config, f"{file.place} row {number}")
+                    yield functools.partial(row_text, row, config, f"{file.place} row {number}")
         except UnicodeDecodeError as error:
             raise NotTextError(
                 f"{file.place} is not UTF-8 text: {error.reason}; set data.encoding, convert it to UTF-8, or leave it "
@@ -164,7 +190,7 @@ def _separator(header: str, field: str) -> str:
     return next((one for one in _SEPARATORS if field in next(csv.reader([header], delimiter=one), [])), ",")
 
 
-def _table(file: CorpusFile, config: DataConfig) -> Iterator[bytes]:
+def _table(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -183,7 +209,7 @@ def _table(file: CorpusFile, config: DataConfig) -> Iterator[bytes]:
             for batch in batches:
                 for row in batch.to_pylist():
                     number += 1
-                    yield row_text(row, config, f"{file.place} row {number}")
+                    yield functools.partial(row_text, row, config, f"{file.place} row {number}")
         except (pa.ArrowException, OSError) as error:
             words = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{file.place} cannot be read as {file.suffix[1:]}: {words}") from None
@@ -201,7 +227,7 @@ def _arrow(handle: IO[bytes], pa: Any) -> Iterator[Any]:
         yield reader.get_batch(index)
 
 
-def _notebook(file: CorpusFile, config: DataConfig) -> Iterator[bytes]:
+def _notebook(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
     """Yield the sources of a Jupyter notebook's cells as one document, outputs and images left out."""
     with open_text(file, config.encoding) as handle:
         read = _parse(handle.read(), file.place)
@@ -210,7 +236,7 @@ def _notebook(file: CorpusFile, config: DataConfig) -> Iterator[bytes]:
         text = "\n\n".join(one if isinstance(one, str) else "".join(one) for one in sources)
     except (KeyError, TypeError):
         raise DataError(f"{file.place} is not a Jupyter notebook of version 4; mend or remove it") from None
-    yield (text + "\n").encode() if text else b""
+    yield (text + "\n" if text else "").encode
 
 
 class _Page(HTMLParser):
@@ -250,14 +276,14 @@ class _Page(HTMLParser):
         return "\n".join(line if line.startswith(" " * 2) else line.strip() for line in lines if line.strip())
 
 
-def _page(file: CorpusFile, config: DataConfig) -> Iterator[bytes]:
+def _page(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
     with open_text(file, config.encoding) as handle:
         raw = handle.read()
     page = _Page()
     page.feed(raw.decode("utf-8", "replace"))
     page.close()
     text = page.text()
-    yield (text + "\n").encode() if text else b""
+    yield (text + "\n" if text else "").encode
 
 
 READERS: Mapping[str, Reader] = {
@@ -270,9 +296,21 @@ READERS: Mapping[str, Reader] = {
 }
 
 
-def read_rows(file: CorpusFile, config: DataConfig) -> Iterator[bytes]:
-    """Yield the documents of a file with rows; raises DataError for one that is unsound."""
+def read_rows(file: CorpusFile, config: DataConfig, left_out: LeftOut | None = None) -> Iterator[bytes]:
+    """Yield the documents of a file with rows; raises DataError for one that is unsound.
+
+    A row without text is counted in ``left_out`` where the config says so; else BadRowError names it.
+    """
     try:
-        yield from READERS[file.suffix](file, config)
+        for row in READERS[file.suffix](file, config):
+            try:
+                text = row()
+            except BadRowError as error:
+                if not config.skip_bad_rows:
+                    raise
+                if left_out is not None:
+                    left_out.add(error)
+                continue
+            yield text
     except UNSOUND as error:
         raise DataError(f"{file.place} is not soundly packed ({error}); unpack or remove it") from None

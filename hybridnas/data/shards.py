@@ -5,6 +5,9 @@ A folder holds ``train.bin``, ``valid.bin``, ``test.bin`` (unsigned integers of 
 
 Documents that are near copies of one another lie in the same part. What is left of copies, runs of 64 bytes and more
 that the training part has, too, is not measured: a model that remembers would look better for it.
+
+A folder is built under another name and published by one rename. What a build that was stopped has found (the split,
+the tokenizer, ids written so far) stays in ``NAME.unfinished``, and the next one goes on from there.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+import time
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +35,7 @@ from hybridnas.data.progress import reporting
 from hybridnas.data.tokenizers import Ids, Tokenizer, find_tokenizer, load_tokenizer, train_bpe
 from hybridnas.errors import DataError
 from hybridnas.files import write_json
+from hybridnas.units import several
 
 FORMAT = 2
 BPE_SAMPLE_BYTES = 200_000_000  # of training text that a BPE is trained on: more changes its merges little
@@ -38,6 +44,9 @@ TRAIN, VALID, TEST = range(3)
 PARTS = ("train", "valid", "test")
 LONG_COPY = 256  # bytes; its share is stated beside that of WINDOW
 MOST_COPIED = 0.5  # of a held-out part: more is no leak but what this text is like, and all of it is measured
+SAVE_SECONDS = 30.0  # between two notes of how far the ids are written
+_SPLIT, _WRITTEN = "split.json", "written.json"  # notes of a build that is not finished
+_NOTES = (_SPLIT, _WRITTEN)
 _BATCH_BYTES = 4 << 20
 _BATCH_DOCUMENTS = 1024
 _LOG = logging.getLogger(__name__)
@@ -63,6 +72,7 @@ class Shards:
     test: Split
     tokenizer: Tokenizer
     fingerprint: str
+    left_out: int = 0  # rows without text that data.skip_bad_rows left out
 
 
 def open_shards(corpus: FileCorpus, config: DataConfig) -> Shards:
@@ -77,19 +87,20 @@ def open_shards(corpus: FileCorpus, config: DataConfig) -> Shards:
     shards = load_shards(folder)
     if shards is not None:
         return shards
-    with explaining_disk(config.cache), lock(folder):
+    with explaining_disk(config.cache), lock(folder) as held:
         shards = load_shards(folder)  # another process may have built it while we waited
         if shards is None:
             if folder.exists():
                 _LOG.warning("%s is damaged and is built again", folder)
                 remove(folder)
-            building = temporary(folder)
-            building.mkdir(parents=True)
+            building = folder.with_name(f"{folder.name}.unfinished") if held else temporary(folder)
+            building.mkdir(parents=True, exist_ok=True)
             try:
                 _build(building, corpus, config, tokenizer)
-                publish_folder(building, folder)
-            finally:
+            except Exception:  # data or a disk that refuses; a build that was only stopped goes on another time
                 remove(building)
+                raise
+            publish_folder(building, folder)
             shards = load_shards(folder)
     if shards is None:
         raise DataError(f"{folder} cannot be read back after it was written; set data.cache_dir to another disk")
@@ -111,7 +122,14 @@ def load_shards(folder: Path) -> Shards | None:
         shares = (float(stored["copied"][0]), float(stored["copied"][1]))
         ids = _mapped(folder / f"{name}.bin", dtype)
         parts[name] = Split(ids, int(stored["bytes"]), int(stored["documents"]), counted, shares)
-    return Shards(parts["train"], parts["valid"], parts["test"], load_tokenizer(folder), str(meta["fingerprint"]))
+    return Shards(
+        parts["train"],
+        parts["valid"],
+        parts["test"],
+        load_tokenizer(folder),
+        str(meta["fingerprint"]),
+        int(meta.get("left_out", 0)),
+    )
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -130,13 +148,17 @@ def _files_agree(folder: Path, meta: dict[str, Any]) -> bool:
 
 
 def _build(folder: Path, corpus: FileCorpus, config: DataConfig, tokenizer: Tokenizer | None) -> None:
-    part_of, size = split_by_document(corpus, config)
-    if tokenizer is None:
+    part_of, size = _kept_split(folder, corpus, config)
+    if tokenizer is None and (folder / "tokenizer_config.json").is_file():  # the file that is written last
+        tokenizer = load_tokenizer(folder)
+    elif tokenizer is None:
         assert config.bpe_vocab is not None
         tokenizer = train_bpe(_sample(corpus, part_of, size), config.bpe_vocab)
+    tokenizer.save(folder)
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     splits = _write_ids(folder, corpus, part_of, size, tokenizer, dtype)
-    tokenizer.save(folder)
+    for name in _NOTES:
+        (folder / name).unlink(missing_ok=True)
     names = [f"{name}.bin" for name in PARTS] + [f"{name}.counted.bin" for name in PARTS if splits[name]["masked"]]
     files = {
         name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
@@ -145,7 +167,21 @@ def _build(folder: Path, corpus: FileCorpus, config: DataConfig, tokenizer: Toke
     identity = [*(files[name]["sha256"] for name in names), dtype.str, tokenizer.fingerprint]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     meta = {"format": FORMAT, "corpus": corpus.name, "dtype": dtype.str, "fingerprint": fingerprint}
+    if corpus.left_out.count:
+        _LOG.warning("%s: left out %s; the first: %s", corpus.name, several(corpus.left_out.count, "row"),
+                     corpus.left_out.first)  # fmt: skip
+        meta["left_out"] = corpus.left_out.count
     write_json(folder / "meta.json", {**meta, "splits": splits, "files": files})
+
+
+def _kept_split(folder: Path, corpus: FileCorpus, config: DataConfig) -> tuple[npt.NDArray[np.int8], int]:
+    """Return :func:`split_by_document` of the corpus, that of a build that was stopped if there is one."""
+    note = read_json(folder / _SPLIT)
+    if note is not None:
+        return np.frombuffer(bytes.fromhex(note["parts"]), dtype=np.int8), int(note["size"])
+    part_of, size = split_by_document(corpus, config)
+    write_json(folder / _SPLIT, {"size": size, "parts": part_of.tobytes().hex()})
+    return part_of, size
 
 
 def split_by_document(corpus: FileCorpus, config: DataConfig) -> tuple[npt.NDArray[np.int8], int]:
@@ -167,7 +203,13 @@ def split_by_document(corpus: FileCorpus, config: DataConfig) -> tuple[npt.NDArr
             size += len(document)
             report(size)
     if not draws:
-        raise DataError(f"{corpus.name} holds no text: {len(corpus.files)} files, all empty or left out")
+        why = f"; of {corpus.left_out.count:,} rows left out the first: {corpus.left_out.first}"
+        raise DataError(
+            f"{corpus.name} holds no text: {len(corpus.files)} files, all empty or left out"
+            f"{why if corpus.left_out.count else ''}",
+            field="data.path",
+            got=corpus.left_out.count,
+        )
     digest, weight = np.frombuffer(digests, dtype=np.uint64), np.frombuffer(sizes, dtype=np.uint64)
     _, equal = np.unique(digest, return_inverse=True)
     needed = 2 if config.test_fraction == 0 else 3
@@ -245,27 +287,48 @@ def _write_ids(
     """Write the ids of all parts, and which tokens of the held-out ones count; returns what meta.json says of them."""
     finder = CopyFinder(document for document, part in zip(corpus.documents(), part_of, strict=True) if part != TRAIN)
     held_out: dict[int, list[tuple[bytes, int]]] = {VALID: [], TEST: []}  # documents and their counts of tokens
-    totals: list[dict[str, Any]] = [{"tokens": 0, "bytes": 0, "documents": 0, "masked": False} for _ in PARTS]
+    nothing: list[dict[str, Any]] = [{"tokens": 0, "bytes": 0, "documents": 0, "masked": False} for _ in PARTS]
     end: Ids = np.array([tokenizer.separator], dtype=dtype)
-    done, first = 0, 0
+    done, first, saved = 0, 0, time.monotonic()
+    note = read_json(folder / _WRITTEN) or {"documents": 0, "totals": nothing}
+    written, totals = int(note["documents"]), list(note["totals"])
     with contextlib.ExitStack() as files, reporting("tokenising", size) as report:
-        handles = [files.enter_context((folder / f"{name}.bin").open("wb")) for name in PARTS]
+        handles = [files.enter_context((folder / f"{name}.bin").open("ab")) for name in PARTS]
+        if any(
+            handle.tell() < counts["tokens"] * dtype.itemsize for handle, counts in zip(handles, totals, strict=True)
+        ):
+            written, totals = 0, nothing  # a disk lost what was synced: all is written again
+        for handle, counts in zip(handles, totals, strict=True):
+            handle.truncate(counts["tokens"] * dtype.itemsize)  # what came after the note may be half written
         for documents in _batches(corpus.documents()):
-            encoded = tokenizer.encode_batch(documents)
-            for index, (document, ids) in enumerate(zip(documents, encoded, strict=True), start=first):
+            again = first < written  # of these only what is kept in memory is needed
+            needed = [document for index, document in enumerate(documents, start=first)
+                      if not again or part_of[index] != TRAIN]  # fmt: skip
+            encoded = iter(tokenizer.encode_batch(needed))
+            for index, document in enumerate(documents, start=first):
                 part = int(part_of[index])
-                handles[part].write(ids.astype(dtype, copy=False).tobytes() + end.tobytes())
-                counts = totals[part]
-                counts["tokens"] += len(ids) + 1
-                counts["bytes"] += len(document)
-                counts["documents"] += 1
                 if part == TRAIN:
                     finder.read(document)
-                else:
+                    if again:
+                        continue
+                ids = next(encoded)
+                if part != TRAIN:
                     held_out[part].append((document, len(ids)))
-                done += len(document)
+                if not again:
+                    handles[part].write(ids.astype(dtype, copy=False).tobytes() + end.tobytes())
+                    counts = totals[part]
+                    counts["tokens"] += len(ids) + 1
+                    counts["bytes"] += len(document)
+                    counts["documents"] += 1
             first += len(documents)
+            done += sum(map(len, documents))
             report(done)
+            if not again and time.monotonic() - saved >= SAVE_SECONDS:
+                for handle in handles:
+                    handle.flush()
+                    os.fsync(handle.fileno())
+                write_json(folder / _WRITTEN, {"documents": first, "totals": totals})
+                saved = time.monotonic()
     lengths = token_lengths(tokenizer)
     totals[TRAIN]["copied"] = (0.0, 0.0)
     for part, documents_of in held_out.items():

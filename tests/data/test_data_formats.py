@@ -14,6 +14,7 @@ import pytest
 from hybridnas.data import DataConfig, open_source
 from hybridnas.data.files import FileCorpus
 from hybridnas.data.opening import CorpusFile, NotTextError, open_bytes
+from hybridnas.data.rows import BadRowError
 from hybridnas.data.text import text_files
 from hybridnas.errors import ConfigError, DataError
 
@@ -216,6 +217,34 @@ def test_nested_fields_and_chats_are_text(tmp_path, documents_of):
     with pytest.raises(DataError) as caught:
         documents_of(tmp_path / "a.jsonl", text_field="doc.boddy.raw")
     assert (caught.value.got, caught.value.allowed) == ("doc.boddy.raw", ("body",))
+
+
+BAD_ROWS = {
+    "a.jsonl": '{"text": "eins"}\n{broken\n[1]\n{"body": "x"}\n{"text": 3}\n{"text": "zwei"}\n',
+    "a.json": json.dumps([{"text": "eins"}, {"body": "x"}, {"text": 3}, 4, {"text": ["a", 1]}, {"text": "zwei"}]),
+    "a.csv": "n,text\n1,eins\n2\n3\n4\n5\n6,zwei\n",
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows_can_be_left_out_and_are_counted(tmp_path, documents_of, name):
+    path = write(tmp_path / name, BAD_ROWS[name])
+    with pytest.raises(BadRowError):
+        documents_of(path)
+    assert documents_of(path, skip_bad_rows=True) == ["eins", "zwei"]
+    config = DataConfig(kind="text", path=str(path), cache_dir=str(tmp_path / "cache"), test_fraction=0)
+    with pytest.raises(BadRowError):
+        open_source(config)
+    for _ in range(2):  # built, and read again from the cache
+        assert "(without 4 rows that could not be read)" in open_source(config.replace(skip_bad_rows=True)).describe()
+
+
+def test_a_corpus_of_bad_rows_says_what_was_wrong_with_the_first(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"body": "x"}\n' * 3)
+    config = DataConfig(kind="text", path=str(path), cache_dir=str(tmp_path / "cache"), skip_bad_rows=True)
+    with pytest.raises(DataError, match=r"of 3 rows left out the first: .*has no field 'text'") as caught:
+        open_source(config)
+    assert caught.value.got == 3
 
 
 def test_a_number_too_long_for_python_in_another_field_disturbs_nothing(tmp_path, documents_of):

@@ -283,3 +283,52 @@ def test_the_sources_tokenizer_is_saved_whole(config, tmp_path):
     assert loaded.fingerprint == source.tokenizer.fingerprint
     batch = source.train_batch(0, 1, 32, 0)
     assert "document" in loaded.decode(batch.inputs_BL[0].tolist())
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+@pytest.mark.parametrize("batches_done", [0, 3])
+def test_a_build_that_was_stopped_goes_on_where_it_was(config, monkeypatch, tokenizer, batches_done):
+    config = config.replace(tokenizer=tokenizer)
+    whole = open_shards(corpus(config), config.replace(cache_dir=f"{config.cache}-whole"))
+    monkeypatch.setattr(shards, "_BATCH_DOCUMENTS", 40)
+    monkeypatch.setattr(shards, "SAVE_SECONDS", 0.0)
+    batches = shards._batches
+
+    def stopping(documents):
+        for number, batch in enumerate(batches(documents)):
+            if number == batches_done:
+                raise KeyboardInterrupt
+            yield batch
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(shards, "_batches", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            open_shards(corpus(config), config)
+    (folder,) = built(config)
+    assert folder.suffix == ".unfinished"
+    with (folder / "train.bin").open("ab") as file:
+        file.write(b"half written")
+    encoded, encode = [], type(whole.tokenizer).encode_batch
+    monkeypatch.setattr(
+        type(whole.tokenizer), "encode_batch", lambda own, texts: encoded.extend(texts) or encode(own, texts)
+    )
+    monkeypatch.setattr(shards, "split_by_document", None)  # found before the interruption, as the tokenizer was
+    monkeypatch.setattr(shards, "train_bpe", None)
+    found = open_shards(corpus(config), config)
+    assert found.fingerprint == whole.fingerprint
+    for mine, other in zip((found.train, found.valid, found.test), (whole.train, whole.valid, whole.test), strict=True):
+        assert (mine.tokens == other.tokens).all()
+        assert (mine.bytes, mine.documents, mine.copied) == (other.bytes, other.documents, other.copied)
+    assert len(encoded) <= 200 - 40 * batches_done + whole.valid.documents + whole.test.documents
+    (folder,) = built(config)
+    assert {file.name for file in folder.iterdir()} == {
+        *("train.bin", "valid.bin", "test.bin", "tokenizer.json", "tokenizer_config.json", "meta.json"),
+        *(file.name for file in folder.glob("*.counted.bin")),
+    }
+
+
+def test_faulty_data_leaves_nothing_unfinished(config, tmp_path):
+    (tmp_path / "corpus" / "bad.jsonl").write_text("{")
+    with pytest.raises(DataError):
+        open_shards(corpus(config), config)
+    assert not built(config)
