@@ -15,10 +15,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from hybridnas.cli.bars import data_bars
+
 COMMANDS: dict[str, str] = {
     "search": "search a space of architectures at matched active parameters: train, compare, report, export the best",
     "train": "train one architecture (preset= or pattern=), resumable",
     "describe": "tables of presets, layers, parameters, FLOPs and state; out=graph.svg draws the architecture",
+    "data": "say what data holds before anybody trains on it: documents, scripts, copies, samples",
     "compare": "put runs and studies side by side: table, curves, tokens to reach a loss",
     "export": "write a trial's model as a folder that hybridnas.load reads",
     "import": "read a pretrained model of transformers' classes, and write it as a folder that hybridnas.load reads",
@@ -81,7 +84,8 @@ def _guarded(command: str, overrides: list[str]) -> tuple[int, dict[str, Any]]:
         settings = read_settings(command, overrides)
         if settings.plugins != loaded:
             raise _not_in_a_file(command)
-        done = importlib.import_module(f"hybridnas.cli.{command}").run(settings)
+        with data_bars():
+            done = importlib.import_module(f"hybridnas.cli.{command}").run(settings)
         return done.code, _json_ready(done.found)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: be quiet at exit, too

@@ -29,7 +29,7 @@ from hybridnas.config import FrozenConfig, plain, read_text, spell, type_text
 from hybridnas.errors import ConfigError, suggest
 
 # Commands whose first arguments may stand without their keys: 'bench scan' is 'bench suite=scan'.
-FIRST_ARGUMENTS = {"bench": ("suite",), "search": ("action",), "new": ("kind", "name")}
+FIRST_ARGUMENTS = {"bench": ("suite",), "search": ("action",), "new": ("kind", "name"), "data": ("action",)}
 
 
 def read_settings(command: str, overrides: Sequence[str]) -> Command:

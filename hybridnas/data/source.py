@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor, nn
 
+    from hybridnas.data.details import Details
     from hybridnas.data.tokenizers import Tokenizer
 
 O = TypeVar("O", bound="Callable[..., Source]")  # noqa: E741
@@ -106,6 +107,11 @@ class Source(ABC):
         return None
 
     @property
+    def unit(self) -> tuple[str, int] | None:
+        """What bits are stated per beside bytes, and its tokens: ("base", 1) of DNA; None: nothing else."""
+        return None
+
+    @property
     def train_tokens(self) -> int | None:
         """Tokens of one epoch of training [count], or None where data never ends."""
         return None
@@ -136,6 +142,19 @@ class Source(ABC):
     def describe(self) -> str:
         """Return one line for people: what is read, how it is split, how it is tokenised."""
 
+    def details(self, samples: int, seed: int) -> Details:
+        """Return what the data holds, with so many samples drawn by ``seed``: of a task, training examples as ids."""
+        from hybridnas.data.details import Details, Sample
+
+        shown = []
+        if samples:
+            batch = self.train_batch(0, samples, self.seq_len or 64, seed)
+            rows = range(len(batch.inputs_BL))
+            shown = [Sample(where=f"training example {row + 1}", text=_example(batch, row)) for row in rows]
+        parts = {"train": self.train_tokens, "valid": self.valid_tokens, "test": self.test_tokens}
+        known = {name: {"tokens": count} for name, count in parts.items() if count is not None}
+        return Details(figures={"different ids": self.vocab_size}, parts=known, samples=shown)
+
     @abstractmethod
     def train_batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> Batch:
         """Return the batch of step ``step`` (from 0), int64 (B, L): a pure function of the four arguments."""
@@ -161,6 +180,17 @@ class Source(ABC):
         if self.tokenizer is None:
             raise DataError(f"{type(self).__name__} has no tokenizer to save: its ids are not text")
         self.tokenizer.save(folder)
+
+
+def _example(batch: Batch, row: int) -> str:
+    """Return one row of a batch as text: its ids, and behind an arrow those to predict, unless it is each next one."""
+    inputs_L, targets_L = batch.inputs_BL[row], batch.targets_BL[row]
+    ids = " ".join(map(str, inputs_L.tolist()))
+    whole = batch.mask_BL is None or bool(batch.mask_BL[row].all())
+    if whole and targets_L[:-1].equal(inputs_L[1:]):
+        return ids
+    asked = targets_L if batch.mask_BL is None else targets_L[batch.mask_BL[row]]
+    return f"{ids} -> {' '.join(map(str, asked.tolist()))}"
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,9 @@ from hybridnas.data.source import Batch, Source, SourceConfig, register_source
 from hybridnas.data.windows import permute
 from hybridnas.errors import ConfigError, DataError
 from hybridnas.units import percent
+
+if TYPE_CHECKING:
+    from hybridnas.data.details import Details
 
 K = TypeVar("K", bound="type[Task]")
 VALID, TEST = "test", "final"  # names that examples are drawn under: to choose by, and to report
@@ -152,10 +155,19 @@ class Task(Source):
 
     def chance(self) -> float:
         """Return the accuracy of the commonest answer, whatever is asked [0 to 1], over the first held-out examples."""
+        return next(iter(self.balance().values()))
+
+    def balance(self) -> dict[int, float]:
+        """Return the share of each answer among the first held-out examples [0 to 1], the commonest first."""
         some = min(int(self.config.n_test_examples), max(1, _CHUNK // self.seq_len))
         made = self._held_out(VALID, 0, some)
-        _, counts_A = np.unique(made.targets_BL[made.mask_BL], return_counts=True)
-        return float(counts_A.max() / counts_A.sum())
+        ids_A, counts_A = np.unique(made.targets_BL[made.mask_BL], return_counts=True)
+        order = np.argsort(-counts_A, kind="stable")
+        return {int(ids_A[one]): float(counts_A[one] / counts_A.sum()) for one in order}
+
+    def details(self, samples: int, seed: int) -> Details:
+        shares = {str(answer): share for answer, share in self.balance().items()}
+        return replace(super().details(samples, seed), shares=shares, shares_of="answers")
 
     def train_batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> Batch:
         self._require(seq_len)

@@ -9,6 +9,7 @@ the separators in a window are all that is needed. What follows one, another doc
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from functools import cached_property
@@ -20,13 +21,16 @@ import numpy.typing as npt
 from hybridnas.data.config import DataConfig
 from hybridnas.data.copies import WINDOW
 from hybridnas.data.files import FileCorpus
-from hybridnas.data.shards import LONG_COPY, Shards, Split, open_shards, token_lengths
+from hybridnas.data.shards import LONG_COPY, PARTS, Shards, Split, open_shards, token_lengths
 from hybridnas.data.source import Batch, Source
 from hybridnas.data.tokenizers import Tokenizer
 from hybridnas.errors import DataError
+from hybridnas.units import several
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from hybridnas.data.details import Details
 
 _ROUNDS = 6
 _SORTED = 1024  # so few windows are shuffled by sorting: Feistel rounds on few bits walk long
@@ -37,9 +41,10 @@ U64 = npt.NDArray[np.uint64]
 class TextSource(Source):
     """A tokenised corpus as training and validation batches."""
 
-    def __init__(self, shards: Shards, *, name: str, pack: str | None = None) -> None:
+    def __init__(self, shards: Shards, *, name: str, corpus: FileCorpus, pack: str | None = None) -> None:
         self._shards = shards
         self._name = name
+        self._corpus = corpus
         self._pack = pack
         self._lengths = token_lengths(shards.tokenizer)
 
@@ -85,6 +90,18 @@ class TextSource(Source):
             f"{self.vocab_size:,} tokens, {per_token:.2f} bytes per token{apart}"
         )
 
+    def details(self, samples: int, seed: int) -> Details:
+        from hybridnas.data.details import text_details
+
+        found = text_details(self._corpus, samples, seed)
+        parts = dict(zip(PARTS, (self._shards.train, self._shards.valid, self._shards.test), strict=True))
+        tokens = {"tokens": sum(len(part.tokens) for part in parts.values()), "tokenizer": self.tokenizer.kind}
+        return dataclasses.replace(
+            found,
+            figures={**found.figures, **tokens, "different ids": self.vocab_size},
+            parts={name: _part_figures(part) for name, part in parts.items() if part.documents},
+        )
+
     def train_batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> Batch:
         self._require(seq_len)
         starts = window_starts(np.arange(batch_size) + step * batch_size, self.train_tokens, seq_len, seed)
@@ -127,6 +144,17 @@ class TextSource(Source):
                 )
 
 
+def _part_figures(part: Split) -> dict[str, Any]:
+    short, long = part.copied
+    return {
+        "documents": part.documents,
+        "bytes": part.bytes,
+        "tokens": len(part.tokens),
+        f"copied from train, runs of {WINDOW} bytes": short,
+        f"copied from train, runs of {LONG_COPY} bytes": long,
+    }
+
+
 def _counts(part: Split) -> str:
     return f"{part.documents:,} documents, {part.bytes:,} bytes"
 
@@ -166,7 +194,9 @@ def _documents(ends: npt.NDArray[np.int64], starts_B: npt.NDArray[np.int64], seq
 
 def open_text(corpus: FileCorpus, config: DataConfig) -> TextSource:
     """Return a corpus as a source, tokenised once for all."""
-    return TextSource(open_shards(corpus, config), name=corpus.describe(), pack=config.pack)
+    shards = open_shards(corpus, config)
+    without = f" (without {several(shards.left_out, 'row')} that could not be read)" if shards.left_out else ""
+    return TextSource(shards, name=corpus.describe() + without, corpus=corpus, pack=config.pack)
 
 
 def window_starts(sample_B: npt.NDArray[np.int64], n_tokens: int, seq_len: int, seed: int) -> npt.NDArray[np.int64]:
@@ -175,7 +205,7 @@ def window_starts(sample_B: npt.NDArray[np.int64], n_tokens: int, seq_len: int, 
     epoch_B = sample_B // per_epoch
     starts_B = np.empty_like(sample_B)
     for epoch in np.unique(epoch_B):
-        keys, offset = _epoch_keys(seed, int(epoch), seq_len)
+        keys, offset = epoch_keys(seed, int(epoch), seq_len)
         rows = epoch_B == epoch
         place = permute((sample_B[rows] % per_epoch).astype(np.uint64), per_epoch, keys)
         starts_B[rows] = (place.astype(np.int64) * seq_len + offset % n_tokens) % n_tokens
@@ -215,7 +245,8 @@ def _mix(value: U64) -> U64:
     return mixed
 
 
-def _epoch_keys(seed: int, epoch: int, seq_len: int) -> tuple[U64, int]:
+def epoch_keys(seed: int, epoch: int, seq_len: int) -> tuple[U64, int]:
+    """Return the keys of an epoch's order for :func:`permute`, and 64 bits for where its windows start."""
     digest = hashlib.blake2b(f"{seed} {epoch} {seq_len}".encode(), digest_size=8 * (_ROUNDS + 1)).digest()
     words = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
     return words[:_ROUNDS], int(words[_ROUNDS])

@@ -28,6 +28,7 @@ CASES = {  # command -> settings, and what must be in the object; in an order in
         ["pattern=(ME)x2", "arch.d_model=16"],
         {"pattern", "fingerprint", "cost", "layers", "implementations"},
     ),
+    "data": (["describe", "data.path=text.txt"], {"data", "figures", "parts", "shares", "samples"}),
     "compare": (["baseline=mamba"], {"baseline", "runs", "page"}),
     "export": (["study=tiny", "out=exported"], {"model", "trial", "valid_loss"}),
     "import": (["model=llama", "out=imported"], {"model", "model_type", "pattern", "fingerprint"}),

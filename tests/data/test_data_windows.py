@@ -17,7 +17,7 @@ def source_of(n_train, n_valid=1000):
     """A source whose ids are their own positions, so that a batch tells where it was cut."""
     train = Split(np.arange(n_train, dtype=np.uint32), n_train, 1)
     valid = Split(np.arange(n_valid, dtype=np.uint32), n_valid, 1)
-    return TextSource(Shards(train, valid, valid, ByteTokenizer(), "0" * 64), name="positions")
+    return TextSource(Shards(train, valid, valid, ByteTokenizer(), "0" * 64), name="positions", corpus=None)
 
 
 def keys(seed):
@@ -199,7 +199,7 @@ def test_a_source_says_what_it_reads_in_one_line(stdlib):
 def test_each_target_of_the_test_part_knows_its_document():
     tokens = np.tile(np.array([7, 8, 9, 10, 0], dtype=np.uint32), 40)  # 0 ends a document
     test = Split(tokens, len(tokens), 40)
-    source = TextSource(Shards(test, test, test, ByteTokenizer(), "0" * 64), name="fives")
+    source = TextSource(Shards(test, test, test, ByteTokenizer(), "0" * 64), name="fives", corpus=None)
     rows = [row for batch in source.test_batches(200, 2, 12) for row in batch.documents_BL.tolist()]
     starts = range(0, len(tokens) - 12, 12)
     assert rows == [[(start + 1 + place) // 5 for place in range(12)] for start in starts]
@@ -208,7 +208,7 @@ def test_each_target_of_the_test_part_knows_its_document():
 
 def packed(tokens, pack="documents", counted=None):
     part = Split(np.array(tokens, dtype=np.uint32), len(tokens), 1, counted)
-    return TextSource(Shards(part, part, part, ByteTokenizer(), "0" * 64), name="packed", pack=pack)
+    return TextSource(Shards(part, part, part, ByteTokenizer(), "0" * 64), name="packed", corpus=None, pack=pack)
 
 
 def test_a_packed_window_says_which_document_each_token_is_of_and_predicts_none_from_another():
