@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hybridnas.data.config import DataConfig
@@ -27,17 +27,20 @@ def open_files(config: DataConfig) -> Source:
     return open_text(FileCorpus(text_files(config.path), config, name=_words(config.path)), config)
 
 
-def text_files(path: str | tuple[str, ...]) -> list[CorpusFile]:
-    """Return the files that a path, folder, glob, or several of them name: each once, sorted."""
+def text_files(path: str | tuple[str, ...], suffixes: Sequence[str] = FOLDER_SUFFIXES) -> list[CorpusFile]:
+    """Return the files that a path, folder, glob, or several of them name: each once, sorted.
+
+    ``suffixes``: of the files that are taken out of a folder or an archive.
+    """
     found: dict[tuple[Path, str], CorpusFile] = {}
     for part in _parts(path):
         before = len(found)
         matches = 0
-        for file in _match(part):
+        for file in _match(part, suffixes):
             matches += 1
             found.setdefault((file.path.resolve(), file.member), file)
         if not matches and before == len(found):
-            raise DataError(_nothing(part))
+            raise DataError(_nothing(part, suffixes), field="data.path", got=part)
     return sorted(found.values(), key=lambda file: (file.key, str(file.path)))
 
 
@@ -49,28 +52,28 @@ def _parts(path: str | tuple[str, ...]) -> list[str]:
     return [part.strip() for part in path.split(",") if part.strip()]
 
 
-def _match(part: str) -> Iterator[CorpusFile]:
+def _match(part: str, suffixes: Sequence[str]) -> Iterator[CorpusFile]:
     path = Path(part).expanduser()
     if path.is_file():
-        yield from _unpacked(path, path.name)
+        yield from _unpacked(path, path.name, suffixes)
     elif path.is_dir():
-        yield from _within(path)
+        yield from _within(path, suffixes)
     else:
         for match in glob.iglob(str(path), recursive=True):  # noqa: PTH207 - Path.glob takes no absolute pattern
             if Path(match).is_file():
-                yield from _unpacked(Path(match), Path(match).as_posix())
+                yield from _unpacked(Path(match), Path(match).as_posix(), suffixes)
 
 
-def _unpacked(path: Path, key: str) -> Iterator[CorpusFile]:
-    """Yield a file, or the text files in an archive."""
+def _unpacked(path: Path, key: str, suffixes: Sequence[str]) -> Iterator[CorpusFile]:
+    """Yield a file, or the files of these suffixes in an archive."""
     if is_archive(path):
-        yield from (file for file in members(path, key) if file.suffix in FOLDER_SUFFIXES)
+        yield from (file for file in members(path, key) if file.suffix in suffixes)
     else:
         yield CorpusFile(path, key)
 
 
-def _within(root: Path) -> Iterator[CorpusFile]:
-    """Yield the text files in a folder and in what its links lead to, hidden ones left out, each folder once."""
+def _within(root: Path, suffixes: Sequence[str]) -> Iterator[CorpusFile]:
+    """Yield the files of these suffixes in a folder and in what its links lead to: none hidden, each folder once."""
     seen = set()
 
     def refuse(error: OSError) -> None:
@@ -90,15 +93,16 @@ def _within(root: Path) -> Iterator[CorpusFile]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             file = CorpusFile(Path(folder, name), Path(folder, name).relative_to(root).as_posix())
-            if not name.startswith(".") and file.suffix in FOLDER_SUFFIXES and file.path.is_file():
+            if not name.startswith(".") and file.suffix in suffixes and file.path.is_file():
                 yield file
 
 
-def _nothing(part: str) -> str:
+def _nothing(part: str, suffixes: Sequence[str]) -> str:
     path = Path(part).expanduser()
     if path.is_dir():
+        kind = "text " if suffixes is FOLDER_SUFFIXES else ""
         return (
-            f"data.path={part!r} is a folder without text files ({', '.join(FOLDER_SUFFIXES)}, or these with "
+            f"data.path={part!r} is a folder without {kind}files ({', '.join(suffixes)}, or these with "
             f"{', '.join(COMPRESSED)}); "
             f"name other files by a glob, e.g. data.path='{part.rstrip('/')}/**/*'"
         )
