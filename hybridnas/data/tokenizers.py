@@ -9,7 +9,7 @@ import codecs
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridnas.data.cache import explaining_disk, read_json
+from hybridnas.data.sound import ENCODINGS, Coding
 from hybridnas.errors import DataError, suggest
 from hybridnas.files import write_json, write_text
 
@@ -106,6 +107,62 @@ class ByteTokenizer(Tokenizer):
         fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         fast.decoder = decoders.ByteLevel()
         return str(fast.to_str(pretty=False))
+
+
+class AudioTokenizer(Tokenizer):
+    """Ids of sound, which are no text: kept beside a model so that what it generates can be written as a recording."""
+
+    kind = "audio"
+    vocab_size = 256
+
+    def __init__(self, coding: Coding) -> None:
+        self.coding = coding
+        self.separator = coding.silence
+
+    def encode(self, text: str) -> list[int]:
+        raise self._no_text()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        raise self._no_text()
+
+    def encode_batch(self, documents: Sequence[bytes]) -> list[Ids]:
+        raise self._no_text()
+
+    def token_bytes(self, token: int) -> bytes | None:
+        return None
+
+    def _no_text(self) -> DataError:
+        return DataError(
+            "this model's ids are sound, not text; 'generate ... out=FILE.wav' writes what it generates, and it is "
+            "measured on data=audio",
+            field="tokenizer",
+            got=self.kind,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"audio {self.coding.rate} {self.coding.encoding}".encode()).hexdigest()
+
+    def to_json(self) -> str:
+        return ByteTokenizer().to_json()
+
+    def _settings(self) -> dict[str, Any]:
+        settings = super()._settings()
+        settings["hybridnas"] |= self.coding._asdict()
+        return settings
+
+
+def audio_tokenizer(settings: Mapping[str, Any], where: str) -> AudioTokenizer:
+    """Return the tokenizer that was saved with these settings; raises DataError, which names ``where``, for others."""
+    rate, encoding = settings.get("rate"), settings.get("encoding")
+    if not isinstance(rate, int) or rate < 1 or encoding not in ENCODINGS:
+        raise DataError(
+            f"{where} is of sound with rate={rate!r} and encoding={encoding!r}; export the model again",
+            field="encoding",
+            got=encoding,
+            allowed=ENCODINGS,
+        )
+    return AudioTokenizer(Coding(rate, str(encoding)))
 
 
 class FastTokenizer(Tokenizer):
@@ -240,6 +297,8 @@ def load_tokenizer(folder: Path | str, *, separator: str | None = None) -> Token
     ours = settings.get("hybridnas") or {}
     if ours.get("kind") == ByteTokenizer.kind and separator is None:
         return ByteTokenizer()
+    if ours.get("kind") == "audio":
+        return audio_tokenizer(ours, str(file.parent))
     from tokenizers import Tokenizer as Fast
 
     try:

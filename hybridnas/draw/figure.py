@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,10 +68,10 @@ def series_style(index: int, size: float = 5, *, name: str = "") -> dict[str, An
     return {"color": color, "marker": MARKS[index % len(MARKS)], "ms": size}
 
 
-def save(figure: Figure, out: Path) -> list[Path]:
+def save(figure: Figure, out: Path, kinds: Sequence[str] = ("svg", "png")) -> list[Path]:
     """Write a figure as ``out``.svg and ``out``.png, each whole or not at all; the same figure gives the same bytes."""
     paths = []
-    for kind in ("svg", "png"):
+    for kind in kinds:
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, dpi=144, metadata={"Date": None} if kind == "svg" else None)
         paths.append(out.with_suffix(f".{kind}"))

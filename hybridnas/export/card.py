@@ -41,11 +41,18 @@ _TAGS = {"M": "mamba", "N": "mamba2", "A": "attention", "E": "mixture-of-experts
 
 
 def model_card(
-    arch: Arch, config: Mapping[str, Any], name: str, *, has_tokenizer: bool, class_name: str | None = None
+    arch: Arch,
+    config: Mapping[str, Any],
+    name: str,
+    *,
+    has_tokenizer: bool,
+    class_name: str | None = None,
+    ids: str = "text",
 ) -> str:
     """Return README.md: front matter, the pattern and its drawing, counts, how it was trained, how to use it.
 
-    ``class_name``: transformers' class whose layout the folder has; None: it has our own.
+    ``class_name``: transformers' class whose layout the folder has; None: it has our own. ``ids``: the kind of its
+    tokenizer, which says what to show: dna, audio, else text.
     """
     facts: Mapping[str, Any] = config["training"]
     parts = [
@@ -59,7 +66,7 @@ def model_card(
         "## Training",
         _training(facts),
         "## Use",
-        _usage(arch, name or ".", has_tokenizer=has_tokenizer)
+        _usage(arch, name or ".", has_tokenizer=has_tokenizer, ids=ids)
         if class_name is None
         else _native_usage(class_name, name or ".", has_tokenizer=has_tokenizer),
     ]
@@ -154,13 +161,14 @@ def _native_usage(class_name: str, name: str, *, has_tokenizer: bool) -> str:
     return text + f'\n\n`hybridnas.from_hf("{name}")` reads the folder back as a model of hybridnas.'
 
 
-def _usage(arch: Arch, name: str, *, has_tokenizer: bool) -> str:
+def _usage(arch: Arch, name: str, *, has_tokenizer: bool, ids: str = "text") -> str:
+    prompt = "ACGT" if ids == "dna" else "def "
     needed = plugins_of(arch)
     load = [f'model = hybridnas.load("{name}")  # needs nothing but this folder']
     if needed:
         load = ['hybridnas.load_plugins(".")  # runs ./blocks/*.py', f'model = hybridnas.load("{name}")']
     code = ["import hybridnas", "", *load]
-    if has_tokenizer and arch.causal:
+    if has_tokenizer and arch.causal and ids != "audio":
         code = [
             "import torch",
             "",
@@ -169,7 +177,7 @@ def _usage(arch: Arch, name: str, *, has_tokenizer: bool) -> str:
             "",
             *load,
             f'tokenizer = load_tokenizer("{name}")',
-            'ids_BL = torch.tensor([tokenizer.encode("def ")], device=model.embedding.weight.device)',
+            f'ids_BL = torch.tensor([tokenizer.encode("{prompt}")], device=model.embedding.weight.device)',
             "print(tokenizer.decode(model.generate(ids_BL, 200, temperature=0.8, top_k=40)[0].tolist()))",
         ]
     text = "```python\n" + "\n".join(code) + "\n```"
@@ -183,6 +191,5 @@ def _usage(arch: Arch, name: str, *, has_tokenizer: bool) -> str:
         return text + "\n\nThe model has a block that is not causal, so it cannot generate text."
     if not has_tokenizer:
         return text + "\n\nThe folder has no tokenizer, so the model takes and gives token ids."
-    return (
-        text + f'\n\nText on the command line:\n\n```bash\npython -m hybridnas.generate model={name} prompt="def "\n```'
-    )
+    what, given = ("A recording", "out=sample.wav") if ids == "audio" else ("Text", f'prompt="{prompt}"')
+    return text + f"\n\n{what} on the command line:\n\n```bash\npython -m hybridnas.generate model={name} {given}\n```"

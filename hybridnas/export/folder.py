@@ -69,9 +69,9 @@ def export(
         write_text(partial / GENERATION, json.dumps(generation_settings(), indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save(partial)
-        write_text(
-            partial / CARD, model_card(model.arch, config, name or target.name, has_tokenizer=tokenizer is not None)
-        )
+        ids = "text" if tokenizer is None else tokenizer.kind
+        card_text = model_card(model.arch, config, name or target.name, has_tokenizer=tokenizer is not None, ids=ids)
+        write_text(partial / CARD, card_text)
         if check:
             check_logits(model, load(partial, device="cpu"))
     return target
