@@ -5,9 +5,11 @@ target the inputs alone decide; it never sees a target.
 """
 
 import itertools
+import statistics
 from functools import cache
 
 from hybridnas.data import open_source
+from hybridnas.data.tasks.dna_motifs import motifs
 
 
 def mqar(config, inputs, mask):
@@ -118,7 +120,57 @@ def s5(config, inputs, mask):
     return {place: value for place, value in found.items() if mask[place]}
 
 
+def dna_motifs(config, inputs, mask):
+    text = "".join("ACGT"[base] for base in inputs[:-1])
+    found = []
+    for number, motif in enumerate(motifs(config).tolist()):
+        word = "".join("ACGT"[base] for base in motif)
+        for strand in (word, word[::-1].translate(str.maketrans("ACGT", "TGCA"))):
+            place = text.find(strand)
+            found += [(place, number)] if place >= 0 else []
+    return {len(inputs) - 1: 5 + min(found)[1]}
+
+
+def listops(config, inputs, mask):
+    operators = {10: max, 11: min, 12: lambda own: int(statistics.median(own)), 13: lambda own: sum(own) % 10}
+    lists = [[]]
+    for token in inputs:
+        if token < 10:
+            lists[-1].append(token)
+        elif token in operators:
+            lists.append([operators[token]])
+        elif token == 14:
+            operator, *values = lists.pop()
+            lists[-1].append(operator(values))
+    ((value,),) = lists
+    assert inputs[-1] == 14
+    return {len(inputs) - 1: value}
+
+
+def needle(config, inputs, mask):
+    width = config.n_digits
+    numbers = {inputs[at + 1]: inputs[at + 2 : at + 2 + width] for at, token in enumerate(inputs) if token == 10}
+    assert len(numbers) == config.n_needles
+    start = inputs.index(11) + 1
+    return dict(zip(range(start, start + width), numbers[inputs[start]], strict=True))
+
+
+def variable_tracking(config, inputs, mask):
+    known = {}
+    for at, token in enumerate(inputs):
+        if token == 1:
+            variable, source = inputs[at + 1 : at + 3]
+            assert variable not in known
+            known[variable] = known.get(source, source)
+    assert len(known) == config.assignments and set(known.values()) <= set(range(3, 3 + config.n_values))
+    return {len(inputs) - 1: known[inputs[-1]]}
+
+
 ORACLES = {
+    "listops": listops,
+    "needle": needle,
+    "variable_tracking": variable_tracking,
+    "dna_motifs": dna_motifs,
     "compression": compression,
     "distractor_recall": distractor_recall,
     "fuzzy_recall": fuzzy_recall,

@@ -37,11 +37,14 @@ class Settings(Command):
     lengths: tuple[int, ...] = option(
         (), "accuracy at each of these lengths, in constant memory for recurrent blocks, e.g. [64,1024,1M]", ge=1
     )
+    positions: bool = option(
+        False, "loss by position in a context of seq_len tokens, read over the state: how far back is used [yes/no]"
+    )
     lm_eval: tuple[str, ...] = option(
         (), "tasks of lm-eval instead, names or files NAME.yaml, at the context seq_len, e.g. [lambada_openai]"
     )
     max_gib: float | None = option(None, "lengths=: memory that the state may take; none: what is free [GiB]", gt=0)
-    out: Path | None = option(None, "lengths=: CSV of the results")
+    out: Path | None = option(None, "lengths=, positions=: CSV of the results")
     valid_tokens: int | None = option(None, "validation tokens; none: as in training, else 131,072 [tokens]", ge=1)
     part: str = option(
         "valid", "what is measured: valid, by which candidates are chosen, or test", choices=("valid", "test")
@@ -95,6 +98,8 @@ def run(settings: Settings) -> Done:
     show.line(f"model: {model.arch.pattern}, d_model {model.arch.d_model}, fingerprint {model.arch.short}")
     show.line(f"data: {source.describe()}")
     model = model.to(device)
+    if settings.positions:
+        return _positions(settings, model, source, facts)
     began = time.perf_counter()
     score = evaluate(
         model,
@@ -111,6 +116,9 @@ def run(settings: Settings) -> Done:
     rows = [["loss [nats per token]", f"{score.loss:.4f}"]]
     if score.bits_per_byte is not None:
         rows.append(["bits per byte", f"{score.bits_per_byte:.4f}"])
+        if source.unit is not None:
+            name, tokens = source.unit
+            rows.append([f"bits per {name}", f"{score.bits_per_byte * tokens:.4f}"])
     rows.append(["accuracy", f"{score.accuracy:.4f}"])
     rows.append(["tokens measured", f"{score.tokens:,}"])
     rows.append([f"tokens/s on {device}", f"{score.tokens / seconds:,.0f}"])
@@ -123,6 +131,31 @@ def run(settings: Settings) -> Done:
     found = {name: getattr(score, name) for name in ("loss", "bits_per_byte", "accuracy", "tokens")}
     about = {"pattern": str(model.arch.pattern), "fingerprint": model.arch.fingerprint(), "data": source.describe()}
     return Done({**about, "part": settings.part, **found, "seconds": seconds, "device": str(device)})
+
+
+def _positions(settings: Settings, model: HybridLM, source: Source, facts: Mapping[str, Any]) -> Done:
+    """Print the loss by position."""
+    from hybridnas.files import write_csv
+    from hybridnas.hardware import pick_device
+    from hybridnas.train.positions import loss_by_position
+
+    rows = loss_by_position(
+        model,
+        source,
+        n_tokens=settings.valid_tokens or facts.get("valid_tokens") or 131_072,
+        batch_size=settings.batch_size,
+        seq_len=source.context(settings.seq_len, facts.get("seq_len") or 256),
+        device=pick_device(settings.device),
+        part=settings.part,
+    )
+    lines = [[f"{row.first:,} to {row.last:,}", f"{row.loss:.4f}", f"{row.tokens:,}"] for row in rows]
+    show.table("Loss by position", ["tokens of context", "loss [nats per token]", "tokens measured"], lines)
+    found = [row._asdict() for row in rows]
+    if settings.out is not None:
+        write_csv(settings.out, list(found[0]), found)
+        show.line(f"written: {settings.out}")
+    about = {"pattern": str(model.arch.pattern), "fingerprint": model.arch.fingerprint(), "data": source.describe()}
+    return Done({**about, "part": settings.part, "positions": found, "out": settings.out})
 
 
 def _lm_eval(settings: Settings, device: str) -> Done:

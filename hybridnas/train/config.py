@@ -25,6 +25,8 @@ ADDED = {
     "optimizer": "adamw",
     "embedding_lr": 1.0,
     "z_loss": 0.0,
+    "short_first": [],
+    "short_tokens": None,
 }
 
 
@@ -44,6 +46,13 @@ class TrainConfig(FrozenConfig):
     tokens: int = option(1_000_000, "training tokens in all; the step that reaches them is the last [tokens]", ge=1)
     batch_size: int = option(16, "sequences in one forward pass [count]", ge=1)
     seq_len: int = option(256, "context length [tokens]", ge=1)
+    short_first: tuple[int, ...] = option(
+        (),
+        "shorter contexts to begin with, rising, each a divisor of seq_len; a step has as many tokens, in more "
+        "sequences [tokens]",
+        ge=1,
+    )
+    short_tokens: int | None = option(None, "of short_first: tokens trained at each of its contexts [tokens]", ge=1)
     accumulate: int = option(1, "forward passes whose gradients are summed into one step [count]", ge=1)
     lr: float = option(6e-3, "highest learning rate", gt=0)
     warmup_fraction: float = option(0.01, "linear warm-up, as a part of all tokens [1]", ge=0, le=1)
@@ -119,6 +128,7 @@ class TrainConfig(FrozenConfig):
                 got=self.tokens,
                 allowed=f">= {self.step_tokens}",
             )
+        self._check_short_first()
         for name in ("eval_at", "anneal_at"):
             points = getattr(self, name)
             for point in points:
@@ -153,6 +163,39 @@ class TrainConfig(FrozenConfig):
                 got=self.anneal_at[0],
                 allowed=f"above {self.warmup_tokens:,.0f}",
             )
+
+    def _check_short_first(self) -> None:
+        """Raise ConfigError for shorter contexts that do not rise, do not divide ``seq_len``, or have no tokens."""
+        lengths, label = list(self.short_first), self.label()
+        if lengths != sorted({*lengths}) or any(self.seq_len % length or length == self.seq_len for length in lengths):
+            raise ConfigError(
+                f"{label} short_first={lengths} must rise and hold divisors of seq_len={self.seq_len} below it",
+                field="train.short_first",
+                got=lengths,
+                allowed=f"divisors of {self.seq_len}",
+            )
+        if (self.short_tokens is None) == bool(lengths):
+            raise ConfigError(
+                f"{label} short_first={lengths} and short_tokens={self.short_tokens} belong together: which contexts, "
+                f"and how many tokens at each",
+                field="train.short_tokens",
+                got=self.short_tokens,
+                allowed=">= 1" if lengths else None,
+            )
+        if lengths and len(lengths) * (self.short_tokens or 0) > self.tokens:
+            raise ConfigError(
+                f"{label} short_tokens={self.short_tokens} at {len(lengths)} contexts pass tokens={self.tokens}",
+                field="train.short_tokens",
+                got=self.short_tokens,
+                allowed=f"<= {self.tokens // len(lengths)}",
+            )
+
+    def context_at(self, step: int) -> int:
+        """Return the context that step ``step`` (from 0) is trained at [tokens]."""
+        if self.short_tokens is None:
+            return self.seq_len
+        stage = step * self.step_tokens // self.short_tokens
+        return self.short_first[stage] if stage < len(self.short_first) else self.seq_len
 
     @classmethod
     def label(cls) -> str:

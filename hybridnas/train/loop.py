@@ -21,7 +21,7 @@ from torch import nn
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
 from hybridnas.data.source import Source, check_vocab
-from hybridnas.errors import NonFiniteInputError, TrainingDiverged, TrainingError
+from hybridnas.errors import ConfigError, NonFiniteInputError, TrainingDiverged, TrainingError
 from hybridnas.files import locked
 from hybridnas.hardware import describe_machine, pick_device
 from hybridnas.train import checkpoint, distributed
@@ -158,6 +158,14 @@ class _Job:
     def __post_init__(self) -> None:
         if self.subject.arch is not None:
             check_vocab(self.source.vocab_size, self.subject.arch.vocab_size)
+        if self.config.short_first and self.source.seq_len is not None:
+            raise ConfigError(
+                f"train short_first={list(self.config.short_first)} needs data that is read at any context; examples "
+                f"of this data have {self.source.seq_len} tokens: leave it out",
+                field="train.short_first",
+                got=list(self.config.short_first),
+                allowed=(),
+            )
 
     def on(self, device: torch.device) -> _Job:
         return replace(self, device=device)

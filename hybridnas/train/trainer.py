@@ -231,14 +231,16 @@ class Trainer:
         optim.set_learning_rate(self.optimizer, rate)
         # One draw of the whole step, then cut: accumulation reads exactly what one large batch would read.
         order = config.seed if config.data_seed is None else config.data_seed
-        whole = self.source.train_batch(step, config.batch_size * config.accumulate, config.seq_len, order)
+        context = config.context_at(step)
+        count = config.batch_size * config.accumulate * (config.seq_len // context)
+        whole = self.source.train_batch(step, count, context, order)
         whole = to_device(whole, self.device)
         places = counted(whole)
         places = places.clamp(min=1) if isinstance(places, Tensor) else places
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}  # statistics of integers: what blocks learn from without gradients
-        rows = len(whole.inputs_BL)  # more than batch_size * accumulate where a mixture's part has shorter examples
+        rows = len(whole.inputs_BL)  # more than batch_size * accumulate where contexts are shorter
         parts = config.accumulate * group.size
         for part in range(group.rank, parts, group.size):
             first, last = (rows * number // parts for number in (part, part + 1))

@@ -34,13 +34,14 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "train": "arch device freeze impl lora lora_alpha lora_layers max_seconds model out pattern recipe tokenizer "
     "tracking tracking_experiment train",
     "describe": "arch block device exportable out pattern presets seq_len",
+    "data": "action samples seed",
     "compare": "baseline figure out run runs study uri",
     "export": "format model out runs study trial",
     "import": "model out",
-    "generate": "device echo eos_token_id max_new_tokens model prompt runs seed stop_at_end study temperature top_k "
-    "top_p",
+    "generate": "device echo eos_token_id max_new_tokens model out prompt runs seed stop_at_end study temperature "
+    "top_k top_p",
     "evaluate": "allow_noncausal arch batch_size device lengths lm_eval max_gib model out part pattern patterns "
-    "precision seed seq_len tracking valid_tokens",
+    "positions precision seed seq_len tracking valid_tokens",
     "replay": "device out runs study trial",
     "ladder": "active_params batch_power batch_size decay_fraction depth_power device heartbeat hold_out lr lr_power "
     "minutes name patterns presets rates resamples runs seed seeds sizes storage study tokens top warmup workers",
@@ -57,6 +58,7 @@ GROUPS = {
     "search": "budget data experiment space",
     "train": "data experiment preset",
     "describe": "experiment preset",
+    "data": "data",
     "evaluate": "data experiment preset suite",
     "ladder": "budget data experiment",
 }

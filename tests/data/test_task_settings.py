@@ -69,6 +69,12 @@ def test_what_one_example_draws_does_not_depend_on_its_neighbours():
         ("in_context_recall", {"vocab_size": 16, "noise_vocab_size": 13}, "vocab_size=16 must be at least 17"),
         ("induction_heads", {"vocab_size": 2}, "must be >= 3"),
         ("induction_heads", {"seq_len": 8, "n_between": 6}, "n_between=6 needs seq_len >= 9, got 8"),
+        ("dna_motifs", {"width": 8, "seq_len": 8}, "width=8 needs seq_len > 8, got 8"),
+        ("dna_motifs", {"width": 2, "vocab_size": 10}, "asks for 5 motifs, of width=2 there are at most 4"),
+        ("listops", {"vocab_size": 20}, "must be"),
+        ("needle", {"n_needles": 8, "seq_len": 40}, "n_needles=8 of n_digits=5 need seq_len >= 63, got 40"),
+        ("variable_tracking", {"seq_len": 20}, "n_chains=3 with n_hops=2 need seq_len >= 29, got 20"),
+        ("variable_tracking", {"vocab_size": 20}, "leaves 1 variables for 9 assignments"),
     ],
 )
 def test_settings_that_make_no_sense_get_one_sentence(kind, changes, words):
@@ -88,6 +94,37 @@ def test_the_answer_of_an_induction_head_ends_so_far_before_the_last_trigger(bet
     inputs_BL = source.train_batch(0, 512, 12, 0).inputs_BL
     first = {row.index(15) for row in inputs_BL.tolist()}
     assert first == set(range(12 - 2 - between))  # the trigger; its answer and what is between fit in front of the last
+
+
+def test_labels_of_motifs_and_lists_are_no_constant_and_lengths_differ():
+    motifs = open_source(source_config({"kind": "dna_motifs"}))
+    assert motifs.chance() < 0.2  # eight motifs
+    lists = task("listops", seq_len=64).examples(np.arange(400), train=True, seed=0)
+    lengths = (lists.inputs_BL != 15).sum(axis=1)
+    assert (lengths.min(), lengths.max()) == (32, 64)
+    assert set(lists.targets_BL[:, -1].tolist()) == set(range(10))
+    depths = ((lists.inputs_BL >= 10) & (lists.inputs_BL < 14)).cumsum(axis=1) - (lists.inputs_BL == 14).cumsum(axis=1)
+    assert depths.max() == 6 and (depths[:, -1] == 0).all()
+
+
+def test_the_mean_of_all_positions_can_answer_instead_of_the_last(tmp_path):
+    import torch
+
+    from hybridnas.arch.arch import Arch
+    from hybridnas.train.config import TrainConfig
+    from hybridnas.train.loop import run
+
+    source = task("listops", seq_len=16, pool="mean")
+    (head,) = source.heads(8).values()
+    x_BLD = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([x_BLD[:, : n + 1].mean(dim=1) for n in range(5)], dim=1)
+    torch.testing.assert_close(head(x_BLD), expected)
+    config = TrainConfig(tokens=1024, seq_len=16, batch_size=16, valid_tokens=256)
+    arch = Arch.from_pattern("M", d_model=8, vocab_size=16)
+    pooled = run(arch, source, config, folder=tmp_path / "mean", device="cpu")
+    last = run(arch, task("listops", seq_len=16), config, folder=tmp_path / "last", device="cpu")
+    assert pooled.status == last.status == "completed"
+    assert pooled.evals[-1].valid_loss != last.evals[-1].valid_loss
 
 
 def test_a_task_has_its_own_context():

@@ -108,6 +108,30 @@ def _distractors(draw):
     }
 
 
+@st.composite
+def _needle(draw):
+    needles, digits = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    return {
+        "n_needles": needles,
+        "n_digits": digits,
+        "seq_len": (needles + 1) * (digits + 2) + draw(st.integers(0, 60)),
+        "vocab_size": draw(st.integers(40, 80)),
+    }
+
+
+@st.composite
+def _variable_tracking(draw):
+    chains, hops, values = draw(st.integers(1, 4)), draw(st.integers(0, 3)), draw(st.integers(6, 20))
+    count = chains * (hops + 1)
+    return {
+        "n_chains": chains,
+        "n_hops": hops,
+        "n_values": values,
+        "vocab_size": 3 + values + count + draw(st.integers(4, 20)),
+        "seq_len": 3 * count + 2 + draw(st.integers(0, 60)),
+    }
+
+
 def _states(**sizes):
     return st.fixed_dictionaries({"seq_len": st.integers(14, 80), "score": st.sampled_from(["all", "last"]), **sizes})
 
@@ -119,7 +143,13 @@ def settings_of(kind):
             st.integers(7, 40), st.integers(10, 60), score_noise=st.booleans(), score_marker=st.booleans()
         ),
         "distractor_recall": _distractors(),
+        "dna_motifs": st.fixed_dictionaries(
+            {"vocab_size": st.integers(7, 20), "seq_len": st.integers(12, 80), "width": st.integers(4, 8)}
+        ),
         "fuzzy_recall": _fuzzy(),
+        "listops": st.fixed_dictionaries({"seq_len": st.integers(12, 80), "depth": st.integers(1, 8)}),
+        "needle": _needle(),
+        "variable_tracking": _variable_tracking(),
         "mad_selective_copying": _mad_selective_copying(),
         "memorisation": _with_noise(st.integers(12, 40), st.integers(8, 30).map(lambda half: 2 * half)),
         "noisy_recall": _recall(),
@@ -208,7 +238,7 @@ def test_positions_alone_tell_no_target(kind):
     seen.index_put_((places[learn.mask_BL], learn.targets_BL[learn.mask_BL]), torch.ones(()), accumulate=True)
     guesses = seen.argmax(dim=1).expand(512, length)
     right = (guesses == tests.targets_BL)[tests.mask_BL].float().mean()
-    chance = 1 / len(tests.targets_BL[tests.mask_BL].unique())
+    chance = max(1 / len(tests.targets_BL[tests.mask_BL].unique()), source.chance())  # lists of digits are no fair dice
     assert right < chance + 4 * (chance / min(512, int(tests.mask_BL.sum()))) ** 0.5
 
 
@@ -259,6 +289,10 @@ SMALLEST = {  # so few different examples that chance alone would put many on bo
         "n_distractors": 0,
         "frac_context": 1.0,
     },
+    "dna_motifs": {"vocab_size": 7, "seq_len": 6, "width": 3},
+    "listops": {"seq_len": 6, "depth": 1},
+    "needle": {"vocab_size": 29, "seq_len": 8, "n_digits": 2},
+    "variable_tracking": {"vocab_size": 9, "seq_len": 9, "n_chains": 1, "n_hops": 1, "n_values": 2},
     "fuzzy_recall": {"vocab_size": 5, "seq_len": 14, "k_motif_size": 2, "v_motif_size": 1},
     "mad_selective_copying": {"vocab_size": 4, "seq_len": 16, "n_tokens_to_copy": 3},
     "memorisation": {"vocab_size": 9, "seq_len": 8},
