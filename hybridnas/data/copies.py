@@ -17,6 +17,8 @@ WINDOW = 64  # bytes that have to agree for a copy to count
 SKETCH = 64  # hashes that a document is represented by
 NEAR = 0.5  # overlap of two sketches from which documents count as near copies
 _COMMON = 64  # a window in more documents than this is boilerplate (a licence) and says nothing about two of them
+_MOST = 1 << 23  # windows of held-out text that are looked for; of more, one in 2, 4, 8 ... is, chosen by its hash
+_GAP = 4 * WINDOW  # bytes between two such windows that count as copied when both are
 _SPARSE = 16  # places of the filter for each window: one in so many windows without a copy passes it
 
 Hashes = npt.NDArray[np.uint64]
@@ -91,21 +93,36 @@ def _shared_windows(sketches: Sequence[Hashes]) -> Iterator[tuple[int, int, int]
 
 
 class CopyFinder:
-    """Windows of the held-out documents, against which the training documents are then read."""
+    """Windows of the held-out documents, against which the training documents are then read.
 
-    def __init__(self, held_out: Iterable[bytes], width: int = WINDOW) -> None:
+    Of held-out text with more than ``most`` windows a part of them is kept, those whose hash ends in zeros, so that
+    memory stays below about 400 MB: a copy of 256 bytes or more is still found, of shorter ones a part.
+    """
+
+    def __init__(self, held_out: Iterable[bytes], width: int = WINDOW, most: int = _MOST) -> None:
         self.width = width
-        found = [window_hashes(document, width) for document in held_out]
-        self._hashes: Hashes = np.sort(np.concatenate(found)) if found else np.zeros(0, np.uint64)  # some twice
+        self._ending = np.uint64(0)  # bits of a hash that are zero in those looked for
+        kept, count = [np.zeros(0, np.uint64)], 0
+        for document in held_out:
+            kept.append(self._sampled(window_hashes(document, width)))
+            count += len(kept[-1])
+            while count > most:
+                self._ending = self._ending * np.uint64(2) + np.uint64(1)
+                kept = [self._sampled(np.concatenate(kept))]
+                count = len(kept[0])
+        self._hashes: Hashes = np.sort(np.concatenate(kept))  # some twice
         self._seen = np.zeros(len(self._hashes), dtype=bool)
         bits = min(max(10, (_SPARSE * len(self._hashes)).bit_length()), 32)
         self._shift = np.uint64(64 - bits)
         self._filter = np.zeros(1 << bits, dtype=bool)
         self._filter[self._hashes >> self._shift] = True
 
+    def _sampled(self, hashes: Hashes) -> Hashes:
+        return hashes[hashes & self._ending == 0] if self._ending else hashes
+
     def read(self, document: bytes) -> None:
         """Note which windows a training document has, too."""
-        hashes = window_hashes(document, self.width)
+        hashes = self._sampled(window_hashes(document, self.width))
         hashes = hashes[self._filter[hashes >> self._shift]]
         places = np.searchsorted(self._hashes, hashes)
         inside = places < len(self._hashes)
@@ -114,10 +131,16 @@ class CopyFinder:
 
     def copied(self, document: bytes) -> npt.NDArray[np.bool_]:
         """Return for each byte of a held-out document whether it lies in a window that training has, too."""
-        hits = np.flatnonzero(self._seen[np.searchsorted(self._hashes, window_hashes(document, self.width))])
+        hashes = window_hashes(document, self.width)
+        places = np.flatnonzero(hashes & self._ending == 0)
+        hits = self._seen[np.searchsorted(self._hashes, hashes[places])]
         edges = np.zeros(len(document) + 1, dtype=np.int64)
-        np.add.at(edges, hits, 1)
-        np.add.at(edges, hits + self.width, -1)
+        np.add.at(edges, places[hits], 1)
+        np.add.at(edges, places[hits] + self.width, -1)
+        if self._ending:  # windows between two neighbors that are copied were not looked for
+            both = hits[:-1] & hits[1:] & (np.diff(places) <= _GAP)
+            np.add.at(edges, places[:-1][both], 1)
+            np.add.at(edges, places[1:][both], -1)
         copied: npt.NDArray[np.bool_] = np.cumsum(edges)[:-1] > 0
         return copied
 

@@ -19,7 +19,7 @@ import logging
 import os
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -286,7 +286,7 @@ def _write_ids(
 ) -> dict[str, dict[str, Any]]:
     """Write the ids of all parts, and which tokens of the held-out ones count; returns what meta.json says of them."""
     finder = CopyFinder(document for document, part in zip(corpus.documents(), part_of, strict=True) if part != TRAIN)
-    held_out: dict[int, list[tuple[bytes, int]]] = {VALID: [], TEST: []}  # documents and their counts of tokens
+    held_out = array("Q")  # tokens of each document that is held out
     nothing: list[dict[str, Any]] = [{"tokens": 0, "bytes": 0, "documents": 0, "masked": False} for _ in PARTS]
     end: Ids = np.array([tokenizer.separator], dtype=dtype)
     done, first, saved = 0, 0, time.monotonic()
@@ -313,7 +313,7 @@ def _write_ids(
                         continue
                 ids = next(encoded)
                 if part != TRAIN:
-                    held_out[part].append((document, len(ids)))
+                    held_out.append(len(ids))
                 if not again:
                     handles[part].write(ids.astype(dtype, copy=False).tobytes() + end.tobytes())
                     counts = totals[part]
@@ -329,19 +329,44 @@ def _write_ids(
                     os.fsync(handle.fileno())
                 write_json(folder / _WRITTEN, {"documents": first, "totals": totals})
                 saved = time.monotonic()
-    lengths = token_lengths(tokenizer)
-    totals[TRAIN]["copied"] = (0.0, 0.0)
-    for part, documents_of in held_out.items():
-        masks = [finder.copied(document) for document, _ in documents_of]
-        n_bytes = max(1, sum(len(mask) for mask in masks))
-        copied = sum(int(mask.sum()) for mask in masks) / n_bytes
-        totals[part]["copied"] = (copied, sum(int(runs(mask, LONG_COPY).sum()) for mask in masks) / n_bytes)
-        if 0 < copied <= MOST_COPIED:
-            totals[part]["masked"] = True
-            ids = _mapped(folder / f"{PARTS[part]}.bin", dtype)
-            counted = _counted(ids, masks, [count for _, count in documents_of], lengths)
-            (folder / f"{PARTS[part]}.counted.bin").write_bytes(counted.tobytes())
+    ids_of = {part: _mapped(folder / f"{PARTS[part]}.bin", dtype) for part in (VALID, TEST)}
+    _measure_copies(folder, corpus, part_of, finder, held_out, ids_of, token_lengths(tokenizer), totals)
     return dict(zip(PARTS, totals, strict=True))
+
+
+def _measure_copies(
+    folder: Path,
+    corpus: FileCorpus,
+    part_of: npt.NDArray[np.int8],
+    finder: CopyFinder,
+    counts: Sequence[int],
+    ids_of: Mapping[int, npt.NDArray[Any]],
+    lengths: npt.NDArray[np.int64] | None,
+    totals: list[dict[str, Any]],
+) -> None:
+    """Put the shares of copied text into ``totals``, and write which held-out tokens count where some do not.
+
+    ``counts``: tokens of each held-out document, in the order of the corpus. One document is looked at at a time.
+    """
+    copied, long, start = [0] * len(PARTS), [0] * len(PARTS), [0] * len(PARTS)
+    names = {part: folder / f"{PARTS[part]}.counted.bin" for part in ids_of}
+    with contextlib.ExitStack() as files:
+        handles = {part: files.enter_context(name.open("wb")) for part, name in names.items()}
+        documents = (own for own in zip(corpus.documents(), part_of.tolist(), strict=True) if own[1] != TRAIN)
+        for (document, part), count in zip(documents, counts, strict=True):
+            mask = finder.copied(document)
+            copied[part] += int(mask.sum())
+            long[part] += int(runs(mask, LONG_COPY).sum())
+            own = ids_of[part][start[part] : start[part] + count]
+            handles[part].write(_counted(own, mask, lengths).tobytes() + b"\1")  # the separator counts
+            start[part] += count + 1
+    totals[TRAIN]["copied"] = (0.0, 0.0)
+    for part, name in names.items():
+        n_bytes = max(1, totals[part]["bytes"])
+        totals[part]["copied"] = (copied[part] / n_bytes, long[part] / n_bytes)
+        totals[part]["masked"] = 0 < copied[part] <= MOST_COPIED * n_bytes
+        if not totals[part]["masked"]:
+            name.unlink()
 
 
 def token_lengths(tokenizer: Tokenizer) -> npt.NDArray[np.int64] | None:
@@ -355,26 +380,18 @@ def token_lengths(tokenizer: Tokenizer) -> npt.NDArray[np.int64] | None:
 
 
 def _counted(
-    ids: npt.NDArray[Any],
-    masks: Sequence[npt.NDArray[np.bool_]],
-    counts: Sequence[int],
-    lengths: npt.NDArray[np.int64] | None,
+    ids: npt.NDArray[Any], mask: npt.NDArray[np.bool_], lengths: npt.NDArray[np.int64] | None
 ) -> npt.NDArray[np.bool_]:
-    """Return for each token of a part whether it is measured: no byte of it lies in a copy.
+    """Return for each token of a document whether it is measured: no byte of it lies in a copy.
 
-    ``masks`` and ``counts``: which bytes of each document are copied, and its tokens without the separator. Where the
-    bytes of a token are not known, a document's bytes are shared out evenly among its tokens.
+    ``mask``: which bytes of the document are copied. Where the bytes of a token are not known, those of the document
+    are shared out evenly among its tokens.
     """
-    counted = np.ones(len(ids), dtype=np.bool_)
-    start = 0
-    for mask, count in zip(masks, counts, strict=True):
-        own = ids[start : start + count]
-        ends = np.linspace(0, len(mask), count + 1).astype(np.int64)
-        if lengths is not None and lengths[own].sum() == len(mask):
-            ends[1:] = np.cumsum(lengths[own])
-        before = np.concatenate(([0], np.cumsum(mask)))
-        counted[start : start + count] = before[ends[1:]] == before[ends[:-1]]
-        start += count + 1
+    ends = np.linspace(0, len(mask), len(ids) + 1).astype(np.int64)
+    if lengths is not None and lengths[ids].sum() == len(mask):
+        ends[1:] = np.cumsum(lengths[ids])
+    before = np.concatenate(([0], np.cumsum(mask)))
+    counted: npt.NDArray[np.bool_] = before[ends[1:]] == before[ends[:-1]]
     return counted
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hybridnas.data import DataConfig, open_source, shards
+from hybridnas.data.copies import CopyFinder
 from hybridnas.data.files import FileCorpus
 from hybridnas.data.shards import load_shards, open_shards, split_by_document
 from hybridnas.data.text import text_files
@@ -103,6 +104,25 @@ def test_near_copies_lie_in_one_part(config, tmp_path):
     parts, _ = split_by_document(corpus(near), near)
     assert (parts[::2] == parts[1::2]).all()
     assert all((parts == part).sum() >= 2 for part in range(3))
+
+
+def test_of_much_held_out_text_long_copies_are_found_by_a_part_of_its_windows():
+    draw = np.random.default_rng(2)
+    texts = [draw.integers(0, 256, 20_000, dtype=np.uint8) for _ in range(4)]
+    training = draw.integers(0, 256, 100_000, dtype=np.uint8)
+    expected = 0
+    for number, length in enumerate((300, 1000, 4000)):
+        texts[number][5000 : 5000 + length] = training[7000 : 7000 + length]
+        expected += length
+    documents = [text.tobytes() for text in texts]
+    for most in (1 << 23, 5000):
+        finder = CopyFinder(documents, most=most)
+        assert len(finder._hashes) <= most
+        finder.read(training.tobytes())
+        masks = [finder.copied(document) for document in documents]
+        assert sum(int(mask.sum()) for mask in masks) == pytest.approx(expected, rel=0 if most > 5000 else 0.06)
+        assert not masks[3].any() and not masks[2][:5000].any() and not masks[2][9000:].any()
+        assert all(mask[5000:5300].any() for mask in masks[:3])
 
 
 def test_copied_runs_are_not_measured(config, tmp_path):
