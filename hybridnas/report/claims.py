@@ -87,8 +87,20 @@ def confirmed_headline(verdict: Verdict, reference: str | None) -> str:
     if not one.claimed(verdict.alpha):
         return f"{best.name} and {one.name} are inside the noise of each other: {_amount(verdict, one)}"
     if one.gap.mean < 0:
-        return f"{best.name} beats {one.name} {_amount(verdict, one)}"
+        return f"{best.name} beats {one.name} {_amount(verdict, one)}{_best_baseline(verdict, known, one)}"
     return f"{best.name} was chosen on other seeds, but {one.name} beats it {_amount(verdict, one)}"
+
+
+def _best_baseline(verdict: Verdict, known: Sequence[Compared], said: Compared) -> str:
+    """Return what is to be added of another baseline than the one of which all was said: the best one."""
+    other = next((one for one in known if one.ours and one.record.preset is not None and one is not said), None)
+    if other is None:
+        return ""
+    assert other.gap.half is not None
+    by = f"{other.gap.mean:+.4f} ± {other.gap.half:.4f}"
+    if not other.claimed(verdict.alpha):
+        return f"; the best baseline, {other.name}, is inside the noise of it ({by})"
+    return f"; it {'beats' if other.gap.mean < 0 else 'is behind'} the best baseline, {other.name}, too ({by})"
 
 
 def sentence(verdict: Verdict, one: Compared) -> str:

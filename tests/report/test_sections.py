@@ -129,6 +129,16 @@ def test_a_baseline_that_wins_is_a_finding():
     assert said([PAPER, ahead]).startswith("MEME beats moe_mamba, which other seeds chose, by 0.1975 ± ")
 
 
+def test_the_best_baseline_is_named_where_the_reference_is_another_one():
+    better = confirmed(2, [1.20, 1.21, 1.22], [1.21, 1.20, 1.22, 1.21], preset="mamba")
+    text = said([PAPER, CLEAR, better])
+    assert text.startswith("MEME beats moe_mamba by 0.1975 ± ")
+    assert "; it beats the best baseline, mamba, too (-0.0975 ± " in text
+    near = confirmed(2, [1.12, 1.13, 1.14], [1.05, 1.20, 1.10, 1.13], preset="mamba")
+    assert "; the best baseline, mamba, is inside the noise of it (-0.0075 ± " in said([PAPER, CLEAR, near])
+    assert ";" not in said([PAPER, CLEAR])
+
+
 def test_claims_depend_on_the_level_that_was_asked_for(tmp_path):
     strict = StudyMeta(name="demo", alpha=1e-7)
     assert "are inside the noise of each other" in render_report(tmp_path, [PAPER, CLEAR], strict)
