@@ -46,21 +46,22 @@ def register_differentiable_op(
     fake_gradients: Callable[..., Any],
     gradients: int,
     differentiable: int = 1,
+    keep_first: bool = False,
     device: str | None = None,
 ) -> None:
     """Register an operator NAME and its gradient NAME_backward, which raises when it is differentiated again.
 
     ``inputs`` is a schema: tensors, ``Tensor`` or ``Tensor?``, before all other arguments. The first
-    ``differentiable`` outputs have gradients, the others are kept for the backward. ``backward`` takes the inputs, the
-    kept outputs, and one gradient for each differentiable output: the first always a tensor (where there are several,
-    of the first input's shape), the others None where nothing depends on them. It returns the gradients of the first
-    ``gradients`` inputs, any tensor for those that are None. ``fake`` and ``fake_gradients`` return empty tensors of
-    the same shapes and dtypes.
+    ``differentiable`` outputs have gradients, the others are kept for the backward, with ``keep_first`` after the first
+    one. ``backward`` takes the inputs, the kept outputs, and one gradient for each differentiable output: the first
+    always a tensor (where there are several, of the first input's shape), the others None where nothing depends on
+    them. It returns the gradients of the first ``gradients`` inputs, any tensor for those that are None. ``fake`` and
+    ``fake_gradients`` return empty tensors of the same shapes and dtypes.
     """
     kinds = [part.split()[0] for part in inputs.split(",")]
     tensors = sum(kind.startswith("Tensor") for kind in kinds)
     register_op(name, inputs, outputs, run=forward, fake=fake, device=device)
-    kept = [f"Tensor kept{i}" for i in range(outputs - differentiable)]
+    kept = [f"Tensor kept{i}" for i in range(outputs - differentiable + keep_first)]
     upstream = ["Tensor dy", *(f"Tensor? d{i}" for i in range(1, differentiable))]
     register_op(
         f"{name}_backward",
@@ -75,6 +76,8 @@ def register_differentiable_op(
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         extra = output[differentiable:] if outputs > 1 else ()
         ctx.mark_non_differentiable(*extra)
+        if keep_first:
+            extra = (output[0] if outputs > 1 else output, *extra)
         if differentiable > 1:
             ctx.set_materialize_grads(False)
         ctx.options = inputs[tensors:]

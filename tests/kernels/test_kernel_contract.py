@@ -13,6 +13,7 @@ import hybridnas
 import hybridnas.kernels.causal_conv1d as conv
 import hybridnas.kernels.cross_entropy as loss
 import hybridnas.kernels.delta_step as delta
+import hybridnas.kernels.diagonal_scan as diagonal
 import hybridnas.kernels.gated_delta as recurrence
 import hybridnas.kernels.mamba_step as step
 import hybridnas.kernels.moe_dispatch as moe
@@ -26,6 +27,7 @@ from hybridnas.kernels._dispatch import Operation
 from hybridnas.kernels.causal_conv1d import causal_conv1d
 from hybridnas.kernels.cross_entropy import cross_entropy, linear_cross_entropy, token_scores
 from hybridnas.kernels.delta_step import Form, delta_step
+from hybridnas.kernels.diagonal_scan import diagonal_scan
 from hybridnas.kernels.gated_delta import gated_delta
 from hybridnas.kernels.mamba_step import Norm, Weights, mamba_step
 from hybridnas.kernels.moe_dispatch import Experts, expert_choice, token_choice
@@ -72,6 +74,11 @@ def _gated_delta(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor
     ids = integers(3, batch, length).sort(1).values
     given = {**v, "log_decay": -v["log_decay"].square()}
     return gated_delta(**given, seq_idx=ids, chunk_size=4, return_final_state=True, impl=impl)
+
+
+def _diagonal(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
+    ids = integers(3, batch, length).sort(1).values
+    return diagonal_scan(**v, seq_idx=ids, return_final_state=True, impl=impl)
 
 
 def _conv(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
@@ -166,6 +173,12 @@ OPS = {
         _update_shapes,
         lambda v, b, n, impl: selective_state_update(**v, delta_softplus=True, impl=impl),
         lambda b, n: [(b, D), (b, D, N)],
+    ),
+    "diagonal_scan": Op(
+        diagonal.OPERATION,
+        lambda b, n: {"a": (b, n, D), "x": (b, n, D), "initial_state": (b, D)},
+        _diagonal,
+        lambda b, n: [(b, n, D), (b, D)],
     ),
     "causal_conv1d": Op(
         conv.OPERATION,
@@ -330,7 +343,7 @@ def test_empty_inputs_give_empty_outputs_and_gradients_of_every_inputs_shape(nam
     assert all(g.isfinite().all() for g in gradients.values())
 
 
-STATEFUL = ("selective_scan", "ssd", "gated_delta")
+STATEFUL = ("selective_scan", "ssd", "gated_delta", "diagonal_scan")
 
 
 @pytest.mark.parametrize(("name", "impl"), [case for case in CASES if case.values[0] in STATEFUL])
@@ -346,6 +359,7 @@ ONCE = {  # what can be differentiated once
     "selective_scan": ("auto", "torch", "native"),
     "selective_state_update": ("native",),
     "causal_conv1d": ("auto", "native"),
+    "diagonal_scan": ("auto", "native"),
     "gated_delta": ("auto", "native"),
     "rms_norm": ("auto", "torch"),
     "add_norm": ("auto", "torch"),

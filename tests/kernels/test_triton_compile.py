@@ -36,7 +36,7 @@ KERNELS = {
     "place_choices", "grouped_rows", "grouped_weights", "combine", "spread", "gd_sums", "gd_operands",
     "gd_head_pairs", "gd_channel_pairs", "gd_inverse", "gd_mix", "gd_pass_states", "gd_outputs", "gd_pass_gradients",
     "gd_pairs_gradients", "gd_states_gradients", "gd_head_gradients", "gd_channel_gradients", "gd_head_decays",
-    "gd_channel_decays",
+    "gd_channel_decays", "diagonal_forward", "diagonal_backward",
 }  # fmt: skip
 FEW = {"combine", "spread"}  # those that compile fastest; all of them: the report, which .ci/run calls
 

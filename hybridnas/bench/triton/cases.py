@@ -16,6 +16,7 @@ from hybridnas.kernels._triton.launch import Launch, recording
 from hybridnas.kernels._triton.shapes import MAX_FEATURES, MAX_STATE, MAX_TAPS, SSD_CHUNKS
 from hybridnas.kernels.causal_conv1d import triton as conv
 from hybridnas.kernels.cross_entropy import triton as loss
+from hybridnas.kernels.diagonal_scan import triton as diagonal
 from hybridnas.kernels.gated_delta import triton as gated
 from hybridnas.kernels.moe_dispatch import triton as moe
 from hybridnas.kernels.rmsnorm import triton as norm
@@ -50,6 +51,16 @@ def conv_launches(taps: int, dtype: torch.dtype, full: bool) -> list[Launch]:
     with recording() as launches:
         conv.conv_forward(*tensors, silu=full)
         conv.conv_backward(*tensors, dy=x, silu=full)
+    return launches
+
+
+def diagonal_launches(planes: int, dtype: torch.dtype, full: bool) -> list[Launch]:
+    """Return what a forward and backward diagonal scan would launch; 2 planes: complex; ``full`` as for the scan."""
+    x, state = _empty(planes, _B, _L, _D, dtype=dtype), _empty(planes, _B, _D)
+    given = (state, _empty(_B, _L, dtype=torch.uint8)) if full else (None, None)
+    with recording() as launches:
+        h = diagonal.diagonal_forward(x, x, *given)
+        diagonal.diagonal_backward(x, x, *given, h, h)
     return launches
 
 
@@ -152,6 +163,8 @@ def _all(whole: bool) -> list[Compilation]:
         add("N", scan_launches, size, float32, True)
     for taps in range(1, MAX_TAPS + 1) if whole else [4]:
         add("K", conv_launches, taps, float32, True)
+    for planes in (1, 2):
+        add("planes", diagonal_launches, planes, float32, True)
     for features in (64, 1024, MAX_FEATURES) if whole else [1024]:
         add("D", norm_launches, features, float32, True)
     for vocabulary in (256, 50257) if whole else [50257]:
@@ -159,6 +172,8 @@ def _all(whole: bool) -> list[Compilation]:
     for dtype, full in ((bfloat16, True), (float16, True), (float32, False)) if whole else ():
         add("N", scan_launches, 16, dtype, full)
         add("K", conv_launches, 4, dtype, full)
+        if not full:
+            add("planes", diagonal_launches, 1, dtype, full)
         add("D", norm_launches, 1024, dtype, full)
         add("V", loss_launches, 50257, dtype, full)
     for dtype in (float32, bfloat16):
