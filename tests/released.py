@@ -243,6 +243,17 @@ RELEASED: dict[str, tuple[str, dict[str, Any]]] = {  # preset -> class of the mo
             **{f"{part}_alpha_factor": 3.5565588200778455 for part in ("full_attn", "linear_attn", "mlp")},
         },
     ),
+    "recurrent_gemma_2b": ("RecurrentGemma", {"num_key_value_heads": 1, "intermediate_size": 15360}),
+    "recurrent_gemma_9b": (
+        "RecurrentGemma",
+        {
+            "hidden_size": 4096,
+            "num_hidden_layers": 38,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 1,
+            "intermediate_size": 24576,
+        },
+    ),
     "lfm2_350m": ("Lfm2", _lfm2(1024, 6656, 16, _LFM2)),
     "lfm2_700m": ("Lfm2", _lfm2(1536, 10240, 24, _LFM2)),
     "lfm2_1_2b": ("Lfm2", _lfm2(2048, 12288, 32, _LFM2)),

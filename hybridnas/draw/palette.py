@@ -14,6 +14,11 @@ _COLORS = {  # distinguishable with color blindness, and in print by their lette
     "K": "#B0457B",
     "L": "#3D3D91",
     "C": "#5F6B76",
+    "R": "#7A1F4B",
+    "D": "#6B7A2F",
+    "U": "#A34A4A",
+    "W": "#3F7F93",
+    "X": "#4C5FA8",
 }
 _MORE_COLORS = ("#7A1F4B", "#4C5FA8", "#6B7A2F", "#A34A4A", "#3F7F93")
 

@@ -35,6 +35,7 @@ _LAYER_TYPES = {
     "M": "linear_attention",
     "N": "linear_attention",
     "G": "linear_attention",
+    "R": "linear_attention",
     "A": "full_attention",
     "S": "sliding_attention",
     "C": "conv",

@@ -11,7 +11,8 @@ from hybridnas.export.hf import read, read_arch
 from tests.oracles import randomize, relative
 
 transformers = pytest.importorskip("transformers")
-COMPLETE = sorted(set(RELEASED) - {"falcon_h1_3b", "falcon_h1_7b"})  # their multipliers are not at hand
+UNREAD = {"recurrent_gemma_2b", "recurrent_gemma_9b"}  # their class is not read
+COMPLETE = sorted(set(RELEASED) - UNREAD - {"falcon_h1_3b", "falcon_h1_7b"})  # multipliers are not at hand
 
 
 def function_of(arch):
