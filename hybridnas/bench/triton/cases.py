@@ -57,10 +57,10 @@ def conv_launches(taps: int, dtype: torch.dtype, full: bool) -> list[Launch]:
 def diagonal_launches(planes: int, dtype: torch.dtype, full: bool) -> list[Launch]:
     """Return what a forward and backward diagonal scan would launch; 2 planes: complex; ``full`` as for the scan."""
     x, state = _empty(planes, _B, _L, _D, dtype=dtype), _empty(planes, _B, _D)
-    given = (state, _empty(_B, _L, dtype=torch.uint8)) if full else (None, None)
+    initial, reset = (state, _empty(_B, _L, dtype=torch.uint8)) if full else (None, None)
     with recording() as launches:
-        h = diagonal.diagonal_forward(x, x, *given)
-        diagonal.diagonal_backward(x, x, *given, h, h)
+        h = diagonal.diagonal_forward(x, x, initial, reset)
+        diagonal.diagonal_backward(x, x, initial, reset, h, h)
     return launches
 
 

@@ -67,7 +67,7 @@ def diagonal_scan(
 def _check(inputs: Inputs) -> None:
     a, x, initial_state, seq_idx = inputs
     wide = tuple(x.shape) if x.dim() == 3 else (0, 0, 0)
-    given = [("x", x, "(B, L, D)", wide), ("a", a, "(B, L, D)", wide)]
+    given: list[tuple[str, Tensor, str, tuple[int, ...]]] = [("x", x, "(B, L, D)", wide), ("a", a, "(B, L, D)", wide)]
     if initial_state is not None:
         given.append(("initial_state", initial_state, "(B, D)", (wide[0], wide[2])))
     for name, tensor, letters, shape in given:
