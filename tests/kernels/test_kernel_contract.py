@@ -14,7 +14,9 @@ import hybridnas.kernels.causal_conv1d as conv
 import hybridnas.kernels.cross_entropy as loss
 import hybridnas.kernels.delta_step as delta
 import hybridnas.kernels.diagonal_scan as diagonal
+import hybridnas.kernels.diagonal_ssm as filters
 import hybridnas.kernels.gated_delta as recurrence
+import hybridnas.kernels.gated_rnn as gated
 import hybridnas.kernels.mamba_step as step
 import hybridnas.kernels.moe_dispatch as moe
 import hybridnas.kernels.rmsnorm as norms
@@ -28,7 +30,9 @@ from hybridnas.kernels.causal_conv1d import causal_conv1d
 from hybridnas.kernels.cross_entropy import cross_entropy, linear_cross_entropy, token_scores
 from hybridnas.kernels.delta_step import Form, delta_step
 from hybridnas.kernels.diagonal_scan import diagonal_scan
+from hybridnas.kernels.diagonal_ssm import diagonal_ssm
 from hybridnas.kernels.gated_delta import gated_delta
+from hybridnas.kernels.gated_rnn import gated_rnn
 from hybridnas.kernels.mamba_step import Norm, Weights, mamba_step
 from hybridnas.kernels.moe_dispatch import Experts, expert_choice, token_choice
 from hybridnas.kernels.rmsnorm import add_norm, layer_norm, rms_norm
@@ -79,6 +83,18 @@ def _gated_delta(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor
 def _diagonal(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
     ids = integers(3, batch, length).sort(1).values
     return diagonal_scan(**v, seq_idx=ids, return_final_state=True, impl=impl)
+
+
+def _diagonal_ssm(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
+    given = {**v, "log_decay": -v["log_decay"].square()}
+    return diagonal_ssm(**given, return_final_state=True, impl=impl)
+
+
+def _gated_rnn(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
+    given = dict(v)
+    state = given.pop("h"), given.pop("c")
+    y, after = gated_rnn(**given, initial_state=state, kind="lstm", impl=impl)
+    return y, *after
 
 
 def _conv(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
@@ -179,6 +195,26 @@ OPS = {
         lambda b, n: {"a": (b, n, D), "x": (b, n, D), "initial_state": (b, D)},
         _diagonal,
         lambda b, n: [(b, n, D), (b, D)],
+    ),
+    "diagonal_ssm": Op(
+        filters.OPERATION,
+        lambda b, n: {"u": (b, n, D), "log_decay": (D, N), "weight": (D, N), "initial_state": (b, D, N)},
+        _diagonal_ssm,
+        lambda b, n: [(b, n, D), (b, D, N)],
+    ),
+    "gated_rnn": Op(
+        gated.OPERATION,
+        lambda b, n: {
+            "x": (b, n, D),
+            "weight_ih": (4 * N, D),
+            "weight_hh": (4 * N, N),
+            "bias_ih": (4 * N,),
+            "bias_hh": (4 * N,),
+            "h": (b, N),
+            "c": (b, N),
+        },
+        _gated_rnn,
+        lambda b, n: [(b, n, N), (b, N), (b, N)],
     ),
     "causal_conv1d": Op(
         conv.OPERATION,
@@ -343,7 +379,7 @@ def test_empty_inputs_give_empty_outputs_and_gradients_of_every_inputs_shape(nam
     assert all(g.isfinite().all() for g in gradients.values())
 
 
-STATEFUL = ("selective_scan", "ssd", "gated_delta", "diagonal_scan")
+STATEFUL = ("selective_scan", "ssd", "gated_delta", "diagonal_scan", "diagonal_ssm")
 
 
 @pytest.mark.parametrize(("name", "impl"), [case for case in CASES if case.values[0] in STATEFUL])
