@@ -254,6 +254,7 @@ RELEASED: dict[str, tuple[str, dict[str, Any]]] = {  # preset -> class of the mo
             "intermediate_size": 24576,
         },
     ),
+    "xlstm_7b": ("xLSTM", {}),
     "lfm2_350m": ("Lfm2", _lfm2(1024, 6656, 16, _LFM2)),
     "lfm2_700m": ("Lfm2", _lfm2(1536, 10240, 24, _LFM2)),
     "lfm2_1_2b": ("Lfm2", _lfm2(2048, 12288, 32, _LFM2)),

@@ -36,6 +36,7 @@ _LAYER_TYPES = {
     "N": "linear_attention",
     "G": "linear_attention",
     "R": "linear_attention",
+    "X": "linear_attention",
     "A": "full_attention",
     "S": "sliding_attention",
     "C": "conv",

@@ -69,7 +69,7 @@ def test_of_a_factor_and_a_width_the_one_given_nearer_counts(arch, width):
         (lambda: Arch.from_pattern("M", d_model=8), "architecture needs a value for 'vocab_size'"),
         (lambda: small("M").replace(d_states=4), r"has a field 'd_states'; did you mean 'd_state'\?"),
         (lambda: Arch.from_dict({"d_model": 8}), "an architecture needs a 'pattern'"),
-        (lambda: Arch.from_dict({**small("M").to_dict(), "blocks": {"X": {}}}), "blocks has unknown letter 'X'"),
+        (lambda: Arch.from_dict({**small("M").to_dict(), "blocks": {"Q": {}}}), "blocks has unknown letter 'Q'"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_place_and_what_is_allowed(make, words):

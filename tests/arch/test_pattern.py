@@ -117,9 +117,9 @@ def test_folding_118_random_layers_ends_at_once_and_expands_back():
 
 def test_an_unknown_letter_is_pointed_at_and_the_known_ones_are_listed():
     with pytest.raises(PatternError) as caught:
-        parse("(MMXA)x6")
+        parse("(MMQA)x6")
     lines = str(caught.value).splitlines()
-    assert lines[:3] == ["pattern '(MMXA)x6' has unknown letter 'X' at character 4", "    (MMXA)x6", "       ^"]
+    assert lines[:3] == ["pattern '(MMQA)x6' has unknown letter 'Q' at character 4", "    (MMQA)x6", "       ^"]
     known = lines[3].removeprefix("  known letters: ").split(", ")
     assert {"A attention", "E moe", "F mlp", "G gated_deltanet", "M mamba"} <= set(known)
     assert known == sorted(known)

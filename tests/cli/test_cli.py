@@ -254,7 +254,7 @@ def test_a_mistake_names_the_setting_what_was_got_and_what_is_allowed(
 
 
 SENTENCES = [  # golden sentences: the style of all
-    (["describe", "pattern=(MX)x2", LIGHT], "PatternError: pattern '(MX)x2' has unknown letter 'X' at character 3"),
+    (["describe", "pattern=(MQ)x2", LIGHT], "PatternError: pattern '(MQ)x2' has unknown letter 'Q' at character 3"),
     (["describe", "pattern=ME", "d_model=64"], "describe has no setting 'd_model'; did you mean 'arch.d_model'?"),
     (["describe", "preset=mambo"], "describe preset=mambo is unknown; did you mean 'mamba'? (options: "),
     (

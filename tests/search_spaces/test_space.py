@@ -464,22 +464,22 @@ def test_keys_of_another_shape_that_are_empty_are_left_out(keys, shape):
 @pytest.mark.parametrize(
     ("keys", "field"),
     [
-        ({"letters": ["M", "X"], "motif_length": [1]}, "space.letters"),
-        ({**BASE, "insert": "X"}, "space.insert"),
-        ({"candidates": [{"motif": "X"}]}, "space.candidates"),
+        ({"letters": ["M", "Q"], "motif_length": [1]}, "space.letters"),
+        ({**BASE, "insert": "Q"}, "space.insert"),
+        ({"candidates": [{"motif": "Q"}]}, "space.candidates"),
     ],
 )
 def test_unknown_letters_are_pointed_at(keys, field):
-    with pytest.raises(PatternError, match=r"space 'mine' .* unknown letter 'X'") as caught:
+    with pytest.raises(PatternError, match=r"space 'mine' .* unknown letter 'Q'") as caught:
         space(**keys)
-    assert (caught.value.field, caught.value.got) == (field, "X")
+    assert (caught.value.field, caught.value.got) == (field, "Q")
 
 
 def test_an_unknown_letter_in_a_file_names_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("search_spaces").mkdir()
-    Path("search_spaces/mine.yaml").write_text("letters: [M, X]\nmotif_length: 2\n")
-    with pytest.raises(PatternError, match=r"^search_spaces.mine\.yaml: space 'mine' letters: pattern 'X' has unknown"):
+    Path("search_spaces/mine.yaml").write_text("letters: [M, Q]\nmotif_length: 2\n")
+    with pytest.raises(PatternError, match=r"^search_spaces.mine\.yaml: space 'mine' letters: pattern 'Q' has unknown"):
         load_space("mine")
 
 
