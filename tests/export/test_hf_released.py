@@ -11,7 +11,7 @@ from hybridnas.export.hf import read, read_arch
 from tests.oracles import randomize, relative
 
 transformers = pytest.importorskip("transformers")
-UNREAD = {"recurrent_gemma_2b", "recurrent_gemma_9b"}  # their class is not read
+UNREAD = {"xlstm_7b"}  # its class is not read
 COMPLETE = sorted(set(RELEASED) - UNREAD - {"falcon_h1_3b", "falcon_h1_7b"})  # multipliers are not at hand
 
 
@@ -93,6 +93,7 @@ ONE_OF_A_FAMILY = {
     "olmo_hybrid": {"num_key_value_heads": 4},
     "kimi_linear": {"num_key_value_heads": 4},
     "minimax_text_01": {"rotary_dim": None, "block_size": 16},  # its class turns whole heads
+    "recurrent_gemma_2b": {"num_key_value_heads": 1, "attention_window_size": 9},
     "lfm2_350m": {"full_attn_idxs": [3]},
     "lfm2_8b_a1b": {},
 }

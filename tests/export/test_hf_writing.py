@@ -12,7 +12,7 @@ from hybridnas.export.hf.fitting import chosen, exportable, fit, formats
 from hybridnas.export.hf.weights import as_in_class
 from hybridnas.export.hf.writing import compared, export_native
 from hybridnas.export.layout import probe_ids
-from tests.export.test_hf_families import MODELS, every_model, theirs_of
+from tests.export.test_hf_families import MODELS, theirs_of
 
 pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
@@ -111,7 +111,7 @@ def ours_of(name):
 OWN_NAMES = {"olmo_hybrid", "kimi_linear"}
 
 
-@every_model
+@pytest.mark.parametrize("name", [name for name in MODELS if name.partition(",")[0] in formats()])
 def test_what_was_read_is_written_as_transformers_writes_it_and_read_again(name, tmp_path):
     theirs_of(name).save_pretrained(tmp_path / "theirs")
     ours = read(theirs_of(name))
@@ -261,7 +261,7 @@ def test_norms_with_weights_around_one_become_weights_around_zero_and_back():
 
 def test_every_format_has_a_pattern_and_a_model_here():
     assert set(OURS) == set(formats())
-    assert {name.partition(",")[0] for name in MODELS} == set(formats())
+    assert {name.partition(",")[0] for name in MODELS} == {*formats(), "recurrent_gemma"}  # that is read alone
 
 
 def test_code_of_a_model_that_is_not_known_is_never_run(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,12 @@ RELEASES = (
 )
 
 
+def root_of_width(d_model: int) -> float:
+    """Return the factor on the embedding: sqrt(d_model) in bfloat16, as the makers compute it in any dtype."""
+    part, exponent = math.frexp(d_model**0.5)
+    return math.ldexp(round(part * 256), exponent - 8)
+
+
 @register_family(*RELEASES)
 def recurrent_gemma(release: RecurrentGemma, *, d_model: int, n_blocks: int, vocab_size: int) -> Arch:
     """Two RG-LRU to one attention over 2,048 tokens with one key head and half rotary heads; gated GELU."""
@@ -61,7 +68,7 @@ def recurrent_gemma(release: RecurrentGemma, *, d_model: int, n_blocks: int, voc
         norm="rmsnorm_zero",
         norm_eps=1e-6,
         final_norm=True,
-        embedding_multiplier=d_model**0.5,
+        embedding_multiplier=root_of_width(d_model),
         final_softcap=30.0,
         R={"d_inner": d_model, "n_heads": release.heads if ratio == 1 else None},
         A={**heads, "window": 2048, "rotary_fraction": 0.5, "out_bias": True},

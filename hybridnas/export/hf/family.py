@@ -33,6 +33,7 @@ class Family:
     )  # of the releases
     needs_attention: bool = False  # whether the class cannot decode without, since its cache counts tokens there
     hub: Hub = Hub()  # names of released checkpoints
+    written: bool = True  # whether it is a format of exports; else ``config`` raises ConfigError that says why not
 
     def settings(self, config: Mapping[str, Any]) -> Settings:
         """Return the values of a config of this family."""

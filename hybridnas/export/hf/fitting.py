@@ -52,7 +52,8 @@ class Fit:
 
 def formats() -> tuple[str, ...]:
     """Return the names of all formats, in the order in which they are tried."""
-    names = {FAMILIES.get(name).model_types[0] for name in FAMILIES}
+    families = [FAMILIES.get(name) for name in FAMILIES]
+    names = {family.model_types[0] for family in families if family.written}
     return (*_ORDER, *sorted(names - set(_ORDER)))
 
 
