@@ -25,7 +25,6 @@ from hybridnas.registry import register_block
 
 _HEAD = 64  # value channels of a head by default; xLSTM-7B has 512
 _INPUT_BIAS, _FORGET_BIAS = -10.0, (3.0, 6.0)  # of the gates at initialisation, the latter over the heads
-_APART = 1e6  # more than any two logarithms of one document differ by
 
 
 @exportable
@@ -184,19 +183,25 @@ class Mlstm(Block):
         """Return the running maximum before and after each step, (B, L, H) in float64.
 
         With the sums s_t of log f, m_t - s_t is the running maximum of log i_t - s_t, where a sequence begins also of
-        m_0 - s_0, m_0 being 0. A document that begins moves all later sums down, out of reach of those before it.
+        m_0 = 0. In each document the sums begin again, and what is compared is raised by more than all before it.
         """
         input_BLH, forget_BLH = input_BLH.double(), forget_BLH.double()
         batch, length, heads = input_BLH.shape
-        first_BL = torch.zeros(batch, length, dtype=torch.bool, device=input_BLH.device)
-        if segments_BL is not None:
-            first_BL[:, 1:] = segments_BL[:, 1:] != segments_BL[:, :-1]
-        sums_BLH = (forget_BLH - _APART * first_BL[..., None]).cumsum(1)
+        sums_BLH, raised_BLH = forget_BLH.cumsum(1), torch.zeros_like(forget_BLH)
         start_BH = sums_BLH.new_zeros(batch, heads) if before is None else before.maximum_BH.double()
-        begins_BLH = (forget_BLH - sums_BLH).masked_fill(~first_BL[..., None], -torch.inf)
-        candidates_BLH = torch.cat([start_BH[:, None], torch.maximum(input_BLH - sums_BLH, begins_BLH)], 1)
-        highest_BLH = candidates_BLH.cummax(1).values
-        maximum_BLH = highest_BLH[:, 1:] + sums_BLH
+        candidates_BLH = input_BLH - sums_BLH
+        if segments_BL is not None and length:
+            first_BL = torch.zeros(batch, length, dtype=torch.bool, device=input_BLH.device)
+            first_BL[:, 1:] = segments_BL[:, 1:] != segments_BL[:, :-1]
+            place_L = torch.arange(length, device=input_BLH.device)
+            begin_BL = torch.where(first_BL, place_L, 0).cummax(1).values
+            sums_BLH = sums_BLH - (sums_BLH - forget_BLH).gather(1, begin_BL[..., None].expand(-1, -1, heads))
+            candidates_BLH = input_BLH - sums_BLH
+            candidates_BLH = torch.where(first_BL[..., None], candidates_BLH.clamp_min(0.0), candidates_BLH)
+            apart_BH = candidates_BLH.amax(1).clamp_min(0.0) - candidates_BLH.amin(1) + 1
+            raised_BLH = first_BL.cumsum(1)[..., None] * apart_BH[:, None]
+        highest_BLH = torch.cat([start_BH[:, None], candidates_BLH + raised_BLH], 1).cummax(1).values
+        maximum_BLH = highest_BLH[:, 1:] - raised_BLH + sums_BLH
         earlier_BLH = torch.cat([start_BH[:, None], maximum_BLH], 1)[:, :length]
         return earlier_BLH, maximum_BLH
 
