@@ -350,6 +350,7 @@ HARMLESS = {
     *("num_mtp_layers", "num_nextn_predict_layers", "mtp_layers_block_type", "moe_shared_expert_overlap"),
     "mamba_d_head",  # read with the default of the class, which is text in place of a number
     *("layer_types", "base_config_key", "ignore_keys_at_rope_validation"),
+    "w_init_variance_scale",
 }
 # Settings that a class has and does not read.
 NOT_READ = {
