@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from hybridnas.arch.model import HybridLM
 from hybridnas.arch.presets import PRESETS, list_presets, preset, preset_arguments, recipe
@@ -170,3 +171,12 @@ def test_listing_presets_imports_no_torch():
         "import sys; from hybridnas.arch.presets import list_presets; list_presets(); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_recurrent_baselines_have_the_weights_of_torchs_modules(kind):
+    arch = preset(f"{kind}_mlp", d_model=48, n_blocks=3, vocab_size=16)
+    rnn, out, ff = getattr(torch.nn, kind.upper())(48, 48), torch.nn.Linear(48, 48), torch.nn.Linear(48, 192)
+    one = sum(p.numel() for module in (rnn, out, ff) for p in module.parameters()) + 192 * 48 + 48 + 4 * 48
+    assert (arch.pattern.letters, arch.cost().params) == ("UF" * 3, 3 * one)
+    assert preset("s4d_mlp", d_model=48, n_blocks=3, vocab_size=16).pattern.letters == "DF" * 3
