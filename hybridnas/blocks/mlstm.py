@@ -24,7 +24,7 @@ from hybridnas.layers.split_linear import split_linear
 from hybridnas.registry import register_block
 
 _HEAD = 64  # value channels of a head by default; xLSTM-7B has 512
-_INPUT_BIAS, _FORGET_BIAS = -10.0, (3.0, 6.0)  # of the gates at initialisation, the latter over the heads
+_INPUT_STD, _FORGET_BIAS = 0.1, (3.0, 6.0)  # of the gates' biases at initialisation, the latter over the heads
 
 
 @exportable
@@ -214,7 +214,10 @@ class Mlstm(Block):
         )
 
     def reset_parameters(self, init_scale: float = 0.1) -> None:
-        """Draw truncated-normal projections; gates as the authors: weights 0, biases -10 and, to forget, 3 to 6."""
+        """Draw truncated-normal projections; gates as in xLSTM: weights 0, biases near 0 and, to forget, 3 to 6.
+
+        xLSTM-7B begins with input gates of -10, whose gradients are below Adam's epsilon in a small model.
+        """
         for linear in (self.in_proj, self.out_proj):
             truncated_normal_(linear.weight, linear.in_features, init_scale)
             if linear.bias is not None:
@@ -223,7 +226,7 @@ class Mlstm(Block):
         heads = self.config.heads
         with torch.no_grad():
             self.gates.weight.zero_()
-            self.gates.bias[:heads] = _INPUT_BIAS
+            self.gates.bias[:heads].normal_(std=_INPUT_STD)
             low, high = _FORGET_BIAS
             self.gates.bias[heads:] = torch.linspace(low, high, heads, device=self.gates.bias.device)
 

@@ -1,6 +1,6 @@
 """Real-gated linear recurrent unit, letter R: the recurrent block of Griffin and RecurrentGemma (De et al. 2024).
 
-Shapes: B batch, L length, D d_model, I d_inner, K d_conv, H blocks of the gates, P = I / H channels of a block.
+Shapes: B batch, L length, D d_model, I d_inner, K d_conv, H blocks of a gate's matrix, P = I / H channels of a block.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class RgLru(Block):
         """Fields of the RG-LRU block."""
 
         d_inner: int | None = option(None, "width of the recurrence; none: d_model [channels]", ge=1)
-        n_heads: int | None = option(None, "blocks of the gates' matrices; none: of 64 channels [count]", ge=1)
+        gate_blocks: int | None = option(None, "blocks of the gates' matrices; none: of 64 channels [count]", ge=1)
         d_conv: int = option(4, "taps of the causal convolution [tokens]", ge=1)
         conv_bias: bool = option(True, "bias of the convolution")
         bias: bool = option(True, "biases of the three projections")
@@ -67,13 +67,13 @@ class RgLru(Block):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            if self.width % self.heads:
-                near = largest_divisor(self.width, self.heads)
+            if self.width % self.blocks:
+                near = largest_divisor(self.width, self.blocks)
                 raise ConfigError(
-                    f"{self.label()} n_heads={self.heads} does not divide the inner width {self.width}; "
-                    f"use n_heads={near}",
-                    field="n_heads",
-                    got=self.heads,
+                    f"{self.label()} gate_blocks={self.blocks} does not divide the inner width {self.width}; "
+                    f"use gate_blocks={near}",
+                    field="gate_blocks",
+                    got=self.blocks,
                     allowed=f"a divisor of {self.width}, such as {near}",
                 )
 
@@ -83,15 +83,17 @@ class RgLru(Block):
             return self.d_inner if self.d_inner is not None else self.d_model
 
         @property
-        def heads(self) -> int:
-            """Return n_heads with its default resolved."""
+        def blocks(self) -> int:
+            """Return gate_blocks with its default resolved."""
             return (
-                self.n_heads if self.n_heads is not None else largest_divisor(self.width, max(1, self.width // _HEAD))
+                self.gate_blocks
+                if self.gate_blocks is not None
+                else largest_divisor(self.width, max(1, self.width // _HEAD))
             )
 
         def cost(self, seq_len: int, dtype_bytes: int = 4) -> Cost:
             d, di, kernels = self.d_model, self.width, self.kernel_flops()
-            matrices = 3 * d * di + 2 * di * di // self.heads
+            matrices = 3 * d * di + 2 * di * di // self.blocks
             biases = (2 * di + d if self.bias else 0) + 2 * di + (di if self.conv_bias else 0)
             params = matrices + biases + self.d_conv * di + di  # the last: the decays
             state = (self.d_conv - 1) * di * dtype_bytes + 4 * di + 1
@@ -103,7 +105,7 @@ class RgLru(Block):
             return {"diagonal_scan": 9.0 * self.width, "causal_conv1d": 2.0 * self.d_conv * self.width}
 
         def canonical(self) -> dict[str, Any]:
-            return {**self.to_dict(), "d_inner": self.width, "n_heads": self.heads}
+            return {**self.to_dict(), "d_inner": self.width, "gate_blocks": self.blocks}
 
     def __init__(self, config: Config, *, impl: Impl = Impl.AUTO) -> None:
         super().__init__(config, impl=impl)
@@ -112,15 +114,15 @@ class RgLru(Block):
         self.linear_x = nn.Linear(d, di, bias=config.bias)
         self.linear_out = nn.Linear(di, d, bias=config.bias)
         self.conv_1d = ShortConvolution(di, config.d_conv, bias=config.conv_bias, activation=None, impl=impl)
-        self.rg_lru = _Recurrence(di, config.heads, impl)
+        self.rg_lru = _Recurrence(di, config.blocks, impl)
         self.reset_parameters()
 
     @classmethod
     def test_configs(cls) -> Sequence[Variant]:
         return [
             Variant(),
-            Variant(fields={"n_heads": 4, "bias": False, "conv_bias": False, "activation": "silu"}),
-            Variant(fields={"d_inner": 24, "n_heads": 3, "d_conv": 1}),
+            Variant(fields={"gate_blocks": 4, "bias": False, "conv_bias": False, "activation": "silu"}),
+            Variant(fields={"d_inner": 24, "gate_blocks": 3, "d_conv": 1}),
         ]
 
     def forward(self, x_BLD: Tensor, state: State | None = None, segments_BL: Tensor | None = None) -> BlockOutput:
@@ -155,11 +157,11 @@ class RgLru(Block):
         config: RgLru.Config = self.config
         if config.d_inner is not None:
             growth = 1.0
-        elif config.n_heads is not None:
+        elif config.gate_blocks is not None:
             growth = config.d_model / base_width
         else:
             base = config.replace(d_model=base_width)
-            growth = (config.width // config.heads) / (base.width // base.heads)
+            growth = (config.width // config.blocks) / (base.width // base.blocks)
         return {f"rg_lru.{name}_gate_weight": matrix(growth) for name in ("input", "recurrent")}
 
     def implementations(self, device: torch.device) -> dict[str, str]:

@@ -150,6 +150,7 @@ def test_a_check_that_does_not_exist_is_refused():
         ("M", {"d_model": 512}, 1_694_720, 1_694_720),
         ("M", {"d_model": 768}, 3_770_880, 3_770_880),
         ("A", {"d_model": 512, "n_heads": 8}, 4 * 512**2, 4 * 512**2),
+        ("R", {"d_model": 2560, "gate_blocks": 10}, 3 * 2560**2 + 512 * 2560 + 11 * 2560, 3 * 2560**2 + 523 * 2560),
         ("C", {"d_model": 1024}, 4 * 1024**2 + 3 * 1024, 4 * 1024**2 + 3 * 1024),  # LFM2-350M's
         ("F", {"d_model": 512}, 2 * 512 * 2048 + 2048 + 512, 2 * 512 * 2048 + 2048 + 512),
         (
@@ -232,6 +233,12 @@ def _cached_block(index):
         ("L", {"d_model": 16, "kind": "deltanet", "norm": "sum"}, "norm", "sum"),
         ("L", {"d_model": 16, "feature_map": "l2"}, "feature_map", "l2"),
         ("L", {"d_model": 16, "conv_bias": True}, "conv_bias", True),
+        ("R", {"d_model": 16, "gate_blocks": 3}, "gate_blocks", 3),
+        ("D", {"d_model": 16, "d_state": 5}, "d_state", 5),
+        ("D", {"d_model": 16, "init": "hippo"}, "init", "hippo"),
+        ("U", {"d_model": 16, "kind": "rnn"}, "kind", "rnn"),
+        ("X", {"d_model": 16, "n_heads": 3}, "n_heads", 3),
+        ("Y", {"d_model": 16, "d_state": 0}, "d_state", 0),
     ],
 )
 def test_impossible_settings_are_refused_in_one_sentence(letter, fields, field, got):

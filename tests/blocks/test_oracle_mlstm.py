@@ -18,9 +18,10 @@ def pair(dtype, *, bias=False, eps=1e-6, cap=15.0):
     from transformers.models.xlstm.configuration_xlstm import xLSTMConfig
 
     config = xLSTMConfig(
-        hidden_size=WIDTH, num_heads=HEADS, num_hidden_layers=1, use_bias=bias, gate_soft_cap=cap,
+        hidden_size=WIDTH, num_heads=HEADS, num_hidden_layers=1, use_bias=bias,
         norm_reduction_force_float32=False,
     )  # fmt: skip
+    vars(config)["gate_soft_cap"] = cap  # the class takes no None, its function does
     torch.manual_seed(0)
     theirs = module.xLSTMLayer(config).to(dtype)
     randomize(theirs)
@@ -87,7 +88,7 @@ def test_gates_without_a_cap_may_be_of_any_size():
     output, gradients = relative_errors(ours, theirs, pairs, x, run_ours=run_ours)
     assert torch.exp(ours._log_gates(x)[0].float()).isinf().any()  # would overflow without the running maximum
     assert output <= 1e-11
-    assert gradients <= 1e-10
+    assert gradients <= 1e-8  # through gates of up to e^100
 
 
 def test_documents_in_a_row_are_the_documents_alone():

@@ -21,7 +21,7 @@ def pair(dtype, width=24):
             if "rg_lru" in name:
                 parameter.zero_()
     randomize(theirs)
-    ours = RgLru(RgLru.Config(d_model=24, d_inner=width, n_heads=3)).to(dtype)
+    ours = RgLru(RgLru.Config(d_model=24, d_inner=width, gate_blocks=3)).to(dtype)
     return ours, theirs, [(name, None, name, None) for name, _ in ours.named_parameters()]
 
 

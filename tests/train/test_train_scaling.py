@@ -21,6 +21,11 @@ MUP = {"rate_scaling": "mup", "base_width": 8}  # the models of these tests are 
 WIDTHS = (32, 128)
 
 
+CONSTANT = (  # parameters of several dimensions whose fan-in does not grow: tables, and those of each channel
+    *("embedding.weight", ".A_log", ".log_A_real", ".A_imag", ".C", ".poles", ".residues", "_gate_bias"),
+)
+
+
 def letters():
     return [letter for letter in BLOCKS if not BLOCKS.get(letter).same_as]
 
@@ -70,7 +75,7 @@ def test_what_steps_change_is_of_one_size_at_all_widths(letter):
 def test_matrices_have_the_rate_of_their_fan_in_and_all_else_that_of_the_base(letter):
     found = factors(model_of(letter), **MUP)
     for name, p in named_parameters(model_of(letter)).items():
-        if p.ndim < 2 or "conv" in name or name.endswith((".A_log", "embedding.weight")):
+        if p.ndim < 2 or "conv" in name or name.endswith(CONSTANT):
             assert found[name] == 1, name
         elif not name.endswith("dt_proj.weight"):  # whose fan-in is a rank of 1 at both widths
             assert found[name] == 0.5, name

@@ -70,7 +70,7 @@ def recurrent_gemma(release: RecurrentGemma, *, d_model: int, n_blocks: int, voc
         final_norm=True,
         embedding_multiplier=root_of_width(d_model),
         final_softcap=30.0,
-        R={"d_inner": d_model, "n_heads": release.heads if ratio == 1 else None},
+        R={"d_inner": d_model, "gate_blocks": release.heads if ratio == 1 else None},
         A={**heads, "window": 2048, "rotary_fraction": 0.5, "out_bias": True},
         F={"d_ff": width(release.d_ff, ratio), "activation": "gelu_tanh", "gated": True, "bias": True},
     )

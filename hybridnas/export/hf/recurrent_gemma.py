@@ -50,7 +50,7 @@ def arch(config: Settings) -> Arch:
         final_softcap=float(config["logits_soft_cap"]),
         R={
             "d_inner": width,
-            "n_heads": config["num_attention_heads"],
+            "gate_blocks": config["num_attention_heads"],
             "d_conv": config["conv1d_width"],
             "activation": activation,
         },
