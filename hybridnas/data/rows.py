@@ -10,7 +10,7 @@ import csv
 import functools
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html.parser import HTMLParser
 from typing import IO, Any
 
@@ -18,8 +18,8 @@ from hybridnas.data.config import DataConfig
 from hybridnas.data.opening import UNSOUND, CorpusFile, NotTextError, open_bytes, open_text
 from hybridnas.errors import DataError, suggest
 
-Row = Callable[[], bytes]  # the text of a row; raises BadRowError where there is none
-Reader = Callable[[CorpusFile, DataConfig], Iterator[Row]]
+Row = tuple[Callable[[], Any], str]  # what reads a row's fields (raises BadRowError), and where it stands
+Reader = Callable[[CorpusFile, DataConfig, Sequence[str]], Iterator[Row]]  # given the fields that are needed
 TABLES = (".parquet", ".arrow")  # binary
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 _LONGEST_INTEGER = 4000  # digits; Python refuses longer ones, and no field of text has them
@@ -46,6 +46,20 @@ class LeftOut:
 
 def row_text(row: Any, config: DataConfig, where: str) -> bytes:
     """Return the text of a row as UTF-8; raises BadRowError that opens with ``where`` if there is none."""
+    text = _as_text(field_of(row, config.text_field, where, "text_field"), config, where)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise BadRowError(
+            f"{where} field {config.text_field!r} holds half a surrogate pair, which is not text"
+        ) from None
+
+
+def field_of(row: Any, name: str, where: str, setting: str) -> Any:
+    """Return what a row has under a name, ``a.b`` being b within a; ``setting`` is where the name was given.
+
+    Raises BadRowError that opens with ``where`` where there is none.
+    """
     if not isinstance(row, Mapping):
         raise BadRowError(
             f"{where} is not an object of named fields but {type(row).__name__}; {_MEND}",
@@ -53,24 +67,19 @@ def row_text(row: Any, config: DataConfig, where: str) -> bytes:
             got=type(row).__name__,
             allowed="an object of named fields",
         )
-    name = config.text_field
     value: Any = row
     for part in (name,) if name in row else name.split("."):
         if not isinstance(value, Mapping) or part not in value:
             have = value if isinstance(value, Mapping) else row
             close = suggest(part, map(str, have)).replace("allowed", "it has")
             raise BadRowError(
-                f"{where} has no field {name!r}{close}; set data.text_field",
-                field="data.text_field",
+                f"{where} has no field {name!r}{close}; set data.{setting}",
+                field=f"data.{setting}",
                 got=name,
                 allowed=tuple(map(str, have)),
             )
         value = value[part]
-    text = _as_text(value, config, where)
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        raise BadRowError(f"{where} field {name!r} holds half a surrogate pair, which is not text") from None
+    return value
 
 
 def _as_text(value: Any, config: DataConfig, where: str) -> str:
@@ -122,17 +131,15 @@ def _template(text: str) -> Any:
     return ImmutableSandboxedEnvironment().from_string(text)
 
 
-def _json_lines(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
-    def read(line: bytes, where: str) -> bytes:
-        return row_text(_parse(line, where), config, where)
-
+def _json_lines(file: CorpusFile, config: DataConfig, fields: Sequence[str]) -> Iterator[Row]:
     with open_text(file, config.encoding) as handle:
         for number, line in enumerate(handle, start=1):
             if line.strip():
-                yield functools.partial(read, line, f"{file.place} line {number}")
+                where = f"{file.place} line {number}"
+                yield functools.partial(_parse, line, where), where
 
 
-def _json(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
+def _json(file: CorpusFile, config: DataConfig, fields: Sequence[str]) -> Iterator[Row]:
     with open_text(file, config.encoding) as handle:
         rows = _parse(handle.read(), file.place)
     if not isinstance(rows, list):
@@ -144,7 +151,7 @@ def _json(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
             allowed="a list of objects",
         )
     for number, row in enumerate(rows, start=1):
-        yield functools.partial(row_text, row, config, f"{file.place} item {number}")
+        yield functools.partial(_given, row), f"{file.place} item {number}"
 
 
 def _parse(text: bytes, where: str) -> Any:
@@ -158,11 +165,16 @@ def _parse(text: bytes, where: str) -> Any:
         raise BadRowError(f"{where} is nested too deeply to be read; {_MEND}") from None
 
 
+def _given(row: Any) -> Any:
+    """Return a row that needs no reading."""
+    return row
+
+
 def _integer(digits: str) -> int | str:
     return int(digits) if len(digits) <= _LONGEST_INTEGER else digits
 
 
-def _separated(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
+def _separated(file: CorpusFile, config: DataConfig, fields: Sequence[str]) -> Iterator[Row]:
     """Yield cells as the text that stands there: csv knows no missing value and no number."""
     csv.field_size_limit(1 << 30)
     with open_text(file, config.encoding) as handle:
@@ -170,12 +182,12 @@ def _separated(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
         try:
             header = text.readline()
             names = next(csv.reader([header]), [])
-            separator = "\t" if file.suffix == ".tsv" else _separator(header, config.text_field)
+            separator = "\t" if file.suffix == ".tsv" else _separator(header, fields[0])
             names = next(csv.reader([header], delimiter=separator), [])
             for number, cells in enumerate(csv.reader(text, delimiter=separator), start=1):
                 if cells:  # an empty line is no row
                     row = dict(zip(names, cells, strict=False))
-                    yield functools.partial(row_text, row, config, f"{file.place} row {number}")
+                    yield functools.partial(_given, row), f"{file.place} row {number}"
         except UnicodeDecodeError as error:
             raise NotTextError(
                 f"{file.place} is not UTF-8 text: {error.reason}; set data.encoding, convert it to UTF-8, or leave it "
@@ -190,11 +202,10 @@ def _separator(header: str, field: str) -> str:
     return next((one for one in _SEPARATORS if field in next(csv.reader([header], delimiter=one), [])), ",")
 
 
-def _table(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
+def _table(file: CorpusFile, config: DataConfig, fields: Sequence[str]) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    outer = config.text_field.partition(".")[0]
     number = 0
     with open_bytes(file) as opened:
         handle: IO[bytes] = io.BytesIO(opened.read()) if not opened.seekable() else opened
@@ -202,14 +213,15 @@ def _table(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
             if file.suffix == ".parquet":
                 table = pq.ParquetFile(handle)
                 names = table.schema_arrow.names
-                wanted = [one for one in (config.text_field, outer) if one in names][:1] or names
+                found = [[one for one in (field, field.partition(".")[0]) if one in names][:1] for field in fields]
+                wanted = names if [] in found else sorted({one for own in found for one in own})
                 batches = table.iter_batches(columns=wanted)
             else:
                 batches = _arrow(handle, pa)
             for batch in batches:
                 for row in batch.to_pylist():
                     number += 1
-                    yield functools.partial(row_text, row, config, f"{file.place} row {number}")
+                    yield functools.partial(_given, row), f"{file.place} row {number}"
         except (pa.ArrowException, OSError) as error:
             words = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{file.place} cannot be read as {file.suffix[1:]}: {words}") from None
@@ -227,7 +239,7 @@ def _arrow(handle: IO[bytes], pa: Any) -> Iterator[Any]:
         yield reader.get_batch(index)
 
 
-def _notebook(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
+def _notebook(file: CorpusFile, config: DataConfig, fields: Sequence[str]) -> Iterator[Row]:
     """Yield the sources of a Jupyter notebook's cells as one document, outputs and images left out."""
     with open_text(file, config.encoding) as handle:
         read = _parse(handle.read(), file.place)
@@ -236,7 +248,7 @@ def _notebook(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
         text = "\n\n".join(one if isinstance(one, str) else "".join(one) for one in sources)
     except (KeyError, TypeError):
         raise DataError(f"{file.place} is not a Jupyter notebook of version 4; mend or remove it") from None
-    yield (text + "\n" if text else "").encode
+    yield functools.partial(_given, {config.text_field: text + "\n" if text else ""}), file.place
 
 
 class _Page(HTMLParser):
@@ -276,14 +288,14 @@ class _Page(HTMLParser):
         return "\n".join(line if line.startswith(" " * 2) else line.strip() for line in lines if line.strip())
 
 
-def _page(file: CorpusFile, config: DataConfig) -> Iterator[Row]:
+def _page(file: CorpusFile, config: DataConfig, fields: Sequence[str]) -> Iterator[Row]:
     with open_text(file, config.encoding) as handle:
         raw = handle.read()
     page = _Page()
     page.feed(raw.decode("utf-8", "replace"))
     page.close()
     text = page.text()
-    yield (text + "\n" if text else "").encode
+    yield functools.partial(_given, {config.text_field: text + "\n" if text else ""}), file.place
 
 
 READERS: Mapping[str, Reader] = {
@@ -301,16 +313,28 @@ def read_rows(file: CorpusFile, config: DataConfig, left_out: LeftOut | None = N
 
     A row without text is counted in ``left_out`` where the config says so; else BadRowError names it.
     """
+    for text, _ in read_labelled(file, config, None, left_out):
+        yield text
+
+
+def read_labelled(
+    file: CorpusFile, config: DataConfig, label_field: str | None, left_out: LeftOut | None = None
+) -> Iterator[tuple[bytes, Any]]:
+    """Yield the text and the label (None: none is asked for) of each row of a file, as :func:`read_rows`."""
+    fields = [config.text_field] if label_field is None else [config.text_field, label_field]
     try:
-        for row in READERS[file.suffix](file, config):
+        for read, where in READERS[file.suffix](file, config, fields):
             try:
-                text = row()
+                row, label = read(), None
+                text = row_text(row, config, where)
+                if label_field is not None:
+                    label = field_of(row, label_field, where, "label_field")
             except BadRowError as error:
                 if not config.skip_bad_rows:
                     raise
                 if left_out is not None:
                     left_out.add(error)
                 continue
-            yield text
+            yield text, label
     except UNSOUND as error:
         raise DataError(f"{file.place} is not soundly packed ({error}); unpack or remove it") from None
