@@ -183,6 +183,8 @@ def test_the_journal_for_the_dashboard_is_made_from_the_records_and_can_be_lost(
             assert trial.value == (record.valid_loss if record.state == "COMPLETE" else trial.value)
             assert all(trial.intermediate_values[int(tokens)] == loss for tokens, loss in record.rungs)
             assert (trial.user_attrs["name"], trial.user_attrs["state"]) == (record.name, record.state)
+            assert trial.datetime_complete.timestamp() == pytest.approx(record.legs[-1][0])
+            assert trial.duration.total_seconds() == pytest.approx(record.seconds, abs=1e-5)
         assert study.metric_names == ["val_loss"]
         drawn = optuna.load_study(study_name="demo: choices", storage=optuna.storages.JournalStorage(backend)).trials
         for trial, record in zip(drawn, found, strict=True):  # those without choices are in nobody's way

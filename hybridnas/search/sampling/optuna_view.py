@@ -7,6 +7,7 @@ of them. Only Optuna's public API is used.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,7 @@ class OptunaView:
         values = self._values(record)
         state = self._state(record, values, live)
         curve = {} if len(self.objectives) > 1 else self._curve(record, self.rungs if at is None else at)
-        return optuna.trial.create_trial(
+        trial = optuna.trial.create_trial(
             state=state,
             values=values if state == TrialState.COMPLETE else None,
             params=drawn.params if drawn else {},
@@ -109,6 +110,10 @@ class OptunaView:
             user_attrs={**_facts(record), **(_shown(record) if live else {})},
             system_attrs=dict(record.marks),
         )
+        if live and record.legs and trial.state.is_finished():
+            trial.datetime_complete = datetime.datetime.fromtimestamp(record.legs[-1][0])
+            trial.datetime_start = trial.datetime_complete - datetime.timedelta(seconds=record.seconds)
+        return trial
 
     def _values(self, record: TrialRecord) -> list[float] | None:
         found = [record.objectives.get(name) for name in self.objectives]
