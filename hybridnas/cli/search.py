@@ -123,10 +123,10 @@ def _print(summary: Any, search: SearchConfig) -> Done:
     show.line(f"{ended}, {summary.seconds:.0f} s")
     trained = [record for record in summary.records if record.state != INFEASIBLE]
     if summary.ended == "time" and trained and all(record.preset for record in trained):
-        show.line("the presets alone used them, and no candidate of the space was drawn; give more with minutes=N")
+        show.text("the presets alone used them, and no candidate of the space was drawn; give more with minutes=N")
     found = limits_report(summary.records, search.limits, search.state_length)
-    for text in sentences(found):
-        show.line(text)
+    for sentence in sentences(found):
+        show.text(sentence)
     said = [] if summary.meta is None else conclusion(summary.folder, summary.records, summary.meta)
     if summary.best is None:
         if not any(record.state == COMPLETE for record in summary.records):
@@ -138,11 +138,11 @@ def _print(summary: Any, search: SearchConfig) -> Done:
             sure = f"confirmed by {several(len(best.confirmed), 'fresh seed')}"
         test = "" if best.test_loss is None else f", test loss {best.test_loss:.4f}"
         name = best.pattern if best.preset is None else f"{best.preset} {best.pattern}"
-        show.line(f"winner: trial {best.number}, {name}, loss {best.valid_loss:.4f}{test} ({sure})")
-        for text in said:
-            show.line(text)
+        show.text(f"winner: trial {best.number}, {name}, loss {best.valid_loss:.4f}{test} ({sure})")
+        for sentence in said:
+            show.text(sentence)
     if summary.report is None:
-        show.line("other workers go on; the last one to end writes the report, or the search's own command does")
+        show.text("other workers go on; the last one to end writes the report, or the search's own command does")
     else:
         show.line(f"report: {summary.report}")
         if summary.exported is not None:

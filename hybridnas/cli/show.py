@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,6 +17,14 @@ def is_terminal() -> bool:
 def line(text: str) -> None:
     """Print one line."""
     print(text, flush=True)
+
+
+def text(sentence: str) -> None:
+    """Print a sentence, in a terminal between words as wide as it is; for commands take ``line``, to be copied."""
+    if is_terminal():
+        width = shutil.get_terminal_size().columns
+        sentence = textwrap.fill(sentence, width, break_long_words=False, break_on_hyphens=False)
+    print(sentence, flush=True)
 
 
 def table(

@@ -46,7 +46,7 @@ class Share:
         why = ", ".join(f"{name} {count}" for name, count in sorted(self.refused.items()))
         return (
             f"{self.within} of {self.drawn} even draws keep the space's rules and the counted limits "
-            f"({self.within / self.drawn:.0%}, 95 % interval {low:.1%} to {high:.1%})"
+            f"({100 * self.within / self.drawn:.0f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
             + (f"; refused: {why}" if why else "")
         )
 

@@ -51,3 +51,13 @@ def test_columns_that_can_be_spared_are_left_out_before_rows_are_written_as_text
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines if "qk_norm" in line] == [["qk_norm_zero_centered", "[M,E]x8", "[tokens]"]]
     assert "params" not in "".join(lines)
+
+
+def test_sentences_wrap_between_words_in_a_terminal_and_not_in_a_pipe(monkeypatch, capsys):
+    words = "MM[E,M]M beats moe_mamba by 0.0602 ± 0.0213 nats"
+    show.text(words)
+    assert capsys.readouterr().out == f"{words}\n"
+    monkeypatch.setattr(show, "is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "20")
+    show.text(words)
+    assert capsys.readouterr().out.splitlines() == ["MM[E,M]M beats", "moe_mamba by 0.0602", "± 0.0213 nats"]
