@@ -289,7 +289,7 @@ REFUSED = [  # what the parts below the command line refuse: an error of ours, o
     ("describe", ["preset=mamba", "device=meta"], "ConfigError"),
     ("search", ["space.n_expert=[8]"], "ConfigError"),
     ("search", ["space.n_experts=[0]"], "ConfigError"),
-    ("search", ["space.letters=[M,X]"], "PatternError"),
+    ("search", ["space.letters=[M,Q]"], "PatternError"),
     ("search", ["device=foo"], "ConfigError"),
     ("search", ["study=a/b"], "StudyError"),
     ("search", ["data=text"], "ConfigError"),

@@ -41,7 +41,7 @@ MISTAKES = [
 ]
 SENTENCES = [
     (["suite=mad", "suite.tasks=[compres]"], "suite 'mad' has no task 'compres'; did you mean 'compress'?"),
-    (["suite=mad", "pattern=X"], "PatternError"),
+    (["suite=mad", "pattern=Q"], "PatternError"),
     (["suite=mad", "suite.against=none.csv"], "has no finished column of suite 'mad'"),
     (["lengths=[64]", "model=/absent"], "ExportError: /absent"),
 ]
