@@ -239,6 +239,8 @@ def _cached_block(index):
         ("U", {"d_model": 16, "kind": "rnn"}, "kind", "rnn"),
         ("X", {"d_model": 16, "n_heads": 3}, "n_heads", 3),
         ("Y", {"d_model": 16, "d_state": 0}, "d_state", 0),
+        ("H", {"d_model": 16, "head_dim": 3}, "head_dim", 3),
+        ("H", {"d_model": 16, "d_state": 3}, "d_state", 3),
     ],
 )
 def test_impossible_settings_are_refused_in_one_sentence(letter, fields, field, got):

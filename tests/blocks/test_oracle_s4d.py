@@ -13,11 +13,11 @@ from hybridnas.errors import ConfigError
 
 def paper(block, x_BLD):
     """Return the block's output by equations 2 to 4 of arXiv 2206.11893 with B of ones, and one loop over time."""
-    A, C = -block.log_A_real.exp(), block.C
-    if block.A_imag is not None:
-        A, C = torch.complex(A, block.A_imag), torch.view_as_complex(C)
+    A, C = -block.ssm.log_A_real.exp(), block.ssm.C
+    if block.ssm.A_imag is not None:
+        A, C = torch.complex(A, block.ssm.A_imag), torch.view_as_complex(C)
         A, C = torch.cat([A, A.conj()], 1), torch.cat([C, C.conj()], 1)
-    dt = block.log_dt.exp()[:, None]
+    dt = block.ssm.log_dt.exp()[:, None]
     decay, drive = torch.exp(dt * A), (torch.exp(dt * A) - 1) / A
     u_BLI = x_BLD if block.in_proj is None else block.in_proj(x_BLD)
     h, ys = torch.zeros(x_BLD.shape[0], *A.shape, dtype=A.dtype), []
@@ -27,7 +27,7 @@ def paper(block, x_BLD):
         if y.is_complex():
             assert y.imag.abs().max() < 1e-12  # pairs: real without taking a real part
             y = y.real
-        ys.append(y + block.D * u_BI)
+        ys.append(y + block.ssm.D * u_BI)
     act = F.silu if block.config.activation == "silu" else F.gelu
     y_BLD = block.out_proj(act(torch.stack(ys, 1)))
     return F.glu(y_BLD, -1) if block.config.glu else y_BLD
@@ -65,10 +65,10 @@ def test_initial_states_are_the_papers():
         "real": [complex(-(n + 1), 0) for n in range(8)],
     }.items():
         block = S4d(S4d.Config(d_model=2, d_state=8, init=init))
-        A = -block.log_A_real.exp()
-        A = torch.complex(A, torch.zeros_like(A) if block.A_imag is None else block.A_imag)
+        A = -block.ssm.log_A_real.exp()
+        A = torch.complex(A, torch.zeros_like(A) if block.ssm.A_imag is None else block.ssm.A_imag)
         torch.testing.assert_close(A, torch.tensor([expected] * 2), rtol=1e-6, atol=1e-6)
-        dt = S4d(S4d.Config(d_model=500, init=init)).log_dt.exp()
+        dt = S4d(S4d.Config(d_model=500, init=init)).ssm.log_dt.exp()
         assert 1e-3 <= dt.min() < 2e-3 and 0.05 < dt.max() <= 0.1
 
 
