@@ -212,6 +212,7 @@ MODELS["recurrent_gemma"] = (
     "RecurrentGemma",
     {**HEADS, "num_hidden_layers": 3, "num_key_value_heads": 1, "attention_window_size": 9, "lru_width": 40},
 )
+MODELS["xlstm"] = ("xLSTM", {**SIZES, "num_hidden_layers": 2, "num_heads": 2, "qk_dim_factor": 0.25})
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -354,6 +355,10 @@ HARMLESS = {
 }
 # Settings that a class has and does not read.
 NOT_READ = {
+    "xlstm": {
+        *("norm_reduction_force_float32", "add_out_norm", "chunkwise_kernel", "sequence_kernel", "step_kernel", "mode"),
+        *("return_last_states", "autocast_kernel_dtype", "inference_state_dtype", "max_inference_chunksize"),
+    },
     "mamba2": {"time_step_rank"},
     "nemotron_h": {
         *("attention_bias", "sliding_window", "expand", "mamba_proj_bias", "n_shared_experts", "time_step_limit"),

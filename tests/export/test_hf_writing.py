@@ -261,7 +261,11 @@ def test_norms_with_weights_around_one_become_weights_around_zero_and_back():
 
 def test_every_format_has_a_pattern_and_a_model_here():
     assert set(OURS) == set(formats())
-    assert {name.partition(",")[0] for name in MODELS} == {*formats(), "recurrent_gemma"}  # that is read alone
+    assert {name.partition(",")[0] for name in MODELS} == {
+        *formats(),
+        "recurrent_gemma",
+        "xlstm",
+    }  # that are read alone
 
 
 def test_code_of_a_model_that_is_not_known_is_never_run(tmp_path):
