@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridnas.cli import show
 from hybridnas.cli.command import Command, Done
-from hybridnas.cli.wanted import model_folder, study_folder
+from hybridnas.cli.wanted import generate_command, model_folder, study_folder
 from hybridnas.config import option
 from hybridnas.errors import ConfigError, StudyError
 
@@ -73,8 +72,7 @@ def run(settings: Settings) -> Done:
         return _native_done(native, about, facts)
     folder = trial.export(settings.out)
     show.line(f"{about}: reloaded with equal logits")
-    then = shlex.join(["python", "-m", "hybridnas.generate", f"model={folder}", "prompt=def "])
-    show.line(f"model:  {folder}   {then}")
+    show.line(f"model:  {folder}   {generate_command(Path(folder))}".rstrip())
     return Done({"model": str(folder), "format": settings.format, **facts})
 
 

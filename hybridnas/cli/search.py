@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from hybridnas.cli import show
 from hybridnas.cli.command import Command, Done, group, shorthand
+from hybridnas.cli.wanted import generate_command
 from hybridnas.config import option
 from hybridnas.search.config import Budget, SearchConfig
 from hybridnas.units import several
@@ -77,8 +78,6 @@ def run(settings: Settings) -> Done:
 
 def _status(search: SearchConfig) -> Done:
     """Print how a study stands, also while it runs; reads records alone, and MLflow's places of files are set right."""
-    from pathlib import Path
-
     from hybridnas.report.status import lines, read_status
     from hybridnas.tracking.mlflow import rehome
 
@@ -146,8 +145,7 @@ def _print(summary: Any, search: SearchConfig) -> Done:
     else:
         show.line(f"report: {summary.report}")
         if summary.exported is not None:
-            again = ["python", "-m", "hybridnas.generate", f"model={summary.exported}", "prompt=def "]
-            show.line(f"model:  {summary.exported}   {shlex.join(again)}")
+            show.line(f"model:  {summary.exported}   {generate_command(Path(summary.exported))}".rstrip())
     return Done({**_found(summary, search), "conclusion": said})
 
 

@@ -110,6 +110,18 @@ def own_tokenizer(folder: Path) -> Tokenizer | None:
     return load_tokenizer(folder) if (folder / TOKENIZER_FILES[0]).is_file() else None
 
 
+def generate_command(folder: Path) -> str:
+    """Return the command that shows what a model's folder generates; empty where its ids are neither text nor sound."""
+    from hybridnas.data.cache import read_json
+    from hybridnas.export.layout import TOKENIZER_FILES
+
+    if not (folder / TOKENIZER_FILES[0]).is_file():
+        return ""
+    settings = (read_json(folder / "tokenizer_config.json") or {}).get("hybridnas") or {}
+    given = {"audio": "out=sample.wav", "dna": "prompt=ACGT"}.get(str(settings.get("kind")), "prompt=def ")
+    return shlex.join(["python", "-m", "hybridnas.generate", f"model={folder}", given])
+
+
 def in_tokens_of(data: SourceConfig, tokenizer: Tokenizer, folder: Path) -> SourceConfig:
     """Return the settings of text in the tokens of a model's folder, of other data as they are."""
     if "tokenizer" not in data.field_names():
