@@ -11,7 +11,7 @@ from hybridnas.bench import run as run_suites
 from hybridnas.bench.context import LONG, SUITES, BenchConfig, provenance
 from hybridnas.bench.method import Form, Spread, measure, ratios
 from hybridnas.bench.result import Result, goal_rows, met_text, ratio_rows, ratio_text, seconds_text, timed_rows
-from hybridnas.bench.suites import gpu, lengths, roofline, scan
+from hybridnas.bench.suites import gpu, gpu_models, lengths, roofline, scan
 from hybridnas.cli.bench import run as run_command
 from hybridnas.cli.compose import read_settings
 from hybridnas.cli.help import help_text
@@ -308,6 +308,25 @@ def test_the_gpu_suite_checks_and_times_every_kernel_on_any_device():
         assert (f"moe (16, 2, 8, 16) float32 {kind}", gpu.products.TORCH_MOE) in timed
     assert not [t.note for t in result.timed if t.note.startswith("wrong")]
     assert any(t.name == gpu.MAMBA_SSM and t.note for t in result.timed)
+
+
+@pytest.mark.slow
+def test_the_gpu_suite_measures_whole_models_on_any_device_and_writes_as_it_goes(tmp_path):
+    result, written = Result("gpu"), []
+    config = BenchConfig(tiny=True, out=str(tmp_path / "gpu.json"))
+    gpu.measure_models(
+        config, result, torch.device("cpu"), None, lambda: written.append(len(result.to_dict()["tables"]))
+    )
+    steps, search = result.tables
+    assert [row[0] for row in steps.rows] == list(gpu_models.PRESETS)
+    assert all(row[2] > 0 and row[-1] == "" for row in steps.rows)
+    assert search.rows[0][0] == 2
+    assert {t.name for t in result.timed if t.spread is None} >= {"ours, CUDA graph"}
+    assert not any("failed" in note for note in result.notes)
+    assert written == sorted(written)
+    assert len(written) > len(gpu_models.PRESETS)
+    gpu._keep(config, result)
+    assert json.loads((tmp_path / "gpu-partial.json").read_text())["suite"] == "gpu"
 
 
 def test_without_a_gpu_the_gpu_suite_is_refused_by_name_and_left_out_of_all(monkeypatch):

@@ -1,6 +1,7 @@
-"""Kernels on a GPU: checked against the float64 reference, then timed beside their peers.
+"""A GPU: kernels checked against the float64 reference and timed beside their peers, then whole models.
 
-``python -m hybridnas.bench gpu out=gpu.json``. A form whose output or gradients are wrong is not timed. Peers where
+``python -m hybridnas.bench gpu out=gpu.json``. A form whose output or gradients are wrong is not timed. What is known
+is written after every case to gpu-partial.json, so that a run cut short still tells. Peers where
 installed: mamba-ssm (its scan and its state-space duality), flash-linear-attention (its convolution, its simple gated
 linear attention, its gated linear recurrences; it takes the scan from mamba-ssm), torch.
 Shapes: B batch, L length, D channels, N state size.
@@ -8,6 +9,7 @@ Shapes: B batch, L length, D channels, N state size.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +23,9 @@ from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.method import Form, measure
 from hybridnas.bench.result import Result
 from hybridnas.bench.suites import gpu_products as products
+from hybridnas.bench.suites.gpu_models import measure_models
 from hybridnas.errors import ConfigError, HybridNASError
+from hybridnas.files import write_json
 from hybridnas.kernels.causal_conv1d import causal_conv1d
 from hybridnas.kernels.selective_scan import selective_scan
 
@@ -32,8 +36,16 @@ _Call = Callable[..., Tensor]
 
 
 def run(config: BenchConfig) -> Result:
-    """Measure on the first CUDA device; raises ConfigError where there is none and the suite was asked for by name."""
+    """Measure on the first CUDA device; raises ConfigError where there is none and the suite was asked for by name.
+
+    ``HYBRIDNAS_REHEARSE=1`` runs it on a processor at tiny shapes, with ``TRITON_INTERPRET=1`` the Triton kernels too.
+    """
     result = Result("gpu")
+    if not torch.cuda.is_available() and os.environ.get("HYBRIDNAS_REHEARSE") == "1":
+        result.notes.append("rehearsed on a processor at shapes of no size: no figure means anything")
+        impl = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "auto"
+        _all(config.replace(tiny=True), result, torch.device("cpu"), impl, None)
+        return result
     if not torch.cuda.is_available():
         if config.suite != "all":
             raise ConfigError(
@@ -43,8 +55,15 @@ def run(config: BenchConfig) -> Result:
         result.notes.append("no CUDA device here: nothing was measured")
         return result
     result.notes.append(f"device: {torch.cuda.get_device_name()}")
-    measure_on(config, result, torch.device("cuda"), "triton", torch.cuda.synchronize)
+    _all(config, result, torch.device("cuda"), "triton", torch.cuda.synchronize)
     return result
+
+
+def _all(
+    config: BenchConfig, result: Result, device: torch.device, impl: str, settle: Callable[[], None] | None
+) -> None:
+    measure_on(config, result, device, impl, settle)
+    measure_models(config, result, device, settle, lambda: _keep(config, result))
 
 
 def measure_on(
@@ -106,6 +125,13 @@ def _one_case(
         for name in sound:
             if name != OURS:
                 result.ratio(f"{case} {kind}", name, OURS)
+    _keep(config, result)
+
+
+def _keep(config: BenchConfig, result: Result) -> None:
+    """Write what is known so far beside the result file, where there is to be one."""
+    if (path := config.beside("-partial.json")) is not None:
+        write_json(path, result.to_dict())
 
 
 def _forward(call: _Call, inputs: Sequence[Tensor], _: Tensor) -> None:
