@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridnas.errors import ConfigError
@@ -57,11 +58,27 @@ def pick_device(wanted: str = "auto") -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         raise refused("does not train models; use auto, cpu, cuda or cuda:N", *kinds)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise refused("needs CUDA, this machine has none; use device=cpu", "auto", "cpu")
+        raise refused(f"needs CUDA, {_why_no_cuda()}; use device=cpu", "auto", "cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise refused(f"is not there: this machine has {count} CUDA devices", *(f"cuda:{i}" for i in range(count)))
     return device
+
+
+def _why_no_cuda() -> str:
+    """Return why torch finds no CUDA device: a GPU that is there may have a driver or a torch that do not fit it."""
+    import torch
+
+    if not Path("/proc/driver/nvidia/version").exists():
+        return "this machine has none"
+    if torch.version.cuda is None:
+        return f"and this machine's GPU cannot be reached by torch {torch.__version__}, which was built without it"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:  # a driver older than torch's CUDA, for example
+        said = " ".join(str(error).split()).partition(". ")[0]
+        return f"and torch {torch.__version__} with CUDA {torch.version.cuda} cannot use this machine's: {said}"
+    return "this machine has none"
 
 
 def describe_machine() -> str:

@@ -425,3 +425,26 @@ def test_yaml_is_a_mapping_or_refused(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"a.yaml is not YAML"):
         read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("built", "said", "expected"),
+    [
+        (None, "", "torch 2.0, which was built without it"),
+        ("13.0", "The NVIDIA driver is too old (found version 11040). Please update", "too old (found version 11040)"),
+    ],
+)
+def test_a_gpu_whose_driver_or_torch_does_not_fit_is_named_in_one_sentence(monkeypatch, built, said, expected):
+    def refuse():
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(hardware.Path, "exists", lambda path: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch, "__version__", "2.0")
+    with pytest.raises(ConfigError) as caught:
+        hardware.pick_device("cuda")
+    assert (caught.value.field, caught.value.got, caught.value.allowed) == ("device", "cuda", ["auto", "cpu"])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)

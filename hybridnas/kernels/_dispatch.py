@@ -19,6 +19,7 @@ from hybridnas.kernels._build import Library
 
 _TRITON_INSTALLED = find_spec("triton") is not None  # it has no wheel for macOS and Windows
 _FLA_INSTALLED = find_spec("fla") is not None
+_TRITON_CAPABILITY = (8, 0)  # of NVIDIA's Ampere, the oldest that Triton supports and these kernels were compiled for
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -123,6 +124,9 @@ class Operation(NamedTuple):
                 return _needs_cuda(device)
             if not _TRITON_INSTALLED:
                 return "needs the package triton, which is not installed"
+            old: str = _too_old(device) if device.type == "cuda" else ""
+            if old:
+                return old
             wrong = [d for d in dtypes if d not in self.triton_dtypes]
             return f"takes {_names(self.triton_dtypes)}, got {_names(wrong)}" if wrong else limit
         if impl is Impl.FLA:
@@ -132,6 +136,18 @@ class Operation(NamedTuple):
                 return _needs_cuda(device)
             return limit if _FLA_INSTALLED else "needs the package flash-linear-attention: pip install hybridnas[fla]"
         return ""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _too_old(device: torch.device) -> str:
+    """Return why Triton's kernels cannot run on a CUDA device, or an empty string."""
+    if torch.version.hip is not None or not torch.cuda.is_available():  # none here: what is asked about is far away
+        return ""
+    found = torch.cuda.get_device_capability(device)
+    if found >= _TRITON_CAPABILITY:
+        return ""
+    needed, got = (".".join(map(str, one)) for one in (_TRITON_CAPABILITY, found))
+    return f"needs a GPU of compute capability {needed} or more, {torch.cuda.get_device_name(device)} has {got}"
 
 
 def _needs_cuda(device: torch.device) -> str:

@@ -153,3 +153,19 @@ def test_a_model_of_every_implementation_has_the_logits_the_loss_and_the_tokens_
     words = named.implementations()
     assert words["mamba"]["selective_scan"].startswith(impl)
     assert words["mamba2"]["ssd"].startswith("torch" if impl == "native" else impl)
+
+
+def test_a_gpu_that_triton_does_not_support_is_refused_by_name_and_left_to_torch_by_auto(monkeypatch):
+    operation = Operation("scan", "chunks", triton=True)
+    device, dtypes = torch.device("cuda"), (torch.float32,)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert operation.choose("auto", device, dtypes) is Impl.TORCH
+    with pytest.raises(KernelUnavailableError) as caught:
+        operation.choose("triton", device, dtypes)
+    assert (caught.value.field, caught.value.got) == ("impl", "triton")
+    assert "triton" not in caught.value.allowed
+    assert "compute capability 8.0 or more, Tesla T4 has 7.5" in str(caught.value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert operation.choose("auto", device, dtypes) is Impl.TRITON

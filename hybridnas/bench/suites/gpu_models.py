@@ -107,8 +107,8 @@ def _steps(
         optimizer.zero_grad(set_to_none=True)
         with around():
             found = objective(one)
-        loss = found.total / one.targets_BL.numel()
-        sum(found.losses.values(), start=loss).backward()  # type: ignore[no-untyped-call]
+        loss: Tensor = found.total / one.targets_BL.numel()
+        sum(found.losses.values(), start=loss).backward()
         optimizer.step()
         return loss.detach()
 
@@ -182,7 +182,7 @@ def _graph(model: HybridLM, ids_BL: Tensor, count: int) -> Callable[[], None]:
                 for old, tensor in zip(kept, new, strict=True):
                     old.copy_(tensor)
 
-        warm = torch.cuda.Stream()
+        warm = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         warm.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(warm):  # outside of the capture, as torch asks
             for _ in range(3):
