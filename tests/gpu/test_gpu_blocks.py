@@ -60,4 +60,7 @@ def test_bfloat16_is_near_float32(case: Case, device: torch.device) -> None:
     exact_BLD = block(x_BLD).y_BLD
     y_BLD.float().square().mean().backward()
     assert all(bool(p.grad.isfinite().all()) for p in block.parameters() if p.grad is not None)
-    assert float((y_BLD.float() - exact_BLD).detach().norm() / exact_BLD.detach().norm()) < 0.1
+    errors_BL = (y_BLD.float() - exact_BLD).detach().norm(dim=-1) / exact_BLD.detach().norm(dim=-1)
+    # the median: a quotient near its pole (mLSTM) may be far off; tokens without any output have no error
+    assert float(errors_BL.nanmedian()) < 0.05
+    assert bool(y_BLD.isfinite().all())
