@@ -115,7 +115,8 @@ def headline(
     """
     within = f"Within {words(limits, length)}, " if limits else ""
     if verdict is not None:
-        return within + confirmed_headline(verdict, reference)
+        said = confirmed_headline(verdict, reference)
+        return within + (said.replace("Nothing", "nothing", 1) if within and said.startswith("Nothing") else said)
     best = winner(records)
     if best is None or best.valid_loss is None:
         missed = nothing_keeps(records, limits or {}, length)
