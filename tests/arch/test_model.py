@@ -1,7 +1,6 @@
 """HybridLM: declared cost against real modules, one call for training, prefill and generation, seeds."""
 
 import copy
-import hashlib
 import importlib
 import io
 import math
@@ -151,13 +150,13 @@ def test_a_tied_model_starts_at_a_blind_guess_at_any_width(letter, final):
         assert loss.item() == pytest.approx(math.log(256), abs=0.2)
 
 
-WEIGHTS = {  # sha256 over names and bytes, of the version before the embedding of tied models changed
-    ("MEAF", 0): "104def613b3ac8c5",
-    ("MEAF", 7): "b3b6e7188bcba8c7",
-    ("Nx2", 0): "4ebf3d10ec029e7b",
-    ("[M,A]F@s F@s", 0): "c94bf2aaa00cf268",
-    ("M{inner_moe=gate,inner_experts=3}M{selective=none}", 7): "a7da9a0e477eeaaa",
-    ("E{router=top_k,top_k=2,d_shared=8,bias=true}A{n_heads=4,n_kv_heads=2,bias=true}", 0): "982eac86bcafc320",
+WEIGHTS = {  # sums over all weights, of the version before the embedding of tied models changed
+    ("MEAF", 0): -14.147880,
+    ("MEAF", 7): 2.192709,
+    ("Nx2", 0): -17.726704,
+    ("[M,A]F@s F@s", 0): 9.653564,
+    ("M{inner_moe=gate,inner_experts=3}M{selective=none}", 7): -8.940073,
+    ("E{router=top_k,top_k=2,d_shared=8,bias=true}A{n_heads=4,n_kv_heads=2,bias=true}", 0): 9.073132,
 }
 
 
@@ -167,11 +166,11 @@ def test_a_seed_draws_the_weights_that_it_always_drew(pattern, seed):
     if "@" in pattern:
         fields = {"norm": "rmsnorm", "final_norm": True}
     model = HybridLM(Arch.from_pattern(pattern, d_model=16, vocab_size=32, **fields), seed=seed)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    assert digest.hexdigest()[:16] == WEIGHTS[pattern, seed]
+    found = 0.0
+    for number, (_, tensor) in enumerate(sorted(model.state_dict().items())):
+        places = torch.arange(tensor.numel(), dtype=torch.float64)  # processors differ in the last digit of a weight
+        found += float((tensor.double().flatten() * torch.cos(places + number)).sum())
+    assert found == pytest.approx(WEIGHTS[pattern, seed], abs=1e-4)
 
 
 def test_the_loss_is_the_shifted_cross_entropy_and_nothing_else():
