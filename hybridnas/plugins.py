@@ -57,6 +57,7 @@ class Loaded:
 
 
 _LOADED: dict[Path, Plugin] = {}
+_FAILED: set[Path] = set()  # files that were left out, which their warnings say
 
 
 def plugin_files(folder: str | Path = ".") -> dict[str, Path]:
@@ -89,6 +90,7 @@ def load_plugins(folder: str | Path = ".") -> Loaded:
             plugins.append(_load(name, path))
         except _PluginError as error:
             failed[name] = str(error)
+            _FAILED.add(path)
             _log.warning("%s", error)
     return Loaded(plugins=tuple(plugins), failed=failed)
 
@@ -172,7 +174,11 @@ def of_module(module: str) -> Plugin | None:
 
 def hint(folder: str | Path = ".") -> str:
     """Return what to add to an error where plugins lie in a folder and are not loaded; empty where there are none."""
-    waiting = [name for name, path in plugin_files(folder).items() if path not in _LOADED]
+    files = plugin_files(folder)
+    failed = [name for name, path in files.items() if path in _FAILED]
+    if failed:
+        return f" ({', '.join(failed[:3])} could not be loaded, see above)"
+    waiting = [name for name, path in files.items() if path not in _LOADED]
     if not waiting:
         return ""
     return f" ({', '.join(waiting[:3])} {'is' if len(waiting) == 1 else 'are'} not loaded: plugins=true does that)"

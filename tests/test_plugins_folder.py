@@ -142,6 +142,16 @@ def test_nothing_runs_unasked_and_the_error_says_what_waits(here, capsys):
     assert "plugins: blocks/mine.py (block letter V)" in capsys.readouterr().out
 
 
+def test_a_file_that_failed_is_not_said_to_wait(here, capsys):
+    new("block", "mine", letter="V")
+    with (here / "blocks/mine.py").open("a") as file:
+        file.write("def broken(:\n")
+    capsys.readouterr()
+    assert command(["describe", "pattern=VF", "arch.d_model=16", "plugins=true"]) == 2
+    said = capsys.readouterr().err
+    assert "blocks/mine.py could not be loaded, see above" in said and "plugins=true does that" not in said
+
+
 def test_a_file_of_settings_cannot_ask_for_code(here, capsys):
     new("block", "mine", letter="V")
     (here / "experiments").mkdir()

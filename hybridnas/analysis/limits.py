@@ -162,7 +162,7 @@ def remarks(report: LimitsReport) -> list[str]:
     found = []
     if report.references:
         names = ", ".join(record.name for record in report.references)
-        found.append(f"outside the limits, shown from their costs and not trained: {names}")
+        found.append(f"outside the limits, listed with their costs and not trained: {names}")
     if report.marginal:
         names = ", ".join(f"trial {record.number}" for record in report.marginal)
         found.append(f"met within the spread of the measurement alone: {names}")

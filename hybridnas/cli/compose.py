@@ -12,7 +12,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from hybridnas.cli.command import Command, groups_of, settings_class
 from hybridnas.cli.sections import (
@@ -30,6 +30,8 @@ from hybridnas.errors import ConfigError, suggest
 
 # Commands whose first arguments may stand without their keys: 'bench scan' is 'bench suite=scan'.
 FIRST_ARGUMENTS = {"bench": ("suite",), "search": ("action",), "new": ("kind", "name"), "data": ("action",)}
+
+NAMES = (("compare", "study"),)  # texts that hold several names
 
 
 def read_settings(command: str, overrides: Sequence[str]) -> Command:
@@ -50,9 +52,22 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
     if chosen.get("experiment"):
         values["experiment"] = {"name": chosen["experiment"]}
     typed = [(key, text) for key, text in given if key not in groups]
+    _refuse_repeated_lists(command, settings, typed)
     for key, text in sorted(typed, key=lambda item: not item[0].endswith(".kind")):  # a kind decides on other fields
         _set(command, settings, values, key, text)
     return values
+
+
+def _refuse_repeated_lists(command: str, settings: type[FrozenConfig], given: Sequence[tuple[str, str]]) -> None:
+    """Raise ConfigError for a list that is given twice: the second one would silently replace the first."""
+    for key in dict.fromkeys(key for key, _ in given):
+        texts = [text for name, text in given if name == key]
+        typed = get_origin(settings.type_of(key)) if key in settings.field_names() else None
+        if len(texts) > 1 and (typed is tuple or (command, key) in NAMES):
+            together = f"{key}=[{','.join(text.strip('[]') for text in texts)}]"
+            raise ConfigError(
+                f"{command} {key} is given {len(texts)} times; write {together}", field=key, got=texts, allowed=together
+            )
 
 
 def split_overrides(command: str, overrides: Sequence[str]) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ ENVIRONMENT = {  # every variable that the package reads
     "OMP_NUM_THREADS": "threads of one process; a search divides the processor among its workers by it",
     "CUDA_VISIBLE_DEVICES": "GPUs that device=auto and train.devices see",
     "TRITON_INTERPRET": "1: run Triton kernels in its interpreter, without a GPU, for tests",
+    "HYBRIDNAS_REHEARSE": "1: bench gpu and pytest -m gpu run on a processor at tiny shapes",
     "TRITON_CACHE_DIR": "folder of compiled Triton kernels",
     "ALL_PROXY": "proxy of downloads from the Hugging Face hub",
     "HF_HUB_OFFLINE": "1: datasets and tokenizers from the local cache alone",

@@ -197,7 +197,7 @@ class AudioSource(PieceSource):
         return AudioTokenizer(self.coding)
 
     def describe(self) -> str:
-        uses = ("to train on", "to choose by", "to report")
+        uses = ("to train on", "for validation", "for testing")
         parts = [f"{self._counts(part)} {use}" for part, use in zip(PARTS, uses, strict=True) if len(self._parts[part])]
         per = several(self.coding.ids_per_sample, "token")
         return f"{self._name}: {'; '.join(parts)}; {self.config.encoding} at {self.config.rate:,} Hz, {per} per sample"

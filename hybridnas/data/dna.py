@@ -255,8 +255,8 @@ class DnaSource(PieceSource):
         return f"{super()._too_few(wanted)}{by}"
 
     def describe(self) -> str:
-        parts = [f"{self._counts(part)} {use}" for part, use in zip(PARTS, ("to train on", "to choose by", "to report"),
-                 strict=True) if len(self._parts[part])]  # fmt: skip
+        uses = ("to train on", "for validation", "for testing")
+        parts = [f"{self._counts(part)} {use}" for part, use in zip(PARTS, uses, strict=True) if len(self._parts[part])]
         strands = "both strands" if self.config.reverse_complement else "one strand"
         return f"{self._name}: {'; '.join(parts)}; {strands}, {self.vocab_size} ids, 1 base per token"
 

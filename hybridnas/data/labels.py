@@ -193,7 +193,7 @@ class Labels(Source):
 
     def describe(self) -> str:
         counts = ", ".join(f"{len(self._parts[part]):,} {use}" for part, use in
-                           zip(PARTS, ("texts to train on", "to choose by", "to report"), strict=True))  # fmt: skip
+                           zip(PARTS, ("texts to train on", "for validation", "for testing"), strict=True))  # fmt: skip
         label, share = next(iter(self.balance("valid").items()))
         without = f" (without {several(self._left_out.count, 'row')})" if self._left_out.count else ""
         return (

@@ -65,7 +65,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Shards:
-    """A tokenised corpus in three parts: to train on, to choose by, and to report."""
+    """A tokenised corpus in three parts: for training, validation and testing."""
 
     train: Split
     valid: Split

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hybridnas.data.details import Details
 
 K = TypeVar("K", bound="type[Task]")
-VALID, TEST = "test", "final"  # names that examples are drawn under: to choose by, and to report
+VALID, TEST = "test", "final"  # names that examples are drawn under: for validation, and for testing
 VERSION = 1  # part of every fingerprint: raise it whenever examples come out differently
 _TABLE = 1 << 18  # of training sets up to this size an epoch's order is a table; of larger ones it is computed
 _TEST_BITS = 4  # one example in 2^4 belongs to the test set
@@ -62,7 +62,9 @@ class TaskConfig(SourceConfig):
     n_train_examples: int | None = option(
         None, "examples of the training set, read again and again in new orders; none: fresh ones without end", ge=1
     )
-    n_test_examples: int = option(1280, "examples held out to choose by, and as many others to report [count]", ge=1)
+    n_test_examples: int = option(
+        1280, "examples held out for validation, and as many others for testing [count]", ge=1
+    )
     task_seed: int = option(
         0, "seed of the test set, of a finite training set, and of what examples share", ge=0, le=MAX_SEED
     )

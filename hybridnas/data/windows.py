@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from hybridnas.data.details import Details
 
+FEW = 5  # documents of the test part; with fewer, what they say of a difference is said to be little
 _ROUNDS = 6
 _SORTED = 1024  # so few windows are shuffled by sorting: Feistel rounds on few bits walk long
 
@@ -82,12 +83,13 @@ class TextSource(Source):
         train, valid, test = self._shards.train, self._shards.valid, self._shards.test
         n_tokens = sum(len(part.tokens) - part.documents for part in (train, valid, test))
         per_token = sum(part.bytes for part in (train, valid, test)) / max(1, n_tokens)
-        reported = f"{_counts(test)} to report{_copies(test)}" if test.documents else "none to report"
+        reported = f"{_counts(test)} for testing{_copies(test)}" if test.documents else "none for testing"
+        few = "; so few documents for testing say little of differences" if 0 < test.documents < FEW else ""
         apart = "" if self._pack is None else "; documents in a window do not see each other"
         return (
             f"{self._name}: {_counts(train)} to train on ({len(train.tokens):,} tokens); "
-            f"{_counts(valid)} to choose by{_copies(valid)}; {reported}; tokenizer {self.tokenizer.kind}, "
-            f"{self.vocab_size:,} tokens, {per_token:.2f} bytes per token{apart}"
+            f"{_counts(valid)} for validation{_copies(valid)}; {reported}; tokenizer {self.tokenizer.kind}, "
+            f"{self.vocab_size:,} tokens, {per_token:.2f} bytes per token{apart}{few}"
         )
 
     def details(self, samples: int, seed: int) -> Details:
@@ -164,8 +166,13 @@ def _copies(part: Split) -> str:
     short, long = part.copied
     if not short:
         return ""
-    kept = "not measured" if part.counted is not None else "measured all the same, since most of the text is like that"
-    return f" ({short:.1%} of them in runs of {WINDOW} bytes copied from training, {long:.1%} of {LONG_COPY}; {kept})"
+    kept = (
+        "left out of losses" if part.counted is not None else "measured all the same, since most of the text is alike"
+    )
+    found = (
+        f"{100 * short:.1f} % of it copied from training in runs of {WINDOW} bytes, {100 * long:.1f} % of {LONG_COPY}"
+    )
+    return f" ({found}; {kept})"
 
 
 def _spread(

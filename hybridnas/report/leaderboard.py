@@ -20,7 +20,7 @@ from hybridnas.units import human, human_bytes, percent, several
 if TYPE_CHECKING:
     from rich.console import Console
 
-TESTED = "Ordered on validation data, which chose them; test and the differences are of data that chose nothing."
+TESTED = "Ordered by validation loss; test losses and differences are of the test part, which chose nothing."
 CSV_COLUMNS = (
     "rank",
     "front",

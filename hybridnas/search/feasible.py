@@ -45,9 +45,9 @@ class Share:
         low, high = self.interval
         why = ", ".join(f"{name} {count}" for name, count in sorted(self.refused.items()))
         return (
-            f"{self.within} of {self.drawn} even draws keep the space's rules and the counted limits "
+            f"{self.within} of {self.drawn} random architectures keep the space's rules and limits "
             f"({100 * self.within / self.drawn:.0f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
-            + (f"; refused: {why}" if why else "")
+            + (f"; others break {why}" if why else "")
         )
 
 

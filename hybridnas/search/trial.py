@@ -128,7 +128,9 @@ def weigh(plan: Plan, record: TrialRecord, arch: Arch, measured: Mapping[str, Fi
         violation=violation,
     )
     if violation is not None and record.preset is not None and plan.train_baselines != "all":
-        return dataclasses.replace(record, state=INFEASIBLE, reason=f"{violation}, so it is shown from its costs")
+        return dataclasses.replace(
+            record, state=INFEASIBLE, reason=f"{violation}, so it is listed with its costs and not trained"
+        )
     if violation is not None and record.preset is None:
         return dataclasses.replace(record, state=INFEASIBLE, reason=violation, violation=None)
     return record

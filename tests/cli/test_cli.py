@@ -213,6 +213,7 @@ MISTAKES = [  # command, settings, the setting at fault, what was got, one of wh
     ("search", ["n_trials=-1"], "n_trials", -1, ">= 1"),
     ("search", ["n_trials=some"], "n_trials", "some", "an integer or none"),
     ("search", ["minutes=0"], "minutes", 0, "> 0"),
+    ("compare", ["study=one", "study=[two,three]"], "study", ["one", "[two,three]"], "study=[one,two,three]"),
     ("search", ["minutes=inf"], "minutes", None, "a finite number"),
     ("search", ["seed=-1"], "seed", -1, ">= 0"),
     ("search", ["sampler=tp"], "sampler", "tp", "tpe"),

@@ -191,7 +191,7 @@ def test_a_source_says_what_it_reads_in_one_line(stdlib):
     said = stdlib.describe()
     assert said.startswith("standard library of Python 3.")
     assert f"({stdlib.train_tokens:,} tokens)" in said
-    assert f"documents, {stdlib._shards.test.bytes:,} bytes to report (" in said
+    assert f"documents, {stdlib._shards.test.bytes:,} bytes for testing (" in said
     assert "tokenizer bytes, 256 tokens, 1.00 bytes per token" in said
     assert "\n" not in said
 

@@ -165,7 +165,7 @@ def test_counted_limits_are_decided_before_a_trial_exists(tmp_path, tiny, which)
     drawn = [one for one in summary.records if one.preset is None]
     assert drawn
     assert all(one.state in ("COMPLETE", "PRUNED", "DUPLICATE") and one.cost["params"] <= limit for one in drawn)
-    assert any("even draws keep" in line for line in lines)
+    assert any("random architectures keep" in line for line in lines)
     states = {one.preset: (one.state, bool(one.violation)) for one in summary.records if one.preset is not None}
     mixture = ("COMPLETE", True) if which == "all" else ("INFEASIBLE", True)
     assert states == ({} if which == "none" else {"mamba": ("COMPLETE", False), "moe_mamba": mixture})
