@@ -158,7 +158,7 @@ def _part_figures(part: Split) -> dict[str, Any]:
 
 
 def _counts(part: Split) -> str:
-    return f"{part.documents:,} documents, {part.bytes:,} bytes"
+    return f"{several(part.documents, 'document')}, {part.bytes:,} bytes"
 
 
 def _copies(part: Split) -> str:

@@ -155,7 +155,9 @@ def _lead(records: Sequence[TrialRecord], best: TrialRecord, reference: str | No
     compared = preset_record(records, reference)
     mark = None if compared is None else loss_on(compared, part)
     if compared is None or mark is None or loss is None:
-        return f"Best so far: {best.name} at {loss:.4f} nats per token{where} ({reference} has not completed)"
+        outside = any(record.preset == reference and record.state == INFEASIBLE for record in records)
+        why = "is outside the limits" if outside else "has not completed"
+        return f"{best.name} is best, at {loss:.4f} nats per token{where} ({reference} {why})"
     if compared.number == best.number:
         others = sum(record.state == COMPLETE for record in records) - 1
         ahead = "the other architecture" if others == 1 else f"all {others} other architectures"

@@ -119,7 +119,9 @@ def lines(status: Status) -> list[str]:
     if status.best is not None and status.best.valid_loss is not None:
         found.append(f"best so far: trial {status.best.number}, {status.best.name}, loss {status.best.valid_loss:.4f}")
     if not any(trial.where for trial in status.running):
-        found.append("no process works on it now; the search's own command goes on")
+        done = status.n_trials is not None and status.finished >= status.n_trials
+        more = "with a larger n_trials the same command goes on" if done else "the search's own command goes on"
+        found.append(f"no process works on it now; {more}")
     elif status.seconds_left is not None:
         found.append(f"about {duration(status.seconds_left)} left, judged by the trials so far")
     return found

@@ -407,8 +407,12 @@ def test_words_of_the_user_are_escaped(tmp_path):
         ([record(0, 1.5, preset="moe_mamba")], "Only moe_mamba has completed"),
         ([record(0, 1.5, preset="moe_mamba"), record(1, 1.6)], "moe_mamba stays ahead of the other architecture"),
         ([record(0, 1.5, preset="moe_mamba"), record(1, 1.5 - 1e-6)], "(ME)x4 and moe_mamba end at the same loss"),
-        ([record(1, 1.6)], "Best so far: (ME)x4 at 1.6000 nats per token"),
-        ([record(0, None, state="PRUNED", preset="moe_mamba"), record(1, 1.6)], "Best so far: (ME)x4"),
+        ([record(1, 1.6)], "(ME)x4 is best, at 1.6000 nats per token"),
+        ([record(0, None, state="PRUNED", preset="moe_mamba"), record(1, 1.6)], "(ME)x4 is best, at 1.6000"),
+        (
+            [record(0, None, state="INFEASIBLE", preset="moe_mamba"), record(1, 1.6)],
+            "(moe_mamba is outside the limits)",
+        ),
     ],
 )
 def test_the_headline_claims_no_more_than_the_records_hold(records, start, tmp_path):
