@@ -411,7 +411,7 @@ def test_words_of_the_user_are_escaped(tmp_path):
         ([record(0, None, state="PRUNED", preset="moe_mamba"), record(1, 1.6)], "(ME)x4 is best, at 1.6000"),
         (
             [record(0, None, state="INFEASIBLE", preset="moe_mamba"), record(1, 1.6)],
-            "(moe_mamba is outside the limits)",
+            "(ME)x4 is best, at 1.6000 nats per token (moe_mamba is outside the limits)",
         ),
     ],
 )
