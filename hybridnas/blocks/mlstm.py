@@ -20,6 +20,7 @@ from hybridnas.hardware import Impl
 from hybridnas.kernels import gated_delta as kernel
 from hybridnas.layers.block import Block, BlockConfig, BlockOutput, State, Variant, exportable, truncated_normal_
 from hybridnas.layers.linear_recurrence import largest_divisor
+from hybridnas.layers.mode import has_hooks
 from hybridnas.layers.split_linear import split_linear
 from hybridnas.registry import register_block
 
@@ -169,7 +170,10 @@ class Mlstm(Block):
     def _log_gates(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logarithms of input and forget gates, (B, L, H) in float32 or wider."""
         wide = torch.promote_types(self.gates.bias.dtype, torch.float32)
-        gates_BLX = F.linear(x_BLD, self.gates.weight).to(wide) + self.gates.bias.to(wide)
+        if type(self.gates) is nn.Linear and not has_hooks(self.gates):  # the bias is added in float32
+            gates_BLX = F.linear(x_BLD, self.gates.weight).to(wide) + self.gates.bias.to(wide)
+        else:  # an adapter's module does more than its weight says
+            gates_BLX = self.gates(x_BLD).to(wide)
         cap = self.config.gate_softcap
         if cap is not None:
             gates_BLX = cap * torch.tanh(gates_BLX / cap)

@@ -40,9 +40,9 @@ def test_constant_parameters_make_the_block_linear_and_time_invariant_before_the
     u = torch.randn(1, 12, 16)
     gate = torch.ones_like(u)
     with torch.no_grad():
-        once, _ = block._scan(u, gate, None)
-        doubled, _ = block._scan(2 * u, gate, None)
-        late, _ = block._scan(F.pad(u, (0, 0, 3, 0)), F.pad(gate, (0, 0, 3, 0), value=1.0), None)
+        once, _ = block._scan(u, gate, None, None)
+        doubled, _ = block._scan(2 * u, gate, None, None)
+        late, _ = block._scan(F.pad(u, (0, 0, 3, 0)), F.pad(gate, (0, 0, 3, 0), value=1.0), None, None)
     torch.testing.assert_close(doubled, 2 * once, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(late[:, 3:], once, rtol=1e-4, atol=1e-5)
 

@@ -105,6 +105,7 @@ def test_it_is_named_never_chosen_and_refused_where_it_cannot_run(monkeypatch):
 def test_float32_is_refused_before_the_package_is_asked(monkeypatch):
     monkeypatch.setattr(_dispatch, "_FLA_INSTALLED", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     limit = {"fla_limit": "takes q, k and v all in bfloat16 or all in float16"}
     with pytest.raises(KernelUnavailableError, match="takes q, k and v all in bfloat16") as refused:
         OPERATION.choose("fla", torch.device("cuda"), (torch.float32,), **limit)
