@@ -41,6 +41,7 @@ def test_a_linked_folder_is_a_relative_link(name):
     assert link.readlink() == Path("hybridnas") / name
 
 
+@pytest.mark.slow
 @needs_repository
 def test_a_block_imported_through_a_link_is_refused_with_the_reason():
     module = "blocks.attention"

@@ -33,6 +33,7 @@ layers = st.sampled_from(["M", "A", "F", "E", "[M,E]", "E{n_experts=4}", "M{d_st
 patterns = st.lists(layers, min_size=1, max_size=6).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_the_residual_is_within_half_a_step_for_any_pattern_and_target(data):

@@ -51,6 +51,7 @@ patterns = st.lists(st.tuples(motifs, st.integers(1, 5)), min_size=1, max_size=3
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(patterns)
 def test_every_pattern_reads_back_as_itself(text):

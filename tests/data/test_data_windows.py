@@ -179,6 +179,7 @@ def copied_share(train, held_out, width, counted):
     return inside.sum() / counted.sum()
 
 
+@pytest.mark.slow
 def test_of_what_is_measured_of_the_standard_library_less_than_a_hundredth_is_copied(stdlib):
     shards = stdlib._shards
     for part in (shards.valid, shards.test):

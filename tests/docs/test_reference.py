@@ -57,6 +57,7 @@ def test_every_command_block_preset_and_error_has_its_place(pages: dict[str, str
             assert f"| `{name}` |" in pages["reference/errors.md"]
 
 
+@pytest.mark.slow
 def test_the_import_diagram_knows_every_package() -> None:
     diagram = script("diagram")
     listed = {name for layer in diagram.layers() for name in layer}

@@ -43,6 +43,7 @@ def narrow_pointers(code):
     return narrow, reached
 
 
+@pytest.mark.slow
 def test_every_tensor_that_grows_with_batch_or_length_is_addressed_with_64_bits():
     seen, narrow, reached = set(), set(), set()
     for one in compilations(False):

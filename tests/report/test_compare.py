@@ -193,6 +193,7 @@ def test_the_default_baseline_is_the_reference_that_was_trained_else_the_best(tm
         compare(CompareConfig(runs=str(tmp_path / "d")))
 
 
+@pytest.mark.slow
 def test_trainings_that_stand_alone_are_compared_by_their_own_files(tmp_path, corpus):
     arch = hybridnas.Arch.from_pattern("MF", d_model=16, vocab_size=256)
     data = {"kind": "text", "path": str(corpus)}

@@ -213,6 +213,7 @@ def test_a_trial_that_comes_further_each_time_may_be_interrupted_for_ever(plain,
     assert store.records[0].state == "RUNNING"
 
 
+@pytest.mark.slow
 def test_optuna_is_used_through_its_public_names_alone():
     private = []
     for path in Path(hybridnas.__file__).parent.rglob("*.py"):
