@@ -20,6 +20,7 @@ from hybridnas.units import human, human_bytes, percent, several
 if TYPE_CHECKING:
     from rich.console import Console
 
+SPEEDS = ("ms_per_token", "train_tokens_per_second", "prefill_tokens_per_second", "decode_tokens_per_second")
 TESTED = "Ordered by validation loss; test losses and differences are of the test part, which chose nothing."
 CSV_COLUMNS = (
     "rank",
@@ -49,7 +50,9 @@ CSV_COLUMNS = (
     "test_repeat_loss",
     "test_repeat_accuracy",
     "ms_per_token",
-    "tokens_read_per_second",
+    "train_tokens_per_second",
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
     "tokens",
     "tokens_per_active_param",
     "tokens_per_second",
@@ -83,13 +86,14 @@ def exact(row: Row, reference: str | None) -> list[str]:
     tested = next(iter(summaries([record], TEST)), None)
     values: dict[str, Any] = {
         **{column: getattr(record, column, None) for column in CSV_COLUMNS},
-        **{name: cost.get(name) for name in ("params", "active_params", "embedding_params", "state_bytes")},
+        **{name: cost.get(name) for name in ("params", "active_params", "embedding_params")},
+        "state_bytes": record.figures.get("state_bytes", cost.get("state_bytes")),  # at the study's state_length
         "flops_per_token": cost.get("flops_per_token"),
         "rank": row.rank,
         "front": 1 if row.front else None,
         "trial": record.number,
-        "ms_per_token": record.figures.get("ms_per_token"),
-        "tokens_read_per_second": record.figures.get("tokens_per_second"),
+        **{name: record.figures.get(name) for name in SPEEDS},
+        "prefill_tokens_per_second": record.figures.get(SPEEDS[2], record.figures.get("tokens_per_second")),
         "confirmed_mean": confirmed.value if confirmed else None,
         "confirmed_error": confirmed.error if confirmed else None,
         "confirmed_seeds": confirmed.n if confirmed else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridnas import plugins
 from hybridnas.data import open_source, source_config
-from hybridnas.errors import ConfigError, StudyError
+from hybridnas.errors import ConfigError, HybridNASError, StudyError
 from hybridnas.hardware import describe_machine, pick_device
 from hybridnas.search.config import SearchConfig
 from hybridnas.search.feasible import Share, estimate
@@ -103,10 +104,12 @@ def open_session(
 ) -> Iterator[Session]:
     """Open a study, or make it. ``orders``: of the command whose worker this process is.
 
-    Raises StudyError for a folder that is busy, damaged, or of another study; then nothing in it has changed.
+    Raises StudyError for a folder that is busy, damaged, or of another study; then nothing in it has changed. A new
+    study that is refused leaves no folder.
     """
     config, space = settings.config, settings.space
     folder = StudyFolder(Path(config.runs).expanduser(), config.name)
+    begun = folder.path.exists()
     stored = _enter(folder, config, orders)
     store: RecordStore | None = None
     meter = Meter() if config.hardware and settings.table is None else None
@@ -136,13 +139,26 @@ def open_session(
             folder.keep(meta=dataclasses.asdict(meta), **kept)
             if config.worker == "off":
                 folder.admit_workers()
+    except HybridNASError:
+        if not begun and orders is None and config.worker == "off":  # refused: there is no such study
+            shutil.rmtree(folder.path, ignore_errors=True)
+        _close(meter, store, folder)
+        raise
+    except BaseException:
+        _close(meter, store, folder)
+        raise
+    try:
         yield Session(config, space, folder, meta, config.identity(), source, target, plan, store, trainer, share)
     finally:
-        if meter is not None:
-            meter.close()
-        if store is not None:
-            store.close()
-        folder.close()
+        _close(meter, store, folder)
+
+
+def _close(meter: Meter | None, store: RecordStore | None, folder: StudyFolder) -> None:
+    if meter is not None:
+        meter.close()
+    if store is not None:
+        store.close()
+    folder.close()
 
 
 def _share(stored: Mapping[str, Any], config: SearchConfig, space: Space, plan: Plan) -> Share | None:
