@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hybridnas.analysis.ranking import winner
 from hybridnas.errors import StudyError
-from hybridnas.study.objectives import LIMITS, OBJECTIVES, OF_LENGTH, broken, counted, score
+from hybridnas.study.objectives import LIMITS, MEASURED, OBJECTIVES, OF_LENGTH, broken, counted, score
 from hybridnas.study.records import COMPLETE, INFEASIBLE, TrialRecord
 from hybridnas.units import several
 
@@ -143,7 +143,13 @@ def sentences(report: LimitsReport) -> list[str]:
                     f"{miss.limit}={miss.bound:,.6g}"
                 )
         else:
-            found.append(f"within {within}: {report.winner.name}, trial {report.winner.number}")
+            measured = [
+                f"{figure} {report.winner.figures[figure]:,.4g}"
+                for figure in measured_figures(report.limits)
+                if figure in report.winner.figures
+            ]
+            with_what = f", measured {', '.join(measured)}" if measured else ""
+            found.append(f"within {within}: {report.winner.name}, trial {report.winner.number}{with_what}")
     for price in report.prices:
         if price.best is not None and price.loss is not None:
             change = "better" if price.loss < 0 else "worse"
@@ -155,6 +161,11 @@ def sentences(report: LimitsReport) -> list[str]:
         listed = ", ".join(f"{name} {count}" for name, count in sorted(report.refused.items()))
         found.append(f"{several(sum(report.refused.values()), 'draw')} refused before training: {listed}")
     return [*found, *remarks(report)]
+
+
+def measured_figures(limits: Iterable[str]) -> list[str]:
+    """Return the figures of those limits that are measured here."""
+    return [LIMITS[name] for name in limits if OBJECTIVES[LIMITS[name]].kind == MEASURED]
 
 
 def remarks(report: LimitsReport) -> list[str]:
@@ -172,5 +183,5 @@ def remarks(report: LimitsReport) -> list[str]:
 def stated(name: str, bound: float, state_length: int | None) -> str:
     """Return a limit as it is said: its name, its bound, and the context at which it holds where that matters."""
     at = f" at {state_length:,} tokens" if state_length is not None and name in OF_LENGTH else ""
-    unit = "" if OBJECTIVES[LIMITS[name]].kind == "counted" else " measured here"
+    unit = "" if OBJECTIVES[LIMITS[name]].kind != MEASURED else " measured here"
     return f"{name}={bound:,.6g}{at}{unit}"

@@ -14,6 +14,7 @@ from typing import Any
 
 from hybridnas.analysis.confirmation import confirmed_winner, trained_objective
 from hybridnas.analysis.held_out import TEST, VALID, loss_on, stated_part
+from hybridnas.analysis.limits import measured_figures
 from hybridnas.analysis.ranking import Row, preset_loss, preset_record, rows, winner
 from hybridnas.analysis.verdict import Verdict, over_documents
 from hybridnas.report import leaderboard as board
@@ -23,7 +24,7 @@ from hybridnas.report.limits import limits_section, nothing_keeps, read_limits, 
 from hybridnas.report.sections import ReportInput, choice_name, color_of, sections, state_of
 from hybridnas.report.status import seconds_left
 from hybridnas.report.trials import read_arch, trial_pages
-from hybridnas.study.objectives import objectives_of
+from hybridnas.study.objectives import OBJECTIVES, objectives_of
 from hybridnas.study.records import (
     COMPLETE,
     DUPLICATE,
@@ -323,7 +324,10 @@ def _table(lines: Sequence[Row], given: ReportInput) -> dict[str, Any]:
         (f"state at {length:,}" if length else "state", "bytes one sequence carries"),
         ("FLOPs", "forward, per token"), ("accuracy", "of the next token"),
         *([("recall", "accuracy on the test part where a window repeats itself")] if recalled else []),
-        ("tokens/s", "while training"), ("", ""),
+        ("tokens/s", "while training"),
+        *((OBJECTIVES[name].label, "as measured for the limit, before training")
+          for name in measured_figures(given.limits or {})),
+        ("", ""),
     ]  # fmt: skip
     columns = [{"name": name, "help": meaning, "text": name in ("architecture", "")} for name, meaning in names]
     return {"columns": columns, "rows": [_table_row(row, given, tested, choices, recalled) for row in lines]}
@@ -357,6 +361,10 @@ def _table_row(row: Row, given: ReportInput, tested: bool, choices: Sequence[str
         cell(texts["acc"], record.accuracy),
         *([cell(texts["recall"], record.test_repeat_accuracy)] if recalled else []),
         cell(texts["tok/s"], record.tokens_per_second),
+        *(
+            cell(human(record.figures.get(name)), record.figures.get(name))
+            for name in measured_figures(given.limits or {})
+        ),
         cell(state, state, "text"),
     ]
     style = "first" if row.rank == 1 else "" if row.rank else "dim"

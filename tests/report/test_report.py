@@ -367,6 +367,7 @@ def test_limits_that_were_measured_or_refused_draws_are_counted(tmp_path):
     assert "3 draws were refused: requires 3." in page
     assert "Met within the spread of the measurement alone: trial 0." in page
     assert "mamba, 2.5" in page
+    assert Page(page).rows["0"][-3:-1] == ["1.5", "99.0"]  # what the limits are judged by stands beside the trials
 
 
 def test_where_a_baseline_won_the_searchs_own_best_is_named():
