@@ -5,6 +5,7 @@ Everything is read from the records and from the limits in ``study.json``; nothi
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,13 @@ class Miss:
     def share(self) -> float:
         """By how much of the bound the value passes it [1]."""
         return abs(self.value - self.bound) / self.bound
+
+    @property
+    def factor(self) -> float:
+        """How many times the bound the value is, or the bound the value, whichever is more [1]."""
+        if self.value <= 0.0:
+            return math.inf
+        return max(self.value / self.bound, self.bound / self.value)
 
 
 @dataclass(frozen=True, kw_only=True)

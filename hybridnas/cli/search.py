@@ -116,7 +116,7 @@ def _print(summary: Any, search: SearchConfig) -> Done:
         "completed": "all trials are finished",
         "time": "the budget's minutes are used",
         "tokens": "the budget's max_tokens are trained",
-        "exhausted": "the space has no further architecture to try",
+        "exhausted": "there is no further architecture to try",
         "interrupted": "stopped early; the same command goes on from here",
     }[summary.ended]
     show.line(f"{ended}, {summary.seconds:.0f} s")

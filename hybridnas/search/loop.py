@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from hybridnas.analysis.limits import misses
 from hybridnas.arch.arch import Arch
 from hybridnas.errors import MatchError, TrainingError
 from hybridnas.search import speeds
@@ -36,6 +37,8 @@ log = logging.getLogger("hybridnas.search")
 
 MAX_DRAWS_PER_TRIAL = 20  # candidates that cost no training, such as infeasible ones, for each trial that was asked for
 USED_UP = 20  # so many candidates in a row that were all tried before: the space has no other ones
+MEASURED_ENOUGH = 12  # candidates that were measured and are all outside the limits by FAR or more: no further is tried
+FAR = 2.0  # factor between a limit and what was measured
 MAX_FAILED_TRIALS = 5  # the search ends with an error when so many trials have ended and none has trained
 WAIT_SECONDS = 0.2  # between looks at what other workers have finished
 
@@ -150,10 +153,31 @@ class Loop:
                 return TIME
             if plan.max_tokens is not None and history.trained_tokens >= plan.max_tokens:
                 return TOKENS
+            if self._out_of_reach():
+                return EXHAUSTED
             used_up = history.trailing_duplicates() >= USED_UP
             if used_up or len(history) >= (plan.max_draws or MAX_DRAWS_PER_TRIAL * plan.n_trials):
                 return EXHAUSTED
         return self._begin(preset)
+
+    def _out_of_reach(self) -> bool:
+        """Whether nothing kept the measured limits so far, of enough candidates none came near, and says so."""
+        known = list(self.history.values())
+        measured = [record for record in known if record.spread]
+        drawn = [record for record in measured if record.preset is None]
+        if len(drawn) < MEASURED_ENOUGH or any(record.state != INFEASIBLE for record in measured):
+            return False
+        missed = [max(misses(record, self.plan.limits), key=lambda miss: miss.factor, default=None) for record in drawn]
+        found = [miss for miss in missed if miss is not None]
+        nearest = min(found, key=lambda miss: miss.factor, default=None)
+        if nearest is None or len(found) < len(drawn) or nearest.factor < FAR:
+            return False
+        self.listener.note(
+            f"none of {len(drawn)} candidates that were measured comes within a factor of {FAR:g} of the limits, so no "
+            f"other is tried; nearest: {nearest.record.pattern}, {nearest.value:,.4g} where "
+            f"{nearest.limit}={nearest.bound:,.4g}"
+        )
+        return True
 
     def _take_over(self) -> tuple[TrialRecord, str] | None:
         """Return a trial whose worker has died, held by this process now."""

@@ -260,6 +260,19 @@ def test_a_measured_limit_is_decided_before_training_and_met_within_the_spread(t
         assert not list(summary.folder.glob("trials/*/metrics.jsonl"))
 
 
+@pytest.mark.parametrize(("limit", "ends"), [("max_latency_ms=1", True), ("max_latency_ms=5", False)])
+def test_a_search_whose_measured_limit_is_far_out_of_reach_ends_early(tmp_path, tiny, meter, monkeypatch, limit, ends):
+    monkeypatch.setattr("hybridnas.search.loop.MEASURED_ENOUGH", 4)
+    monkeypatch.setattr("hybridnas.search.loop.MAX_DRAWS_PER_TRIAL", 3)
+    said = []
+    summary = run(
+        tmp_path, [*tiny, limit, "state_length=64", "n_trials=3", "space.baselines=[mamba,moe_mamba]"], said.append
+    )
+    drawn = [one for one in summary.records if one.preset is None and one.spread]
+    assert (summary.ended, summary.best) == ("exhausted", None)
+    assert (len(drawn) == 4) == ends == any("4 candidates that were measured" in line for line in said)
+
+
 def test_a_real_measurement_in_a_process_of_its_own():
     arch = Arch.from_pattern("MF", d_model=16, vocab_size=32)
     meter = measure.Meter()
