@@ -23,7 +23,7 @@ from hybridnas.errors import StudyError
 from hybridnas.hardware import describe_machine
 from hybridnas.search.config import SearchConfig
 from hybridnas.search.dashboard import JournalExport
-from hybridnas.search.forecast import forecast
+from hybridnas.search.forecast import Forecast, forecast
 from hybridnas.search.history import History
 from hybridnas.search.latency import Setting
 from hybridnas.search.loop import Listener, Loop
@@ -123,6 +123,7 @@ class Search:
         callbacks = self.callbacks = Callbacks([*self._given, _Log(), JournalExport(session.plan)])
         listener = _Emitter(callbacks, folder)
         loop = Loop(session.plan, session.store, session.trainer, listener, elapsed=lambda: self.elapsed)
+        expected = self._expected(session, loop.history)  # before MLflow is imported beside it, which takes seconds
         callbacks.on_study_start(
             StudyStarted(
                 folder=folder,
@@ -135,7 +136,7 @@ class Search:
         )
         ended, last, exported = FAILED, True, None
         try:
-            self._announce(session, loop.history)
+            self._announce(session, loop.history, expected)
             try:
                 ended = self._search(session, loop)
             except KeyboardInterrupt:
@@ -263,7 +264,14 @@ class Search:
         """Return where to track: workers beside each other write no sqlite file, only to a server that was named."""
         return self.config.tracking if self.config.worker == "off" or self.config.tracking else "off"
 
-    def _announce(self, session: Session, history: History) -> None:
+    def _expected(self, session: Session, history: History) -> Forecast | None:
+        """Return what the search will come to by this machine's speed; None for one that goes on, and for a table."""
+        if session.on_table or history:
+            return None
+        workers = self._trainers(session)
+        return forecast(session.plan, self.config.budget, history, workers=workers, confirmers=self.config.confirmers)
+
+    def _announce(self, session: Session, history: History, expected: Forecast | None) -> None:
         budget, plan, note = self.config.budget, session.plan, self.callbacks.on_note
         for warning in getattr(session.store, "warnings", ()):
             note(f"warning: {warning}")
@@ -284,11 +292,6 @@ class Search:
             note("measured here: " + "; ".join(f"{name} of {setting.words(name)}" for name in setting.figures))
         if session.share is not None:
             note(str(session.share))
-        expected = (
-            None
-            if session.on_table or history
-            else forecast(plan, budget, history, workers=self._trainers(session), confirmers=self.config.confirmers)
-        )
         if expected is not None:
             note(str(expected))
         if history:
