@@ -84,7 +84,10 @@ def confirmed_headline(verdict: Verdict, reference: str | None) -> str:
             ahead = drawn.claimed(verdict.alpha)
             verb = "is behind" if ahead else "is inside the noise of"
             return f"Nothing drawn beat {best.name}: the best, {drawn.name}, {verb} it, {_amount(verdict, drawn)}"
+    ahead_of_it = [one for one in known if one.ours and one.claimed(verdict.alpha) and one.gap.mean > 0]
     one = next((one for one in known if one.record.preset == reference), known[0])
+    if ahead_of_it and one not in ahead_of_it:
+        one = ahead_of_it[0]
     if not one.claimed(verdict.alpha):
         return f"{best.name} and {one.name} are inside the noise of each other: {_amount(verdict, one)}"
     if one.gap.mean < 0:
@@ -101,7 +104,7 @@ def _best_baseline(verdict: Verdict, known: Sequence[Compared], said: Compared) 
     by = f"{other.gap.mean:+.4f} ± {other.gap.half:.4f}"
     if not other.claimed(verdict.alpha):
         return f"; the best baseline, {other.name}, is inside the noise of it ({by})"
-    return f"; it {'beats' if other.gap.mean < 0 else 'is behind'} the best baseline, {other.name}, too ({by})"
+    return f"; it beats the best baseline, {other.name}, too ({by})"
 
 
 def sentence(verdict: Verdict, one: Compared) -> str:
