@@ -376,7 +376,8 @@ def budget_words(
     ``rate``: own, halved, or the one rate of all; another word is a policy that no truth set has. Of the measured
     policies with this signal and number of seeds, the one nearest in size, then in tokens, then in its shared rate
     stands for the budget; where it is of another size or length, the sentence says of which, and where there is none,
-    that nothing was measured. At the truth's own size only policies count whose trainings are not those of the truth.
+    that nothing was measured. The default's figures are those of the half that did not choose it. At the truth's own
+    size only policies count whose trainings are not those of the truth.
     """
     truth = decisions.get("truth", {})
     alike = [
@@ -397,7 +398,10 @@ def budget_words(
         return abs(math.log(off[0])), abs(math.log(off[1])), abs(math.log(own))
 
     nearest = min(alike, key=distance)
-    off = distance(nearest)
+    off, named = distance(nearest), ("signal", "size", "rate", "rung", "seeds")
+    held_out = decisions.get("reporting")
+    if held_out and all(held_out[name] == nearest[name] for name in named):
+        nearest = held_out  # by the architectures that did not choose it
     where = "at this budget"
     if off[0] > math.log(LIKE) or off[1] > math.log(LIKE):
         tokens = nearest["rung"] * whole

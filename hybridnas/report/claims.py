@@ -84,10 +84,8 @@ def confirmed_headline(verdict: Verdict, reference: str | None) -> str:
             ahead = drawn.claimed(verdict.alpha)
             verb = "is behind" if ahead else "is inside the noise of"
             return f"Nothing drawn beat {best.name}: the best, {drawn.name}, {verb} it, {_amount(verdict, drawn)}"
-    ahead_of_it = [one for one in known if one.ours and one.claimed(verdict.alpha) and one.gap.mean > 0]
-    one = next((one for one in known if one.record.preset == reference), known[0])
-    if ahead_of_it and one not in ahead_of_it:
-        one = ahead_of_it[0]
+    better = (one for one in known if one.ours and one.claimed(verdict.alpha) and one.gap.mean > 0)
+    one = next(better, None) or next((one for one in known if one.record.preset == reference), known[0])
     if not one.claimed(verdict.alpha):
         return f"{best.name} and {one.name} are inside the noise of each other: {_amount(verdict, one)}"
     if one.gap.mean < 0:
@@ -96,7 +94,7 @@ def confirmed_headline(verdict: Verdict, reference: str | None) -> str:
 
 
 def _best_baseline(verdict: Verdict, known: Sequence[Compared], said: Compared) -> str:
-    """Return what is to be added of another baseline than the one of which all was said: the best one."""
+    """Return a clause on the best baseline where the sentence is about another one, else nothing."""
     other = next((one for one in known if one.ours and one.record.preset is not None and one is not said), None)
     if other is None:
         return ""

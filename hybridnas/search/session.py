@@ -139,12 +139,10 @@ def open_session(
             folder.keep(meta=dataclasses.asdict(meta), **kept)
             if config.worker == "off":
                 folder.admit_workers()
-    except HybridNASError:
-        if not begun and orders is None and config.worker == "off":  # refused: there is no such study
+    except BaseException as error:
+        refused = isinstance(error, HybridNASError) and orders is None and config.worker == "off"
+        if refused and not begun:  # there is no such study
             shutil.rmtree(folder.path, ignore_errors=True)
-        _close(meter, store, folder)
-        raise
-    except BaseException:
         _close(meter, store, folder)
         raise
     try:
