@@ -41,6 +41,14 @@ class Policy:
     rate: str  # own: best of the grid; halved: the best of the grid at the rung before goes on; or one rate for all
     rung: float  # share of a whole training of 100 tokens per active parameter [0 to 1]
     seeds: int = 1
+    # Of two stages where it is not 0: a finished model of one seed at this rung chooses the better half, and only that
+    # is trained to ``rung``, anew, with ``seeds`` further seeds; the others rank behind, as the first stage has them.
+    first: float = 0.0
+
+    @property
+    def used(self) -> int:
+        """How many seeds of an architecture it looks at, the first of them."""
+        return self.seeds + (1 if self.first else 0)
 
 
 @dataclass(frozen=True)
@@ -142,8 +150,34 @@ class Rows:
         best = min(firsts, key=lambda rate: (firsts[rate].loss, rate))
         return {seed: row for (rate, seed), row in trainings.items() if rate == best}
 
-    def score(self, policy: Policy, pattern: str) -> tuple[float, float] | None:
-        """Return an architecture's score under a policy and its cost [FLOPs]; None where trainings are missing."""
+    def scores(self, policy: Policy, patterns: Iterable[str]) -> dict[str, tuple[float, float]]:
+        """Return pattern -> score under a policy and its cost [FLOPs], for the architectures that have the trainings.
+
+        Scores of a policy of two stages are places in its order, the best 0.
+        """
+        if not policy.first:
+            return {pattern: found for pattern in patterns if (found := self._score(policy, pattern)) is not None}
+        first = Policy(signal=policy.signal, size=policy.size, rate=policy.rate, rung=policy.first)
+        known = self.scores(first, patterns)
+        ranked = sorted(known, key=lambda pattern: (known[pattern], pattern))
+        half = math.ceil(len(ranked) / 2)
+        again = {pattern: self._fresh(policy, pattern) for pattern in ranked[:half]}
+        finalists = {pattern: found for pattern, found in again.items() if found is not None}
+        order = [*sorted(finalists, key=lambda pattern: (finalists[pattern], pattern)), *ranked[half:]]
+        costs = {pattern: known[pattern][1] + finalists.get(pattern, (0.0, 0.0))[1] for pattern in order}
+        return {pattern: (float(place), costs[pattern]) for place, pattern in enumerate(order)}
+
+    def _fresh(self, policy: Policy, pattern: str) -> tuple[float, float] | None:
+        """Return the mean score of the second stage's seeds at the policy's one rate, and their cost."""
+        trainings = self.at(pattern, policy.size)
+        wanted = range(1, policy.used)
+        runs = [_read(trainings.get((float(policy.rate), seed)), policy.signal, policy.rung) for seed in wanted]
+        found = [run for run in runs if run is not None]
+        if len(found) < policy.seeds:
+            return None
+        return fmean(score for score, _ in found), sum(cost for _, cost in found)
+
+    def _score(self, policy: Policy, pattern: str) -> tuple[float, float] | None:
         trainings = self.at(pattern, policy.size, cosine=policy.signal == COSINE)
         rates = self.grid if policy.rate in (OWN, HALVED) else [float(policy.rate)]
         at = policy.rung if policy.rate != HALVED else _before(policy.rung)
@@ -226,7 +260,12 @@ def policies(rows: Rows) -> Iterator[Policy]:
                 for rate in (*shared, OWN, HALVED):
                     yield Policy(signal=signal, size=size, rate=rate, rung=rung)
             for seeds in (2, 3):
-                yield Policy(signal=ANNEALED, size=size, rate=OWN, rung=rung, seeds=seeds)
+                for rate in (*shared, OWN):
+                    yield Policy(signal=ANNEALED, size=size, rate=rate, rung=rung, seeds=seeds)
+            for first in (one for one in RUNGS if one <= rung):
+                for seeds in (1, 2, 3):
+                    for rate in shared:
+                        yield Policy(signal=ANNEALED, size=size, rate=rate, rung=rung, seeds=seeds, first=first)
             for rate in shared:
                 yield Policy(signal=COSINE, size=size, rate=rate, rung=rung)
                 yield Policy(signal=SPEED, size=size, rate=rate, rung=rung)
@@ -332,11 +371,11 @@ def judge(rows: Rows, policy: Policy, truth: Truth, half: str | None = None, *, 
     """
     shares = policy.size == truth.size and policy.signal != COSINE
     if shares:
-        other = rows.truth_at(truth.size, first_seed=policy.seeds)
+        other = rows.truth_at(truth.size, first_seed=policy.used)
         if len(other.scores) >= len(truth.scores):
             truth, shares = Truth(truth.size, other.scores, other.halves, truth.costs, other.seeds), False
     wanted = [pattern for pattern in truth.scores if half is None or truth.halves[pattern] == half]
-    scored = {pattern: found for pattern in wanted if (found := rows.score(policy, pattern)) is not None}
+    scored = rows.scores(policy, wanted)
     if len(scored) < LEAST:
         return None
     cost = sum(cost for _, cost in scored.values()) / sum(truth.costs[pattern] for pattern in scored)
@@ -385,6 +424,7 @@ def budget_words(
         for one in decisions["policies"]
         if one["signal"] == signal
         and one["seeds"] == seeds
+        and not one.get("first")
         and not one["shares_trainings"]
         and (one["rate"] == rate if isinstance(rate, str) else one["rate"] not in (OWN, HALVED))
     ]
@@ -398,9 +438,9 @@ def budget_words(
         return abs(math.log(off[0])), abs(math.log(off[1])), abs(math.log(own))
 
     nearest = min(alike, key=distance)
-    off, named = distance(nearest), ("signal", "size", "rate", "rung", "seeds")
+    off, named = distance(nearest), ("signal", "size", "rate", "rung", "seeds", "first")
     held_out = decisions.get("reporting")
-    if held_out and all(held_out[name] == nearest[name] for name in named):
+    if held_out and all(held_out.get(name) == nearest.get(name) for name in named):
         nearest = held_out  # by the architectures that did not choose it
     where = "at this budget"
     if off[0] > math.log(LIKE) or off[1] > math.log(LIKE):

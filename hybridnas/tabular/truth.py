@@ -3,7 +3,7 @@
 Each training is a cell of an :class:`hybridnas.train.experiment.Experiment`, so it resumes to the bit. Any number of
 processes work on one set: each takes the first training that has no row and is locked by no other. The order makes any
 beginning useful: small sizes first; of a size one rate of every architecture, then the others, then seeds at the best
-rate, then the same in one cosine, then the recall of a task.
+rate, then one cosine, then the recall of a task, then seeds at the first rate, then more of them at the best one.
 """
 
 from __future__ import annotations
@@ -65,6 +65,9 @@ class TruthSize:
     valid_tokens: int
     cosine: bool = False  # whether the middle rate is trained with a cosine, too
     recall: bool = False  # whether the recall of a task is measured, too
+    shared_seeds: int = 0  # seeds after the first at the first rate, too, where another one is best [count]
+    more_seeds: int = 0  # seeds at the best rate beyond those of the set, after all else [count]
+    baselines_only: bool = False  # whether architectures that were drawn are left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +94,17 @@ RECALL_DATA: Mapping[str, Any] = {
 }
 SIZES = (
     TruthSize(active_params=4_608, d_model=12, batch_size=8, valid_tokens=65_536, cosine=True, recall=True),
-    TruthSize(active_params=16_384, d_model=24, batch_size=16, valid_tokens=65_536, cosine=True, recall=True),
-    TruthSize(active_params=65_536, d_model=48, batch_size=32, valid_tokens=131_072),
+    TruthSize(
+        active_params=16_384,
+        d_model=24,
+        batch_size=16,
+        valid_tokens=65_536,
+        cosine=True,
+        recall=True,
+        shared_seeds=2,
+        more_seeds=2,
+    ),
+    TruthSize(active_params=65_536, d_model=48, batch_size=32, valid_tokens=131_072, baselines_only=True),
     TruthSize(active_params=262_144, d_model=96, batch_size=64, valid_tokens=131_072),
 )
 
@@ -269,10 +281,11 @@ class _Builder:
         best_before: dict[str, float] = {}  # pattern -> best rate at the size before
         for size in spec.sizes:
             found = _by_rate(rows, size, spec.schedule)
-            first = {one.pattern: best_before.get(one.pattern, spec.rates[0]) for one in spec.architectures}
-            for one in spec.architectures:
+            wanted = [one for one in spec.architectures if one.preset or not size.baselines_only]
+            first = {one.pattern: best_before.get(one.pattern, spec.rates[0]) for one in wanted}
+            for one in wanted:
                 yield _Training(one, size, TEXT, spec.schedule, first[one.pattern], 0)
-            for one in spec.architectures:
+            for one in wanted:
                 for rate in spec.rates:
                     yield _Training(one, size, TEXT, spec.schedule, rate, 0)
                 beyond = rate_beyond(found.get(one.pattern, {}), spec.rates)
@@ -285,17 +298,22 @@ class _Builder:
                 and rate_beyond(losses, spec.rates) is None
                 and math.isfinite(min(losses.values()))
             }
+            at_best = [one for one in wanted if one.pattern in best]
             for seed in range(1, spec.seeds):
-                for one in spec.architectures:
-                    if one.pattern in best:
-                        yield _Training(one, size, TEXT, spec.schedule, best[one.pattern], seed)
+                for one in at_best:
+                    yield _Training(one, size, TEXT, spec.schedule, best[one.pattern], seed)
             if size.cosine:
-                for one in spec.architectures:
+                for one in wanted:
                     yield _Training(one, size, TEXT, "cosine", spec.rates[0], 0)
             if size.recall:
-                for one in spec.architectures:
-                    if one.pattern in best:
-                        yield _Training(one, size, RECALL, "cosine", best[one.pattern], 0)
+                for one in at_best:
+                    yield _Training(one, size, RECALL, "cosine", best[one.pattern], 0)
+            for seed in range(1, 1 + size.shared_seeds):
+                for one in at_best:
+                    yield _Training(one, size, TEXT, spec.schedule, spec.rates[0], seed)
+            for seed in range(spec.seeds, spec.seeds + size.more_seeds):
+                for one in at_best:
+                    yield _Training(one, size, TEXT, spec.schedule, best[one.pattern], seed)
             best_before = best
 
     def _cell(self, training: _Training, name: str) -> Cell:

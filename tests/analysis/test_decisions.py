@@ -25,7 +25,7 @@ from hybridnas.analysis.decisions import (
 )
 from hybridnas.bench.suites.decisions import measure, simulated
 from hybridnas.errors import StudyError
-from hybridnas.study.truth import CHOOSING, REPORTING
+from hybridnas.study.truth import CHOOSING, RATES, REPORTING
 
 
 def policy(**changes):
@@ -119,10 +119,41 @@ def test_costs_are_flops_of_all_trainings_beside_the_truths():
 def test_seeds_are_averaged_and_paid_for_at_the_best_rate_alone():
     rows = Rows(simulated())
     truth = rows.truth()
-    one, two = (rows.score(policy(seeds=n), "architecture 0") for n in (1, 2))
+    one, two = (rows.scores(policy(seeds=n), ["architecture 0"])["architecture 0"] for n in (1, 2))
     assert two[1] == pytest.approx(4 / 3 * one[1])
-    assert rows.score(policy(seeds=3), "architecture 0") is None
+    assert rows.scores(policy(seeds=3), ["architecture 0"]) == {}
     assert judge(rows, policy(seeds=3), truth) is None
+
+
+def test_of_two_stages_the_first_drops_the_worse_half_and_fresh_seeds_order_the_rest():
+    rate = RATES[0]
+    rows = [row for row in simulated(sizes=(1000,), seeds=1) if row.rate == rate and row.schedule == "wsd"]
+    last = len(rows) - 1
+    fresh = [  # the second stage sees the opposite order
+        dataclasses.replace(row, seed=1, losses=dict.fromkeys(row.losses, 3 - 0.01 * at)) for at, row in enumerate(rows)
+    ]
+    two = policy(rate=f"{rate:g}", rung=0.5, first=0.25)
+    names = [row.pattern for row in rows]
+    found = Rows([*rows, *fresh], [rate]).scores(two, names)
+    one = Rows(rows, [rate]).scores(policy(rate=f"{rate:g}", rung=0.25), names)
+    places = sorted(names, key=lambda name: (one[name], name))
+    half = len(rows) // 2
+    expected = [*sorted(places[:half], key=names.index, reverse=True), *places[half:]]
+    assert [name for name, _ in sorted(found.items(), key=lambda item: item[1])] == expected
+    whole = 3 * rows[last].flops_per_token * rows[last].tokens
+    assert found[places[0]][1] == pytest.approx((0.25 + 0.5) * whole)
+    assert found[places[-1]][1] == pytest.approx(0.25 * whole)
+
+
+def test_two_stages_are_judged_by_seeds_that_neither_looked_at():
+    rows = Rows(simulated(seeds=3, sizes=(8000,)))
+    two = policy(size=8000, rate="0.012", first=0.25, rung=0.5)
+    best = {f"architecture {i}" for i in range(0, 24, 3)}  # those with further seeds at this rate
+    assert two.used == 2
+    assert set(rows.scores(two, best)) == best
+    fit = Rows([row for row in rows.all if row.pattern in best])
+    judged = judge(fit, two, fit.truth_at(8000))
+    assert (judged.quality.n, judged.quality.accuracy, judged.shares_trainings) == (8, 1, False)
 
 
 def test_a_policy_at_the_truths_own_size_is_judged_by_other_seeds_or_marked():

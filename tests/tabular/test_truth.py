@@ -19,7 +19,9 @@ from hybridnas.tabular.proxies import proxies
 from hybridnas.tabular.truth import SIZES, TruthSize, TruthSpec, build_truth, draw_architectures, sized
 from hybridnas.train import experiment
 
-SMALL = TruthSize(active_params=2000, d_model=8, batch_size=2, valid_tokens=64, cosine=True, recall=True)
+SMALL = TruthSize(
+    active_params=2000, d_model=8, batch_size=2, valid_tokens=64, cosine=True, recall=True, shared_seeds=1, more_seeds=1
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,9 @@ def spec(corpus):
 @pytest.fixture(scope="module")
 def short(spec):
     """The set without further seeds, cosine and recall: four trainings at most."""
-    return dataclasses.replace(spec, sizes=[dataclasses.replace(SMALL, cosine=False, recall=False)], seeds=1)
+    return dataclasses.replace(
+        spec, sizes=[dataclasses.replace(SMALL, cosine=False, recall=False, shared_seeds=0, more_seeds=0)], seeds=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +61,19 @@ def test_every_architecture_has_all_rates_seeds_at_the_best_a_cosine_and_recall(
         assert set(spec.rates) <= set(firsts) and len(firsts) <= 4
         assert rate_beyond({rate: row.loss for rate, row in firsts.items()}, spec.rates) is None
         best = min(firsts, key=lambda rate: firsts[rate].loss)
-        assert [row.rate for row in own if row.seed == 1] == [best]
+        assert {row.rate for row in own if row.seed == 1} == {best, spec.rates[0]}
+        assert [row.rate for row in own if row.seed == 2] == [best]
         assert [row.rate for row in own if row.task == TEXT and row.schedule == "cosine"] == [spec.rates[0]]
         assert [row.rate for row in own if row.task == RECALL] == [best]
         assert {row.half for row in own} == {one.half}
+
+
+def test_a_size_for_baselines_alone_trains_no_architecture_that_was_drawn(short, tmp_path):
+    size = dataclasses.replace(short.sizes[0], baselines_only=True)
+    listed = [Listed(pattern="FF", half=REPORTING), Listed(pattern="FM", half=REPORTING, preset="mamba_mlp")]
+    spec = dataclasses.replace(short, architectures=listed, sizes=[size])
+    rows = build_truth(spec, tmp_path / "truth.csv", tmp_path, report=lambda text: None)
+    assert {row.pattern for row in rows} == {"FM"}
 
 
 def test_a_row_has_finished_models_at_all_rungs_and_the_stable_curve_before_their_decays(built):
