@@ -3,7 +3,7 @@
 Each training is a cell of an :class:`hybridnas.train.experiment.Experiment`, so it resumes to the bit. Any number of
 processes work on one set: each takes the first training that has no row and is locked by no other. The order makes any
 beginning useful: small sizes first; of a size one rate of every architecture, then the others, then seeds at the best
-rate, then one cosine, then the recall of a task, then seeds at the first rate, then more of them at the best one.
+rate and at the first one, then one cosine, then the recall of a task.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class TruthSize:
     cosine: bool = False  # whether the middle rate is trained with a cosine, too
     recall: bool = False  # whether the recall of a task is measured, too
     shared_seeds: int = 0  # seeds after the first at the first rate, too, where another one is best [count]
-    more_seeds: int = 0  # seeds at the best rate beyond those of the set, after all else [count]
+    more_seeds: int = 0  # seeds at the best rate beyond those of the set [count]
     baselines_only: bool = False  # whether architectures that were drawn are left out
 
 
@@ -302,18 +302,18 @@ class _Builder:
             for seed in range(1, spec.seeds):
                 for one in at_best:
                     yield _Training(one, size, TEXT, spec.schedule, best[one.pattern], seed)
-            if size.cosine:
-                for one in wanted:
-                    yield _Training(one, size, TEXT, "cosine", spec.rates[0], 0)
-            if size.recall:
-                for one in at_best:
-                    yield _Training(one, size, RECALL, "cosine", best[one.pattern], 0)
             for seed in range(1, 1 + size.shared_seeds):
                 for one in at_best:
                     yield _Training(one, size, TEXT, spec.schedule, spec.rates[0], seed)
             for seed in range(spec.seeds, spec.seeds + size.more_seeds):
                 for one in at_best:
                     yield _Training(one, size, TEXT, spec.schedule, best[one.pattern], seed)
+            if size.cosine:
+                for one in wanted:
+                    yield _Training(one, size, TEXT, "cosine", spec.rates[0], 0)
+            if size.recall:
+                for one in at_best:
+                    yield _Training(one, size, RECALL, "cosine", best[one.pattern], 0)
             best_before = best
 
     def _cell(self, training: _Training, name: str) -> Cell:
