@@ -110,6 +110,11 @@ def last_loss(record: TrialRecord) -> float | None:
     return points[-1][1] if points else None
 
 
+def trained_drawn(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Return the candidates that the search drew and trained, each architecture once."""
+    return [one for one in records if one.preset is None and one.tokens > 0 and one.duplicate_of is None]
+
+
 def front(records: Iterable[TrialRecord]) -> list[TrialRecord]:
     """Return the completed trials that no other beats in all objectives, by the first of them."""
     done = {record.number: record for record in records if eligible(record)}

@@ -4,8 +4,8 @@ The search's seed chooses who is confirmed, the fresh seeds choose the winner am
 luck is in the validation and the test loss alike, so the test part alone would not undo that choice. The winner and
 what it is compared with are therefore trained again with seeds of the verdict, which chose nothing, and the
 differences are stated on the test part, over seeds and documents. The winner is compared with the reference preset,
-the best baseline, the best that was drawn and the best of the reference study: p-values are adjusted for their number
-(Holm), and a difference is claimed where the adjusted one is below the significance level.
+the best baseline, the best that was drawn, the runner-up and the best of the reference study: p-values are adjusted for
+their number (Holm), and a difference is claimed where the adjusted one is below the significance level.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hybridnas.analysis.bootstrap import ALPHA, Difference, difference, holm
 from hybridnas.analysis.confirmation import confirmed_winner, summaries, trained_objective, turned
 from hybridnas.analysis.held_out import TEST, VALID, loss_on, stated_part
-from hybridnas.analysis.ranking import preset_record, winner
+from hybridnas.analysis.ranking import preset_record, trained_drawn, winner
 from hybridnas.study.documents import DocumentSums
 from hybridnas.study.objectives import eligible
 from hybridnas.study.records import TrialRecord
@@ -48,6 +48,7 @@ class Verdict:
     best: TrialRecord
     others: Sequence[Compared]
     part: str  # of the data, on which differences are stated
+    drawn: int  # architectures that the search drew and trained [count]
     alpha: float = ALPHA
 
     @property
@@ -59,7 +60,8 @@ class Verdict:
 def contenders(records: Iterable[TrialRecord], reference: str | None) -> list[TrialRecord]:
     """Return who is trained for the verdict: the winner by the fresh seeds, and what it is compared with.
 
-    These are the reference preset, the best baseline and the best that was drawn. Empty until fresh seeds decide.
+    These are the reference preset, the best baseline, the best that was drawn and the runner-up by the fresh seeds: a
+    winner that is not told from the runner-up may be another one with other seeds. Empty until fresh seeds decide.
     """
     known = list(records)
     best = confirmed_winner(known)
@@ -68,7 +70,8 @@ def contenders(records: Iterable[TrialRecord], reference: str | None) -> list[Tr
     ranked = [one.record for one in summaries(known) if eligible(one.record) and one.value is not None]
     baseline = next((record for record in ranked if record.preset is not None), None)
     drawn = next((record for record in ranked if record.preset is None), None)
-    found = (best, preset_record(known, reference), baseline, drawn)
+    second = next((record for record in ranked if record.number != best.number), None)
+    found = (best, preset_record(known, reference), baseline, drawn, second)
     return list({record.number: record for record in found if record is not None and record.confirmed}.values())
 
 
@@ -84,7 +87,8 @@ def verdict(
 
     ``documents`` finds losses by document; where a seed's are missing, intervals are over seeds alone.
     """
-    found = contenders(records, reference)
+    known = list(records)
+    found = contenders(known, reference)
     if not found:
         return None
     best = found[0]
@@ -106,7 +110,7 @@ def verdict(
         Compared(name, record, gap, None if gap.p is None else next(adjusted), study is None)
         for (name, record, study), gap in zip(named, gaps, strict=True)
     ]
-    return Verdict(best, others, part, alpha)
+    return Verdict(best, others, part, len(trained_drawn(known)), alpha)
 
 
 def _pair(read: Documents | None, first: Place, second: Place) -> tuple[DocumentSums, DocumentSums] | None:

@@ -83,26 +83,33 @@ def confirmed_headline(verdict: Verdict, reference: str | None) -> str:
                 return f"{drawn.name} beats {best.name}, which other seeds chose, {_amount(verdict, drawn)}"
             ahead = drawn.claimed(verdict.alpha)
             verb = "is behind" if ahead else "is inside the noise of"
-            return f"Nothing drawn beat {best.name}: the best, {drawn.name}, {verb} it, {_amount(verdict, drawn)}"
+            none = f"None of the {verdict.drawn} drawn" if verdict.drawn > 1 else "Nothing drawn"
+            return f"{none} beat {best.name}: the best, {drawn.name}, {verb} it, {_amount(verdict, drawn)}"
     better = (one for one in known if one.ours and one.claimed(verdict.alpha) and one.gap.mean > 0)
     one = next(better, None) or next((one for one in known if one.record.preset == reference), known[0])
     if not one.claimed(verdict.alpha):
         return f"{best.name} and {one.name} are inside the noise of each other: {_amount(verdict, one)}"
     if one.gap.mean < 0:
-        return f"{best.name} beats {one.name} {_amount(verdict, one)}{_best_baseline(verdict, known, one)}"
+        of = f", the best of {verdict.drawn} drawn," if best.preset is None and verdict.drawn > 1 else ""
+        return f"{best.name}{of} beats {one.name} {_amount(verdict, one)}{_beside(verdict, known, one)}"
     return f"{best.name} was chosen on other seeds, but {one.name} beats it {_amount(verdict, one)}"
 
 
-def _best_baseline(verdict: Verdict, known: Sequence[Compared], said: Compared) -> str:
-    """Return a clause on the best baseline where the sentence is about another one, else nothing."""
-    other = next((one for one in known if one.ours and one.record.preset is not None and one is not said), None)
-    if other is None:
-        return ""
-    assert other.gap.half is not None
-    by = f"{other.gap.mean:+.4f} ± {other.gap.half:.4f}"
-    if not other.claimed(verdict.alpha):
-        return f"; the best baseline, {other.name}, is inside the noise of it ({by})"
-    return f"; it beats the best baseline, {other.name}, too ({by})"
+def _beside(verdict: Verdict, known: Sequence[Compared], said: Compared) -> str:
+    """Return clauses on the best baseline and on the runner-up, as far as the sentence is not about them already."""
+    others = [one for one in known if one.ours and one is not said]
+    baseline = next((one for one in others if one.record.preset is not None), None)
+    drawn = next((one for one in others if one.record.preset is None), None)
+    clauses = ""
+    for what, other in (("the best baseline", baseline), ("the next best drawn", drawn)):
+        if other is not None:
+            assert other.gap.half is not None
+            by = f"({other.gap.mean:+.4f} ± {other.gap.half:.4f})"
+            if not other.claimed(verdict.alpha):
+                clauses += f"; {what}, {other.name}, is inside the noise of it {by}"
+            else:
+                clauses += f"; it beats {what}, {other.name}, too {by}"
+    return clauses
 
 
 def sentence(verdict: Verdict, one: Compared) -> str:

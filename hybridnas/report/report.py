@@ -117,7 +117,7 @@ def headline(
     within = f"Within {words(limits, length)}, " if limits else ""
     if verdict is not None:
         said = confirmed_headline(verdict, reference)
-        return within + (said.replace("Nothing", "nothing", 1) if within and said.startswith("Nothing") else said)
+        return within + (said[0].lower() + said[1:] if within and said.startswith("No") else said)
     best = winner(records)
     if best is None or best.valid_loss is None:
         missed = nothing_keeps(records, limits or {}, length)

@@ -80,9 +80,10 @@ def forecast(plan: Plan, budget: Budget, history: History, *, workers: int = 1, 
 
 
 def _confirmations(budget: Budget, baselines: int) -> int:
-    """Return how many whole trainings a confirmation has: rates, fresh seeds, and seeds of two for the verdict."""
+    """Return how many whole trainings a confirmation has: rates, fresh seeds, and seeds of three for the verdict."""
     rates = 2 if budget.confirm_rates == "own" else 0  # beside the one that the search trained at
-    return (baselines + budget.confirm_top) * (rates + budget.confirm_seeds) + 2 * budget.verdict_seeds
+    again = min(baselines, budget.confirm_top + 1) + budget.confirm_top  # the reference may be one of the best
+    return again * (rates + budget.confirm_seeds) + 3 * budget.verdict_seeds
 
 
 def _mean_tokens(plan: Plan) -> float:

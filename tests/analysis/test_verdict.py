@@ -24,13 +24,14 @@ def record(number, confirmed, further=(), preset=None, loss=1.0, **fields):
 PAPER = record(0, (1.5, 1.52), (1.5, 1.52, 1.51, 1.5), preset="moe_mamba")
 MAMBA = record(1, (1.4, 1.42), (1.41, 1.42, 1.4, 1.41), preset="mamba")
 BEST = record(2, (1.3, 1.31), (1.35, 1.36, 1.34, 1.355))
-SECOND = record(3, (1.31, 1.32))
+SECOND = record(3, (1.31, 1.32), (1.34, 1.37, 1.35, 1.345))
 STUDY = [PAPER, MAMBA, BEST, SECOND]
 
 
-def test_the_winner_meets_the_reference_the_best_baseline_and_the_best_drawn():
-    assert [one.number for one in contenders(STUDY, "moe_mamba")] == [2, 0, 1]
-    assert [one.number for one in contenders(STUDY, "mamba")] == [2, 1]
+def test_the_winner_meets_the_reference_the_best_baseline_the_best_drawn_and_the_runner_up():
+    assert [one.number for one in contenders(STUDY, "moe_mamba")] == [2, 0, 1, 3]
+    assert [one.number for one in contenders(STUDY, "mamba")] == [2, 1, 3]
+    assert [one.number for one in contenders([PAPER, MAMBA, BEST], "moe_mamba")] == [2, 0, 1]
     assert [one.number for one in contenders([PAPER, MAMBA, SECOND], "moe_mamba")] == [3, 0, 1]
     worse = record(4, (1.6, 1.6))
     assert [one.number for one in contenders([PAPER, MAMBA, worse], "moe_mamba")] == [1, 0, 4]
@@ -40,13 +41,14 @@ def test_the_winner_meets_the_reference_the_best_baseline_and_the_best_drawn():
 def test_differences_are_of_the_seeds_that_chose_nothing():
     found = verdict(STUDY, "moe_mamba")
     assert (found.best.number, found.part) == (2, "valid")
-    reference, mamba = found.others
-    assert (reference.name, mamba.name) == ("moe_mamba", "mamba")
+    reference, mamba, second = found.others
+    assert (reference.name, mamba.name, second.record) == ("moe_mamba", "mamba", SECOND)
     assert reference.gap == difference(BEST.verdict, PAPER.verdict)
     assert mamba.gap.mean == pytest.approx(1.35125 - 1.41)
     assert [one.adjusted for one in found.others] == holm([one.gap.p for one in found.others])
     assert reference.claimed(0.05)
     assert not reference.claimed(1e-9)
+    assert not second.claimed(0.05)
     unasked = verdict([dataclasses.replace(one, verdict={}) for one in STUDY], "moe_mamba")
     assert not unasked.stated
     assert verdict([record(0, (1.0,))], None) is None
@@ -55,7 +57,7 @@ def test_differences_are_of_the_seeds_that_chose_nothing():
 def test_the_best_of_the_reference_study_is_one_more_comparison():
     theirs = ReferenceStudy("s-random", record(7, ()), 5, [], verdict={"1001": 1.4, "1002": 1.4, "1003": 1.5})
     found = verdict(STUDY, "moe_mamba", against=theirs)
-    assert [one.name for one in found.others] == ["moe_mamba", "mamba", "the best of s-random"]
+    assert [one.name for one in found.others] == ["moe_mamba", "mamba", SECOND.name, "the best of s-random"]
     assert found.others[-1].gap.seeds == 3
     assert found.others[0].adjusted >= verdict(STUDY, "moe_mamba").others[0].adjusted
 

@@ -99,11 +99,12 @@ def test_the_confirmation_separates_noise_from_differences():
     gaps = [row["cells"][4] for row in section.table["rows"]]
     assert [gap["style"] for gap in gaps] == ["good", "quiet", ""]
     assert gaps[2]["text"] == ""  # moe_mamba against itself
-    how, reference, random = section.notes
-    assert "by 4 further seeds that chose nothing; p-values are adjusted for 2 comparisons" in how
+    how, reference, second, random = section.notes
+    assert "by 4 further seeds that chose nothing; p-values are adjusted for 3 comparisons" in how
+    assert second.startswith("MEME is better than MEME: -0.2000 ± ")
     assert reference.startswith("MEME is better than moe_mamba: -0.1975 ± ")
     assert random.startswith("The difference between MEME and the best of demo-random is inside the noise: ")
-    assert said([PAPER, CLEAR, NEAR]).startswith("MEME beats moe_mamba by 0.1975 ± ")
+    assert said([PAPER, CLEAR, NEAR]).startswith("MEME, the best of 2 drawn, beats moe_mamba by 0.1975 ± ")
     assert said([PAPER, NEAR]).startswith("MEME and moe_mamba are inside the noise of each other: +0.0025 ± ")
     for records, style in (([PAPER, CLEAR], "good"), ([PAPER, NEAR], "")):
         page = render_report("nowhere", records, StudyMeta(name="demo"))
@@ -127,6 +128,21 @@ def test_a_baseline_that_wins_is_a_finding():
     assert said([PAPER, close]).startswith("Nothing drawn beat moe_mamba: the best, MEME, is inside the noise of it, ")
     ahead = confirmed(3, [1.35, 1.37, 1.36], [1.11, 1.12, 1.10, 1.12])
     assert said([PAPER, ahead]).startswith("MEME beats moe_mamba, which other seeds chose, by 0.1975 ± ")
+
+
+def test_a_claim_names_how_many_were_drawn_and_the_next_best_of_them():
+    drawn = [dataclasses.replace(one, tokens=500) for one in (CLEAR, NEAR)]
+    text = said([PAPER, *drawn])
+    assert text.startswith("MEME, the best of 2 drawn, beats moe_mamba by 0.1975 ± ")
+    assert "; it beats the next best drawn, MEME, too (-0.2000 ± " in text
+    behind = [
+        dataclasses.replace(one, tokens=500, confirmed={s: v + 1 for s, v in one.confirmed.items()}) for one in drawn
+    ]
+    assert said([PAPER, *behind]).startswith("MEME beats moe_mamba, which other seeds chose, by ")
+    last = [dataclasses.replace(one, verdict={s: v + 1 for s, v in one.verdict.items()}) for one in behind]
+    assert said([PAPER, *last]).startswith(
+        "None of the 2 drawn beat moe_mamba: the best, MEME, is behind it, by 0.8025 ± "
+    )
 
 
 def test_the_best_baseline_is_named_where_the_reference_is_another_one():

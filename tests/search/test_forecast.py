@@ -14,7 +14,7 @@ SPACE = {"name": "plain", "letters": ["M", "A", "F"], "motif_length": [3], "base
 SIZES = {"d_model": 16, "depth": 3, "seq_len": 100, "batch_size": 1, "evals": 1, "valid_tokens": 300}
 
 
-@pytest.mark.parametrize(("confirm", "trainings"), [("off", 0), ("on", 2 * (2 + 3) + 2 * 4)])
+@pytest.mark.parametrize(("confirm", "trainings"), [("off", 0), ("on", 2 * (2 + 3) + 3 * 4)])
 def test_the_time_of_candidates_and_of_their_confirmation_is_counted_by_hand(confirm, trainings):
     budget = Budget(**SIZES, tokens_per_active_param=1, rungs=2, reduction=3, confirm=confirm, confirm_top=2)
     candidates = Candidates(Space.from_mapping(SPACE), Scale(d_model=16, depth=3, multiple=1, n_experts=2))

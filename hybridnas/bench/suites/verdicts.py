@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from hybridnas.analysis.ranking import trained_drawn
 from hybridnas.analysis.verdict import verdict
 from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.result import Result, Table
@@ -101,7 +102,7 @@ def row_of(summary: SearchSummary, seed: int, alpha: float) -> Row:
     records, best = summary.records, summary.best
     found = verdict(records, summary.reference, documents=study_documents(summary.folder), alpha=alpha)
     claimed = [] if found is None else [one for one in found.others if one.claimed(alpha)]
-    drawn = [one for one in records if one.preset is None and one.tokens > 0 and one.duplicate_of is None]
+    drawn = trained_drawn(records)
     whole = [one for one in drawn if one.state == COMPLETE and one.valid_loss is not None]
     chosen: TrialRecord | None = found.best if found is not None else best
     return Row(
