@@ -449,13 +449,13 @@ def budget_words(
             f"at {nearest['size']:,} active parameters and {tokens:g} tokens for each, the nearest that was measured,"
         )
     larger, longer = truth["size"] / nearest["size"], 1 / nearest["rung"]
-    times = [f"{larger:.0f} times larger"] * (larger > 1) + [f"{longer:.0f} times longer trained"] * (longer > 1)
-    same = "" if larger > 1 else " of the same size"
+    models = f"fully tuned models {f'{larger:.0f} times larger' if larger > 1 else 'of the same size'}"
+    models += f" that trained {longer:.0f} times longer" if longer > 1 else ""
     low, high = (100 * end for end in nearest["accuracy_interval"])
     better = nearest["accuracy_best_half"]
     within = "" if better is None else f", and in {100 * better:.0f} % of those within the better half"
     return (
-        f"{what} {where} agree with {', '.join([*times, 'fully tuned'])} models{same} in "
+        f"{what} {where} agree with {models} in "
         f"{100 * nearest['accuracy']:.0f} % of pairs (95 % interval {low:.0f} to {high:.0f} %){within}"
     )
 

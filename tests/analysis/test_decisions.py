@@ -211,7 +211,7 @@ def test_the_measured_budget_becomes_a_sentence_and_an_unmeasured_one_says_so():
     assert body["signals"][0]["accuracy"] == 0.5
     words = budget_words(body, signal=ANNEALED, rate=OWN, active_params=1000, tokens_per_active_param=90)
     assert words == (
-        "comparisons at this budget agree with 8 times larger, fully tuned models in 100 % of pairs "
+        "comparisons at this budget agree with fully tuned models 8 times larger in 100 % of pairs "
         "(95 % interval 100 to 100 %), and in 100 % of those within the better half"
     )
     assert "was not measured" in budget_words(
@@ -242,8 +242,8 @@ def test_the_policy_nearest_in_size_tokens_and_rate_stands_for_a_budget():
     assert "in 62 % of pairs" in words(5_000, 20, 0.02)
     assert words(2_000, 90, 0.012) == (
         "comparisons at 4,000 active parameters and 100 tokens for each, the nearest that was measured, agree with "
-        "16 times larger, fully tuned models in 64 % of pairs (95 % interval 0 to 100 %)"
+        "fully tuned models 16 times larger in 64 % of pairs (95 % interval 0 to 100 %)"
     )
-    assert "4 times larger, 4 times longer trained, fully tuned models in 65 % of pairs" in words(30_000, 20, 0.004)
-    assert "4 times longer trained, fully tuned models of the same size in 66 % of pairs" in words(60_000, 90, 0.004)
+    assert "fully tuned models 4 times larger that trained 4 times longer in 65 % of pairs" in words(30_000, 20, 0.004)
+    assert "fully tuned models of the same size that trained 4 times longer in 66 % of pairs" in words(60_000, 90, 0.004)
     assert "was not measured" in words(5_000, 20, "scaled")

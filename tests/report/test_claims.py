@@ -27,7 +27,10 @@ POLICIES = [
     [
         (
             {"schedule": "wsd", "rate": "tuned"},
-            ("2 times longer trained, fully tuned models in 83 % of pairs", "in 60 % of those within the better half"),
+            (
+                "fully tuned models 4 times larger that trained 2 times longer in 83 % of pairs",
+                "in 60 % of those within the better half",
+            ),
         ),
         ({}, ("in 70 % of pairs (95 % interval 60 to 80 %)",)),
         ({"schedule": "wsd"}, ("was not measured",)),
