@@ -245,5 +245,5 @@ def test_the_policy_nearest_in_size_tokens_and_rate_stands_for_a_budget():
         "fully tuned models 16 times larger in 64 % of pairs (95 % interval 0 to 100 %)"
     )
     assert "fully tuned models 4 times larger that trained 4 times longer in 65 % of pairs" in words(30_000, 20, 0.004)
-    assert "fully tuned models of the same size that trained 4 times longer in 66 % of pairs" in words(60_000, 90, 0.004)
+    assert "models of the same size that trained 4 times longer in 66 % of pairs" in words(60_000, 90, 0.004)
     assert "was not measured" in words(5_000, 20, "scaled")
