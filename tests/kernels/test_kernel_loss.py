@@ -338,22 +338,3 @@ def test_triton_rows_take_strides_and_improbable_tokens_and_keep_torchs_contract
     assert_close(got, cross_entropy(logits.double(), targets, reduction="none", impl="reference"), 1e-6)
     logits = torch.randn(5, 9, requires_grad=True)
     torch.library.opcheck(OPS.cross_entropy, (logits, targets.clamp(max=8), -100, 1e-3, True))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="compiles")
-@pytest.mark.parametrize(("vocabulary", "dtype"), [(256, torch.bfloat16), (50257, torch.float32)])
-def test_the_triton_kernel_compiles_without_spills_for_every_target(vocabulary, dtype, monkeypatch):
-    pytest.importorskip("triton")
-    from hybridnas.bench.triton import compiled
-    from hybridnas.kernels._triton.launch import recording
-    from hybridnas.kernels.cross_entropy.triton import losses
-
-    logits, scale = torch.empty(64, vocabulary, dtype=dtype, device="meta"), torch.empty(64, device="meta")
-    monkeypatch.setitem(compiled._TYPES, torch.int32, "*i32")
-    with recording() as launches:
-        losses(logits, torch.empty(64, dtype=torch.int64, device="meta"), scale, logits, gradient=True)
-    compilations = [compiled.Compilation("rows", launch, tile) for launch in launches for tile in launch.tiles]
-    assert len(compilations) == (1 if vocabulary == 256 else 2)
-    problems = [use for c in compilations for t in compiled.TARGETS.values() if (use := compiled.usage(c, t)).problem]
-    assert problems == []

@@ -194,23 +194,3 @@ def test_the_triton_norms_operator_keeps_torchs_contract():
     torch.library.opcheck(torch.ops.hybridnas.norm, (x, residual, weight, None, 1e-5, False))
     with pytest.raises(KernelUnavailableError, match="impl='triton' takes at most 4096 features D, got 9000"):
         rms_norm(torch.randn(1, 9000), impl="triton")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="compiles")
-def test_the_triton_kernels_compile_without_spills_for_every_target():
-    pytest.importorskip("triton")
-    from hybridnas.bench.triton import compiled
-    from hybridnas.kernels._triton.launch import recording
-    from hybridnas.kernels._triton.shapes import MAX_FEATURES
-    from hybridnas.kernels.rmsnorm import triton as host
-
-    x, weight = torch.empty(64, MAX_FEATURES, device="meta"), torch.empty(MAX_FEATURES, device="meta")
-    sums = torch.empty(64, device="meta")
-    with recording() as launches:
-        host._launch_forward(x, x, weight, weight, 1e-5, True, (x, x, sums, sums))
-        host._launch_backward(x, x, x, weight, sums, sums, True, (x, x, x))
-    compilations = [compiled.Compilation("norm", launch, tile) for launch in launches for tile in launch.tiles]
-    assert len(compilations) == 2
-    problems = [use for c in compilations for t in compiled.TARGETS.values() if (use := compiled.usage(c, t)).problem]
-    assert problems == []

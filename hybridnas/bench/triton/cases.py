@@ -165,7 +165,7 @@ def _all(whole: bool) -> list[Compilation]:
         add("K", conv_launches, taps, float32, True)
     for planes in (1, 2):
         add("planes", diagonal_launches, planes, float32, True)
-    for features in (64, 1024, MAX_FEATURES) if whole else [1024]:
+    for features in (64, 1024, MAX_FEATURES) if whole else (1024, MAX_FEATURES):
         add("D", norm_launches, features, float32, True)
     for vocabulary in (256, 50257) if whole else [50257]:
         add("V", loss_launches, vocabulary, float32, True)
