@@ -84,6 +84,9 @@ class BenchConfig(FrozenConfig):
     )
     truth: Path = option(Path("experiments/results/truth.csv"), "truth, decisions: the truth set's rows [path]")
     sizes: tuple[int, ...] = option((), "truth: active parameters of the sizes to train; none: all [counts]", ge=1)
+    patterns: tuple[str, ...] = option(
+        (), "truth: train these instead of the listed architectures, into a file of their own [pattern strings]"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

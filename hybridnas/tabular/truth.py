@@ -436,7 +436,10 @@ def _by_rate(rows: Iterable[TruthRow], size: TruthSize, schedule: str) -> dict[s
 
 
 def _name(training: _Training) -> str:
-    letters = "".join(slot.letter for slot in parse(training.listed.pattern).slots)
+    pattern = training.listed.pattern
+    letters = "".join(slot.letter for slot in parse(pattern).slots)
+    if "{" in pattern:  # letters alone do not tell two options apart
+        letters += "-" + hashlib.sha256(pattern.encode()).hexdigest()[:6]
     return (
         f"{training.size.active_params}-{training.task}-{training.schedule}-{letters}-{training.rate:g}-{training.seed}"
     )

@@ -8,8 +8,9 @@ import pytest
 from hybridnas.analysis.decisions import Rows
 from hybridnas.arch.pattern import parse
 from hybridnas.arch.presets import DEFAULT_BASELINES
+from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.suites.decisions import simulated
-from hybridnas.bench.suites.truth import ARCHITECTURES, _sizes
+from hybridnas.bench.suites.truth import ARCHITECTURES, _of_patterns, _sizes, shares
 from hybridnas.data import open_source, source_config
 from hybridnas.errors import ConfigError, StudyError
 from hybridnas.search.rates import rate_beyond
@@ -177,3 +178,23 @@ def test_proxies_are_the_same_each_time_and_tell_architectures_apart(corpus):
     )
     assert one == again and set(one) == {"gradient norm", "snip", "naswot"}
     assert all(one[name] != other[name] for name in one)
+
+
+def test_patterns_of_ones_own_are_trained_into_a_file_of_their_own():
+    with pytest.raises(ConfigError) as caught:
+        _of_patterns(BenchConfig(patterns=("Mx4",)), SIZES)
+    assert caught.value.field == "truth"
+    config = BenchConfig(patterns=("(ME{n_experts=2})x2", "MMMM"), truth="own.csv")
+    spec = _of_patterns(config, SIZES[:2])
+    assert [one.pattern for one in spec.architectures] == ["(ME{n_experts=2})x2", "Mx4"]
+    assert not any(size.cosine or size.recall or size.more_seeds for size in spec.sizes)
+    two, eight = (sized(text, SIZES[1], 257).cost() for text in ("(ME{n_experts=2})x2", "(ME)x2"))
+    assert two.params < 0.6 * eight.params
+    assert two.active_params == pytest.approx(eight.active_params, rel=0.02)
+
+
+def test_the_share_of_a_baselines_steps_is_said_for_every_other_architecture():
+    (table,) = shares(Rows(simulated(3, sizes=(1000,))), "architecture 1")
+    assert [line[:3] for line in table.rows] == [[1000, "architecture 0", 2], [1000, "architecture 2", 2]]
+    assert [line[3] for line in table.rows] == pytest.approx([0.01, -0.01])
+    assert [line[4].split(" ")[0] for line in table.rows][1] == "not"

@@ -149,7 +149,9 @@ def tables(body: Mapping[str, Any]) -> list[Table]:
             for one in body["signals"]
         ]
         found.append(Table("decisions: signals without training", ("signal", *columns[6:]), lines))
-    lines = [[one["size"], one["seeds"], one["gap"], _step_words(one)] for one in body["headline"]]
+    lines = [
+        [one["size"], one["seeds"], one["gap"], share_words(one["share"], one["interval"])] for one in body["headline"]
+    ]
     head = ("size", "seeds", "loss of Mamba minus MoE-Mamba [nats]", "share of Mamba's steps")
     return [*found, Table("MoE-Mamba beside Mamba, each at its own best rate", head, lines)]
 
@@ -176,11 +178,13 @@ def _share(one: Mapping[str, Any], name: str) -> str:
     return f"{100 * one[name]:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
 
 
-def _step_words(one: Mapping[str, Any]) -> str:
-    if one["share"] is None:
+def share_words(share: float | None, interval: Sequence[float] | None) -> str:
+    """Return a share of steps in percent with its interval, or that the loss was not reached."""
+    if share is None:
         return "not reached"
-    spread = "" if one["interval"] is None else f" ({100 * one['interval'][0]:.0f} to {100 * one['interval'][1]:.0f})"
-    return f"{100 * one['share']:.0f} %{spread}"
+    return f"{100 * share:.0f} %" + (
+        "" if interval is None else f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})"
+    )
 
 
 def draw(body: Mapping[str, Any], path: Path) -> list[Path]:

@@ -10,11 +10,14 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from hybridnas.analysis.decisions import Rows, step_share
+from hybridnas.arch.pattern import parse
 from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.result import Result, Table
+from hybridnas.bench.suites.decisions import share_words
 from hybridnas.bench.suites.table import origin, say
 from hybridnas.errors import ConfigError
-from hybridnas.study.truth import CHOOSING, Listed, TruthRow, read_listed
+from hybridnas.study.truth import CHOOSING, REPORTING, Listed, TruthRow, read_listed
 from hybridnas.tabular.truth import SIZES, TruthSize, TruthSpec, build_truth
 
 ARCHITECTURES = Path(__file__).resolve().parents[2] / "experiments/results/truth-architectures.csv"
@@ -26,12 +29,47 @@ def run(config: BenchConfig) -> Result:
     if config.tiny:
         rows = tiny_truth()
     else:
-        listed = read_listed(ARCHITECTURES)
-        spec = TruthSpec(architectures=listed, sizes=_sizes(config.sizes))
+        spec = TruthSpec(architectures=read_listed(ARCHITECTURES), sizes=_sizes(config.sizes))
+        if config.patterns:
+            spec = _of_patterns(config, spec.sizes)
         rows = build_truth(spec, config.truth, Path("runs/truth"), minutes=config.minutes, report=say, origin=origin())
         result.files.append(str(config.truth))
     result.tables.append(summary(rows))
+    if config.patterns:
+        result.tables += shares(Rows(rows))
     return result
+
+
+def _of_patterns(config: BenchConfig, sizes: Sequence[TruthSize]) -> TruthSpec:
+    """Return a set of the given architectures, rates and seeds alone; raises ConfigError for the truth set's file."""
+    if config.truth == BenchConfig().truth:
+        raise ConfigError(
+            f"bench truth with patterns would add to the truth set {config.truth}; give it a file with truth=FILE.csv",
+            field="truth",
+            got=str(config.truth),
+        )
+    plain = [TruthSize(active_params=s.active_params, d_model=s.d_model, batch_size=s.batch_size,
+                       valid_tokens=s.valid_tokens) for s in sizes]  # fmt: skip
+    listed = [Listed(pattern=str(parse(pattern)), half=REPORTING) for pattern in config.patterns]
+    return TruthSpec(architectures=listed, sizes=plain)
+
+
+def shares(rows: Rows, baseline: str = "Mx4") -> list[Table]:
+    """Return which share of the baseline's steps each other architecture needs to its final loss, at every size."""
+    lines = []
+    for size in rows.sizes:
+        for pattern in rows.patterns:
+            found = step_share(rows, size, pattern, baseline) if pattern != baseline else None
+            if found is not None:
+                lines.append([size, pattern, found.seeds, found.gap, share_words(found.share, found.interval)])
+    columns = (
+        "size",
+        "pattern",
+        "seeds",
+        f"loss of {baseline} minus its own [nats]",
+        f"share of the steps of {baseline}",
+    )
+    return [Table("steps to the loss of the baseline, each at its own best rate", columns, lines)] if lines else []
 
 
 def summary(rows: Sequence[TruthRow]) -> Table:
