@@ -48,6 +48,7 @@ class ModelConfig(FrozenConfig):
     embedding_multiplier: float = option(1.0, "factor on the embedding's vectors [1]", gt=0)
     logits_multiplier: float = option(1.0, "factor on the logits (Granite: 1 / logits_scaling) [1]", gt=0)
     final_softcap: float | None = option(None, "c of logits c * tanh(logits / c); none: not capped [1]", gt=0)
+    embedding_norm: bool = option(False, "whether there is a norm after the embedding [yes/no]")
     n_meta_tokens: int = option(0, "learned vectors that every sequence starts with [tokens]", ge=0)
 
     @classmethod
@@ -149,6 +150,7 @@ class Arch:
             )
             _check_one_stream(nodes)
             layers.append(nodes)
+        _check_firsts(node for layer in layers for branch in layer for node in branch)
         return tuple(layers)
 
     def _node(self, layer: int, branch: int, position: int, slot: Slot, configs: dict[Slot, BlockConfig]) -> Node:
@@ -217,9 +219,9 @@ class Arch:
 
     @property
     def n_norms(self) -> int:
-        """Norms around the blocks, and the one before the head [count]."""
+        """Norms around the blocks, and those after the embedding and before the head [count]."""
         before = sum(any(node.norm_before for branch in layer for node in branch) for layer in self.layers)
-        return before + sum(node.norm_after for node in self.nodes) + self.model.final_norm
+        return before + sum(node.norm_after for node in self.nodes) + self.model.final_norm + self.model.embedding_norm
 
     def node_cost(self, node: Node, seq_len: int, dtype_bytes: int = 4, *, first_use: bool = True) -> Cost:
         """Return the cost of one block at its place, its Canon layer included; the weights of a shared one count once.
@@ -357,6 +359,32 @@ def _check_one_stream(layer: tuple[tuple[Node, ...], ...]) -> None:
                     got=values,
                     allowed="one value for the layer",
                 )
+
+
+def _check_firsts(nodes: Iterator[Node]) -> None:
+    """Raise ConfigError for a block that reads what the first of its letter hands on, where that is not there."""
+    firsts: dict[str, Node] = {}
+    for node in nodes:
+        first = firsts.setdefault(node.slot.letter, node)
+        if not node.config.reads_first:
+            continue
+        if first is node:
+            raise ConfigError(
+                f"{node.where} reads what the first block of its letter hands on, but is the first itself; "
+                f"set value_rank=0 on it, as in {node.slot.letter}{{value_rank=0}}",
+                field="value_rank",
+                got=str(node.slot),
+                allowed="value_rank=0 on the first",
+            )
+        if first.config.first_width != node.config.first_width:
+            widths = first.config.first_width, node.config.first_width
+            raise ConfigError(
+                f"{node.where} mixes its {widths[1]} channels with the {widths[0]} of {first.where}; give both one "
+                f"d_inner, or set value_rank=0",
+                field="d_inner",
+                got=widths[1],
+                allowed=widths[0],
+            )
 
 
 def _letters(pattern: Pattern) -> list[str]:

@@ -35,13 +35,18 @@ class Decoder:
         config = model.arch.model
         self._embedding, self._head = model.embedding, model.head
         self._factors = config.embedding_multiplier, config.logits_multiplier
-        self._steps = [_step_of(layer, given) for layer in cast("Iterable[ResidualLayer]", model.layers)]
+        self._firsts: dict[str, Tensor] = {}  # of the present token
+        layers = cast("Iterable[ResidualLayer]", model.layers)
+        self._steps = [_step_of(layer, given, self._firsts) for layer in layers]
+        if model.embedding_norm is not None:
+            self._steps.insert(0, one_row(model.embedding_norm))
         if model.final_norm is not None:
             self._steps.append(one_row(model.final_norm))
 
     def __call__(self, ids_B: Tensor) -> Tensor:
         """Return the logits (B, V) after one more token (B,) of each sequence."""
         x_BD: Tensor = scaled(self._embedding(ids_B), self._factors[0])
+        self._firsts.clear()
         for step in self._steps:
             x_BD = step(x_BD)
         logits_BV: Tensor = self._head(scaled(x_BD, self._factors[1]))
@@ -63,12 +68,12 @@ class RowDecoder:
         return torch.cat(found)[rows_B.argsort()]
 
 
-def _step_of(layer: ResidualLayer, given: Iterator[State]) -> _Step:
+def _step_of(layer: ResidualLayer, given: Iterator[State], firsts: dict[str, Tensor]) -> _Step:
     blocks, around = list(layer.blocks()), layer.around_of(0, 0)
     count = len(blocks) + sum(cast(Around, own).canon is not None for own in layer.around.values())
     states = [next(given) for _ in range(count)]
     if len(blocks) > 1 or has_hooks(layer, blocks[0]):
-        return _Forward(layer, states)
+        return _Forward(layer, states, firsts)
     if layer.plain:
         assert layer.norm is not None
         step = blocks[0].one_token(layer.norm, states[0])
@@ -78,18 +83,18 @@ def _step_of(layer: ResidualLayer, given: Iterator[State]) -> _Step:
         handed = _Handed()
         inner = blocks[0].one_token(handed, states[-1])
         step = None if inner is None else _Surrounded(layer, handed, inner, states)
-    return _Forward(layer, states) if step is None else step
+    return _Forward(layer, states, firsts) if step is None else step
 
 
 class _Forward:
     """A layer's own forward, for one token."""
 
-    def __init__(self, layer: ResidualLayer, states: list[State]) -> None:
-        self._layer, self._states = layer, states
+    def __init__(self, layer: ResidualLayer, states: list[State], firsts: dict[str, Tensor]) -> None:
+        self._layer, self._states, self._firsts = layer, states, firsts
 
     def __call__(self, x_BD: Tensor) -> Tensor:
         following: list[State] = []
-        x_BLD, _ = self._layer(x_BD[:, None], iter(self._states), following)
+        x_BLD, _ = self._layer(x_BD[:, None], iter(self._states), following, None, self._firsts)
         self._states = following
         first: Tensor = x_BLD[:, 0]
         return first

@@ -93,11 +93,13 @@ class ResidualLayer(nn.Module):
         given: Iterator[State] | None,
         following: list[State],
         segments_BL: Tensor | None = None,
+        firsts: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, list[tuple[str, Aux]]]:
         """Return the stream after the layer, and each block's extras by its name.
 
         ``given`` yields the states in the order of ``init_states`` and the next ones are appended to ``following``.
         ``segments_BL``: the number of each token's document; blocks that take it get it.
+        ``firsts``: letter -> what its first block hands to the later ones, for these tokens; the layer adds to it.
         """
         normed_BLD = x_BLD if self.norm is None else self.norm(x_BLD)
         total_BLD = scaled(normed_BLD if self.adds_to_normed else x_BLD, self.stream_multiplier)
@@ -112,8 +114,14 @@ class ResidualLayer(nn.Module):
                     y_BLD, after = around.before(y_BLD, before, segments_BL)
                     if after is not None:
                         following.append((after,))
-                packed = {} if segments_BL is None or not block.takes_segments else {"segments_BL": segments_BL}
-                output: BlockOutput = block(y_BLD, next(given) if given is not None else None, **packed)
+                beside: dict[str, Tensor | None] = {}
+                if segments_BL is not None and block.takes_segments:
+                    beside["segments_BL"] = segments_BL
+                if firsts is not None and block.takes_first:
+                    beside["first_BLX"] = firsts.get(cast(Block, block).letter)
+                output: BlockOutput = block(y_BLD, next(given) if given is not None else None, **beside)
+                if firsts is not None and output.aux.first is not None:
+                    firsts.setdefault(cast(Block, block).letter, output.aux.first)
                 y_BLD = output.y_BLD if around is None else around.after(output.y_BLD)
                 if output.state is not None:
                     following.append(output.state)

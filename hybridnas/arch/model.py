@@ -103,6 +103,7 @@ class HybridLM(nn.Module):
                     block.reset_parameters(config.init_scale)
                     modules[node.module] = block
             self.layers = nn.ModuleList(ResidualLayer(layer, modules, config, self.impl) for layer in arch.layers)
+            self.embedding_norm: nn.Module | None = make_norm(config, self.impl) if config.embedding_norm else None
             self.final_norm: nn.Module | None = make_norm(config, self.impl) if config.final_norm else None
             sizes = config.d_model, config.vocab_size
             cap = config.final_softcap
@@ -175,6 +176,8 @@ class HybridLM(nn.Module):
                 return LMHidden(x_BLD, None, aux)
             segments_BL = segments_BL.long() if ids_BL.numel() else None
         x_BLD = scaled(self._embedded(ids_BL), config.embedding_multiplier)
+        if self.embedding_norm is not None:
+            x_BLD = self.embedding_norm(x_BLD)
         if self.meta_tokens is None or state is not None:
             x_BLD, following, aux = self._through_layers(x_BLD, state, segments_BL)
         else:
@@ -191,8 +194,9 @@ class HybridLM(nn.Module):
         following: list[State] = []
         losses: dict[str, list[Tensor]] = defaultdict(list)
         stats: dict[str, Tensor] = {}
+        firsts: dict[str, Tensor] = {}
         for layer in self.layers:
-            x_BLD, auxes = layer(x_BLD, given, following, segments_BL)
+            x_BLD, auxes = layer(x_BLD, given, following, segments_BL, firsts)
             for where, aux in auxes:
                 for name, loss in aux.losses.items():
                     losses[name].append(loss)

@@ -37,6 +37,7 @@ _LAYER_TYPES = {
     "G": "linear_attention",
     "R": "linear_attention",
     "X": "linear_attention",
+    "W": "linear_attention",
     "A": "full_attention",
     "S": "sliding_attention",
     "C": "conv",

@@ -47,10 +47,12 @@ class Aux(NamedTuple):
     """Named extras of a forward pass: losses to add (already weighted), statistics to log (detached).
 
     Statistics of integers are counts: training sums them over a step and hands them to ``Block.after_step``.
+    ``first`` (B, L, any width) is what the first block of a letter hands to the later ones.
     """
 
     losses: Mapping[str, Tensor]
     stats: Mapping[str, Tensor]
+    first: Tensor | None = None
 
 
 NO_AUX = Aux({}, {})
@@ -110,6 +112,16 @@ class BlockConfig(FrozenConfig):
         return self.canon * self.d_model
 
     @property
+    def first_width(self) -> int | None:
+        """Channels of what the block hands to later ones of its letter, ``aux.first``; None: nothing."""
+        return None
+
+    @property
+    def reads_first(self) -> bool:
+        """Whether the block reads what the first of its letter hands on, and so cannot be the first."""
+        return False
+
+    @property
     def causal(self) -> bool:
         """Whether output t depends on inputs up to t alone, so that the block can generate."""
         return True
@@ -142,10 +154,12 @@ class Block(nn.Module, ABC):
     no_decay: ClassVar[tuple[str, ...]] = ()  # matrices that weight decay leaves alone
     role: ClassVar[Role] = "mixer"  # whether it mixes tokens, by attention or another way, or treats each by itself
     takes_segments: ClassVar[bool] = False  # whether forward has the parameter segments_BL, found by its signature
+    takes_first: ClassVar[bool] = False  # the same for first_BLX
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
-        cls.takes_segments = "segments_BL" in inspect.signature(cls.forward).parameters
+        parameters = inspect.signature(cls.forward).parameters
+        cls.takes_segments, cls.takes_first = "segments_BL" in parameters, "first_BLX" in parameters
 
     def __init__(self, config: Any, *, impl: Impl = Impl.AUTO) -> None:
         super().__init__()
@@ -164,6 +178,10 @@ class Block(nn.Module, ABC):
         A block that mixes tokens should have a third parameter ``segments_BL: Tensor | None = None``: the number of
         each token's document, int64 (B, L), never given with a state. No document sees another, and each is read as a
         sequence of its own. Without that parameter a model reads packed documents as padded rows, one of each.
+
+        Beside the residual stream a model hands a tensor from the first block of a letter to the later ones, for the
+        same tokens: what the first returns as ``aux.first``, those with a parameter ``first_BLX: Tensor | None
+        = None`` read, which is None for the first one itself.
         """
 
     @abstractmethod

@@ -38,6 +38,7 @@ OPTIONS = {
     "one tap": {"canon": 1},
     "meta": {"n_meta_tokens": 3},
     "softcap": {"final_softcap": 0.05},
+    "norm of the embedding": {"embedding_norm": True, "norm": "rmsnorm"},
     "all": {
         "norm": "rmsnorm_zero",
         "norm_position": "sandwich",
@@ -45,6 +46,7 @@ OPTIONS = {
         "n_meta_tokens": 2,
         "final_softcap": 0.5,
         "final_norm": True,
+        "embedding_norm": True,
         "tie_embeddings": True,
         "embedding_multiplier": 4.0,
         "logits_multiplier": 0.5,
@@ -340,6 +342,7 @@ def test_options_at_their_defaults_are_no_part_of_a_fingerprint():
         "stream_multiplier": 1.0,
         "canon": 0,
         "n_meta_tokens": 0,
+        "embedding_norm": False,
         "embedding_multiplier": 1.0,
         "logits_multiplier": 1.0,
         "final_softcap": None,

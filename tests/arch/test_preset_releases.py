@@ -55,6 +55,7 @@ def test_only_models_without_a_class_of_transformers_are_counted_by_a_formula():
         without
         == set(RELEASES) - set(RELEASED)
         == {"openmoe_base", "openmoe_8b", "samba_421m", "samba_1_3b", "stripedhyena_7b"}
+        | {name for name in RELEASES if name.startswith("rwkv7")}
     )
 
 

@@ -26,6 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "ME": {"E": MOE},
     "[M,A]G@g F G@g": {"canon": 3},
     "MA{positions=none}": {"n_meta_tokens": 3},
+    "WF{token_shift=true}W{value_rank=3}": {"embedding_norm": True},
 }
 
 

@@ -240,6 +240,7 @@ def _cached_block(index):
         ("X", {"d_model": 16, "n_heads": 3}, "n_heads", 3),
         ("Y", {"d_model": 16, "d_state": 0}, "d_state", 0),
         ("H", {"d_model": 16, "head_dim": 3}, "head_dim", 3),
+        ("W", {"d_model": 16, "head_dim": 3}, "head_dim", 3),
         ("H", {"d_model": 16, "d_state": 3}, "d_state", 3),
     ],
 )

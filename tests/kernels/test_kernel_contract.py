@@ -17,6 +17,7 @@ import hybridnas.kernels.diagonal_scan as diagonal
 import hybridnas.kernels.diagonal_ssm as filters
 import hybridnas.kernels.gated_delta as recurrence
 import hybridnas.kernels.gated_rnn as gated
+import hybridnas.kernels.generalized_delta as generalized
 import hybridnas.kernels.mamba_step as step
 import hybridnas.kernels.moe_dispatch as moe
 import hybridnas.kernels.rmsnorm as norms
@@ -33,6 +34,7 @@ from hybridnas.kernels.diagonal_scan import diagonal_scan
 from hybridnas.kernels.diagonal_ssm import diagonal_ssm
 from hybridnas.kernels.gated_delta import gated_delta
 from hybridnas.kernels.gated_rnn import gated_rnn
+from hybridnas.kernels.generalized_delta import generalized_delta
 from hybridnas.kernels.mamba_step import Norm, Weights, mamba_step
 from hybridnas.kernels.moe_dispatch import Experts, expert_choice, token_choice
 from hybridnas.kernels.rmsnorm import add_norm, layer_norm, rms_norm
@@ -78,6 +80,12 @@ def _gated_delta(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor
     ids = integers(3, batch, length).sort(1).values
     given = {**v, "log_decay": -v["log_decay"].square()}
     return gated_delta(**given, seq_idx=ids, chunk_size=4, return_final_state=True, impl=impl)
+
+
+def _generalized_delta(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
+    ids = integers(3, batch, length).sort(1).values
+    given = {**v, "log_decay": -v["log_decay"].square()}
+    return generalized_delta(**given, seq_idx=ids, chunk_size=4, return_final_state=True, impl=impl)
 
 
 def _diagonal(v: Tensors, batch: int, length: int, impl: str) -> tuple[Tensor, ...]:
@@ -156,6 +164,12 @@ def _ssd_shapes(batch: int, length: int) -> dict[str, tuple[int, ...]]:
 def _gated_delta_shapes(batch: int, length: int) -> dict[str, tuple[int, ...]]:
     narrow, wide = (batch, length, GROUPS, N), (batch, length, HEADS, WIDTH)
     shapes = {"q": narrow, "k": narrow, "v": wide, "log_decay": (*wide[:3], N), "beta": wide[:3]}
+    return {**shapes, "initial_state": (batch, HEADS, N, WIDTH)}
+
+
+def _generalized_delta_shapes(batch: int, length: int) -> dict[str, tuple[int, ...]]:
+    narrow, wide = (batch, length, HEADS, N), (batch, length, HEADS, WIDTH)
+    shapes = {"q": narrow, "k": narrow, "v": wide, "log_decay": narrow, "a": narrow, "b": narrow}
     return {**shapes, "initial_state": (batch, HEADS, N, WIDTH)}
 
 
@@ -241,6 +255,12 @@ OPS = {
         recurrence.OPERATION,
         _gated_delta_shapes,
         _gated_delta,
+        lambda b, n: [(b, n, HEADS, WIDTH), (b, HEADS, N, WIDTH)],
+    ),
+    "generalized_delta": Op(
+        generalized.OPERATION,
+        _generalized_delta_shapes,
+        _generalized_delta,
         lambda b, n: [(b, n, HEADS, WIDTH), (b, HEADS, N, WIDTH)],
     ),
     "rms_norm": Op(
@@ -379,7 +399,7 @@ def test_empty_inputs_give_empty_outputs_and_gradients_of_every_inputs_shape(nam
     assert all(g.isfinite().all() for g in gradients.values())
 
 
-STATEFUL = ("selective_scan", "ssd", "gated_delta", "diagonal_scan", "diagonal_ssm")
+STATEFUL = ("selective_scan", "ssd", "gated_delta", "generalized_delta", "diagonal_scan", "diagonal_ssm")
 
 
 @pytest.mark.parametrize(("name", "impl"), [case for case in CASES if case.values[0] in STATEFUL])
@@ -397,6 +417,7 @@ ONCE = {  # what can be differentiated once
     "causal_conv1d": ("auto", "native"),
     "diagonal_scan": ("auto", "native"),
     "gated_delta": ("auto", "native"),
+    "generalized_delta": ("auto", "native"),
     "rms_norm": ("auto", "torch"),
     "add_norm": ("auto", "torch"),
     "cross_entropy": ("torch",),

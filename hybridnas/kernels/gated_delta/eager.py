@@ -46,19 +46,23 @@ def gated_delta_eager(inputs: Inputs) -> tuple[Tensor, Tensor]:
 def _chunked(inputs: Inputs) -> tuple[Tensor, Tensor]:
     length = inputs.q.shape[1]
     steps = 1 << (min(inputs.chunk_size, length) - 1).bit_length()
-    q, k, v = (_chunks(t, steps) for t in inputs.by_head())
+    q, k, v = (by_chunk(t, steps) for t in inputs.by_head())
     log = inputs.log_decay_by_step()
     readers = q[None] if inputs.beta is None else torch.stack([q, k])  # with the delta rule keys read the state too
     through = None
     if log is None:
         scores, from_start, to_end_k = readers @ k.transpose(-1, -2), readers, k
     else:
-        log = _chunks(log if log.dim() == 4 else log[..., None], steps)  # (B, H, N, T, 1 or K)
+        log = by_chunk(log if log.dim() == 4 else log[..., None], steps)  # (B, H, N, T, 1 or K)
         decay_from_start = log.cumsum(-2).exp()
         through = decay_from_start[..., -1, :, None]
-        from_start, to_end_k = readers * decay_from_start, k * _sums_to_end(log).exp()
+        from_start, to_end_k = readers * decay_from_start, k * sums_to_end(log).exp()
         by_channel = log.shape[-1] > 1
-        scores = _scores(readers, k, log) if by_channel else (readers @ k.transpose(-1, -2)) * _within(log.squeeze(-1))
+        scores = (
+            decayed_scores(readers, k, log)
+            if by_channel
+            else (readers @ k.transpose(-1, -2)) * _within(log.squeeze(-1))
+        )
     S = inputs.start()
     before, written = [], v
     through_N = [None] * v.shape[2] if through is None else list(through.unbind(2))
@@ -68,7 +72,7 @@ def _chunked(inputs: Inputs) -> tuple[Tensor, Tensor]:
             before.append(S)
             S = S + added_BHKV if keep is None else torch.addcmul(added_BHKV, keep, S)
     else:
-        beta = _chunks(inputs.beta.to(inputs.dtype)[..., None], steps)
+        beta = by_chunk(inputs.beta.to(inputs.dtype)[..., None], steps)
         right = torch.cat([v, from_start[1]], -1) * beta
         solved = torch.linalg.solve_triangular(scores[1].tril(-1) * beta, right, upper=False, unitriangular=True)
         values, keys = solved.split([v.shape[-1], k.shape[-1]], -1)
@@ -84,7 +88,7 @@ def _chunked(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return o_BLHV.to(inputs.v.dtype), S
 
 
-def _chunks(tensor_BLHX: Tensor, steps: int) -> Tensor:
+def by_chunk(tensor_BLHX: Tensor, steps: int) -> Tensor:
     """Return (B, H, N, T, X) with zeros for what the last chunk lacks: steps that decay and write nothing."""
     missing = -tensor_BLHX.shape[1] % steps
     if missing:
@@ -93,7 +97,7 @@ def _chunks(tensor_BLHX: Tensor, steps: int) -> Tensor:
     return tensor_BLHX.reshape(batch, length // steps, steps, heads, width).permute(0, 3, 1, 2, 4)
 
 
-def _sums_to_end(log: Tensor) -> Tensor:
+def sums_to_end(log: Tensor) -> Tensor:
     """Return for each step the sum of the steps after it, (..., T, X) as ``log``."""
     return F.pad(log[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
 
@@ -107,7 +111,7 @@ def _within(log: Tensor) -> Tensor:
     return within.masked_fill(future_TT.triu(1), float("-inf")).exp()
 
 
-def _scores(readers: Tensor, k: Tensor, log: Tensor) -> Tensor:
+def decayed_scores(readers: Tensor, k: Tensor, log: Tensor) -> Tensor:
     """Return sum over k of readers_ik k_jk (decay of channel k from j to i), (..., T, T), zero where j is later.
 
     T is a power of two. Two neighboring blocks of steps join at a time: what the later one reads of the earlier is a
@@ -121,7 +125,7 @@ def _scores(readers: Tensor, k: Tensor, log: Tensor) -> Tensor:
         early_k = k.reshape(*k.shape[:-2], *halves).select(-3, 0)
         early_log, late_log = log.reshape(*k.shape[:-2], *halves).unbind(-3)
         late = readers.reshape(*readers.shape[:-2], *halves).select(-3, 1) * late_log.cumsum(-2).exp()
-        early = early_k * _sums_to_end(early_log).exp()
+        early = early_k * sums_to_end(early_log).exp()
         if width < _PRODUCTS:
             across = (late.unsqueeze(-2) * early.unsqueeze(-3)).sum(-1)
         else:
