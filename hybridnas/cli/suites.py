@@ -104,7 +104,7 @@ def print_suite(suite: Suite, outcome: Outcome) -> None:
     from hybridnas.suites import results, speed
 
     rows, lengths = outcome.rows, outcome.lengths
-    unit = "accuracy [%]" if suite.higher else "validation loss [nats per token]"
+    unit = "accuracy [%]" if suite.higher else f"validation loss [{results.unit(suite)}]"
     if rows:
         columns, lines = results.table(rows, suite)
         if not lengths:

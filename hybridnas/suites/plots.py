@@ -30,6 +30,7 @@ def draw(suite: Suite, outcome: Outcome, out: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     painters = {"tasks": _tasks, "widths": _widths, "state": _state, "lengths": _lengths, "curves": _curves}
+    painters["contexts"] = _contexts
     rows = [row for row in results.choose(outcome.rows, suite) if row.chosen and row.score is not None]
     if not rows:
         return []
@@ -129,6 +130,26 @@ def _lengths(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> N
     ax.set_ylim(-3, 103)
 
 
+def _contexts(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> None:
+    """Loss by the context that was trained and measured: a line through the means of the seeds, a dot for each."""
+    for index, (model, own) in enumerate(results.grouped(rows, lambda row: row.model).items()):
+        style = series_style(index, name=model)
+        seen = [(row.seq_len, results.in_unit(row.score or 0.0, suite)) for row in own]
+        ax.plot(*_pairs(seen), **{**style, "ls": "", "ms": 3, "alpha": 0.6})
+        by_length = results.grouped(own, lambda row: row.seq_len)
+        means = [
+            (length, fmean(results.in_unit(row.score or 0.0, suite) for row in group))
+            for length, group in sorted(by_length.items())
+        ]
+        ax.plot(*_pairs(means), lw=1.6, label=model, **style)
+    lengths = sorted({row.seq_len for row in rows})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    ax.minorticks_off()
+    ax.set_xlabel("context of training and measurement [tokens]")
+    ax.set_ylabel(_unit(suite))
+
+
 def _trained_at(ax: Axes, rows: Iterable[Row]) -> None:
     for length in sorted({row.seq_len for row in rows}):
         ax.axvline(length, color=FAINT, lw=0.8, ls=":")
@@ -172,4 +193,4 @@ def _pairs(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[flo
 
 
 def _unit(suite: Suite) -> str:
-    return "accuracy [%]" if suite.higher else "validation loss [nats/token]"
+    return "accuracy [%]" if suite.higher else f"validation loss [{results.unit(suite)}]"

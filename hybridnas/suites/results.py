@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -227,6 +228,16 @@ def agreement(one: Mapping[str, Mapping[str, float]], other: Mapping[str, Mappin
     return [*lines, ["average", len(whole), rank_correlation(*means)[0]]] if len(columns) > 1 else lines
 
 
+def in_unit(score: float, suite: Suite) -> float:
+    """Return a loss [nats per token] in the suite's unit, or an accuracy as it is."""
+    return score / math.log(2) if suite.unit else score
+
+
+def unit(suite: Suite) -> str:
+    """Return the unit of a suite's losses."""
+    return f"bits/{suite.unit}" if suite.unit else "nats/token"
+
+
 def grouped(rows: Iterable[Row], by: Any) -> dict[Any, list[Row]]:
     """Return key -> rows, in the order in which keys appear."""
     found: dict[Any, list[Row]] = {}
@@ -238,7 +249,7 @@ def grouped(rows: Iterable[Row], by: Any) -> dict[Any, list[Row]]:
 def _shown(value: float | None, suite: Suite) -> str:
     if value is None:
         return "-"
-    return f"{100 * value:.1f}" if suite.higher else f"{value:.4f}"
+    return f"{100 * value:.1f}" if suite.higher else f"{in_unit(value, suite):.4f}"
 
 
 def _printed(value: float | None, suite: Suite) -> str:

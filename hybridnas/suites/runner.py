@@ -7,6 +7,7 @@ repeat the best setting that it found.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -244,6 +245,8 @@ class Runner:
         fields = {**task.train, "lr": rate, "weight_decay": decay, "seed": seed}
         if task.tokens_per_active is not None:
             fields["tokens"] = round(task.tokens_per_active * active)
+        if task.flops_of is not None:
+            fields["tokens"] = round(fields["tokens"] * self._flops_share(task, entry, arch, source.vocab_size))
         if task.measurements:
             fields["eval_at"] = even_points(fields["tokens"], task.measurements)
         config = TrainConfig.from_dict(fields)
@@ -261,8 +264,36 @@ class Runner:
         from hybridnas.data import open_source, source_config
 
         if task.digest not in self._sources:
+            self._require_files(task)
             self._sources[task.digest] = open_source(source_config(task.data))
         return self._sources[task.digest]
+
+    def _require_files(self, task: Task) -> None:
+        path = task.data.get("path")
+        if path is None or any(glob.iglob(str(path), recursive=True)):  # noqa: PTH207 - Path.glob takes no absolute one
+            return
+        raise ConfigError(
+            f"suite {self.suite.name!r} reads {path}, which is not there ({self.suite.files}); get it, or set "
+            f"suite.path",
+            field="suite.path",
+            got=str(path),
+            allowed=self.suite.files,
+        )
+
+    def _flops_share(self, task: Task, entry: Entry, arch: Arch | None, vocab_size: int) -> float:
+        """Return the FLOPs of a token of the task's reference over those of a token of an architecture."""
+        from hybridnas.arch.arch import Arch
+
+        if arch is None:
+            raise ConfigError(
+                f"task {task.name!r} gives every model the FLOPs of {task.flops_of!r}, and {entry.name!r}, a module "
+                f"of your own, declares none; give a pattern, a preset or an Arch",
+                field="model",
+                got=entry.name,
+            )
+        reference = Arch.from_pattern(task.flops_of or "", **{**self.suite.fields, "vocab_size": vocab_size})
+        length = int(task.train["seq_len"])
+        return reference.cost(length).flops_per_token / arch.cost(length).flops_per_token
 
     def _cell(self, one: Training, tracker: BackgroundTracker) -> Cell:
         from hybridnas.train.experiment import Cell

@@ -33,14 +33,19 @@ class Task:
     data: Fields  # of a SourceConfig
     train: Fields  # of a TrainConfig, all but lr, weight_decay and seed
     tokens_per_active: float | None = None  # training tokens per active parameter; none: train's tokens
+    flops_of: str | None = None  # train with the FLOPs that this pattern of the suite's fields needs for train's tokens
     measurements: int = 0  # even points at which a run is measured; none: train's eval_at
     lengths: tuple[int, ...] = ()  # lengths at which the trained model's accuracy is measured
 
     @property
     def digest(self) -> str:
         """Eight hex digits of all that makes two trainings comparable: data and schedule."""
-        identity = {"data": dict(self.data), "train": dict(self.train), "per_active": self.tokens_per_active}
+        data = dict(self.data)
+        if "path" in data:  # the same files may lie elsewhere
+            data["path"] = Path(data["path"]).name
+        identity = {"data": data, "train": dict(self.train), "per_active": self.tokens_per_active}
         identity |= {"measurements": self.measurements} if self.measurements else {}
+        identity |= {"flops_of": self.flops_of} if self.flops_of else {}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -135,9 +140,11 @@ class Suite:
     variants: tuple[Fields, ...] = ({},)  # each architecture once with each of these: a sweep of widths or states
     stop_at: float | None = None  # accuracy that ends a training early
     published: tuple[Published, ...] = ()
-    figure: str = "tasks"  # tasks | widths | state | curves | lengths
+    figure: str = "tasks"  # tasks | widths | state | curves | lengths | contexts
     baseline: str | None = None  # whose final loss the others' steps are measured against
     notes: tuple[str, ...] = ()  # how this differs from the papers, printed under the table
+    unit: str = ""  # what a token is, such as base: losses are shown in bits of it rather than nats of a token
+    files: str = ""  # of a suite that reads files: what they are and how they are had
 
     def __post_init__(self) -> None:
         if self.score not in ("accuracy", "valid_loss"):
@@ -247,6 +254,9 @@ class SuiteConfig(FrozenConfig):
     decays: tuple[float, ...] = option((), "weight decays of the grid; none: the suite's")
     seeds: tuple[int, ...] = option((), "seeds; the first searches the grid; none: the suite's")
     tokens: int | None = option(None, "training tokens of every run; none: the suite's [tokens]", ge=1)
+    path: str | None = option(
+        None, "file, folder or glob of a suite that reads files; none: where the Debian package that it names has them"
+    )
     minutes: float | None = option(
         None, "stop after this long; the same command goes on; none: the command's quick=true alone after 2 [min]", gt=0
     )
@@ -270,6 +280,8 @@ class SuiteConfig(FrozenConfig):
     def applied(self, suite: Suite) -> Suite:
         """Return a suite with these tasks, grid and tokens; raises ConfigError for unknown tasks."""
         suite = suite.only(self.tasks)
+        if self.path is not None:
+            suite = self._reading(suite, self.path)
         grid: dict[str, Any] = {name: getattr(self, name) for name in _LISTS[1:] if getattr(self, name)}
         own: dict[str, Any] = {name: None for name in ("rates", "seeds") if getattr(self, name)}
         grid["entries"] = tuple(replace(entry, **own) for entry in suite.entries)
@@ -277,6 +289,16 @@ class SuiteConfig(FrozenConfig):
             tasks = (replace(task, train=_shortened(task.train, self.tokens)) for task in suite.tasks)
             grid["tasks"] = tuple(replace(task, tokens_per_active=None) for task in tasks)
         return replace(suite, **grid)
+
+    @staticmethod
+    def _reading(suite: Suite, path: str) -> Suite:
+        if not suite.files:
+            raise ConfigError(
+                f"suite.path={path!r} goes with a suite that reads files; {suite.name!r} makes its own data",
+                field="suite.path",
+                got=path,
+            )
+        return replace(suite, tasks=tuple(replace(task, data={**task.data, "path": path}) for task in suite.tasks))
 
 
 _LISTS = ("tasks", "rates", "decays", "seeds")

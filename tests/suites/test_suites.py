@@ -1,5 +1,6 @@
 """Suites: small trainings end to end, results that resume, published rows as printed, and accuracy by length."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from hybridnas.errors import ConfigError, StudyError
 from hybridnas.suites import headline, induction_heads, mad, mqar, plots, results, selective_copying, speed
 from hybridnas.suites.results import CurveRow, LengthRow, Row
 from hybridnas.suites.runner import Runner, even_points, run_suite
-from hybridnas.suites.suite import SUITES, Entry, Published, Suite, Task
+from hybridnas.suites.suite import SUITES, Entry, Published, Suite, SuiteConfig, Task
 
 TINY = {"seq_len": 16, "batch_size": 4, "tokens": 256, "valid_tokens": 64}
 
@@ -262,7 +263,8 @@ def test_every_suite_can_be_begun(name, quick):
     names = [entry.name for entry in suite.expanded([], {})]
     assert len(set(names)) == len(names)
     assert {name for entry in suite.entries for name in entry.tasks} <= {task.name for task in suite.tasks}
-    prints = [entry.arch(256).fingerprint() for entry in suite.expanded([], {})]
+    every = [task.name for task in suite.tasks]
+    prints = [(e.arch(256).fingerprint(), task) for e in suite.expanded([], {}) for task in e.tasks or every]
     assert len(set(prints)) == len(prints)  # none is trained under two names: its row would have one of them
     for entry in suite.expanded([], {}):
         arch = entry.arch(256)
@@ -311,6 +313,50 @@ def test_an_architecture_may_learn_some_of_a_suites_tasks_alone(tmp_path):
         ("mamba", "recall"), ("mamba", "longer"), ("attention", "longer")
     ]  # fmt: skip
     assert news[-1].startswith("[3/3] ")
+
+
+def test_a_task_gives_every_architecture_the_flops_of_its_reference(tmp_path):
+    task = replace(toy().tasks[0], flops_of="M", train={**TINY, "tokens": 3200})
+    wide = Entry(name="wide", pattern="M", fields={"d_model": 16})
+    suite = toy(tasks=(task,), rates=(1e-3,), fields={"d_model": 8}, entries=(*toy().entries, wide))
+    outcome, _ = run(suite, tmp_path)
+    flops = [row.tokens * suite.expanded([], {})[i].arch(16).cost(16).flops_per_token
+             for i, row in enumerate(outcome.rows)]  # fmt: skip
+    assert outcome.rows[0].tokens == 3200 > 2 * outcome.rows[1].tokens
+    assert flops[1] == pytest.approx(flops[0], rel=64 / outcome.rows[1].tokens)  # a step more at most
+    assert task.digest != replace(task, flops_of=None).digest
+    with pytest.raises(ConfigError) as error:
+        run_suite(suite, Lookup, folder=tmp_path / "own", device="cpu")
+    assert (error.value.field, error.value.got) == ("model", "Lookup")
+
+
+def genome(folder):
+    letters = torch.randint(4, (6000,), generator=torch.Generator().manual_seed(0)).tolist()
+    folder.mkdir(exist_ok=True)
+    (folder / "g.fa").write_text(">one\n" + "".join("ACGT"[letter] for letter in letters) + "\n")
+    return folder / "g.fa"
+
+
+def test_a_suite_reads_files_where_they_lie_and_says_where_they_come_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYBRIDNAS_CACHE", str(tmp_path / "cache"))
+    data = {"kind": "dna", "path": str(tmp_path / "absent" / "g.fa"), "split_by": "segment"}
+    task = Task(name="16", column="16", data=data, train={**TINY, "tokens": 64})
+    suite = toy(tasks=(task,), rates=(1e-3,), files="a genome: apt-get install it", figure="contexts",
+                score="valid_loss", unit="base", published=())  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        run(suite, tmp_path)
+    assert (error.value.field, error.value.allowed) == ("suite.path", "a genome: apt-get install it")
+    here = SuiteConfig(name="toy", path=str(genome(tmp_path / "here"))).applied(suite)
+    elsewhere = SuiteConfig(name="toy", path=str(genome(tmp_path / "elsewhere"))).applied(suite)
+    outcome, _ = run(here, tmp_path)
+    assert [task.digest for task in here.tasks] == [task.digest for task in elsewhere.tasks]
+    svg, _ = plots.draw(here, outcome, tmp_path / "drawn.csv")
+    assert "<!-- mamba -->" in svg.read_text() and "<!-- validation loss [bits/base] -->" in svg.read_text()
+    _, lines = results.table(outcome.rows, here)
+    assert float(lines[0][1]) == pytest.approx(outcome.rows[0].valid_loss / math.log(2), abs=1e-4)
+    with pytest.raises(ConfigError) as error:
+        SuiteConfig(name="toy", path="x.fa").applied(toy())
+    assert (error.value.field, error.value.got) == ("suite.path", "x.fa")
 
 
 class Lookup(torch.nn.Module):
