@@ -18,6 +18,7 @@ from hybridnas.errors import ConfigError
 if TYPE_CHECKING:
     from hybridnas.arch.model import HybridLM
     from hybridnas.data.source import Source
+    from hybridnas.train.evaluate import Score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,15 +112,19 @@ def run(settings: Settings) -> Done:
         precision=settings.precision,
         allow_noncausal=settings.allow_noncausal,
         part=settings.part,
+        heads=_heads(settings, model, source),
     )
     seconds = time.perf_counter() - began
     rows = [["loss [nats per token]", f"{score.loss:.4f}"]]
     if score.bits_per_byte is not None:
-        rows.append(["bits per byte", f"{score.bits_per_byte:.4f}"])
-        if source.unit is not None:
-            name, tokens = source.unit
-            rows.append([f"bits per {name}", f"{score.bits_per_byte * tokens:.4f}"])
-    rows.append(["accuracy", f"{score.accuracy:.4f}"])
+        bits, name = source.bits(score.bits_per_byte)
+        rows.append([f"bits per {name}", f"{bits:.4f}"])
+    intervals = _intervals(score, source, settings.part)
+    if score.correlation is None:
+        rows.append(["accuracy", f"{score.accuracy:.4f}{_range(intervals.get('accuracy'))}"])
+    else:
+        rows.append(["R2", f"{score.accuracy:.4f}{_range(intervals['accuracy'])}"])
+        rows.append(["correlation", f"{score.correlation:.4f}{_range(intervals['correlation'])}"])
     rows.append(["tokens measured", f"{score.tokens:,}"])
     rows.append([f"tokens/s on {device}", f"{score.tokens / seconds:,.0f}"])
     recorded = facts.get(f"{settings.part}_loss")
@@ -130,7 +135,49 @@ def run(settings: Settings) -> Done:
     show.table({"valid": "Validation", "test": "Test"}[settings.part], ["figure", "value"], rows)
     found = {name: getattr(score, name) for name in ("loss", "bits_per_byte", "accuracy", "tokens")}
     about = {"pattern": str(model.arch.pattern), "fingerprint": model.arch.fingerprint(), "data": source.describe()}
+    more = {} if score.correlation is None else {"correlation": score.correlation}
+    found |= {**more, "intervals": {name: list(interval) for name, interval in intervals.items()}}
     return Done({**about, "part": settings.part, **found, "seconds": seconds, "device": str(device)})
+
+
+def _heads(settings: Settings, model: HybridLM, source: Source) -> Any:
+    """Return the heads that the data is read through, as the run in ``model=`` trained them; None where it has none."""
+    from hybridnas.train.checkpoint import load_heads
+    from hybridnas.train.objective import make_heads
+    from hybridnas.train.records import RUN
+
+    heads = make_heads(source, model, settings.seed)
+    if not len(heads) or settings.model is None:
+        return heads if settings.model is None else None
+    if not (settings.model / RUN).is_file():
+        raise ConfigError(
+            f"this data is read through a head that was trained with its model and stays in the run's checkpoint, and "
+            f"{settings.model} is no folder of a training run; give model=RUN, where 'train ... out=RUN' has written",
+            field="model",
+            got=str(settings.model),
+            allowed="the folder of a training run",
+        )
+    return load_heads(settings.model, heads)
+
+
+def _intervals(score: Score, source: Source, part: str) -> dict[str, tuple[float, float]]:
+    """Return 95 % intervals of what was measured once for each example: a label or a number."""
+    from hybridnas.analysis.intervals import correlation_interval, explained_interval, share_interval
+
+    if score.numbers is not None and score.correlation is not None:
+        predicted, true = (side.tolist() for side in score.numbers)
+        return {
+            "accuracy": explained_interval(predicted, true),
+            "correlation": correlation_interval(score.correlation, len(true)),
+        }
+    held_out = source.test_tokens if part == "test" else source.valid_tokens
+    if source.seq_len is None or not held_out or score.tokens * source.seq_len > held_out or score.parts:
+        return {}  # several places of one example are not drawn by themselves
+    return {"accuracy": share_interval(round(score.accuracy * score.tokens), score.tokens)}
+
+
+def _range(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" ({interval[0]:.4f} to {interval[1]:.4f}, 95 %)"
 
 
 def _positions(settings: Settings, model: HybridLM, source: Source, facts: Mapping[str, Any]) -> Done:

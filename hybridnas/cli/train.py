@@ -139,10 +139,15 @@ def run(settings: Settings) -> Done:
             )
         if not leads():
             end_follower()
-        _table(result.evals)
+        _table(result.evals, source)
         if result.test_loss is not None:
             test = {name: result.evals[-1].aux.get(f"test_{name}") for name in ("loss", "bits_per_byte", "accuracy")}
-            words = {"loss": "nats/token", "bits_per_byte": "bits/byte", "accuracy": "accuracy"}
+            numeric = "test_correlation" in result.evals[-1].aux
+            unit = "bits/byte"
+            if test["bits_per_byte"] is not None:
+                test["bits_per_byte"], name = source.bits(test["bits_per_byte"])
+                unit = f"bits/{name}"
+            words = {"loss": "nats/token", "bits_per_byte": unit, "accuracy": "R2" if numeric else "accuracy"}
             found = ", ".join(f"{value:.4f} {words[name]}" for name, value in test.items() if value is not None)
             show.line(f"test: {found}, on data that nothing was chosen by")
         if result.status == "failed":
@@ -292,15 +297,16 @@ def _asked(config: TrainConfig) -> str:
     return "" if trained == config.tokens else f"{trained:,} in all for the {config.tokens:,} asked, "
 
 
-def _table(evals: list[Eval]) -> None:
+def _table(evals: list[Eval], source: Source) -> None:
     extras = sorted({name for value in evals for name in value.aux} & set(EXTRAS))
-    columns = ["tokens", "train loss", "valid loss", "bits/byte", "accuracy", "tokens/s", *extras]
+    right = "R2" if any("correlation" in value.aux for value in evals) else "accuracy"
+    columns = ["tokens", "train loss", "valid loss", f"bits/{source.bits(0)[1]}", right, "tokens/s", *extras]
     rows = [
         [
             f"{value.tokens:,}",
             f"{value.train_loss:.4f}",
             f"{value.valid_loss:.4f}",
-            "-" if value.bits_per_byte is None else f"{value.bits_per_byte:.4f}",
+            "-" if value.bits_per_byte is None else f"{source.bits(value.bits_per_byte)[0]:.4f}",
             percent(value.accuracy),
             f"{value.tokens_per_second:,.0f}",
             *(f"{value.aux[name]:.4g}" if name in value.aux else "-" for name in extras),

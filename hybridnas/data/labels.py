@@ -1,8 +1,11 @@
-"""``data=labels``: the label of a text, from rows of one's own files; sequence classification byte by byte.
+"""``data=labels``: the label or the number of a text, from rows of one's own files, read byte by byte.
 
 Ids: the 256 bytes (0 the filler), 256 the question, and one for each label, in the order of their names. An example is
 the filler, the first bytes of a text and the question, whose target is the label; so the output matrix is the
 classifier, and what it reads is the last position, or with ``pool=mean`` the mean of all. Equal texts lie in one part.
+
+``target=number`` is regression: a linear head predicts the number at the question, less the mean and over the standard
+deviation of the training part. The loss is half the squared error in these units.
 
 It is how the Long Range Arena reads IMDB (arXiv 2011.04006, byte-level text classification), and how DNA in a column of
 a table is given a class. Shapes: B batch, L length.
@@ -12,10 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +57,9 @@ class LabelsConfig(SourceConfig):
     label_field: str = option("label", "field of a row that holds the label, a word or a whole number; a.b: b within a")
     encoding: str | None = option(None, "of the files, such as latin-1; none: UTF-8, or what a byte order mark says")
     skip_bad_rows: bool = option(False, "leave out rows without text or label, counted, rather than stop")
+    target: str | None = option(
+        None, "number: the field holds figures, which are predicted as such; none: labels", choices=("number",)
+    )
     seq_len: int = option(256, "length of an example: of a longer text the beginning is read [tokens]", ge=2)
     pool: str = option(
         "last", "what the label is read from: the last position, or the mean of all", choices=("last", "mean")
@@ -88,24 +95,45 @@ class Labels(Source):
         if not rows:
             why = f"; the first row left out: {self._left_out.first}" if self._left_out.count else ""
             raise DataError(f"{self._name} holds no labelled text{why}", field="data.path", got=0)
+        self._texts = [text for text, _ in rows]
+        if config.target == "number":
+            self.labels: list[Any] = []
+            self._number_of = np.array([label for _, label in rows], dtype=np.float64)
+            self._label_of = np.zeros(len(rows), dtype=np.int64)
+        else:
+            self.labels = self._find_labels(rows)
+            number = {label: place for place, label in enumerate(self.labels)}
+            words = isinstance(self.labels[0], str)
+            self._label_of = np.array([number[str(label) if words else label] for _, label in rows], dtype=np.int64)
+        self._parts = dict(zip(PARTS, self._split(), strict=True))
+        if config.target == "number":
+            own = self._number_of[self._parts["train"]]
+            self._mean, self._deviation = float(own.mean()), float(own.std())
+            if not self._deviation:
+                raise DataError(
+                    f"{self._name} has the same number {self._mean:g} in every row to train on, in field "
+                    f"{config.label_field!r}; set data.label_field",
+                    field="data.label_field",
+                    got=self._mean,
+                )
+
+    def _find_labels(self, rows: list[tuple[bytes, Any]]) -> list[Any]:
+        """Return the different labels, whole numbers by size, else words; raises DataError for too few or many."""
+        config = self.config
         numbers = all(isinstance(label, int) for _, label in rows)
-        rows = [(text, label if numbers else str(label)) for text, label in rows]
-        self.labels = sorted({label for _, label in rows})  # whole numbers by size, else words
-        if not 2 <= len(self.labels) <= MOST_LABELS:
+        labels = sorted({label if numbers else str(label) for _, label in rows})
+        if not 2 <= len(labels) <= MOST_LABELS:
             raise DataError(
-                f"{self._name} has {several(len(self.labels), 'label')} in field {config.label_field!r}, "
-                f"2 to {MOST_LABELS:,} can be told apart; set data.label_field",
+                f"{self._name} has {several(len(labels), 'label')} in field {config.label_field!r}, "
+                f"2 to {MOST_LABELS:,} can be told apart; set data.label_field, or data.target=number for figures",
                 field="data.label_field",
-                got=len(self.labels),
+                got=len(labels),
                 allowed=f"2 to {MOST_LABELS}",
             )
-        number = {label: place for place, label in enumerate(self.labels)}
-        self._texts = [text for text, _ in rows]
-        self._label_of = np.array([number[label] for _, label in rows], dtype=np.int64)
-        self._parts = dict(zip(PARTS, self._split(), strict=True))
+        return labels
 
-    def _read(self, file: CorpusFile) -> Iterator[tuple[bytes, str | int]]:
-        """Yield the beginning of each text that is not empty, and its label."""
+    def _read(self, file: CorpusFile) -> Iterator[tuple[bytes, str | int | float]]:
+        """Yield the beginning of each text that is not empty, and its label or number."""
         config = self.config
         if file.suffix not in READERS:
             raise DataError(
@@ -122,16 +150,34 @@ class Labels(Source):
             skip_bad_rows=config.skip_bad_rows,
         )
         for text, label in read_labelled(file, asked, config.label_field, self._left_out):
-            if isinstance(label, float) or not isinstance(label, (str, int)):
+            if config.target == "number":
+                label = self._as_number(label, file)
+            elif isinstance(label, float) or not isinstance(label, (str, int)):
                 raise DataError(
                     f"{file.place} field {config.label_field!r} holds {label!r}, which is no word and no whole number; "
-                    f"set data.label_field",
+                    f"set data.label_field, or data.target=number for figures",
                     field="data.label_field",
                     got=label,
                     allowed="text or integer",
                 )
             if text:
                 yield text[: config.seq_len - 1], label
+
+    def _as_number(self, label: Any, file: CorpusFile) -> float:
+        """Return a cell as a finite number; raises DataError."""
+        try:
+            number = float(label)
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(label, bool) or not math.isfinite(number):
+            raise DataError(
+                f"{file.place} field {self.config.label_field!r} holds {label!r}, which is no finite number, as "
+                f"data.target=number asks for; mend the row, or set data.label_field",
+                field="data.label_field",
+                got=label,
+                allowed="a finite number",
+            )
+        return number
 
     def _split(self) -> list[npt.NDArray[np.int64]]:
         """Return the examples of each part, by the hash of their text."""
@@ -162,12 +208,18 @@ class Labels(Source):
     @property
     def fingerprint(self) -> str:
         options = {name: value for name, value in self.config.to_dict().items() if name != "path"}
+        options = {name: value for name, value in options.items() if (name, value) != ("target", None)}
         digest = hashlib.sha256(json.dumps([1, options, self.labels], sort_keys=True).encode())
-        for text, label in zip(self._texts, self._label_of.tolist(), strict=True):
+        answers = self._number_of if self.config.target == "number" else self._label_of
+        for text, label in zip(self._texts, answers.tolist(), strict=True):
             digest.update(f"{len(text)} {label} ".encode() + text)
         return digest.hexdigest()
 
     def heads(self, d_model: int) -> dict[str, nn.Module]:
+        if self.config.target == "number":
+            from hybridnas.data.heads.number import Number
+
+            return {"number": Number(d_model, self.config.pool)}
         if self.config.pool == "last":
             return {}
         from hybridnas.data.heads.pool import MeanPool
@@ -187,18 +239,24 @@ class Labels(Source):
         return len(self._parts["test"]) * self.seq_len
 
     def balance(self, part: str) -> dict[str, float]:
-        """Return the share of each label in a part [0 to 1], the commonest first."""
+        """Return the share of each label in a part [0 to 1], the commonest first; nothing where numbers are asked."""
+        if not self.labels:
+            return {}
         counts = Counter(self._label_of[self._parts[part]].tolist())
         return {str(self.labels[label]): count / counts.total() for label, count in counts.most_common()}
 
     def describe(self) -> str:
         counts = ", ".join(f"{len(self._parts[part]):,} {use}" for part, use in
                            zip(PARTS, ("texts to train on", "for validation", "for testing"), strict=True))  # fmt: skip
-        label, share = next(iter(self.balance("valid").items()))
         without = f" (without {several(self._left_out.count, 'row')})" if self._left_out.count else ""
+        read = f"read from {'the last position' if self.config.pool == 'last' else 'the mean of all positions'}"
+        after = f"after at most {self.seq_len - 1:,} bytes, {read}"
+        if self.config.target == "number":
+            about = f"numbers {self._mean:.4g} ± {self._deviation:.4g} (mean, standard deviation) {after}"
+            return f"{self._name}{without}: {counts}; {about}; always the mean has loss 0.5 and explains nothing"
+        label, share = next(iter(self.balance("valid").items()))
         return (
-            f"{self._name}{without}: {counts}; {several(len(self.labels), 'label')} after at most {self.seq_len - 1:,} "
-            f"bytes, read from {'the last position' if self.config.pool == 'last' else 'the mean of all positions'}; "
+            f"{self._name}{without}: {counts}; {several(len(self.labels), 'label')} {after}; "
             f"always {label!r} is right in {percent(share)}"
         )
 
@@ -208,7 +266,7 @@ class Labels(Source):
         draws = np.random.default_rng(seed).choice(len(self._texts), min(samples, len(self._texts)), replace=False)
         shown = [
             Sample(
-                where=f"text {number + 1:,}, label {self.labels[self._label_of[number]]}",
+                where=f"text {number + 1:,}, {self._answer(number)}",
                 text=self._texts[number].decode("utf-8", "replace"),
             )
             for number in sorted(draws.tolist())
@@ -220,11 +278,34 @@ class Labels(Source):
             "labels": len(self.labels),
             "rows left out": self._left_out.count,
         }
+        parts: dict[str, dict[str, int | float]]
+        if self.config.target == "number":
+            del figures["labels"]
+            parts = {
+                part: {
+                    "texts": len(own),
+                    "mean": float(self._number_of[own].mean()),
+                    "standard deviation": float(self._number_of[own].std()),
+                }
+                for part, own in self._parts.items()
+            }
+            return Details(figures=figures, parts=parts, samples=shown)
         parts = {part: {"texts": len(own), "share of the commonest label": next(iter(self.balance(part).values()))}
                  for part, own in self._parts.items()}  # fmt: skip
         return Details(
             figures=figures, parts=parts, shares=self.balance("train"), shares_of="labels to train on", samples=shown
         )
+
+    def _answer(self, number: int) -> str:
+        """Return what a text is given, for people."""
+        if self.config.target == "number":
+            return f"number {self._number_of[number]:g}"
+        return f"label {self.labels[self._label_of[number]]}"
+
+    def examples(self, part: str) -> tuple[list[bytes], npt.NDArray[np.int64]]:
+        """Return the texts of a part, cut, and the numbers of their labels: what a probe reads."""
+        own = self._parts[part]
+        return [self._texts[number] for number in own.tolist()], self._label_of[own]
 
     def train_batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> Batch:
         self._require(seq_len)
@@ -254,11 +335,16 @@ class Labels(Source):
             text = np.frombuffer(self._texts[number], dtype=np.uint8)
             inputs_BL[row, self.seq_len - 1 - len(text) : -1] = text
         targets_BL = np.zeros_like(inputs_BL)
-        targets_BL[:, -1] = FIRST_LABEL + self._label_of[numbers_B]
+        numeric = self.config.target == "number"
+        targets_BL[:, -1] = QUESTION if numeric else FIRST_LABEL + self._label_of[numbers_B]
         mask_BL = np.zeros(inputs_BL.shape, dtype=np.bool_)
         mask_BL[:, -1] = True
-        head = None if self.config.pool == "last" else "mean"
-        return Batch(torch.from_numpy(inputs_BL), torch.from_numpy(targets_BL), torch.from_numpy(mask_BL), head)
+        inputs, targets, mask = (torch.from_numpy(array) for array in (inputs_BL, targets_BL, mask_BL))
+        if numeric:
+            values_BL = np.zeros(inputs_BL.shape, dtype=np.float32)
+            values_BL[:, -1] = (self._number_of[numbers_B] - self._mean) / self._deviation
+            return Batch(inputs, targets, mask, "number", values_BL=torch.from_numpy(values_BL))
+        return Batch(inputs, targets, mask, None if self.config.pool == "last" else "mean")
 
     def _require(self, seq_len: int) -> None:
         if seq_len != self.seq_len:

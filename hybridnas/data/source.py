@@ -35,6 +35,7 @@ class Batch(NamedTuple):
     head: str | None = None  # the task head (a name in Source.heads) through which the model is read; None: directly
     documents_BL: Tensor | None = None  # number of each target's document in the test part; None: each row is its own
     segments_BL: Tensor | None = None  # number of each input's document in its row, none of which sees another
+    values_BL: Tensor | None = None  # numbers to predict in the place of ids, float32, where mask says; None: ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,11 @@ class Source(ABC):
     def unit(self) -> tuple[str, int] | None:
         """What bits are stated per beside bytes, and its tokens: ("base", 1) of DNA; None: nothing else."""
         return None
+
+    def bits(self, per_byte: float) -> tuple[float, str]:
+        """Return bits per byte in the data's own unit, and that unit: of DNA ("base")."""
+        name, tokens = self.unit or ("byte", 1)
+        return per_byte * tokens, name
 
     @property
     def train_tokens(self) -> int | None:

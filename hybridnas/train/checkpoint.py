@@ -166,6 +166,19 @@ def load_model(folder: str | Path, *, device: str = "cpu") -> HybridLM:
     return model.to(device).eval()
 
 
+def load_heads(folder: str | Path, heads: nn.ModuleDict) -> nn.ModuleDict:
+    """Fill a task's heads with the weights that a run trained beside its model, and return them.
+
+    Raises CheckpointError when the folder holds no run, its weights were not kept, or its heads are others.
+    """
+    where = Path(folder)
+    found = load(where)
+    if found is None:
+        raise CheckpointError(f"{where} has no {NEWEST}: the run was made elsewhere or did not keep its weights")
+    restore_model(heads, found.heads, where / NEWEST)
+    return heads.eval()
+
+
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
 

@@ -21,7 +21,7 @@ from hybridnas.errors import DataError
 from hybridnas.kernels.cross_entropy import TokenScores
 from hybridnas.layers.mode import evaluating
 from hybridnas.study.documents import DocumentSums
-from hybridnas.train.objective import Objective, check_causal
+from hybridnas.train.objective import Objective, check_causal, half_squares
 from hybridnas.train.repeats import context_tokens, repeated
 
 Autocast = Callable[[], AbstractContextManager[object]]
@@ -31,8 +31,9 @@ class Part(NamedTuple):
     """What one measurement finds of one part of the data."""
 
     loss: float  # nats per token
-    accuracy: float  # share of places where the likeliest token is the right one
+    accuracy: float  # share of places where the likeliest token is the right one; of numbers R2, the variance explained
     tokens: int  # places that counted
+    correlation: float | None = None  # of numbers: Pearson's, between predicted and true ones; None: of ids
 
 
 class Score(NamedTuple):
@@ -45,11 +46,14 @@ class Score(NamedTuple):
     parts: Mapping[str, Part] = MappingProxyType({})  # by name, where the data has several
     documents: DocumentSums | None = None  # where they were asked for, of data in one part
     repeats: Part | None = None  # of text where documents were asked for: the places that say something again
+    correlation: float | None = None  # of numbers, as in Part
+    numbers: tuple[Tensor, Tensor] | None = None  # predicted and true ones, in the order of the examples
 
     def figures(self) -> dict[str, float]:
         """Return each part's loss and accuracy as ``loss.NAME`` and ``accuracy.NAME``."""
         kinds = ("loss", "accuracy")
-        return {f"{kind}.{name}": getattr(part, kind) for kind in kinds for name, part in self.parts.items()}
+        own = {} if self.correlation is None else {"correlation": self.correlation}
+        return own | {f"{kind}.{name}": getattr(part, kind) for kind in kinds for name, part in self.parts.items()}
 
     def test_figures(self) -> dict[str, float]:
         """Return a measurement of the test part as ``Eval.aux`` holds it: ``test_loss``, ``test_accuracy`` ..."""
@@ -63,7 +67,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return the batch on ``device``."""
     if device.type == "cpu":
         return batch
-    names = ("inputs_BL", "targets_BL", "mask_BL", "segments_BL")
+    names = ("inputs_BL", "targets_BL", "mask_BL", "segments_BL", "values_BL")
     given = {name: tensor for name in names if (tensor := getattr(batch, name)) is not None}
     return batch._replace(**{name: tensor.to(device) for name, tensor in given.items()})
 
@@ -130,8 +134,9 @@ def evaluate(
     repeats = None if sums is None or lengths_V is None else _Repeats(lengths_V)
     with evaluating(objective):
         parts: dict[str, Part] = {}
+        numbers: list[tuple[Tensor, Tensor]] = []
         for name, batches in held_out.items():
-            parts[name], read = _measure(objective, batches, device, around, lengths_V, sums, repeats)
+            parts[name], read = _measure(objective, batches, device, around, lengths_V, sums, repeats, numbers)
             n_bytes += read
     if not parts or any(one.tokens == 0 for one in parts.values()):
         raise DataError(f"{source.describe()}: no {part} tokens to measure; raise data.{part}_fraction or add text")
@@ -141,7 +146,10 @@ def evaluate(
     bits = loss * tokens / math.log(2) / n_bytes if n_bytes else None
     documents = None if sums is None else sums.found()
     again = None if repeats is None else repeats.found()
-    return Score(loss, bits, accuracy, tokens, {name: one for name, one in parts.items() if name}, documents, again)
+    named = {name: one for name, one in parts.items() if name}
+    both = (torch.cat([one for one, _ in numbers]), torch.cat([one for _, one in numbers])) if numbers else None
+    correlation = next(iter(parts.values())).correlation
+    return Score(loss, bits, accuracy, tokens, named, documents, again, correlation, both)
 
 
 def _measure(
@@ -152,6 +160,7 @@ def _measure(
     lengths_V: Tensor | None,
     sums: _ByDocument | None,
     repeats: _Repeats | None,
+    numbers: list[tuple[Tensor, Tensor]],
 ) -> tuple[Part, int]:
     """Return what was found of one part, and the bytes that its places stand for, 0 where bytes mean nothing."""
     total, right, places, n_bytes = 0.0, 0, 0, 0
@@ -162,7 +171,7 @@ def _measure(
             lengths_BL = lengths_V[raw.targets_BL]
             n_bytes += int(lengths_BL.sum() if raw.mask_BL is None else lengths_BL[raw.mask_BL].sum())
         with around():
-            scores = objective.scores(batch)
+            scores = objective.scores(batch) if raw.values_BL is None else _numbers(objective, batch, raw, numbers)
         total += float(scores.loss.sum())
         right += int(scores.correct.sum())
         places += int(counted(batch))
@@ -170,7 +179,32 @@ def _measure(
             sums.add(raw, scores.loss, lengths_BL)
         if repeats is not None:
             repeats.add(raw, scores)
+    if numbers:
+        predicted, true = (torch.cat([pair[side] for pair in numbers]).double() for side in (0, 1))
+        return Part(total / max(1, places), explained(predicted, true), places, correlation(predicted, true)), n_bytes
     return Part(total / max(1, places), right / max(1, places), places), n_bytes
+
+
+def _numbers(objective: Objective, batch: Batch, raw: Batch, numbers: list[tuple[Tensor, Tensor]]) -> TokenScores:
+    """Return the losses of a batch of numbers, and keep what was predicted beside what is true."""
+    predicted_BL = objective.numbers(batch)
+    assert raw.values_BL is not None
+    numbers.append((predicted_BL.cpu()[raw.mask_BL], raw.values_BL[raw.mask_BL]))
+    loss_BL = half_squares(predicted_BL, batch)
+    return TokenScores(loss_BL, torch.zeros_like(loss_BL), torch.zeros_like(loss_BL, dtype=torch.bool))
+
+
+def explained(predicted_N: Tensor, true_N: Tensor) -> float:
+    """Return R2, one less the squared error over the variance; 0 where the true numbers are all the same."""
+    variance = float((true_N - true_N.mean()).square().sum())
+    return 1 - float((predicted_N - true_N).square().sum()) / variance if variance else 0.0
+
+
+def correlation(predicted_N: Tensor, true_N: Tensor) -> float:
+    """Return Pearson's correlation; 0 where either side is constant."""
+    one_N, other_N = predicted_N - predicted_N.mean(), true_N - true_N.mean()
+    scale = float((one_N.square().sum() * other_N.square().sum()).sqrt())
+    return float((one_N * other_N).sum()) / scale if scale else 0.0
 
 
 class _ByDocument:

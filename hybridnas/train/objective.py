@@ -69,7 +69,9 @@ class Objective(nn.Module):
             return Loss(self._cross_entropy(self._logits(batch), batch, "sum", self.z_loss), {}, {})
         hidden = self._read(batch)
         x_BLD = self._through_head(hidden.x_BLD, batch)
-        if self._linear_head:
+        if batch.values_BL is not None:
+            total = half_squares(x_BLD[..., 0], batch).sum()
+        elif self._linear_head:
             total = cross_entropy_sum(x_BLD, self.model.head.weight, batch, self.model.loss_impl, z_loss=self.z_loss)
         else:
             total = self._cross_entropy(self.model.head(x_BLD), batch, "sum", self.z_loss)
@@ -90,6 +92,14 @@ class Objective(nn.Module):
         loss_BL = self._cross_entropy(logits_BLV, batch, "none")
         correct_BL = (logits_BLV.argmax(dim=-1) == batch.targets_BL) & mask_BL
         return TokenScores(loss_BL, torch.logsumexp(logits_BLV.float(), dim=-1), correct_BL)
+
+    @torch.no_grad()
+    def numbers(self, batch: Batch) -> Tensor:
+        """Return the numbers that are predicted of a batch with ``values_BL``, float32 (B, L)."""
+        if not isinstance(self.model, HybridLM):
+            self._logits(batch)  # refuses it
+        hidden = self.model.hidden(batch.inputs_BL, segments_BL=batch.segments_BL)
+        return self._through_head(hidden.x_BLD, batch)[..., 0].float()
 
     @property
     def _linear_head(self) -> bool:
@@ -155,6 +165,15 @@ def cross_entropy_sum(
     return linear_cross_entropy(
         x_BLD, head_VD, batch.targets_BL, mask=batch.mask_BL, reduction="sum", z_loss=z_loss, impl=impl
     )
+
+
+def half_squares(predicted_BL: Tensor, batch: Batch) -> Tensor:
+    """Return half the squared error at each place, 0 where it does not count, float32 (B, L).
+
+    It is -log p of a normal distribution of variance 1 less its constant, so in nats as every other loss.
+    """
+    assert batch.values_BL is not None and batch.mask_BL is not None
+    return (0.5 * (predicted_BL.float() - batch.values_BL).square()) * batch.mask_BL
 
 
 def logits_of(output: Any, model: nn.Module) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ class Eval:
     train_loss: float  # cross-entropy of training batches [nats per token], auxiliary losses not in it
     valid_loss: float  # cross-entropy of validation batches [nats per token]
     bits_per_byte: float | None  # loss of all validation tokens over their bytes; None where the data has none
-    accuracy: float  # share of validation tokens whose likeliest prediction is right [0 to 1]
+    accuracy: float  # share of validation tokens whose likeliest prediction is right [0 to 1]; of numbers R2 [<= 1]
     tokens_per_second: float  # training alone, measurements and checkpoints left out
     seconds: float  # time of the run so far, all processes that worked on it together [s]
     # auxiliary losses, routing statistics, grad_norm, lr; at the end of a run test_loss, test_accuracy and
@@ -218,17 +219,21 @@ def compare_identity(stored: dict[str, Any], wanted: dict[str, Any], folder: Pat
         )
 
 
-def eval_line(value: Eval, total: int) -> str:
-    """Return a measurement as one line of words and figures; ``total``: training tokens of the whole run."""
+def eval_line(value: Eval, total: int, bits: Callable[[float], tuple[float, str]] | None = None) -> str:
+    """Return a measurement as one line of words and figures; ``total``: training tokens of the whole run.
+
+    ``bits``: from bits per byte to the data's own unit (``Source.bits``); none: bytes.
+    """
     parts = [
         f"{value.tokens:>13,} of {total:,} tokens",
         f"train {value.train_loss:.4f}",
         f"valid {value.valid_loss:.4f} nats/token",
-        f"accuracy {percent(value.accuracy)}",
+        f"{'accuracy' if 'correlation' not in value.aux else 'R2'} {percent(value.accuracy)}",
         f"{value.tokens_per_second:,.0f} tokens/s",
     ]
     if value.bits_per_byte is not None:
-        parts.insert(3, f"{value.bits_per_byte:.4f} bits/byte")
+        figure, unit = (value.bits_per_byte, "byte") if bits is None else bits(value.bits_per_byte)
+        parts.insert(3, f"{figure:.4f} bits/{unit}")
     if "test_loss" in value.aux:
         parts.append(f"test {value.aux['test_loss']:.4f} nats/token")
     if "dropped" in value.aux:

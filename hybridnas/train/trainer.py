@@ -337,7 +337,7 @@ class Trainer:
             if self.group.first:
                 if self.folder is not None:
                     append_eval(self.folder, value)
-                log.info("%s", eval_line(value, self.run.total_tokens))
+                log.info("%s", eval_line(value, self.run.total_tokens, self.source.bits))
             self.evals.append(value)
         self._sums = {}
         self.state.since_steps, self.state.since_seconds = 0, 0.0
@@ -457,7 +457,7 @@ class Trainer:
 
 def _slice(batch: Batch, start: int, length: int) -> Batch:
     rows = slice(start, start + length)
-    names = ("inputs_BL", "targets_BL", "mask_BL", "segments_BL")
+    names = ("inputs_BL", "targets_BL", "mask_BL", "segments_BL", "values_BL")
     given = {name: tensor for name in names if (tensor := getattr(batch, name)) is not None}
     return batch._replace(**{name: tensor[rows] for name, tensor in given.items()})
 

@@ -107,6 +107,78 @@ def test_bad_rows_files_without_rows_and_other_lengths(labels, tmp_path):
         source_config({"kind": "labels"})
 
 
+def weights(count):
+    """Rows whose number is how often a text says 'a', times 3, plus 10."""
+    import random
+
+    draw = random.Random(0)
+    rows = []
+    for n in range(count):
+        letters = [draw.choice("ab") for _ in range(12)]
+        rows.append({"text": f"{''.join(letters)} {n}", "label": 10 + 3 * letters.count("a")})
+    return rows
+
+
+@pytest.mark.parametrize("pool", ["last", "mean"])
+def test_a_number_is_learnt_from_the_last_position_or_the_mean(labels, pool, tmp_path):
+    import numpy as np
+    from scipy.stats import pearsonr
+
+    from hybridnas.arch.arch import Arch
+    from hybridnas.train.checkpoint import load_heads, load_model
+    from hybridnas.train.config import TrainConfig
+    from hybridnas.train.evaluate import evaluate
+    from hybridnas.train.loop import run
+    from hybridnas.train.objective import make_heads
+
+    rows = weights(400)
+    source = labels(rows, target="number", pool=pool)
+    train = [row["label"] for row in rows if row["text"].encode() in source.examples("train")[0]]
+    batch = source.train_batch(0, 8, 32, 0)
+    where = [rows[int(bytes(row).split()[-1])]["label"] for row in batch.inputs_BL[:, :-1].numpy().astype("uint8")]
+    assert batch.values_BL[:, -1].numpy() == pytest.approx((np.array(where) - np.mean(train)) / np.std(train), abs=1e-5)
+    config = TrainConfig(tokens=32 * 16 * 150, batch_size=16, seq_len=32, lr=1e-2, valid_tokens=4096)
+    folder = tmp_path / "run"
+    result = run(Arch.from_pattern("MF", d_model=16, vocab_size=source.vocab_size), source, config, device="cpu",
+                 folder=folder)  # fmt: skip
+    last = result.evals[-1]
+    assert last.accuracy > 0.7 and last.aux["test_accuracy"] > 0.7 and last.aux["correlation"] > 0.8
+    model = load_model(folder)
+    how = {"n_tokens": 10**6, "batch_size": 16, "seq_len": 32, "device": model.head.weight.device}
+    score = evaluate(model, source, heads=load_heads(folder, make_heads(source, model, 1)), **how)
+    predicted, true = (side.numpy() for side in score.numbers)
+    assert score.loss == pytest.approx(last.valid_loss, rel=1e-4)
+    assert score.loss == pytest.approx(0.5 * np.mean((predicted - true) ** 2), rel=1e-4)
+    assert score.correlation == pytest.approx(pearsonr(predicted, true).statistic, rel=1e-4)
+    assert score.accuracy == pytest.approx(1 - np.mean((predicted - true) ** 2) / np.var(true), rel=1e-3)
+    first = evaluate(model, source, heads=make_heads(source, model, 1), **how)
+    assert first.accuracy == pytest.approx(-((true.mean()) ** 2) / np.var(true), abs=1e-3)  # the mean of training
+
+
+@pytest.mark.parametrize(
+    ("rows", "field", "got"),
+    [
+        ([{"text": f"t{n}", "label": "much"} for n in range(50)], "data.label_field", "much"),
+        ([{"text": f"t{n}", "label": True} for n in range(50)], "data.label_field", True),
+        ([{"text": f"t{n}", "label": 2.5} for n in range(50)], "data.label_field", 2.5),
+    ],
+)
+def test_what_is_no_number_or_always_the_same_is_refused(labels, rows, field, got):
+    with pytest.raises(DataError) as caught:
+        labels(rows, target="number")
+    assert (caught.value.field, caught.value.got) == (field, got)
+
+
+def test_numbers_are_described(labels):
+    source = labels([{"text": f"text {n}", "label": n / 4} for n in range(200)], target="number")
+    details = source.details(3, 0)
+    assert len(details.samples) == 3 and "labels" not in details.figures
+    assert details.parts["train"]["mean"] == pytest.approx(25, abs=4)
+    assert source.balance("train") == {} and source.vocab_size == 257
+    assert source.fingerprint != labels([{"text": f"text {n}", "label": n / 8} for n in range(200)],
+                                        target="number").fingerprint  # fmt: skip
+
+
 @pytest.mark.parametrize("pool", ["last", "mean"])
 def test_a_label_is_learnt_from_the_last_position_or_the_mean(labels, pool):
     from hybridnas.arch.arch import Arch
