@@ -41,6 +41,12 @@ class Settings(Command):
     positions: bool = option(
         False, "loss by position in a context of seq_len tokens, read over the state: how far back is used [yes/no]"
     )
+    probe: str | None = option(
+        None,
+        "with data=labels: what a frozen model's vectors tell of the labels, by logistic regression on the mean over a "
+        "text or on its last vector",
+        choices=("mean", "last"),
+    )
     lm_eval: tuple[str, ...] = option(
         (), "tasks of lm-eval instead, names or files NAME.yaml, at the context seq_len, e.g. [lambada_openai]"
     )
@@ -87,6 +93,8 @@ def run(settings: Settings) -> Done:
         return run_lengths(settings)
     if settings.lm_eval:
         return _lm_eval(settings, str(device))
+    if settings.probe is not None:
+        return _probe(settings, settings.probe, device)
     if settings.patterns:
         raise ConfigError(
             "patterns=[...] belongs to a suite, e.g. suite=mad; give pattern=TEXT for one model", field="patterns"
@@ -221,6 +229,48 @@ def _lm_eval(settings: Settings, device: str) -> Done:
     rows = [[task, metric, f"{value:.4f}"] for task, found in scores.items() for metric, value in found.items()]
     show.table("lm-eval", ["task", "metric", "value"], rows)
     return Done({"model": str(folder), "lm_eval": scores, "device": device})
+
+
+def _probe(settings: Settings, pool: str, device: Any) -> Done:
+    """Print what a linear probe finds, beside the untrained architecture and the commonest label."""
+    from dataclasses import asdict
+
+    from hybridnas.data import open_source, source_config
+    from hybridnas.data.labels import Labels
+    from hybridnas.export.layout import home
+    from hybridnas.export.load import load
+    from hybridnas.train.probe import linear_probe
+
+    if settings.model is None or settings.data["kind"] != "labels":
+        raise ConfigError(
+            "probe= reads model=FOLDER and data=labels data.path=FILE with texts and labels; give both",
+            field="probe",
+            got=settings.data["kind"],
+            allowed="model=FOLDER data=labels",
+        )
+    folder = home(model_folder(settings.model))
+    model, tokenizer = load(folder, device="cpu").to(device), own_tokenizer(folder)
+    if tokenizer is None:
+        raise ConfigError(
+            f"probe= reads texts in the model's own tokens, and {folder} has no tokenizer: it learnt neither text nor "
+            f"DNA; give another model",
+            field="model",
+            got=str(folder),
+        )
+    source = open_source(source_config(settings.data))
+    assert isinstance(source, Labels)
+    show.line(f"model: {model.arch.pattern}, d_model {model.arch.d_model}, fingerprint {model.arch.short}")
+    show.line(f"data: {source.describe()}")
+    found = linear_probe(model, tokenizer, source, pool=pool, batch_size=settings.batch_size, seed=settings.seed)
+    rows = [
+        [name, f"{one.accuracy:.4f}{_range(one.interval)}", f"{one.balanced:.4f}", f"{one.train_accuracy:.4f}"]
+        for name, one in (("this model", found.model), ("untrained weights", found.untrained))
+    ]
+    rows.append(["commonest label", f"{found.commonest:.4f}", f"{1 / found.labels:.4f}", "-"])
+    columns = ["vectors of", "test accuracy", "mean over labels", "training accuracy"]
+    show.table(f"Linear probe, {pool} vector", columns, rows)
+    about = {"pattern": str(model.arch.pattern), "fingerprint": model.arch.fingerprint(), "data": source.describe()}
+    return Done({**about, "probe": pool, **asdict(found)})
 
 
 def _exported(settings: Settings) -> tuple[HybridLM, Source, dict[str, Any]]:

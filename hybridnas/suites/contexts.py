@@ -19,12 +19,12 @@ from hybridnas.suites.suite import Entry, Fields, Suite, Task, register_suite
 GENOME = "/usr/share/doc/bowtie/examples/genomes/NC_008253.fna.gz"
 SPEECH = "/usr/share/asterisk/sounds/en_US_f_Allison"
 MAMBA = "Mx4"
-_FIELDS: Fields = {"d_model": 24, "norm": "rmsnorm", "final_norm": True}
-_ACTIVE = 25_344  # of four Mamba layers of width 24
+_FIELDS: Fields = {"d_model": 16, "norm": "rmsnorm", "final_norm": True}
+_ACTIVE = 13_568  # of four Mamba layers of width 16
 
 
 def _tasks(
-    data: Fields, contexts: Sequence[int], *, tokens: int, step_tokens: int, valid_tokens: int, twice: bool = False
+    data: Fields, contexts: Sequence[int], tokens: int, step_tokens: int, *, valid_tokens: int, twice: bool = False
 ) -> list[Task]:
     """Return a task for each context, ``twice``: and one of equally many tokens."""
     made = []
@@ -69,15 +69,15 @@ _NOTES = (
 def dna_context(quick: bool) -> Suite:
     """Bits per base of a bacterium's genome over the context, for Mamba and attention."""
     data = {"kind": "dna", "path": GENOME, "split_by": "segment"}
-    sizes = {"tokens": 1 << 20, "step_tokens": 4096} if quick else {"tokens": 1 << 26, "step_tokens": 1 << 15}
+    tokens, step_tokens = (1 << 18, 2048) if quick else (1 << 26, 1 << 15)
     contexts = (128, 512, 2048) if quick else (128, 512, 2048, 8192, 32_768)
-    tasks = _tasks(data, contexts, **sizes, valid_tokens=1 << 20, twice=True)
+    tasks = _tasks(data, contexts, tokens, step_tokens, valid_tokens=1 << 20, twice=True)
     return Suite(
         name="dna_context",
         title="DNA: loss over context at equal training FLOPs",
         tasks=tuple(tasks),
         entries=_entries(tasks, (("mamba", MAMBA), ("attention", "(AF)x2"))),
-        rates=(4e-3, 1e-2, 2.5e-2),
+        rates=(6e-3, 1.5e-2, 4e-2),
         decays=(0.1,),
         seeds=(0, 1) if quick else (0, 1, 2),
         score="valid_loss",
@@ -93,16 +93,16 @@ def dna_context(quick: bool) -> Suite:
 @register_suite("speech_context")
 def speech_context(quick: bool) -> Suite:
     """Bits per sample of spoken prompts over the context, for Mamba, S4D and attention."""
-    data = {"kind": "audio", "path": SPEECH, "rate": 8000, "valid_fraction": 0.03}
-    sizes = {"tokens": 1 << 19, "step_tokens": 2048} if quick else {"tokens": 1 << 26, "step_tokens": 1 << 15}
+    data = {"kind": "audio", "path": SPEECH, "rate": 8000, "valid_fraction": 0.02}
+    tokens, step_tokens = (1 << 18, 2048) if quick else (1 << 26, 1 << 15)
     contexts = (128, 512, 2048) if quick else (128, 512, 2048, 8192)
-    tasks = _tasks(data, contexts, **sizes, valid_tokens=1 << 21)
+    tasks = _tasks(data, contexts, tokens, step_tokens, valid_tokens=1 << 21)
     return Suite(
         name="speech_context",
         title="Speech, 8 kHz, mu-law: loss over context at equal training FLOPs",
         tasks=tuple(tasks),
         entries=_entries(tasks, (("mamba", MAMBA), ("S4D", "(DF)x2"), ("attention", "(AF)x2"))),
-        rates=(4e-3, 1e-2, 2.5e-2),
+        rates=(6e-3, 1.5e-2, 4e-2),
         decays=(0.1,),
         seeds=(0, 1) if quick else (0, 1, 2),
         score="valid_loss",

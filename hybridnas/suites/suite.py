@@ -43,7 +43,7 @@ class Task:
         data = dict(self.data)
         if "path" in data:  # the same files may lie elsewhere
             data["path"] = Path(data["path"]).name
-        identity = {"data": data, "train": dict(self.train), "per_active": self.tokens_per_active}
+        identity: dict[str, Any] = {"data": data, "train": dict(self.train), "per_active": self.tokens_per_active}
         identity |= {"measurements": self.measurements} if self.measurements else {}
         identity |= {"flops_of": self.flops_of} if self.flops_of else {}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]

@@ -98,6 +98,7 @@ class Objective(nn.Module):
         """Return the numbers that are predicted of a batch with ``values_BL``, float32 (B, L)."""
         if not isinstance(self.model, HybridLM):
             self._logits(batch)  # refuses it
+            raise AssertionError("a module with logits has no numbers")
         hidden = self.model.hidden(batch.inputs_BL, segments_BL=batch.segments_BL)
         return self._through_head(hidden.x_BLD, batch)[..., 0].float()
 

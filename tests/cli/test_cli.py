@@ -41,7 +41,7 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "generate": "device echo eos_token_id max_new_tokens model out prompt runs seed stop_at_end study temperature "
     "top_k top_p",
     "evaluate": "allow_noncausal arch batch_size device lengths lm_eval max_gib model out part pattern patterns "
-    "positions precision seed seq_len tracking valid_tokens",
+    "positions precision probe seed seq_len tracking valid_tokens",
     "replay": "device out runs study trial",
     "ladder": "active_params batch_power batch_size decay_fraction depth_power device heartbeat hold_out lr lr_power "
     "minutes name patterns presets rates resamples runs seed seeds sizes storage study tokens top warmup workers",
