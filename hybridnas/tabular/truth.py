@@ -102,7 +102,7 @@ SIZES = (
         cosine=True,
         recall=True,
         shared_seeds=2,
-        more_seeds=2,
+        more_seeds=1,
     ),
     TruthSize(active_params=65_536, d_model=48, batch_size=32, valid_tokens=131_072, baselines_only=True),
     TruthSize(active_params=262_144, d_model=96, batch_size=64, valid_tokens=131_072),
