@@ -15,7 +15,8 @@ from hybridnas.search.config import Budget, SearchConfig
 from hybridnas.units import several
 
 LIMITS = (  # of the budget, also without its prefix
-    *("n_trials", "minutes", "confirm", "confirm_top", "confirm_rates", "confirm_seeds", "verdict_seeds", "alpha"),
+    *("n_trials", "minutes", "confirm", "confirm_top", "confirm_screen", "confirm_rates", "confirm_seeds"),
+    *("verdict_seeds", "alpha"),
 )
 
 
@@ -31,6 +32,7 @@ class Settings(SearchConfig, Command):
     minutes: float | None = shorthand(Budget, "minutes")
     confirm: str | None = shorthand(Budget, "confirm")
     confirm_top: int | None = shorthand(Budget, "confirm_top")
+    confirm_screen: int | None = shorthand(Budget, "confirm_screen")
     confirm_rates: str | None = shorthand(Budget, "confirm_rates")
     confirm_seeds: int | None = shorthand(Budget, "confirm_seeds")
     verdict_seeds: int | None = shorthand(Budget, "verdict_seeds")

@@ -159,6 +159,9 @@ def _confirmed(given: ReportInput) -> Section | None:
         f"search's own seed is left out: its results chose these. Pairs share seed and order of the data. The best "
         f"mean on validation data wins; since these seeds chose it, other seeds state by how much it is better."
     )
+    screened = sum(bool(record.screened) for record in given.records)
+    if screened:
+        intro += f" Which of the drawn: the best of {screened} by the mean of two seeds, the search's own and one more."
     if raced:
         intro += " Each at its own best learning rate, found at full length with the search's seed."
     caption = (

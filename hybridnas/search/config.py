@@ -34,6 +34,7 @@ ADDED = {
     "optimizer": TrainConfig().optimizer,
     "z_loss": TrainConfig().z_loss,
     "confirm_rates": "own",
+    "confirm_screen": None,
     "train_baselines": "within",
     "verdict_seeds": 4,
     "alpha": 0.05,
@@ -43,7 +44,7 @@ MOST_PROCESSES = 16  # processes, of about 400 MB each, where nothing else is as
 # Of a budget, what may change when a study goes on.
 LIMITS_OF_A_CALL = (
     *("n_trials", "minutes", "max_tokens", "name", "train_baselines"),
-    *("confirm", "confirm_top", "confirm_rates", "confirm_seeds", "verdict_seeds", "alpha"),
+    *("confirm", "confirm_top", "confirm_screen", "confirm_rates", "confirm_seeds", "verdict_seeds", "alpha"),
 )
 
 
@@ -124,6 +125,12 @@ class Budget(FrozenConfig):
     )
     confirm_top: int = option(
         3, "how many of the best drawn are confirmed, and of the baselines beside the reference [count]", ge=1
+    )
+    confirm_screen: int | None = option(
+        None,
+        "so many of the best drawn get one more seed, by which and the search's own confirm_top of them are confirmed "
+        "[count]; none, or not above confirm_top: no such stage",
+        ge=1,
     )
     confirm_rates: str = option(
         "own",

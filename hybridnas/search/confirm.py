@@ -1,6 +1,8 @@
 """Confirmation: the best architectures and baselines trained again with fresh seeds, at full length.
 
-Each is confirmed at its own best learning rate, found with the search's seed: at one rate for all, the rate decides.
+Where many were drawn, the best get one more seed first, and those that are best with both go on: a single seed chooses
+the luckiest (note: truth-set). Each is confirmed at its own best learning rate, found with the search's seed: at one
+rate for all, the rate decides.
 The fresh seeds choose the winner; then the winner and what it is compared with are trained with further seeds, those
 of the verdict, which chose nothing. Runs lie in ``trials/NNNN/confirm/seedS/``, go on where they were stopped, and
 leave the weights of none; their statistics are those of :mod:`hybridnas.analysis.confirmation` and
@@ -18,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from hybridnas.analysis.confirmation import trained_objective
+from hybridnas.analysis.confirmation import trained_objective, turned
 from hybridnas.analysis.ranking import front
 from hybridnas.analysis.verdict import contenders
 from hybridnas.search.rates import Tried, race
@@ -36,21 +38,40 @@ if TYPE_CHECKING:
     from hybridnas.search.session import Session
 
 VERDICT_SEEDS = 1000  # the verdict's seeds begin so far above the search's own: never among those that choose
+SCREEN_SEED = 500  # and that of the screening so far: it is none of the fresh seeds
 
+Field = Literal["screened", "confirmed", "verdict"]  # of a record: which seeds a result is of
 Ahead = Callable[[Sequence[Wanted]], None]  # trains what is wanted in several processes; results stay in folders
 Grown = TypeVar("Grown", TrialRecord, ReferenceStudy)
 
 
-def chosen(records: Sequence[TrialRecord], top: int, reference: str | None) -> list[TrialRecord]:
-    """Return which trials are confirmed: the best ``top`` presets and drawn ones each, and the ``reference`` preset."""
+def best_drawn(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Return the eligible trials that the search drew: those on the front first, then by score."""
     best = [record for record in front(records) if record.preset is None]
     best += sorted(filter(eligible, records), key=lambda record: (score(record), record.number))
-    drawn = list({record.number: record for record in best if record.preset is None}.values())[:top]
+    return list({record.number: record for record in best if record.preset is None}.values())
+
+
+def chosen(records: Sequence[TrialRecord], top: int, reference: str | None) -> list[TrialRecord]:
+    """Return which trials are confirmed: the best ``top`` presets and drawn ones each, and the ``reference`` preset.
+
+    Drawn ones that were screened come first, by the mean of the search's own seed and the one more.
+    """
+    ranked_drawn = best_drawn(records)
+    screened = [record for record in ranked_drawn if record.screened]
+    screened.sort(key=lambda record: (_screened_score(record), record.number))
+    drawn = list({record.number: record for record in (*screened, *ranked_drawn)}.values())[:top]
     trained = [record for record in records if record.preset is not None and record.state == COMPLETE]
     ranked = sorted(trained, key=lambda record: (score(record) if eligible(record) else math.inf, record.number))
     presets = [record for record in trained if record in ranked[:top] or record.preset == reference]
     already = [record for record in records if record.confirmed]
     return list({record.number: record for record in (*presets, *drawn, *already)}.values())
+
+
+def _screened_score(record: TrialRecord) -> float:
+    own = record.objectives[trained_objective(record)]
+    found = turned(record, {"own": own, **record.screened}).values()
+    return math.fsum(math.inf if value is None else value for value in found) / len(found)
 
 
 def fresh_seeds(seed: int, count: int) -> list[int]:
@@ -70,7 +91,7 @@ def confirm(
     note: Callable[[str], None],
     ahead: Ahead | None = None,
 ) -> None:
-    """Find each chosen trial's rate, train it with every fresh seed, then the contenders with the verdict's seeds.
+    """Screen, find each chosen trial's rate, train it with every fresh seed, then contenders with the verdict's seeds.
 
     ``save`` takes each record as it grows. What was trained before is not trained again. A run that fails leaves None:
     its architecture cannot win. ``ahead`` trains a stage in several processes, which tell how each training ended.
@@ -86,7 +107,7 @@ def confirm(
         ahead(wanted)
         return True
 
-    def train(numbers: Sequence[int], seeds: Sequence[int], field: Literal["confirmed", "verdict"], what: str) -> None:
+    def train(numbers: Sequence[int], seeds: Sequence[int], field: Field, what: str) -> None:
         missing = [(seed, n) for seed in seeds for n in numbers if str(seed) not in getattr(known[n], field)]
         if missing:
             seconds = sum(known[n].seconds for _, n in missing) / min(processes, len(missing))
@@ -99,7 +120,12 @@ def confirm(
             if not told:
                 note(_line(what, known[n], seed, again))
 
-    numbers = [record.number for record in chosen(records, budget.confirm_top, session.meta.reference)]
+    if (budget.confirm_screen or 0) > budget.confirm_top and len(config.objectives) == 1:
+        best = best_drawn(records)[: budget.confirm_screen]
+        if len(best) > budget.confirm_top:
+            train([record.number for record in best], [config.seed + SCREEN_SEED], "screened", "one more seed for")
+    found = [known[record.number] for record in records]
+    numbers = [record.number for record in chosen(found, budget.confirm_top, session.meta.reference)]
     if budget.confirm_rates == "own":
         racing = [n for n in numbers if not known[n].own_rates and not known[n].confirmed]
         if racing:
@@ -146,9 +172,11 @@ class Again(NamedTuple):
             return "failed"
         return f"{self.valid:.4f}" + ("" if self.test is None else f", test {self.test:.4f}")
 
-    def added(self, to: Grown, seed: int, field: Literal["confirmed", "verdict"]) -> Grown:
-        """Return a record, or a reference study, with this result among those that choose, or those of the verdict."""
-        found: dict[str, Any] = {field: self.valid, f"{field}_test": self.test}
+    def added(self, to: Grown, seed: int, field: Field) -> Grown:
+        """Return a record, or a reference study, with this result among those that screen, choose, or state."""
+        found: dict[str, Any] = {field: self.valid}
+        if field != "screened":
+            found[f"{field}_test"] = self.test
         if field == "verdict":
             found["verdict_repeats"] = self.repeats
         grown: dict[str, Any] = {name: {**getattr(to, name), str(seed): value} for name, value in found.items()}

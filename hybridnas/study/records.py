@@ -35,7 +35,7 @@ WORDS = {  # the one word for each state, wherever people read it
 }
 
 # Of a record: by seed of a further training.
-SEED_RESULTS = ("confirmed", "confirmed_test", "verdict", "verdict_test", "verdict_repeats")
+SEED_RESULTS = ("screened", "confirmed", "confirmed_test", "verdict", "verdict_test", "verdict_repeats")
 # Of a record, and in the curve's last entry.
 TEST_FIGURES = ("test_loss", "test_bits_per_byte", "test_accuracy", "test_repeat_loss", "test_repeat_accuracy")
 
@@ -91,6 +91,7 @@ class TrialRecord:
     violation: str | None = None  # which limit a preset passes: it is trained for comparison and cannot win
     refused: Mapping[str, int] = field(default_factory=dict)  # draws before this one by the rule or limit they broke
     draw_seconds: float = 0.0  # from asking the sampler to the start of the training, measurements included
+    screened: Mapping[str, float | None] = field(default_factory=dict)  # seed that helps to choose who is confirmed
     confirmed: Mapping[str, float | None] = field(default_factory=dict)  # fresh seed -> result at full length
     confirmed_test: Mapping[str, float | None] = field(default_factory=dict)  # the same on the test part
     verdict: Mapping[str, float | None] = field(default_factory=dict)  # seed that chose nothing -> result

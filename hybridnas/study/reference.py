@@ -27,6 +27,7 @@ class ReferenceStudy:
     record: TrialRecord
     tokens: int  # trained by the whole study
     steps: Sequence[Sequence[float]]  # [trained tokens, best score so far], falling
+    screened: Mapping[str, float | None] = field(default_factory=dict)  # seed that helped to choose it -> result
     confirmed: Mapping[str, float | None] = field(default_factory=dict)  # fresh seed -> result at full length
     confirmed_test: Mapping[str, float | None] = field(default_factory=dict)  # the same on the test part
     verdict: Mapping[str, float | None] = field(default_factory=dict)  # seed that chose nothing -> result

@@ -26,9 +26,10 @@ from hybridnas.search.config import Budget
 from hybridnas.train.config import TrainConfig
 
 SURFACE = {  # a setting more or less is a decision: change this table with it
-    "search": "action against alpha confirm confirm_rates confirm_seeds confirm_top confirm_workers device heartbeat "
-    "launch max_active_params max_flops max_latency_ms max_params max_state_bytes min_decode_tokens_per_second "
-    "min_prefill_tokens_per_second min_train_tokens_per_second minutes n_trials nodes objectives pruner runs "
+    "search": "action against alpha confirm confirm_rates confirm_screen confirm_seeds confirm_top confirm_workers "
+    "device heartbeat launch max_active_params max_flops max_latency_ms max_params max_state_bytes "
+    "min_decode_tokens_per_second min_prefill_tokens_per_second min_train_tokens_per_second minutes n_trials nodes "
+    "objectives pruner runs "
     "sampler seed speed_batch state_length storage study tracking tracking_experiment verdict_seeds "
     "worker workers",
     "train": "arch device freeze impl lora lora_alpha lora_layers max_seconds model out pattern recipe tokenizer "
@@ -46,11 +47,11 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "ladder": "active_params batch_power batch_size decay_fraction depth_power device heartbeat hold_out lr lr_power "
     "minutes name patterns presets rates resamples runs seed seeds sizes storage study tokens top warmup workers",
     "new": "folder kind letter name",
-    "bench": "budget keep_memory minutes out part patience quick repeats sizes space suite threads tiny truth",
+    "bench": "budget keep_memory minutes out patterns part patience quick repeats sizes space suite threads tiny truth",
 }
 BUDGET = (
-    "active_params alpha base_width batch_size compile confirm confirm_rates confirm_seeds confirm_top d_model "
-    "decay_fraction depth devices embedding_lr evals growth lr max_tokens minutes multiple n_experts n_trials "
+    "active_params alpha base_width batch_size compile confirm confirm_rates confirm_screen confirm_seeds confirm_top "
+    "d_model decay_fraction depth devices embedding_lr evals growth lr max_tokens minutes multiple n_experts n_trials "
     "name optimizer precision rate reduction rungs schedule seq_len tokens_per_active_param "
     "train_baselines valid_tokens verdict_seeds weight_decay z_loss"
 )

@@ -41,6 +41,13 @@ def test_the_best_drawn_ones_and_the_best_baselines_are_confirmed():
     assert [one.number for one in confirm.chosen([*baselines, *records[4:]], 2, None)] == [1, 2, 5, 4]
     outside = dataclasses.replace(baselines[2], violation=0.5)
     assert [one.number for one in confirm.chosen([*baselines[:2], outside, baselines[3]], 2, None)] == [1, 3]
+    unlucky = [
+        dataclasses.replace(records[4], screened={"500": 1.0}),
+        dataclasses.replace(records[5], screened={"500": 9.0}),
+    ]
+    assert [one.number for one in confirm.chosen([*records[:4], *unlucky], 1, None)] == [0, 4]
+    failed = [dataclasses.replace(records[4], screened={"500": None}), unlucky[1]]
+    assert [one.number for one in confirm.chosen([*records[:4], *failed], 1, None)] == [0, 5]
     assert confirm.fresh_seeds(7, 3) == [8, 9, 10]
     assert confirm.verdict_seeds(7, 2) == [1008, 1009]
 
@@ -198,6 +205,23 @@ def test_what_is_confirmed_is_judged_at_its_own_best_rate(tmp_path, tiny):
             ran = json.loads((summary.folder / f"trials/{one.number:04d}/confirm/seed{seed}/run.json").read_text())
             assert ran["train"]["lr"] == one.own_lr
     assert "Each at its own best learning rate" in summary.report.read_text()
+
+
+def test_one_more_seed_chooses_who_of_the_best_is_confirmed(tmp_path, tiny):
+    settings = ["study=demo", "n_trials=6", "pruner=none", "confirm=on", "confirm_top=1", "confirm_screen=3"]
+    settings += ["confirm_seeds=2", "confirm_rates=shared", "space.baselines=[mamba]"]
+    said = []
+    summary = run(tmp_path, [*tiny, *settings], said.append)
+    drawn = sorted((one for one in summary.records if one.preset is None), key=lambda one: one.valid_loss)
+    assert [set(one.screened) for one in drawn] == [{"500"}] * 3 + [set()] * (len(drawn) - 3)
+    best = min(drawn[:3], key=lambda one: one.valid_loss + one.screened["500"])
+    assert [one for one in drawn if one.confirmed] == [best]
+    ran = json.loads((summary.folder / f"trials/{best.number:04d}/confirm/seed500/run.json").read_text())
+    assert (ran["train"]["seed"], ran["status"]) == (500, "completed")
+    assert any(line.startswith("one more seed for 3 architectures, 3 trainings") for line in said)
+    assert "the best of 3 by the mean of two seeds" in summary.report.read_text()
+    again = run(tmp_path, [*tiny, *settings])
+    assert [one.screened for one in again.records] == [one.screened for one in summary.records]
 
 
 def test_several_processes_confirm_as_one_does(study, tiny, tmp_path):
