@@ -15,6 +15,7 @@ from typing import Any
 
 from hybridnas.analysis import decisions
 from hybridnas.analysis.decisions import ANNEALED, COSINE, HALVED, OWN, Rows, StepShare, Truth
+from hybridnas.analysis.shapes import Shape, play
 from hybridnas.bench.context import BenchConfig, provenance
 from hybridnas.bench.result import Result, Table
 from hybridnas.draw.figure import FAINT, INK, SETTINGS, save
@@ -26,6 +27,11 @@ LIMIT = 1 / 8  # compute of the default policy at most, as a part of the truth's
 BEFORE = "0.012"  # the rate for all, in one cosine, by which searches compared before this was measured
 DATA_DECIDE = 0.8  # pairs that small trainings decide rightly between data sets (arXiv 2504.11393)
 _MAMBA, _MOE_MAMBA = "Mx4", "MEME"
+SHAPES = {  # of searches, of which the last is the default's: budget=laptop
+    "the best by one seed": Shape(),
+    "the best two confirmed": Shape(top=2, seeds=3),
+    "one more seed for six, the best two confirmed": Shape(screen=6, top=2, seeds=3),
+}
 _COLORS = {ANNEALED: "#2F6DA8", "trunk": "#5B8C3A", COSINE: "#C8553D", "training speed": "#7B519D"}
 _OTHER_COLOR = "#D08A1D"
 _MARKS = {OWN: "o", HALVED: "s"}
@@ -89,8 +95,21 @@ def measure(
         "signals": [
             {"signal": name, **_signal_quality(values, truth, draws).to_dict()} for name, values in signals.items()
         ],
+        "searches": _searches(rows, truth, draws),
         "headline": [_share_dict(one) for one in shares if one is not None],
     }
+
+
+def _searches(rows: Rows, truth: Truth, draws: int) -> list[dict[str, Any]]:
+    """Return what searches of every shape hand over, by half; those are left out for which trainings are missing."""
+    found = []
+    for name, shape in SHAPES.items():
+        of = {half: [pattern for pattern, own in truth.halves.items() if own == half] for half in HALVES}
+        played = {half: play(rows, truth, shape, patterns, draws=draws) for half, patterns in of.items()}
+        whole = {half: one.to_dict() for half, one in played.items() if one is not None}
+        if len(whole) == len(HALVES):
+            found.append({"search": name, **whole})
+    return found
 
 
 def _signal_quality(values: Mapping[str, float], truth: Truth, draws: int) -> decisions.Quality:
