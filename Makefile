@@ -1,23 +1,27 @@
-# make search | fast | test | lint | docs | bench | install: each does all of its own set-up in .venv; a second call installs nothing.
+# make search | fast | test | long | lint | docs | bench | install: each does all of its own set-up in .venv; a second call installs nothing.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: search fast test lint docs site bench install clean
+.PHONY: search fast test long lint docs site bench install clean
 .DEFAULT_GOAL := search
 
 search: install
 	@$(BIN)/python -m hybridnas.search space=mamba_moe $(ARGS)
 
 # bytecode is kept: without it every process that tests start compiles the package again
-fast test: export PYTHONDONTWRITEBYTECODE =
+fast test long: export PYTHONDONTWRITEBYTECODE =
 fast: install
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m interpreter tests/kernels)
+
+# what takes half a minute or more: kills at random, two hosts, whole pages and examples
+long: install
+	$(BIN)/python -m pytest -n auto --dist load -m long $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -75,6 +75,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.path.name in SLOW_FILES:
             item.add_marker("slow")
     absent = set() if os.environ.get("TRITON_INTERPRET") == "1" else {"interpreter"}
+    if "long" not in config.option.markexpr and not any(".py" in argument for argument in config.args):
+        absent.add("long")  # a session of their own, like those of the interpreter; a file that is named runs whole
     if any("gpu" in item.keywords for item in items):
         import torch
 

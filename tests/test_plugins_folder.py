@@ -190,6 +190,7 @@ def python(*arguments, cwd):
     return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=cwd, timeout=600)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_templates_pass_their_tests_train_are_searched_by_workers_and_replayed(here, tiny):
     new("block", "mine", letter="V")

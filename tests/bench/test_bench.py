@@ -144,7 +144,7 @@ def test_a_missing_peer_is_named_with_its_extra_in_the_table_and_in_the_goal(mon
 
 SEARCHING = {"coordinates", "interop", "samplers", "truth", "verdicts"}  # suites that train, search, or start processes
 TINY = [  # gpu asks for a GPU; lengths are measured below, with their drawing
-    pytest.param(name, marks=[pytest.mark.slow] if name in SEARCHING else [])
+    pytest.param(name, marks=[pytest.mark.slow] * (name in SEARCHING) + [pytest.mark.long] * (name == "verdicts"))
     for name in SUITES
     if name not in ("gpu", "lengths")
 ]

@@ -27,6 +27,7 @@ def test_the_python_of_a_page_runs_in_an_empty_folder(page: Path, tmp_path: Path
     run_python(page, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_tutorial_ends_with_an_exported_winner(tmp_path: Path) -> None:
     run_commands(TUTORIAL, tmp_path)

@@ -34,6 +34,7 @@ def test_every_example_is_run():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SETTINGS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SETTINGS)
 def test_an_example_runs(name, tmp_path):
     command = [sys.executable, str(EXAMPLES / name), *SETTINGS[name]]
@@ -43,6 +44,7 @@ def test_an_example_runs(name, tmp_path):
     assert re.search(SEEN[name], done.stdout), done.stdout
 
 
+@pytest.mark.long
 def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")

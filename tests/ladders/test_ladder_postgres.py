@@ -157,6 +157,7 @@ def start(arguments, log, server):
     return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HYBRIDNAS_STORAGE": server.url})
 
 
+@pytest.mark.long
 def test_two_hosts_train_one_ladder_and_one_of_them_dies(server, corpus, tmp_path):
     own = [f"budget.{key}={value}" for key, value in OWN.items()]
     arguments = ["patterns=[MF,AF]", "sizes=[1,2]", "tokens=[0.5,1]", "warmup=0.1", "seeds=1", "rates=[1,2]", "name=l"]

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from hybridnas.search.replay import replay
 from hybridnas.search.storage.folder_store import LEASES
 from hybridnas.study.locks import FileLock, is_held
@@ -55,6 +57,7 @@ def kill(pid: int) -> bool:
     return True
 
 
+@pytest.mark.long
 def test_a_study_survives_workers_and_parents_killed_at_random(tmp_path, tiny):
     chance = random.Random(7)
     log = (tmp_path / "log").open("ab")

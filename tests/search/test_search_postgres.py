@@ -132,6 +132,7 @@ def test_a_database_that_refuses_or_is_not_there_is_one_sentence_without_the_pas
         assert_no_password(tmp_path, printed)
 
 
+@pytest.mark.long
 def test_a_database_killed_in_mid_search_costs_a_wait(server, tiny, tmp_path):
     with (tmp_path / "log").open("wb") as log:
         settings = ["budget=smoke", "study=outage", f"runs={tmp_path}", *tiny, *SLOW, "n_trials=4", "workers=2"]
@@ -170,6 +171,7 @@ def test_the_environment_is_asked_only_with_storage_env(monkeypatch):
     assert database_url(None) is None
 
 
+@pytest.mark.long
 def test_ctrl_c_gives_the_trial_back_at_once(server, tiny, tmp_path):
     with (tmp_path / "log").open("wb") as log:
         settings = ["budget=smoke", "study=given", f"runs={tmp_path}", *tiny, *SLOW, "n_trials=2", "heartbeat=600"]

@@ -322,6 +322,7 @@ def test_workers_that_cannot_start_are_not_started_for_ever(tmp_path, tiny, caps
     )
 
 
+@pytest.mark.long
 def test_a_shared_folder_is_joined_without_a_parent_and_its_last_worker_reports(tmp_path, tiny):
     own = [*tiny, "budget.tokens_per_active_param=1", "n_trials=5", "worker=create"]
     both = [start(tmp_path, own), start(tmp_path, own)]

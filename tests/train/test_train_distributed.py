@@ -129,6 +129,7 @@ def test_a_task_head_that_only_some_batches_use_is_trained_on_two(tmp_path):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.long
 def test_without_a_folder_two_devices_train_as_well(source):
     assert_close(run("M", source, None), run("M", source, None, devices=2))
 
