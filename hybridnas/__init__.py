@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # the same names as in _LAZY, for type checkers and editors
     from hybridnas.cost import Cost
     from hybridnas.data.task import register_task
     from hybridnas.export.load import load
+    from hybridnas.grafting.operation import graft
     from hybridnas.ladders.ladder import ladder
     from hybridnas.plugins import load_plugins
     from hybridnas.search_spaces.listing import register_space
@@ -64,6 +65,7 @@ _LAZY = {  # public name -> the module that is imported when the name is first u
     "create_study": "hybridnas.studies",
     "fit": "hybridnas.train.fit",
     "from_hf": "hybridnas.api",
+    "graft": "hybridnas.grafting.operation",
     "ladder": "hybridnas.ladders.ladder",
     "list_blocks": "hybridnas.api",
     "list_presets": "hybridnas.arch.presets",
@@ -104,6 +106,7 @@ __all__ = [
     "create_study",
     "fit",
     "from_hf",
+    "graft",
     "ladder",
     "list_blocks",
     "list_presets",

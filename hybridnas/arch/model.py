@@ -89,6 +89,7 @@ class HybridLM(nn.Module):
     ) -> None:
         super().__init__()
         self.arch = arch
+        self.lineage: tuple[Mapping[str, Any], ...] = ()  # one record a graft, the oldest first; exported and read back
         self.impl = Impl.of(impl)
         config = arch.model
         check_seed("model", seed)

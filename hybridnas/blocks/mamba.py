@@ -68,6 +68,7 @@ class Mamba(Block):
     Parameter names and layouts are those of ``mamba_ssm`` and of transformers' MambaMixer and JambaMambaMixer.
     """
 
+    outputs = ("out_proj", "inner.out.experts.down_proj")
     float32 = ("A_log", "D", "B", "C", "dt_proj.bias", *(f"inner.{part}.router.weight" for part in _INNER))
     no_decay = ("A_log", "D")
 

@@ -32,6 +32,7 @@ class Mlp(Block):
     """
 
     role = "feed_forward"
+    outputs = ("ff.down_proj",)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(BlockConfig):

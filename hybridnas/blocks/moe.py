@@ -45,6 +45,7 @@ class Moe(Block):
 
     float32 = ("routed.router.weight", "routed.correction_bias")
     role = "feed_forward"
+    outputs = ("routed.experts.down_proj", "shared.down_proj")
 
     @dataclass(frozen=True, kw_only=True)
     class Config(BlockConfig):

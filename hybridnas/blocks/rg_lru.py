@@ -51,6 +51,7 @@ class RgLru(Block):
     transformers' RecurrentGemmaRecurrentBlock.
     """
 
+    outputs = ("linear_out",)
     float32 = ("rg_lru.recurrent_param",)
     no_decay = ("rg_lru.input_gate_bias", "rg_lru.recurrent_gate_bias")
 

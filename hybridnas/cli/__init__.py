@@ -20,6 +20,7 @@ from hybridnas.cli.bars import data_bars
 COMMANDS: dict[str, str] = {
     "search": "search a space of architectures at matched active parameters: train, compare, report, export the best",
     "train": "train one architecture (preset= or pattern=), resumable",
+    "graft": "change layers of a trained model: replace, insert, delete, reorder, widen; the others keep their weights",
     "describe": "tables of presets, layers, parameters, FLOPs and state; out=graph.svg draws the architecture",
     "data": "say what data holds before anybody trains on it: documents, scripts, copies, samples",
     "compare": "put runs and studies side by side: table, curves, tokens to reach a loss",

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from hybridnas.cli import show
 from hybridnas.cli.command import ARCH, DEVICE, PATTERN, Command, Done, group
-from hybridnas.cli.wanted import NONCAUSAL, wanted_arch
+from hybridnas.cli.lineage import show_lineage
+from hybridnas.cli.wanted import NONCAUSAL, model_folder, wanted_arch
 from hybridnas.config import allowed_text, option, spell
 from hybridnas.errors import ConfigError, suggest
 from hybridnas.units import human, human_bytes
@@ -35,6 +36,7 @@ class Settings(Command):
     preset: Mapping[str, Any] | None = group(None, "architecture of a paper, with its sizes")
     experiment: Mapping[str, Any] | None = group(None, "settings from a file")
     pattern: str | None = option(None, PATTERN)
+    model: Path | None = option(None, "a model's folder, whose grafts are listed, too")
     block: str | None = option(None, "lists the settings of a block by its letter or name, e.g. E or moe")
     presets: str = option("all", "which presets stand side by side: all, or families and names, e.g. granite,jamba")
     arch: Mapping[str, Any] = option({}, ARCH)
@@ -49,10 +51,20 @@ class Settings(Command):
 
 
 def run(settings: Settings) -> Done:
-    """Describe ``preset=`` or ``pattern=`` layer by layer; without either, presets side by side."""
+    """Describe ``preset=``, ``pattern=`` or ``model=`` layer by layer; without either, presets side by side."""
     if settings.block is not None:
         return Done(_block(settings.block))
     arch = wanted_arch(settings.preset, settings.pattern, settings.arch)
+    lineage: tuple[Mapping[str, Any], ...] = ()
+    if settings.model is not None:
+        if arch is not None:
+            name = "preset" if settings.preset else "pattern"
+            raise ConfigError(
+                f"describe model=FOLDER has its architecture, got {name}= too; leave one out",
+                field=name,
+                got=getattr(settings, name),
+            )
+        arch, lineage = _stored(settings.model)
     if arch is None:
         return Done(_presets(settings.presets, settings.seq_len, settings.out))
     from hybridnas.arch.presets import PRESETS
@@ -67,6 +79,9 @@ def run(settings: Settings) -> Done:
     found["implementations"] = _kernels(arch, settings.device)
     if not arch.causal:
         show.line(NONCAUSAL)
+    if lineage:
+        show_lineage(lineage)
+        found["lineage"] = list(lineage)
     if settings.exportable:
         found["exportable"] = _exportable(arch)
     if settings.out is not None:
@@ -75,6 +90,16 @@ def run(settings: Settings) -> Done:
         found["drawing"] = str(draw_svg(arch, settings.out))
         show.line(f"drawn: {found['drawing']}")
     return Done(found)
+
+
+def _stored(folder: Path) -> tuple[Arch, tuple[Mapping[str, Any], ...]]:
+    """Return the architecture of an exported folder, and the grafts that led to it."""
+    from hybridnas.export.layout import CONFIG
+    from hybridnas.export.load import arch_of, lineage_of, read_config
+
+    where = model_folder(folder)
+    config = read_config(where)
+    return arch_of(config, where / CONFIG), lineage_of(config, where / CONFIG)
 
 
 def facts(arch: Arch, seq_len: int) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def no_setting(command: str, key: str, known: list[str]) -> ConfigError:
         beside = {name: name for name in known if "." not in name}
         last = section or last
     close = get_close_matches(last, beside, n=1, cutoff=0.6)
-    if elsewhere and not close:
+    if elsewhere and not (close and section):  # of a name without a section the same name in one is nearer
         hint = f"; did you mean {' or '.join(map(repr, elsewhere[:2]))}?"
     elif close:
         hint = f"; did you mean {beside[close[0]]!r}?"

@@ -62,7 +62,9 @@ def export(
     target = home(folder)
     tokenizer = tokenizer if tokenizer is not None or source is None else source.tokenizer
     refuse_foreign(target)
-    config = make_config(model.arch, dict(card or {}), str(model.embedding.weight.dtype).removeprefix("torch."))
+    config = make_config(
+        model.arch, dict(card or {}), str(model.embedding.weight.dtype).removeprefix("torch."), model.lineage
+    )
     with whole_folder(target) as partial:
         write_text(partial / CONFIG, json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         _write_weights(partial / WEIGHTS, model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 OWN_FILES = (CONFIG, WEIGHTS, INDEX, CARD, GENERATION, *TOKENIZER_FILES)
 MODEL_TYPE = "hybridnas"
 CLASS = "HybridNASForCausalLM"  # of hybridnas.hf, for programs that look for a class of transformers
+LINEAGE = "lineage"  # in config.json: the grafts that led to the model, the oldest first
 OWN_KEY = "hybridnas"  # in a config.json of another format: which architecture of ours it is
 FORMAT_VERSION = 1  # raised when an older hybridnas could no longer read the folder
 COST_SEQ_LEN = 1024  # at which config.json and the model card state FLOPs and state bytes [tokens]
@@ -85,8 +86,10 @@ def _layer_type(node: Node) -> str:
     return _LAYER_TYPES.get(letter, BLOCKS.get(letter).name)
 
 
-def make_config(arch: Arch, facts: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Return the content of config.json: the architecture, its identity and cost, and how it was trained."""
+def make_config(
+    arch: Arch, facts: Mapping[str, Any], dtype: str, lineage: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """Return the content of config.json: the architecture, its identity and cost, how it was trained and grafted."""
     cost = arch.cost(COST_SEQ_LEN)
     return {
         "architectures": [CLASS],
@@ -106,6 +109,7 @@ def make_config(arch: Arch, facts: Mapping[str, Any], dtype: str) -> dict[str, A
         **({"plugins": needed} if (needed := plugins_of(arch)) else {}),
         "cost": {"seq_len": COST_SEQ_LEN, **dataclasses.asdict(cost)},
         "training": plain(facts),
+        **({LINEAGE: plain(lineage)} if lineage else {}),
     }
 
 

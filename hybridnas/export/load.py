@@ -19,6 +19,7 @@ from hybridnas.errors import ExportError, HybridNASError, suggest
 from hybridnas.export.layout import (
     CONFIG,
     FORMAT_VERSION,
+    LINEAGE,
     MODEL_TYPE,
     OWN_FILES,
     TOKENIZER_FILES,
@@ -65,9 +66,10 @@ def load(
         "force_download": force_download,
     }
     where = local_folder(folder, **download)
-    arch = read_arch(where)
-    model = HybridLM(arch, impl=impl, device="cpu")
+    config = read_config(where)
+    model = HybridLM(arch_of(config, where / CONFIG), impl=impl, device="cpu")
     assign(model, read_tensors(where), where)
+    model.lineage = lineage_of(config, where / CONFIG)
     return model.to(target).eval()
 
 
@@ -196,6 +198,14 @@ def arch_of(config: Mapping[str, Any], path: str | Path) -> Arch:
             allowed=arch.fingerprint(),
         )
     return arch
+
+
+def lineage_of(config: Mapping[str, Any], path: str | Path) -> tuple[Mapping[str, Any], ...]:
+    """Return the grafts that a config.json records, the oldest first; ``path`` is for messages."""
+    found = config.get(LINEAGE, [])
+    if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
+        raise ExportError(f"{path} has a {LINEAGE} that is no list of grafts; export the model again", field=LINEAGE)
+    return tuple(found)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -152,6 +152,8 @@ class Block(nn.Module, ABC):
     same_as: ClassVar[str] = ""  # letter whose block is this function at the same fields: fingerprints have that one
     float32: ClassVar[tuple[str, ...]] = ()  # parameters and buffers never narrower than float32 in any model
     no_decay: ClassVar[tuple[str, ...]] = ()  # matrices that weight decay leaves alone
+    # modules or parameters that the output is linear in: zero, they make the block add nothing
+    outputs: ClassVar[tuple[str, ...]] = ("out_proj",)
     role: ClassVar[Role] = "mixer"  # whether it mixes tokens, by attention or another way, or treats each by itself
     takes_segments: ClassVar[bool] = False  # whether forward has the parameter segments_BL, found by its signature
     takes_first: ClassVar[bool] = False  # the same for first_BLX

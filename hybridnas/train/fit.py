@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from hybridnas.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from hybridnas.arch.arch import Arch
     from hybridnas.data.source import Source, SourceConfig
     from hybridnas.train.callbacks import Callback
+    from hybridnas.train.distill import Teacher
     from hybridnas.train.records import TrainResult
     from hybridnas.train.start import Lora
 
@@ -36,6 +37,8 @@ def fit(
     freeze: Sequence[str] = (),
     lora: Lora | Mapping[str, Any] | int | None = None,
     weights: Mapping[str, Any] | None = None,
+    teacher: Teacher | None = None,
+    moments: Mapping[str, Tensor] | None = None,
     **settings: Any,
 ) -> TrainResult:
     """Train a model as a language model and return what was measured, with the trained model.
@@ -54,6 +57,8 @@ def fit(
     ``lora``: train adapters of this rank alone, by PEFT (:class:`hybridnas.train.start.Lora` for more settings); a run
     that is completed leaves the model with what they have learnt in its own weights, any other leaves it as it was.
     ``weights``: a name of the weights that a module starts from, which a folder's run must agree with.
+    ``teacher``: another model whose logits and hidden states a HybridLM learns from, too
+    (:class:`hybridnas.train.distill.Teacher`). ``moments``: of the optimizer at the first step, as a checkpoint has.
 
     ``settings``: fields of :class:`hybridnas.TrainConfig` (``lr=``,
     ``batch_size=``, ``seq_len=``, ``eval_at=``, ``seed=`` ...).
@@ -115,6 +120,8 @@ def fit(
             impl=impl,
             labels=labels,
             start=weights,
+            teacher=teacher,
+            moments=moments,
         )
         if lora is not None and result.status == "completed" and result.model is not None:
             start.fold(result.model)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.model import HybridLM
@@ -27,6 +27,7 @@ from hybridnas.hardware import describe_machine, pick_device
 from hybridnas.train import checkpoint, distributed
 from hybridnas.train.callbacks import Callback, CallbackList, Run
 from hybridnas.train.config import TrainConfig
+from hybridnas.train.distill import Teacher
 from hybridnas.train.distributed import Group, RankLostError
 from hybridnas.train.extend import Extension, extended
 from hybridnas.train.objective import check_causal, make_heads
@@ -41,7 +42,7 @@ from hybridnas.train.records import (
     write_run,
 )
 from hybridnas.train.scaling import scale_weights
-from hybridnas.train.start import start_of
+from hybridnas.train.start import start_of, tensors_digest
 from hybridnas.train.trainer import Outcome, Trainer
 
 Trainee = Arch | nn.Module | Callable[[], nn.Module]
@@ -61,6 +62,8 @@ def run(
     impl: str = "auto",
     labels: Mapping[str, str] | None = None,
     start: Mapping[str, Any] | None = None,
+    teacher: Teacher | None = None,
+    moments: Mapping[str, Tensor] | None = None,
 ) -> TrainResult:
     """Train a model on ``source``, or go on from where ``folder`` stands; the same call again is how one resumes.
 
@@ -76,7 +79,8 @@ def run(
     its last decay (:mod:`hybridnas.train.extend`). ``keep_checkpoint=False`` deletes the weights when the run has
     ended. Ctrl-C finishes the step, saves, and raises KeyboardInterrupt. ``labels`` are kept in ``run.json`` to find
     and name the run by, such as its preset; they decide nothing. ``start``: what a module's weights are, for the run's
-    identity; None: those given.
+    identity; None: those given. ``teacher``: a model to learn from beside the data. ``moments``: the optimizer's of
+    some weights at the first step, ``NAME.exp_avg`` and so on as in a checkpoint; both are of a given module alone.
 
     Raises ConfigError for a model that sees later tokens (``config.allow_noncausal``), CheckpointError for a folder of
     another run or with damaged files, DataError for a vocabulary larger than the model's, TrainingError when the disk
@@ -86,7 +90,14 @@ def run(
     if config.devices > 1:
         distributed.check_devices(config, target)
     place = None if folder is None else Path(folder)
-    job = _Job(_Subject.of(model, config, impl, start), source, config, place, target, dict(labels or {})).extended()
+    job = _Job(
+        _Subject.of(model, config, impl, start).helped(teacher, moments),
+        source,
+        config,
+        place,
+        target,
+        dict(labels or {}),
+    ).extended()
     watchers = CallbackList(callbacks)
     if config.devices == 1:
         return _lead(job, lambda: contextlib.nullcontext(Group()), watchers, max_seconds, keep_checkpoint)
@@ -127,6 +138,25 @@ class _Subject:
     build: Callable[[], nn.Module]
     identity: dict[str, Any]
     impl: str = "auto"
+    teacher: Teacher | None = None
+    moments: Mapping[str, Tensor] | None = None
+
+    def helped(self, teacher: Teacher | None, moments: Mapping[str, Tensor] | None) -> _Subject:
+        """Return the subject with a teacher and moments to begin with, which are part of what identifies it."""
+        if teacher is None and not moments:
+            return self
+        if "start" not in self.identity or self.arch is None:
+            raise ConfigError(
+                "train teacher= and moments= are of given weights; give a HybridLM",
+                field="teacher" if teacher is not None else "moments",
+                allowed="a HybridLM",
+            )
+        start = dict(self.identity["start"])
+        if teacher is not None:
+            start["teacher"] = teacher.identity()
+        if moments:
+            start["moments"] = tensors_digest(moments)
+        return replace(self, identity={**self.identity, "start": start}, teacher=teacher, moments=moments)
 
     @classmethod
     def of(cls, model: Trainee, config: TrainConfig, impl: str, start: Mapping[str, Any] | None = None) -> _Subject:
@@ -336,8 +366,18 @@ def _fit(
         model = job.subject.build().to(job.device)
         run_.model = model
         heads = make_heads(job.source, model, job.config.seed)
-        trainer = Trainer(run_, model, heads, identity=job.identity, callbacks=callbacks.callbacks, group=group)
+        trainer = Trainer(
+            run_,
+            model,
+            heads,
+            identity=job.identity,
+            callbacks=callbacks.callbacks,
+            group=group,
+            teacher=job.subject.teacher,
+        )
         found = checkpoint.load(job.folder) if job.folder is not None else None
+        if found is None and job.subject.moments:
+            trainer.take_moments(job.subject.moments)
         if found is not None and job.folder is not None:
             longer = job.goes_on_from(found.header)
             if not longer:

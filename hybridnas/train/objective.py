@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from hybridnas.data.source import Batch, Source, check_vocab
 from hybridnas.errors import ConfigError, DataError
 from hybridnas.hardware import Impl
 from hybridnas.kernels.cross_entropy import TokenScores, cross_entropy, linear_cross_entropy, token_scores
+
+if TYPE_CHECKING:
+    from hybridnas.train.distill import Teacher
 
 
 class Loss(NamedTuple):
@@ -42,15 +45,18 @@ class Objective(nn.Module):
         vocab_size: int | None = None,
         compile_model: bool = False,
         z_loss: float = 0.0,
+        teacher: Teacher | None = None,
     ) -> None:
         """``vocab_size``: of the data, which a module that is no HybridLM must have logits for.
 
         ``z_loss``: weight of the squared logarithm of the logits' normalizer in what ``forward`` returns.
+        ``teacher``: another model whose agreement is an auxiliary loss; of a HybridLM alone.
         """
         super().__init__()
         self.model = model
         self.vocab_size = vocab_size
         self.z_loss = z_loss
+        self.teacher = teacher
         self.heads = heads if heads is not None else nn.ModuleDict()
         own: Callable[..., Any] = model.hidden if isinstance(model, HybridLM) else model
         compiled = torch.compile(own) if compile_model else own
@@ -67,7 +73,13 @@ class Objective(nn.Module):
         """Return the loss of a batch, differentiable."""
         if not isinstance(self.model, HybridLM):
             return Loss(self._cross_entropy(self._logits(batch), batch, "sum", self.z_loss), {}, {})
-        hidden = self._read(batch)
+        losses: dict[str, Tensor] = {}
+        if self.teacher is None:
+            hidden = self._read(batch)
+        else:
+            with self.teacher.watching(self.model) as streams:
+                hidden = self._read(batch)
+            losses = self.teacher.losses(batch, self.model, hidden.x_BLD, streams)
         x_BLD = self._through_head(hidden.x_BLD, batch)
         if batch.values_BL is not None:
             total = half_squares(x_BLD[..., 0], batch).sum()
@@ -75,7 +87,7 @@ class Objective(nn.Module):
             total = cross_entropy_sum(x_BLD, self.model.head.weight, batch, self.model.loss_impl, z_loss=self.z_loss)
         else:
             total = self._cross_entropy(self.model.head(x_BLD), batch, "sum", self.z_loss)
-        return Loss(total, hidden.aux.losses, hidden.aux.stats)
+        return Loss(total, {**hidden.aux.losses, **losses}, hidden.aux.stats)
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> TokenScores:

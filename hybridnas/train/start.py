@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hybridnas.arch.model import HybridLM
 from hybridnas.config import FrozenConfig, option
@@ -145,6 +145,7 @@ def with_tokens(
                 tensor[ours] = own[name][theirs].to(tensor)
             else:
                 tensor.copy_(own[name])
+    found.lineage = model.lineage
     return found.to(model.embedding.weight.device).train(model.training), len(pairs)
 
 
@@ -162,8 +163,13 @@ def start_of(model: nn.Module, source: Mapping[str, Any] | None = None) -> dict[
 
 def weights_digest(model: nn.Module) -> str:
     """Return a name of a model's weights: equal for equal weights alone."""
+    return tensors_digest(model_tensors(model))
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a name of tensors by name: equal for equal ones alone."""
     digest = hashlib.sha256()
-    for name, tensor in model_tensors(model).items():
+    for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

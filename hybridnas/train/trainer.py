@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from hybridnas.errors import TrainingDiverged
 from hybridnas.train import checkpoint, optim
 from hybridnas.train.callbacks import Action, Callback, CallbackList, Run
 from hybridnas.train.config import Decay
+from hybridnas.train.distill import Teacher
 from hybridnas.train.distributed import Group
 from hybridnas.train.evaluate import Score, autocast, counted, evaluate, mean_stats, to_device
 from hybridnas.train.objective import Loss, Objective
@@ -73,6 +74,7 @@ class Trainer:
         identity: dict[str, Any],
         callbacks: Iterable[Callback] = (),
         group: Group | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.run = run
         self.model = model
@@ -91,6 +93,7 @@ class Trainer:
             vocab_size=self.source.vocab_size,
             compile_model=run.config.compile,
             z_loss=run.config.z_loss,
+            teacher=teacher,
         )
         self.optimizer = optim.make_optimizer(objective, run.config)
         self.state = Position()
@@ -409,6 +412,10 @@ class Trainer:
     def restore(self, found: checkpoint.Checkpoint) -> None:
         """Take up a checkpoint: weights, moments, position and sums."""
         self._take(found, checkpoint.NEWEST)
+
+    def take_moments(self, moments: Mapping[str, Tensor]) -> None:
+        """Begin with the optimizer's moments of some weights, as :func:`optim.optimizer_tensors` names them."""
+        optim.restore_optimizer(self._named, self.optimizer, moments)
 
     def leave_branch(self) -> None:
         """Go on from the state before the decay that has ended, and let a checkpoint of it be the only one."""

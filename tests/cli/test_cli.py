@@ -34,7 +34,9 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "worker workers",
     "train": "arch device freeze impl lora lora_alpha lora_layers max_seconds model out pattern recipe tokenizer "
     "tracking tracking_experiment train",
-    "describe": "arch block device exportable out pattern presets seq_len",
+    "graft": "arch device distill_hidden distill_logits edit fit_lr fit_tokens init max_seconds model noise out seed "
+    "temperature tokens train",
+    "describe": "arch block device exportable model out pattern presets seq_len",
     "data": "action samples seed",
     "compare": "baseline figure out run runs study uri",
     "export": "format model out runs study trial",
@@ -58,6 +60,7 @@ BUDGET = (
 GROUPS = {
     "search": "budget data experiment space",
     "train": "data experiment preset",
+    "graft": "data experiment",
     "describe": "experiment preset",
     "data": "data",
     "evaluate": "data experiment preset suite",
