@@ -39,12 +39,13 @@ SUITES: dict[str, str] = {
     "coordinates": "sizes of activations and of updates against width, for every letter, with and without muP",
     "decisions": "how often cheap comparisons decide as the truth set does, by policy and compute",
     "interop": "patterns by formats of transformers: which hold them, and the error of reloaded logits",
+    "grafting": "what grafts of small models recover of the loss, by the start of new blocks; half an hour",
     "table": "builds a space's table, every architecture trained; hours, so never part of all",
     "verdicts": "the same search with several seeds: winners, claims, times; an hour or more, so never part of all",
     "truth": "trains the truth set, by which the accuracy of budgets is measured; many hours, so never part of all",
 }
 
-LONG = ("table", "truth", "verdicts")  # suites that take hours: never part of suite=all
+LONG = ("grafting", "table", "truth", "verdicts")  # suites that take hours: never part of suite=all
 
 # environment variables that change what is measured
 _TELLING = (
@@ -80,7 +81,9 @@ class BenchConfig(FrozenConfig):
     budget: str = option("laptop", "verdicts: the budget of the searches [name]")
     part: str = option("0/1", "table: which share of the trainings this process takes, as INDEX/COUNT")
     minutes: float | None = option(
-        None, "table: no training starts that would end later; truth: stop then, to go on; none: no limit", gt=0
+        None,
+        "table: no training starts that would end later; truth, grafting: stop then, to go on; none: no limit",
+        gt=0,
     )
     truth: Path = option(Path("experiments/results/truth.csv"), "truth, decisions: the truth set's rows [path]")
     sizes: tuple[int, ...] = option((), "truth: active parameters of the sizes to train; none: all [counts]", ge=1)

@@ -142,7 +142,8 @@ def test_a_missing_peer_is_named_with_its_extra_in_the_table_and_in_the_goal(mon
     assert peers.absent("mamba_ssm") == "mamba-ssm is not installed: pip install mamba-ssm"
 
 
-SEARCHING = {"coordinates", "interop", "samplers", "truth", "verdicts"}  # suites that train, search, or start processes
+# suites that train, search, or start processes
+SEARCHING = {"coordinates", "grafting", "interop", "samplers", "truth", "verdicts"}
 TINY = [  # gpu asks for a GPU; lengths are measured below, with their drawing
     pytest.param(name, marks=[pytest.mark.slow] * (name in SEARCHING) + [pytest.mark.long] * (name == "verdicts"))
     for name in SUITES
@@ -164,6 +165,7 @@ def test_every_suite_runs_at_shapes_of_no_size_and_fits_into_json(name, in_proce
         "truth",
         "decisions",
         "coordinates",
+        "grafting",
         "interop",
         "verdicts",
     ):
