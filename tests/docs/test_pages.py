@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from doc_pages import ROOT, fences, hybridnas_commands, pages, run, run_commands, run_python, write_files
+from doc_pages import ROOT, commands, fences, hybridnas_commands, pages, run, run_commands, run_python, write_files
 
 OWN_MIXER = ROOT / "docs" / "own-mixer.md"
 WITH_PYTHON = [page for page in pages() if any(not f.title for f in fences(page, "python"))]
+GRAFTING = ROOT / "docs" / "guides" / "grafting.md"
 TUTORIAL = ROOT / "docs" / "tutorial.md"  # its Python reads what its commands made
 COMMANDS = [(page, line, command) for page in pages() for line, command in hybridnas_commands(page)]
 
@@ -35,6 +36,23 @@ def test_the_tutorial_ends_with_an_exported_winner(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("runs/mamba_moe-smoke-*/report.html"))) == 1
     for model in ("my_model", "my_second_model"):
         assert (tmp_path / model / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_grafting_guide_makes_a_hybrid_with_a_third_of_the_state(tmp_path: Path) -> None:
+    small = " data.max_bytes=200000 train.batch_size=4 train.seq_len=64 train.valid_tokens=512"
+    for fence in fences(GRAFTING, "bash"):
+        for line in commands(fence):
+            fewer = re.sub(r"\btokens=\d+", "tokens=512", line)
+            own = {"train": f"{small} tracking=off", "graft": f"{small} fit_tokens=512"}
+            run(fewer + own.get(line.split()[2].removeprefix("hybridnas."), ""), tmp_path)
+    from hybridnas.export.load import load
+
+    transformer, hybrid, wider = (load(tmp_path / name) for name in ("runs/transformer/model", "hybrid", "wider"))
+    assert str(hybrid.arch.pattern) == "GFAFGF"
+    assert hybrid.arch.cost(2048).state_bytes < 0.36 * transformer.arch.cost(2048).state_bytes
+    assert [len(model.lineage) for model in (hybrid, wider)] == [1, 2]
+    assert [row["exact"] for row in wider.lineage[1]["layers"]] == [True, False, True]
 
 
 @pytest.mark.slow
