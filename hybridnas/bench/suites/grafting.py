@@ -155,7 +155,7 @@ def _measured(size: Size, folder: Path, case: Case, init: str, seed: int, source
     from hybridnas.grafting.config import GraftConfig
     from hybridnas.grafting.operation import fine_tune, train_config, transplant
 
-    shape = {"batch_size": size.batch_size, "seq_len": size.seq_len, "valid_tokens": size.valid_tokens}
+    shape: dict[str, Any] = {"batch_size": size.batch_size, "seq_len": size.seq_len, "valid_tokens": size.valid_tokens}
     arch = hybridnas.Arch.from_pattern(case.base, d_model=size.d_model, vocab_size=source.vocab_size, final_norm=True)
     if "A" in case.base:
         arch = arch.replace(A={"n_heads": 2})
@@ -277,8 +277,8 @@ def loss_table(rows: Sequence[Mapping[str, str]]) -> Table:
         parent = statistics.mean(float(row["parent"]) for row in own)
         errors = [float(row["fit_after"]) for row in own if row["fit_after"]]
         lines.append([case, base, init, parent, *losses, statistics.mean(errors) if errors else None])
-    points = range(max((len(line) for line in lines), default=5) - 5)
-    columns = ("graft", "model", "start", "model's loss", *(f"point {n}" for n in points), "error of the fit")
+    measured = max((len(line) for line in lines), default=5) - 5
+    columns = ("graft", "model", "start", "model's loss", *(f"point {n}" for n in range(measured)), "error of the fit")
     return Table("validation losses [nats per token], means over seeds", columns, lines)
 
 
