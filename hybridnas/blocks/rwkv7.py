@@ -50,6 +50,8 @@ class Rwkv7(Block):
     Equal to RWKV_Tmix_x070 of the authors' code, the state transposed.
     """
 
+    outputs = ("output",)
+
     @dataclass(frozen=True, kw_only=True)
     class Config(BlockConfig):
         """Fields of the RWKV-7 block."""

@@ -45,6 +45,9 @@ class Settings(Command):
         None,
         "go on from a model instead: an exported folder, a training run, a study, or a folder of transformers' classes",
     )
+    grow: Path | None = option(
+        None, "begin as this smaller model: wider by a whole factor, deeper, with the same function where that can be"
+    )
     tokenizer: str = option(
         "model",
         "with model=: whose tokens text is read in; data: those of data.tokenizer, and rows of new tokens start anew",
@@ -94,7 +97,11 @@ def run(settings: Settings) -> Done:
     _check_start(settings, DEFAULT_REFERENCE)
     pick_device(settings.device)  # refused before any data is read
     Impl.of(settings.impl)
-    given = None if settings.model is None else _given(settings, data)
+    given = None
+    if settings.model is not None:
+        given = _given(settings, data)
+    elif settings.grow is not None:
+        given = _grown(settings, data)
     source = open_source(data) if given is None else given.source
     source.context(config.seq_len, config.seq_len)  # refuses another length than the task's
     arch = wanted_arch(settings.preset, settings.pattern, settings.arch, source.vocab_size)
@@ -174,6 +181,13 @@ class _Given(NamedTuple):
 def _check_start(settings: Settings, reference: str) -> None:
     """Raise ConfigError where it is not clear what is to be trained."""
     given = [name for name in ("model", "preset", "pattern") if getattr(settings, name)]
+    if settings.grow is not None and settings.model is not None:
+        raise ConfigError(
+            "train grow=FOLDER begins a larger architecture, of preset= or pattern=, and model=FOLDER goes on with its "
+            "own; leave one out",
+            field="grow",
+            got=str(settings.grow),
+        )
     if len(given) > 1 and "model" in given:
         raise ConfigError(
             f"train model=FOLDER goes on from weights whose architecture is given, got {given[1]}= too; leave one out",
@@ -220,6 +234,35 @@ def _given(settings: Settings, data: SourceConfig) -> _Given:
         lora = Lora(rank=settings.lora, alpha=settings.lora_alpha, layers=settings.lora_layers)
     start |= {"freeze": list(settings.freeze), "lora": None if lora is None else lora.to_dict()}
     return _Given(folder, model, source, lora, {name: value for name, value in start.items() if value})
+
+
+def _grown(settings: Settings, data: SourceConfig) -> _Given:
+    """Return the architecture of ``preset=`` or ``pattern=`` with the weights of a smaller model; says what that keeps.
+
+    Text is read in the smaller model's tokens.
+    """
+    from hybridnas.data import open_source
+    from hybridnas.export.layout import home
+    from hybridnas.grafting.growth import grow
+    from hybridnas.grafting.initial import EXACT
+    from hybridnas.train.start import weights_digest
+
+    assert settings.grow is not None
+    folder = home(model_folder(settings.grow))
+    small = stored_model(folder).float()
+    own = own_tokenizer(folder)
+    source = open_source(data if own is None else in_tokens_of(data, own, folder))
+    arch = wanted_arch(settings.preset, settings.pattern, settings.arch, small.arch.vocab_size)
+    assert arch is not None
+    found = grow(small, arch, seed=int(settings.train.get("seed") or 0))
+    for note in found.notes:
+        show.line(f"note: {note}")
+    same = "the same function" if found.difference < EXACT else "not the same function"
+    show.line(
+        f"start: {folder}, {small.arch.pattern} of d_model {small.arch.d_model}, grown: {same} (largest difference of "
+        f"logits {found.difference:.1e} of the largest, in float64)"
+    )
+    return _Given(folder, found.model, source, None, {"weights": weights_digest(found.model)})
 
 
 def _export(

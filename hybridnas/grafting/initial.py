@@ -4,7 +4,7 @@
     random   drawn as for a training from the start
     copy     the same block with other settings: what both have is copied; of new widths, states and heads the part that
              the output reads is zero; of more experts each is a copy of an old one, of fewer each a mean (merged)
-    qkv      attention to a recurrence (M, N, G, K, L): its queries, keys, values and output become C, B, x and the
+    qkv      attention to a recurrence (M, N, G, K, L, W): its queries, keys, values and output become C, B, x and the
              output projection (MOHAWK, 2408.10189; Mamba-in-Llama, 2408.15237)
     upcycle  an MLP to experts: each expert a copy of it with noise (2212.05055)
     split    an MLP to experts: each expert a share of its neurons
@@ -32,6 +32,7 @@ from hybridnas.blocks.mamba import Mamba
 from hybridnas.blocks.mamba2 import Mamba2
 from hybridnas.blocks.mlp import Mlp
 from hybridnas.blocks.moe import Moe
+from hybridnas.blocks.rwkv7 import Rwkv7
 from hybridnas.layers.block import Block
 from hybridnas.layers.linear_recurrence import LinearRecurrence
 
@@ -381,7 +382,7 @@ def _why_no_qkv(old: Block, new: Block) -> str:
     if isinstance(new, LinearRecurrence):
         kind = getattr(new.config, "kind", "")
         return "hgrn2 has no keys of its own" if kind == "hgrn2" else ""
-    if isinstance(new, Mamba2):
+    if isinstance(new, (Mamba2, Rwkv7)):
         return ""
     if isinstance(new, Mamba):
         needed = new.config.d_model + old.config.heads * old.config.head_width
@@ -420,6 +421,15 @@ def _qkv(old: Block, new: Block, noise: float) -> None:
         values = _values(heads, config.heads, config.head_width)
         _place_values(values, weight[config.width : first], new.out_proj.weight, config.head_width)
         _pass_through(new.conv1d)
+    elif isinstance(new, Rwkv7):
+        size, count = new.config.size, new.config.width // new.config.size
+        for number, (q, k) in enumerate(_keys(heads, count, size)):
+            at = number * size
+            new.receptance.weight[at : at + len(q)] = q.to(new.receptance.weight.dtype)
+            new.key.weight[at : at + len(k)] = k.to(new.key.weight.dtype)
+        _place_values(_values(heads, count, size), new.value.weight, new.output.weight, size)
+        for name in ("x_r", "x_k", "x_v"):  # read the token itself, and nothing of the one before
+            new.get_parameter(name).zero_()
     else:
         _mamba_from(heads, cast(Mamba, new))
 

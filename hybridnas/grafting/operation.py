@@ -294,7 +294,7 @@ class _Work:
         why = initial.start(name, old, new, self.config.noise)
         if why:
             instead = "zero" if part.origin is None else "random"
-            if (name, part.origin) != ("random", None):
+            if part.origin is not None:  # what is inserted has nothing to start from
                 note = f"layer {at} ({new.letter} {new.name}) cannot start by {name}: {why}; it starts by {instead}"
                 if note not in self.notes:
                     self.notes.append(note)

@@ -32,7 +32,7 @@ SURFACE = {  # a setting more or less is a decision: change this table with it
     "objectives pruner runs "
     "sampler seed speed_batch state_length storage study tracking tracking_experiment verdict_seeds "
     "worker workers",
-    "train": "arch device freeze impl lora lora_alpha lora_layers max_seconds model out pattern recipe tokenizer "
+    "train": "arch device freeze grow impl lora lora_alpha lora_layers max_seconds model out pattern recipe tokenizer "
     "tracking tracking_experiment train",
     "graft": "arch device distill_hidden distill_logits edit fit_lr fit_tokens init max_seconds model noise out seed "
     "temperature tokens train",

@@ -151,6 +151,8 @@ def test_however_many_heads_there_are_they_write_what_attention_writes(heads):
         ("N", {}),
         ("G", {"n_heads": 2}),
         ("K", {}),
+        ("W", {}),
+        ("W", {"head_dim": 4}),
         ("L", {"kind": "gla"}),
         ("L", {"kind": "deltanet", "n_heads": 2}),
     ],
@@ -161,9 +163,12 @@ def test_a_recurrence_takes_the_queries_keys_and_values(letter, fields):
     old, new = moved(block("A", n_heads=2)), block(letter, 1, **fields)
     drawn = copy.deepcopy(new.state_dict())
     assert start("qkv", old, new) == ""
-    assert not torch.equal(new.state_dict()["in_proj.weight"], drawn["in_proj.weight"])
-    if letter != "M":  # of one-to-one heads, the rows themselves; of others, what they write
-        v = old.qkv_proj.weight[2 * D :]
+    name = "key.weight" if letter == "W" else "in_proj.weight"
+    assert not torch.equal(new.state_dict()[name], drawn[name])
+    v = old.qkv_proj.weight[2 * D :]
+    if letter == "W":
+        torch.testing.assert_close(new.output.weight @ new.value.weight, old.out_proj.weight @ v)
+    elif letter != "M":  # of one-to-one heads, the rows themselves; of others, what they write
         at = new.config.width if letter == "N" else 2 * new.shape.key_heads * new.shape.key_dim
         rows = new.in_proj.weight[at : at + new.out_proj.weight.shape[1]]
         torch.testing.assert_close(new.out_proj.weight @ rows, old.out_proj.weight @ v)
