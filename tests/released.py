@@ -22,6 +22,10 @@ def _mamba2(d_model: int, layers: int) -> dict[str, Any]:
     return {**shape, "vocab_size": 50288, "state_size": 128, "n_groups": 1, "tie_word_embeddings": True}
 
 
+def _hybrid(layers: int, places: tuple[int, ...]) -> list[str]:
+    return ["hybrid" if i in places else "mamba" for i in range(layers)]
+
+
 def _nemotron(d_model: int, pattern: str, mamba: tuple[int, int], heads: int, d_ff: int = 1, **more: Any) -> Any:
     return {
         "hidden_size": d_model,
@@ -255,6 +259,27 @@ RELEASED: dict[str, tuple[str, dict[str, Any]]] = {  # preset -> class of the mo
         },
     ),
     "xlstm_7b": ("xLSTM", {}),
+    "zamba2_1_2b": (
+        "Zamba2",
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 38,
+            "layers_block_type": _hybrid(38, (5, 11, 17, 23, 29, 35)),
+            "n_mamba_heads": 64,
+            "mamba_d_state": 128,
+            "num_mem_blocks": 1,
+            "use_shared_attention_adapter": True,
+            "use_mem_rope": True,
+        },
+    ),
+    "zamba2_2_7b": (
+        "Zamba2",
+        {
+            "layers_block_type": _hybrid(54, (6, 12, 18, 24, 30, 36, 42, 47, 51)),
+            "n_mamba_heads": 80,
+            "num_mem_blocks": 2,
+        },
+    ),
     "lfm2_350m": ("Lfm2", _lfm2(1024, 6656, 16, _LFM2)),
     "lfm2_700m": ("Lfm2", _lfm2(1536, 10240, 24, _LFM2)),
     "lfm2_1_2b": ("Lfm2", _lfm2(2048, 12288, 32, _LFM2)),

@@ -231,7 +231,8 @@ class Arch:
         config, meta = node.config, self.model.n_meta_tokens
         cost = config.cost(seq_len + meta, dtype_bytes)
         if not first_use:
-            cost = cost.without_params()
+            own = config.own_params
+            cost = cost.without_params() + Cost(params=own, active_params=own)
         if config.canon:
             weights, state = config.canon_params, (config.canon - 1) * config.d_model * dtype_bytes
             cost += Cost(params=weights, active_params=weights, flops_per_token=2.0 * weights, state_bytes=state)

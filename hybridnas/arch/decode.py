@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from hybridnas.arch.layer import Around, ResidualLayer, scaled
+from hybridnas.arch.layer import EMBEDDING, Around, ResidualLayer, scaled
 from hybridnas.layers.block import State
 from hybridnas.layers.mode import has_hooks
 from hybridnas.layers.norms import one_row
@@ -38,15 +38,19 @@ class Decoder:
         self._firsts: dict[str, Tensor] = {}  # of the present token
         layers = cast("Iterable[ResidualLayer]", model.layers)
         self._steps = [_step_of(layer, given, self._firsts) for layer in layers]
-        if model.embedding_norm is not None:
-            self._steps.insert(0, one_row(model.embedding_norm))
+        self._reads_embedding = any(block.takes_embedding for layer in layers for block in layer.blocks())
+        self._embedding_norm = None if model.embedding_norm is None else one_row(model.embedding_norm)
         if model.final_norm is not None:
             self._steps.append(one_row(model.final_norm))
 
     def __call__(self, ids_B: Tensor) -> Tensor:
         """Return the logits (B, V) after one more token (B,) of each sequence."""
         x_BD: Tensor = scaled(self._embedding(ids_B), self._factors[0])
+        if self._embedding_norm is not None:
+            x_BD = self._embedding_norm(x_BD)
         self._firsts.clear()
+        if self._reads_embedding:  # a step may overwrite what it is given
+            self._firsts[EMBEDDING] = x_BD[:, None].clone()
         for step in self._steps:
             x_BD = step(x_BD)
         logits_BV: Tensor = self._head(scaled(x_BD, self._factors[1]))

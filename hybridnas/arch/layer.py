@@ -20,6 +20,8 @@ from hybridnas.layers.block import Aux, Block, BlockOutput, State
 from hybridnas.layers.canon import Canon
 from hybridnas.layers.norms import NORMS
 
+EMBEDDING = "embedding"  # beside the letters, which have one character
+
 
 def make_norm(config: ModelConfig, impl: Impl = Impl.AUTO) -> nn.Module:
     """Return the norm that the architecture asks for."""
@@ -65,13 +67,22 @@ class ResidualLayer(nn.Module):
         modules: dict[str, Block],
         config: ModelConfig,
         impl: Impl = Impl.AUTO,
+        seen: set[str] | None = None,
     ) -> None:
+        """Build the layer of these nodes; ``seen``: modules of earlier layers, to which its own are added."""
         super().__init__()
+        seen = set() if seen is None else seen
         nodes = [node for branch in branches for node in branch]
         self.norm = make_norm(config, impl) if any(node.norm_before for node in nodes) else None
         self.branches = nn.ModuleList(nn.ModuleList(modules[node.module] for node in branch) for branch in branches)
         around = {f"{node.branch}_{node.position}": Around(node, config, impl) for node in nodes}
         self.around = nn.ModuleDict({place: own for place, own in around.items() if not own.idle})
+        self.own = nn.ModuleDict()  # place -> weights beside those that it shares with an earlier layer
+        for node in nodes:
+            own = modules[node.module].own_weights(config.init_scale) if node.module in seen else None
+            if own is not None:
+                self.own[f"{node.branch}_{node.position}"] = own
+            seen.add(node.module)
         self.reads_norm = [branch[0].norm_before for branch in branches]
         self.adds_to_normed = nodes[0].config.norm_position == "stream"
         self.stream_multiplier = nodes[0].config.stream_multiplier
@@ -99,7 +110,8 @@ class ResidualLayer(nn.Module):
 
         ``given`` yields the states in the order of ``init_states`` and the next ones are appended to ``following``.
         ``segments_BL``: the number of each token's document; blocks that take it get it.
-        ``firsts``: letter -> what its first block hands to the later ones, for these tokens; the layer adds to it.
+        ``firsts``: letter -> what its first block hands to the later ones, for these tokens, to which the layer adds;
+        and ``EMBEDDING`` -> what the first layer reads.
         """
         normed_BLD = x_BLD if self.norm is None else self.norm(x_BLD)
         total_BLD = scaled(normed_BLD if self.adds_to_normed else x_BLD, self.stream_multiplier)
@@ -114,11 +126,15 @@ class ResidualLayer(nn.Module):
                     y_BLD, after = around.before(y_BLD, before, segments_BL)
                     if after is not None:
                         following.append((after,))
-                beside: dict[str, Tensor | None] = {}
+                beside: dict[str, Tensor | nn.Module | None] = {}
                 if segments_BL is not None and block.takes_segments:
                     beside["segments_BL"] = segments_BL
                 if firsts is not None and block.takes_first:
                     beside["first_BLX"] = firsts.get(cast(Block, block).letter)
+                if firsts is not None and block.takes_embedding:
+                    beside["embedding_BLD"] = firsts[EMBEDDING]
+                if (place := f"{number}_{position}") in self.own:
+                    beside["own"] = self.own[place]
                 output: BlockOutput = block(y_BLD, next(given) if given is not None else None, **beside)
                 if firsts is not None and output.aux.first is not None:
                     firsts.setdefault(cast(Block, block).letter, output.aux.first)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.decode import RowDecoder
-from hybridnas.arch.layer import ResidualLayer, make_norm, scaled
+from hybridnas.arch.layer import EMBEDDING, ResidualLayer, make_norm, scaled
 from hybridnas.arch.padding import RowStates, hidden_of_rows
 from hybridnas.errors import ConfigError, TrainingError
 from hybridnas.hardware import Impl
@@ -103,7 +103,8 @@ class HybridLM(nn.Module):
                     block.widen()
                     block.reset_parameters(config.init_scale)
                     modules[node.module] = block
-            self.layers = nn.ModuleList(ResidualLayer(layer, modules, config, self.impl) for layer in arch.layers)
+            seen: set[str] = set()
+            self.layers = nn.ModuleList(ResidualLayer(layer, modules, config, self.impl, seen) for layer in arch.layers)
             self.embedding_norm: nn.Module | None = make_norm(config, self.impl) if config.embedding_norm else None
             self.final_norm: nn.Module | None = make_norm(config, self.impl) if config.final_norm else None
             sizes = config.d_model, config.vocab_size
@@ -195,7 +196,7 @@ class HybridLM(nn.Module):
         following: list[State] = []
         losses: dict[str, list[Tensor]] = defaultdict(list)
         stats: dict[str, Tensor] = {}
-        firsts: dict[str, Tensor] = {}
+        firsts: dict[str, Tensor] = {EMBEDDING: x_BLD}
         for layer in self.layers:
             x_BLD, auxes = layer(x_BLD, given, following, segments_BL, firsts)
             for where, aux in auxes:

@@ -4,7 +4,7 @@
 
     pattern  := item+                                  blanks ignored
     item     := atom repeat?
-    atom     := LETTER args? share?  |  "(" pattern ")"  |  "[" pattern ("," pattern)+ "]"
+    atom     := LETTER args? share?  |  "(" pattern ")"  |  "[" pattern ("," pattern)* "]"
     repeat   := "x" integer                            (ME)x8
     args     := "{" key "=" value ("," key "=" value)* "}"      M{d_state=32}
     share    := "@" name                               A@s: all A@s are one module, weights shared
@@ -243,7 +243,7 @@ class _Parser:
             self.at += 1
             if closer == "]":
                 break
-        if len(branches) < 2:
+        if len(branches) < 2 and len(branches[0]) < 2:  # one branch of several blocks is one residual layer
             raise self._fail("has a parallel layer with one branch; separate branches by commas: [M,E]", opened)
         return Parallel(tuple(sorted(branches, key=str)))  # a sum has no order, so one spelling for all orders
 

@@ -21,6 +21,7 @@ _COLORS = {  # distinguishable with color blindness, and in print by their lette
     "X": "#4C5FA8",
     "Y": "#9A5B13",
     "H": "#2E6B4F",
+    "Z": "#8E2F2F",
 }
 _MORE_COLORS = ("#7A1F4B", "#4C5FA8", "#6B7A2F", "#A34A4A", "#3F7F93")
 

@@ -122,6 +122,11 @@ class BlockConfig(FrozenConfig):
         return False
 
     @property
+    def own_params(self) -> int:
+        """Weights among ``cost``'s parameters that each layer has for itself where layers share the block [count]."""
+        return 0
+
+    @property
     def causal(self) -> bool:
         """Whether output t depends on inputs up to t alone, so that the block can generate."""
         return True
@@ -157,11 +162,13 @@ class Block(nn.Module, ABC):
     role: ClassVar[Role] = "mixer"  # whether it mixes tokens, by attention or another way, or treats each by itself
     takes_segments: ClassVar[bool] = False  # whether forward has the parameter segments_BL, found by its signature
     takes_first: ClassVar[bool] = False  # the same for first_BLX
+    takes_embedding: ClassVar[bool] = False  # the same for embedding_BLD
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
         parameters = inspect.signature(cls.forward).parameters
         cls.takes_segments, cls.takes_first = "segments_BL" in parameters, "first_BLX" in parameters
+        cls.takes_embedding = "embedding_BLD" in parameters
 
     def __init__(self, config: Any, *, impl: Impl = Impl.AUTO) -> None:
         super().__init__()
@@ -183,7 +190,8 @@ class Block(nn.Module, ABC):
 
         Beside the residual stream a model hands a tensor from the first block of a letter to the later ones, for the
         same tokens: what the first returns as ``aux.first``, those with a parameter ``first_BLX: Tensor | None
-        = None`` read, which is None for the first one itself.
+        = None`` read, which is None for the first one itself. A parameter ``embedding_BLD: Tensor | None = None`` is
+        what the model's first layer reads. A block with ``own_weights`` has a parameter ``own``: those of the place.
         """
 
     @abstractmethod
@@ -203,6 +211,13 @@ class Block(nn.Module, ABC):
     @abstractmethod
     def reset_parameters(self, init_scale: float = 0.1) -> None:
         """Draw fresh weights; ``init_scale`` is the s of truncated normal std sqrt(s / fan_in)."""
+
+    def own_weights(self, init_scale: float) -> nn.Module | None:
+        """Return fresh weights that one more layer which shares the block has for itself; None: it shares all.
+
+        They come as ``own`` to ``forward``; the first layer gets None and uses those in the block.
+        """
+        return None
 
     def after_step(self, counts: Mapping[str, Tensor]) -> None:
         """Update what is learned without gradients; training calls it once after every optimizer step.

@@ -26,6 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "ME": {"E": MOE},
     "[M,A]G@g F G@g": {"canon": 3},
     "MA{positions=none}": {"n_meta_tokens": 3},
+    "M[Z{skip=true,norm_position=post,mlp_rank=2}@sM]N[Z{skip=true,norm_position=post,mlp_rank=2}@sM]": {},
     "WF{token_shift=true}W{value_rank=3}": {"embedding_norm": True},
 }
 

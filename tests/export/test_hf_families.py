@@ -214,6 +214,23 @@ MODELS["recurrent_gemma"] = (
 )
 # its cache has multiples of 64 channels
 MODELS["xlstm"] = ("xLSTM", {**SIZES, "hidden_size": 128, "num_hidden_layers": 2, "num_heads": 2})
+_ZAMBA2 = {
+    **{**SIZES, "num_attention_heads": 4, "intermediate_size": 48, "adapter_rank": 3, "mamba_d_state": 8},
+    **{"n_mamba_heads": 4, "mamba_ngroups": 2, "chunk_size": 16, "num_hidden_layers": 5},
+    "time_step_min": 1e-12,  # its prompts clamp steps below it, as Nemotron-H's do
+}
+MODELS["zamba2"] = (
+    "Zamba2",
+    {**_ZAMBA2, "num_mem_blocks": 2, "layers_block_type": ["mamba", *["hybrid"] * 3, "mamba"]},
+)
+MODELS["zamba2, one block, rope"] = (
+    "Zamba2",
+    {
+        **_ZAMBA2,
+        **{"use_shared_attention_adapter": True, "use_mem_rope": True},
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"],
+    },
+)
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -353,6 +370,7 @@ HARMLESS = {
     "mamba_d_head",  # read with the default of the class, which is text in place of a number
     *("layer_types", "base_config_key", "ignore_keys_at_rope_validation"),
     "w_init_variance_scale",
+    *("use_mem_eff_path",),
 }
 # Settings that a class has and does not read.
 NOT_READ = {

@@ -265,6 +265,7 @@ def test_every_format_has_a_pattern_and_a_model_here():
         *formats(),
         "recurrent_gemma",
         "xlstm",
+        "zamba2",
     }  # that are read alone
 
 

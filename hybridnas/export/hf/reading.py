@@ -63,9 +63,9 @@ def read(model_or_folder: nn.Module | str | Path, *, impl: str | Impl = Impl.AUT
     settings = family.settings(values)
     arch = arch_of(family, settings)
     model = HybridLM(arch, impl=impl, device="meta")
-    expected = model.state_dict()
-    if arch.model.tie_embeddings:
-        del expected["head.weight"]
+    whole, names = model.state_dict(keep_vars=True), dict[int, str]()
+    first = {name: names.setdefault(id(tensor), name) for name, tensor in whole.items()}  # of those that are shared
+    expected = {name: tensor for name, tensor in whole.items() if first[name] == name}
     theirs = as_in_class(stored, family.renames)
     pieces = list(family.pieces(settings, arch))
     embedding = next(piece.theirs for piece in pieces if piece.ours == "embedding.weight")
@@ -81,9 +81,7 @@ def read(model_or_folder: nn.Module | str | Path, *, impl: str | Impl = Impl.AUT
             )
         unused.append("lm_head.weight")
     found = filled(expected, pieces, theirs, unused, where)
-    if arch.model.tie_embeddings:
-        found["head.weight"] = found["embedding.weight"]
-    model.load_state_dict(found, assign=True)
+    model.load_state_dict({name: found[own] for name, own in first.items()}, assign=True)
     if arch.model.tie_embeddings:
         model.head.weight = model.embedding.weight
     for block in model.blocks():
