@@ -17,7 +17,7 @@ from typing import Any
 from hybridnas.analysis.decisions import LEAST, Rows, Truth
 from hybridnas.study.truth import TruthRow
 
-_POOL = 2 / 3  # share of the architectures that a search draws
+_POOL = 5 / 6  # share of the architectures that a search draws
 _TRAINING = 3.0  # FLOPs of a training step over those of its forward pass
 _RATES = 2  # further rates at which what is confirmed is trained for its own best one
 
@@ -52,7 +52,7 @@ class Handed:
 def play(
     rows: Rows, truth: Truth, shape: Shape, patterns: Iterable[str], *, draws: int = 1000, seed: int = 0
 ) -> Handed | None:
-    """Search ``draws`` times in pools of two thirds of the architectures; those without all trainings are left out.
+    """Search ``draws`` times in pools of five sixths of the architectures; those without all trainings are left out.
 
     The truth is that of all seeds, some of which the search looks at, too, half as long: the mean over the others alone
     would have a luckiest of its own, beside which every choice looks bad. None for fewer architectures than LEAST.

@@ -32,7 +32,7 @@ def handed(shape, luck=0.0):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
 def test_without_noise_every_search_hands_over_the_best_of_its_pool(shape):
     found = handed(shape)
-    assert (found.n, found.pool, found.found) == (12, 8, 1)
+    assert (found.n, found.pool, found.found) == (12, 10, 1)
     assert found.regret == pytest.approx(0)
 
 
@@ -49,10 +49,10 @@ def test_a_search_costs_the_rungs_that_are_trained_and_its_confirmation():
     truth = known.truth_at(1000)
     each = truth.costs[known.patterns[0]]
     plain = handed(Shape())
-    assert plain.compute_fraction == pytest.approx((8 * 0.125 + 2 * 0.125 + 1 * 0.25) * whole / (8 * each))
+    assert plain.compute_fraction == pytest.approx((10 * 0.125 + 3 * 0.125 + 1 * 0.25) * whole / (10 * each))
     full = handed(Shape(screen=3, top=2, seeds=3))
-    rungs = 8 * 0.125 + 3 * 0.125 + 3 * 0.25
-    assert full.compute_fraction == pytest.approx((rungs + 3 * 0.5 + 2 * 5 * 0.5) * whole / (8 * each))
+    rungs = 10 * 0.125 + 3 * 0.125 + 3 * 0.25
+    assert full.compute_fraction == pytest.approx((rungs + 3 * 0.5 + 2 * 5 * 0.5) * whole / (10 * each))
 
 
 def test_architectures_without_the_trainings_are_left_out():

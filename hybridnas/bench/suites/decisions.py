@@ -152,7 +152,19 @@ def _signals(truth: Truth, rows: Rows, read: Sequence[TruthRow]) -> dict[str, di
 
 def tables(body: Mapping[str, Any]) -> list[Table]:
     """Return the default beside what was done before, the policies by compute, the signals and the headline."""
-    columns = ("signal", "size", "rate", "rung", "seeds", "compute", "n", "all pairs", "best half", "regret [nats]")
+    columns = (
+        "signal",
+        "size",
+        "rate",
+        "first",
+        "rung",
+        "seeds",
+        "compute",
+        "n",
+        "all pairs",
+        "best half",
+        "regret [nats]",
+    )
     named = [("default", body["default"]), ("its reporting half", body["reporting"]), ("before", body["before"])]
     found = [
         Table(
@@ -167,7 +179,14 @@ def tables(body: Mapping[str, Any]) -> list[Table]:
             [one["signal"], one["n"], _share(one, "accuracy"), _share(one, "accuracy_best_half"), one["regret"]]
             for one in body["signals"]
         ]
-        found.append(Table("decisions: signals without training", ("signal", *columns[6:]), lines))
+        found.append(Table("decisions: signals without training", ("signal", *columns[7:]), lines))
+    lines = [
+        [one["search"], half, *(one[half][name] for name in ("n", "pool", "compute_fraction", "found", "regret"))]
+        for one in body["searches"]
+        for half in HALVES
+    ]
+    handed = ("search", "half", "architectures", "drawn", "compute", "best found", "regret [nats]")
+    found.append(Table("decisions: what a search hands over", handed, lines))
     lines = [
         [one["size"], one["seeds"], one["gap"], share_words(one["share"], one["interval"])] for one in body["headline"]
     ]
@@ -186,8 +205,8 @@ def _efficient(policies: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 
 def _line(one: Mapping[str, Any]) -> list[Any]:
     shares = [_share(one, "accuracy"), _share(one, "accuracy_best_half")]
-    known = [one[name] for name in ("signal", "size", "rate", "rung", "seeds", "compute_fraction", "n")]
-    return [*known, *shares, one["regret"]]
+    known = [one[name] for name in ("signal", "size", "rate", "first", "rung", "seeds", "compute_fraction", "n")]
+    return [*(value or "" for value in known), *shares, one["regret"]]
 
 
 def _share(one: Mapping[str, Any], name: str) -> str:
