@@ -36,6 +36,7 @@ SUITES: dict[str, str] = {
     "samplers": "searches on a table: which sampler and pruner find the best architectures for the fewest tokens",
     "coverage": "simulated studies: how often intervals hold the truth, and how often a claim is false",
     "fidelity": "rank correlation between early and full scores, on a table",
+    "history": "mixers from S4D to RWKV-7: a training step beside Mamba and attention at the lengths of the goals",
     "coordinates": "sizes of activations and of updates against width, for every letter, with and without muP",
     "decisions": "how often cheap comparisons decide as the truth set does, by policy and compute",
     "interop": "patterns by formats of transformers: which hold them, and the error of reloaded logits",

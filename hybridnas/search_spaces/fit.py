@@ -117,7 +117,9 @@ def with_state(arch: Arch, target: int, seq_len: int, *, tolerance: float = STAT
             fields.setdefault(letter, {})[name] = max(1, round(factor * size))
         return arch.replace(**fields)
 
-    found = _nearest(at, 1 / max(sizes.values()), 4096.0, lambda one: one.cost(seq_len).state_bytes, target)
+    scaled = _nearest(at, 1 / max(sizes.values()), 4096.0, lambda one: one.cost(seq_len).state_bytes, target)
+    # sizes that have to divide a width are few, and the present ones fit
+    found = min((arch, scaled), key=lambda one: abs(one.cost(seq_len).state_bytes - target))
     got = found.cost(seq_len).state_bytes
     if abs(got - target) > tolerance * target:
         raise MatchError(

@@ -38,8 +38,8 @@ from hybridnas.search_spaces.space import (
 SCALE = Scale(d_model=32, depth=4, n_experts=4, multiple=2, seq_len=64)
 LETTERS = {"letters": ["M", "E"], "motif_length": [2]}
 BASE = {"base": "M", "replace": "M", "insert": "A", "n_inserted": [1]}
-SHIPPED = ("attention_placement", "hybrid", "linear_family", "mamba_moe", "modern", "tabular")
-OWN_BASELINES = ("linear_family", "modern")
+SHIPPED = ("attention_placement", "historic", "hybrid", "linear_family", "mamba_moe", "modern", "tabular")
+OWN_BASELINES = ("historic", "linear_family", "modern")
 
 
 class Dice:
@@ -352,7 +352,7 @@ def test_a_users_space_is_found_and_wins(tmp_path, monkeypatch):
     Path("search_spaces").mkdir()
     Path("search_spaces/mine.yaml").write_text("letters: [M, F]\nmotif_length: 2\n")
     Path("search_spaces/hybrid.yaml").write_text("description: ours\nletters: [M]\nmotif_length: [1]\n")
-    assert list_spaces() == ["attention_placement", "hybrid", "linear_family", "mamba_moe", "mine", "modern", "tabular"]
+    assert list_spaces() == sorted([*SHIPPED, "mine"])
     assert load_space("mine").motif_length == (2,)
     assert load_space("hybrid").description == "ours"
 
@@ -647,6 +647,18 @@ def test_the_linear_family_has_equal_states_and_equal_active_parameters():
             cost = drawn.propose(optuna.trial.FixedTrial({"candidate": candidate.name}), scale).arch.cost(256)
             assert cost.state_bytes == pytest.approx(reference.state_bytes, rel=0.05)
             assert cost.active_params == pytest.approx(reference.active_params, rel=TOLERANCE)
+
+
+def test_the_historic_space_has_every_mixer_alone_and_with_attention_at_equal_active_parameters():
+    drawn, scale = load_space("historic"), Scale(d_model=32, depth=8, seq_len=64)
+    target = drawn.target(scale)
+    letters = set()
+    for candidate in drawn.candidates:
+        arch = drawn.propose(optuna.trial.FixedTrial({"candidate": candidate.name}), scale).arch
+        assert arch.cost().active_params == pytest.approx(target, rel=TOLERANCE)
+        letters |= set(arch.pattern.letters)
+    mixers = {letter for letter in BLOCKS if BLOCKS.get(letter).role == "mixer"}
+    assert mixers - letters == {"C", "R"}  # not of the study
 
 
 @pytest.mark.parametrize(("format", "letters"), [("nemotron_h", "NAFE"), ("lfm2", "CAF")])

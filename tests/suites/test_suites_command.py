@@ -105,6 +105,7 @@ def test_the_recipes_of_the_package_compose_from_any_folder(tmp_path, monkeypatc
         "moe_mamba_headline": "headline",
         "experts_at_250": "expert_count",
         "mamba_ablations": "mamba_ablations",
+        "history": "history",
     }.items():
         config = compose("evaluate", [f"experiment={name}"])
         assert SuiteConfig.from_dict(config["suite"]).suite().name == suite

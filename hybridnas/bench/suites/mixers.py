@@ -131,7 +131,7 @@ def _decoding(config: BenchConfig, result: Result, mixers: list[str], recurrent:
 class _Peer(nn.Module):
     """transformers' module in the place of a block: training steps alone, without a state."""
 
-    takes_segments = takes_first = False  # as a block says it
+    takes_segments = takes_first = takes_embedding = False  # as a block says it
 
     def __init__(self, module: nn.Module, arguments: dict[str, Any]) -> None:
         super().__init__()
