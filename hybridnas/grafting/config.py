@@ -22,7 +22,7 @@ class GraftConfig(FrozenConfig):
         "fitted to the old block's outputs; fit: random+fit; auto: of those that apply, the least loss after the fit",
     )
     fit_tokens: int = option(65_536, "tokens of data that new blocks are fitted on [tokens]", ge=1)
-    fit_lr: float = option(3e-3, "highest learning rate of the fit", gt=0)
+    fit_lr: float = option(1e-2, "highest learning rate of the fit", gt=0)
     noise: float = option(0.01, "standard deviation of noise on copied experts, in units of their weights' [1]", ge=0)
     tokens: int = option(0, "tokens of the training after the graft; 0: none [tokens]", ge=0)
     distill_logits: float = option(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from hybridnas.train.callbacks import Callback
     from hybridnas.train.records import TrainResult
 
+_FIT_STEP = 256  # tokens of a step of the fit, or one sequence
 _FIT_DATA = 7919  # added to the seed: the fit reads the data in another order than the training after it
 
 
@@ -308,7 +309,9 @@ class _Work:
 
     def _fit(self, model: HybridLM, open_: Mapping[int, list[nn.Parameter]]) -> dict[int, Fitted]:
         assert self.source is not None
-        size = self.training.batch_size * self.training.seq_len
+        # Each place of the text is a target of its own: many small steps fit better than few large ones.
+        rows = min(self.training.batch_size, max(1, _FIT_STEP // self.training.seq_len))
+        size = rows * self.training.seq_len
         steps = -(-self.config.fit_tokens // size)
         self.fit_tokens += steps * size
         return fit_layers(
@@ -318,7 +321,7 @@ class _Work:
             open_,
             self.source,
             steps=steps,
-            batch_size=self.training.batch_size,
+            batch_size=rows,
             seq_len=self.training.seq_len,
             lr=self.config.fit_lr,
             seed=self.config.seed + _FIT_DATA,

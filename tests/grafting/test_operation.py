@@ -129,7 +129,7 @@ def test_moments_of_kept_weights_go_on(corpus, tmp_path):
 
 def test_a_fit_brings_a_new_block_nearer_to_the_old_one(corpus):
     given = model().float()
-    settings = {"fit_tokens": 6_000, "train": TRAIN}
+    settings = {"fit_tokens": 3_000, "train": TRAIN}
     for init in ("fit", "qkv+fit"):
         found = hybridnas.graft(given, "2:A->G", text(corpus), init=init, **settings)
         (row,) = found.lineage[-1]["layers"]
@@ -138,7 +138,7 @@ def test_a_fit_brings_a_new_block_nearer_to_the_old_one(corpus):
         assert after < 0.8 * before, init
         loss = found.lineage[-1]["loss"]
         assert set(loss) == {"parent", "start"}
-        assert found.lineage[-1]["fit_tokens"] == 6_016  # whole steps
+        assert found.lineage[-1]["fit_tokens"] == 3_072  # whole steps
 
 
 def test_auto_takes_the_start_of_least_loss(corpus):

@@ -51,32 +51,33 @@ class Case(NamedTuple):
     inits: tuple[str, ...]
 
 
+def _each(places: Sequence[int], edit: str) -> str:
+    """Return the same edit at several layers."""
+    return "; ".join(f"{at}:{edit}" for at in places)
+
+
 _RECURRENT = ("random", "fit", "qkv", "qkv+fit")
-_SETTINGS = {"N": "{head_dim=16,n_groups=2,d_state=16}", "G": "{n_heads=2}"}
 ATTENTION, MAMBA = "(AF)x4", "(MF)x4"
+_TO_G, _TO_N = "A->G{n_heads=2}", "A->N{head_dim=16,n_groups=2,d_state=16}"
+APART = (0, 4)  # the layers that are replaced: two of four, with one of their kind between them
 CASES = (
     Case(TRAINED_ON, ATTENTION, "", ("none",)),
     Case(TRAINED_ON, MAMBA, "", ("none",)),
-    Case("A to G", ATTENTION, f"4:A->G{_SETTINGS['G']}", _RECURRENT),
-    Case("A to M", ATTENTION, "4:A->M", _RECURRENT),
-    Case("A to N", ATTENTION, f"4:A->N{_SETTINGS['N']}", _RECURRENT),
-    Case("A to windowed A", ATTENTION, "4:A->S{window=8}", ("random", "fit", "copy", "copy+fit")),
-    Case("M to A", MAMBA, "4:M->A{n_heads=2}", ("random", "fit")),
-    Case("F to E", ATTENTION, "5:F->E{n_experts=4}", ("random", "fit", "upcycle", "upcycle+fit")),
-    Case("A, F to parallel", ATTENTION, "4|5", ("none",)),
-    Case("A deleted", ATTENTION, "-4", ("none",)),
-    Case("self-graft", ATTENTION, "4:A->A", ("random", "fit")),
-    *(
-        Case(name, ATTENTION, "; ".join(f"{at}:A->G{_SETTINGS['G']}" for at in places), ("qkv+fit",))
-        for name, places in (
-            ("interleaved 0, 4", (0, 4)),
-            ("interleaved 2, 6", (2, 6)),
-            ("contiguous 0, 2", (0, 2)),
-            ("contiguous 4, 6", (4, 6)),
-            ("three of four", (2, 4, 6)),
-        )
-    ),
+    Case("A to G", ATTENTION, _each(APART, _TO_G), _RECURRENT),
+    Case("A to M", ATTENTION, _each(APART, "A->M"), _RECURRENT),
+    Case("A to N", ATTENTION, _each(APART, _TO_N), _RECURRENT),
+    Case("A to windowed A", ATTENTION, _each(APART, "A->S{window=8}"), ("random", "fit", "copy", "copy+fit")),
+    Case("M to A", MAMBA, _each(APART, "M->A{n_heads=2}"), ("random", "fit")),
+    Case("F to E", ATTENTION, _each((1, 5), "F->E{n_experts=4}"), ("random", "fit", "upcycle", "upcycle+fit")),
+    Case("A, F to parallel", ATTENTION, "0|1; 4|5", ("none",)),
+    Case("A deleted", ATTENTION, "-0", ("none",)),
+    Case("self-graft", ATTENTION, _each(APART, "A->A"), ("random", "fit")),
+    Case("apart (2, 6)", ATTENTION, _each((2, 6), _TO_G), ("qkv+fit",)),
+    Case("adjacent (0, 2)", ATTENTION, _each((0, 2), _TO_G), ("qkv+fit",)),
+    Case("adjacent (4, 6)", ATTENTION, _each((4, 6), _TO_G), ("qkv+fit",)),
+    Case("three of four", ATTENTION, _each((2, 4, 6), _TO_G), ("qkv+fit",)),
 )
+_ALONE = ("apart (2, 6)", "adjacent (0, 2)", "adjacent (4, 6)", "three of four")  # placements: in the tables alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +88,11 @@ class Size:
     seq_len: int = 128
     batch_size: int = 8
     base_tokens: int = 409_600
-    fit_tokens: int = 32_768
-    points: tuple[int, ...] = (16_384, 65_536)  # of the training after the graft, those of the fit apart
+    fit_tokens: int = 16_384
+    points: tuple[int, ...] = (4_096, 16_384, 32_768)  # of the training after the graft, those of the fit apart
     valid_tokens: int = 16_384
     base_lr: float = 0.006
-    lr: float = 0.002
+    lr: float = 0.001  # after the graft, constant, so that points of one training compare
     seeds: int = 3
 
 
@@ -181,7 +182,14 @@ def _measured(size: Size, folder: Path, case: Case, init: str, seed: int, source
     points = [point + spared for point in size.points]
     training = train_config(
         config,
-        {**shape, "lr": size.lr, "warmup_fraction": 0.05, "data_seed": 1000 + seed, "eval_at": points},
+        {
+            **shape,
+            "lr": size.lr,
+            "schedule": "constant",
+            "warmup_fraction": 0.02,
+            "data_seed": 1000 + seed,
+            "eval_at": points,
+        },
         source,
     )
     found = transplant(base, case.edit or arch, source, config, training=training)
@@ -294,8 +302,7 @@ def draw(rows: Sequence[Mapping[str, str]], path: Path) -> None:
 
     found = recovered(rows)
     tokens = {(row["init"], int(row["point"])): int(row["tokens"]) for row in rows}
-    alone = [case for case in dict.fromkeys(case for case, *_ in found) if "leaved" not in case and "gu" not in case]
-    panels = [case for case in alone if case != "three of four"]
+    panels = [case for case in dict.fromkeys(case for case, *_ in found) if case not in _ALONE]
     figure = Figure(figsize=(11, 1.5 + 2.3 * -(-len(panels) // 3)), layout="constrained")
     axes = figure.subplots(-(-len(panels) // 3), 3, squeeze=False, sharey=True).flatten()
     colors = {"random": "C7", "none": "C7", "fit": "C0"}
