@@ -36,7 +36,9 @@ class Settings(GraftConfig, Command):
         None, "what to change: 3:A->G, 3{d_ff=96}, +2:F, -4, 1<->3, 5>>2, 2|3, joined by ';', or a whole pattern"
     )
     arch: Mapping[str, Any] = option({}, f"settings of new blocks; {ARCH}")
-    train: Mapping[str, Any] = option({}, "batch and context of fit and measurements, and the training afterwards")
+    train: Mapping[str, Any] = option(
+        {}, "context of the fit, batch and context of measurements, and the training afterwards"
+    )
     out: Path | None = option(None, "folder to write the model to; its training is kept in out/run")
     device: str = option("auto", DEVICE)
     max_seconds: float | None = option(

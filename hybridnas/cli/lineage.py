@@ -25,15 +25,10 @@ def layer_rows(record: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def losses(record: Mapping[str, Any]) -> str:
-    """Return a graft's validation losses as words; empty where none was measured."""
-    found: Mapping[str, float] = record.get("loss") or {}
-    words = {"parent": "before", "start": "grafted", "end": f"after {record.get('tokens', 0):,} tokens"}
-    return ", ".join(f"{text} {found[name]:.4f}" for name, text in words.items() if name in found)
-
-
 def show_lineage(lineage: Sequence[Mapping[str, Any]]) -> None:
     """Print each graft that led to a model, the oldest first, and the tokens of all of them."""
+    from hybridnas.export.card import graft_losses
+
     for number, record in enumerate(lineage, 1):
         parent = record.get("parent", {})
         title = f"Graft {number}: {'; '.join(record.get('edits', []))}, of {parent.get('pattern')}"
@@ -41,7 +36,7 @@ def show_lineage(lineage: Sequence[Mapping[str, Any]]) -> None:
             show.table(title, COLUMNS, rows, left=(1, 2, 3))
         else:
             show.line(f"{title}: all blocks keep their weights")
-        if found := losses(record):
+        if found := graft_losses(record):
             show.line(f"validation loss [nats per token]: {found}")
     spent = sum(record.get("tokens", 0) + record.get("fit_tokens", 0) for record in lineage)
     show.line(f"grafts: {len(lineage)}, with {spent:,} tokens of fits and trainings beside the first model's own")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybridnas.arch.arch import Arch
-from hybridnas.export.layout import plugins_of
+from hybridnas.export.layout import LINEAGE, plugins_of
 from hybridnas.registry import BLOCKS
 
 TEST_LABELS = {
@@ -65,6 +65,7 @@ def model_card(
         _counts(arch, config["cost"]),
         "## Training",
         _training(facts),
+        *(["## Grafts", _grafts(config[LINEAGE])] if config.get(LINEAGE) else []),
         "## Use",
         _usage(arch, name or ".", has_tokenizer=has_tokenizer, ids=ids)
         if class_name is None
@@ -128,6 +129,24 @@ def _training(facts: Mapping[str, Any]) -> str:
     if not known and not other:
         return "Nothing was recorded: the model was exported without facts of its training."
     return _table(("fact", "value"), [(label, _text(value)) for label, value in known + other])
+
+
+def graft_losses(record: Mapping[str, Any]) -> str:
+    """Return the validation losses of a graft as words; empty where none was measured."""
+    loss: Mapping[str, float] = record.get("loss") or {}
+    named = {"parent": "before", "start": "grafted", "end": f"after {record.get('tokens', 0):,} tokens"}
+    return ", ".join(f"{text} {loss[name]:.4f}" for name, text in named.items() if name in loss)
+
+
+def _grafts(lineage: Sequence[Mapping[str, Any]]) -> str:
+    """Return a line for each graft that led to the model, the oldest first."""
+    lines: list[str] = []
+    for record in lineage:
+        words = [f"`{'; '.join(record.get('edits', []))}` of `{record.get('parent', {}).get('pattern')}`"]
+        if found := graft_losses(record):
+            words.append(f"validation loss [nats per token] {found}")
+        lines.append(f"{len(lines) + 1}. {'; '.join(words)}")
+    return "\n".join(lines)
 
 
 def _text(value: Any) -> str:

@@ -72,11 +72,12 @@ def graft(
 
     ``settings``: fields of :class:`hybridnas.grafting.config.GraftConfig`: ``init`` (how new blocks start), ``tokens``
     (of a training afterwards, none by default), ``distill_logits`` and others. ``train``: fields of
-    :class:`hybridnas.TrainConfig` for that training, whose batch and context are those of the fit, too. ``moments``:
-    of the optimizer that trained the model, as a checkpoint has them: those of kept weights go on. ``folder``: of the
+    :class:`hybridnas.TrainConfig` for that training; its context is that of the fit, too. ``moments``: of the
+    optimizer that trained the model, as a checkpoint has them: those of kept weights go on. ``folder``: of that
     training, which goes on there when the same call is made again.
 
-    The model that is given stays as it is. The result has a record of the graft in ``lineage``, which an export keeps.
+    The model that is given stays as it is. The result has float32 weights where the model's are narrower, and a record
+    of the graft in ``lineage``, which an export keeps.
     Raises PatternError for a change that cannot be read, ConfigError for one that does not fit the model, TrainingError
     where the training does not end.
     """
@@ -345,7 +346,7 @@ class _Work:
         return self._losses[model]
 
     def _new_parts(self) -> list[tuple[int, Part]]:
-        seen: set[str] = set()
+        seen = {part.node.module for part in self.plan.parts if part.kept}  # shared: they keep their weights
         found = []
         for at, layer in enumerate(self.plan.layers):
             for part in layer:

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 import hybridnas
 from hybridnas.cli import run
 from hybridnas.data import open_source, source_config
+from hybridnas.data.tokenizers import ByteTokenizer
 from hybridnas.errors import ConfigError, DataError, ExportError, PatternError
+from hybridnas.export.hf.writing import export_native
 from hybridnas.grafting.config import GraftConfig
 from hybridnas.grafting.operation import transplant
 from hybridnas.registry import BLOCKS
@@ -105,6 +107,14 @@ def test_shared_weights_stay_shared():
     both = hybridnas.graft(given, "2:A@s->A")  # the second use becomes a block of its own, with the same weights
     assert both.layers[0].branches[0][0] is not both.layers[2].branches[0][0]
     assert gap(both, given) == 0
+
+
+def test_a_block_that_comes_to_share_weights_takes_those_that_are_kept():
+    given = model("A@sFAF")
+    found = hybridnas.graft(given, "2:A->A@s", init="random")
+    shared = found.layers[0].branches[0][0]
+    assert found.layers[2].branches[0][0] is shared
+    assert torch.equal(shared.qkv_proj.weight, given.layers[0].branches[0][0].qkv_proj.weight)
 
 
 def test_moments_of_kept_weights_go_on(corpus, tmp_path):
@@ -258,6 +268,9 @@ def test_the_lineage_is_exported_and_read_back(corpus, tmp_path):
     assert [record["edits"] for record in again.lineage] == [["+0:M"], ["1:A->G"]]
     assert again.lineage[1]["parent"]["pattern"] == "MAFAF"
     assert again.lineage[1]["fingerprint"] == again.arch.fingerprint()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "1. `+0:M` of `AFAF`" in card
+    assert "2. `1:A->G` of `MAFAF`" in card
     path = tmp_path / "out" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "lineage": 3}))
     with pytest.raises(ExportError) as error:
@@ -305,6 +318,33 @@ def test_a_run_that_was_left_is_grafted_with_its_moments(corpus, tmp_path, capsy
     hybridnas.fit(given, text(corpus), folder=tmp_path / "run", max_seconds=0, tokens=2048, **TRAIN)
     assert command(tmp_path / "run", corpus, "edit=+1:M", f"out={tmp_path / 'out'}") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["graft"]["moments"] is True
+
+
+@pytest.mark.slow
+def test_a_training_that_was_stopped_goes_on_with_the_same_command(trained, corpus, tmp_path, capsys):
+    def grafted(out, *more):
+        assert command(trained, corpus, "edit=0:A->G", "init=qkv", "tokens=1024", f"out={out}", *more) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    assert grafted(tmp_path / "parts", "max_seconds=1e-9")["status"] == "stopped"
+    assert hybridnas.load(tmp_path / "parts").lineage[0]["tokens"] == 0
+    assert grafted(tmp_path / "parts")["status"] == grafted(tmp_path / "whole")["status"] == "completed"
+    parts, whole = (hybridnas.load(tmp_path / name) for name in ("parts", "whole"))
+    assert all(torch.equal(a, b) for a, b in zip(parts.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_a_model_of_transformers_is_grafted(corpus, tmp_path, capsys):
+    dense = {"activation": "silu", "gated": True, "bias": False}
+    arch = hybridnas.Arch.from_pattern(
+        "AFAF", d_model=16, vocab_size=256, norm="rmsnorm", final_norm=True, A={"n_heads": 2}, F=dense
+    )
+    export_native(hybridnas.build(arch), tmp_path / "llama", format="llama", tokenizer=ByteTokenizer(), check=False)
+    edit = "edit=2:A->G; 1:F->E{n_experts=2,gated=true,activation=silu}"
+    assert command(tmp_path / "llama", corpus, edit, "init=upcycle", f"out={tmp_path / 'out'}") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["start"] for row in found["graft"]["layers"]] == ["upcycle", "random"]
+    assert "layer 2 (G gated_deltanet) cannot start by upcycle" in found["notes"][0]
 
 
 REFUSED = [  # settings, the error, its field
