@@ -148,13 +148,14 @@ class Study:
         """
         from hybridnas.plugins import require
         from hybridnas.report.callbacks import ReportFiles
+        from hybridnas.report.sound import SoundFiles
         from hybridnas.search.runner import Search
         from hybridnas.tracking.study import StudyTracking
         from hybridnas.train.callbacks import Callback, checked_callbacks
 
         if self._config is None:
             require(read_study(self.path)["identity"])
-        own = [*checked_callbacks(callbacks, StudyCallback), ReportFiles(), StudyTracking()]
+        own = [*checked_callbacks(callbacks, StudyCallback), SoundFiles(), ReportFiles(), StudyTracking()]
         training = checked_callbacks(training, Callback, "training")
         return Search(self.config, own, training=training, reference_callbacks=[ReportFiles()]).run()
 

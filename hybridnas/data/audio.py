@@ -240,6 +240,22 @@ class AudioSource(PieceSource):
         shown = [self._sample(int(number)) for number in sorted(draws)]
         return Details(figures=figures, parts=parts, shares=shares, shares_of="rates of the files", samples=shown)
 
+    def excerpt(self, part: str, count: int) -> Samples:
+        """Return the loudest ``count`` samples, or fewer, of a part's longest recording, float32 (T,)."""
+        own = self._parts[part]
+        lengths_P = np.diff(self._store.bounds)[own]
+        number = int(own[lengths_P.argmax()])
+        samples_T = self.coding.decode(self._store.ids[self._store.bounds[number] : self._store.bounds[number + 1]])
+        if len(samples_T) <= count:
+            return samples_T
+        power_T = np.concatenate(([0.0], np.cumsum(samples_T.astype(np.float64) ** 2)))
+        start = int((power_T[count:] - power_T[:-count]).argmax())
+        return samples_T[start : start + count]
+
+    def silent(self, count: int) -> Samples:
+        """Return so many silent samples, float32 (T,)."""
+        return np.zeros(count, dtype=np.float32)
+
     def _sample(self, number: int) -> Sample:
         """Return a recording's length, peak and loudness in words."""
         samples_T = self.coding.decode(self._store.ids[self._store.bounds[number] : self._store.bounds[number + 1]])

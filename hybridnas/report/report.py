@@ -22,6 +22,7 @@ from hybridnas.report.claims import budget_notes, confirmed_headline, study_docu
 from hybridnas.report.html import cell, difference, markup, render
 from hybridnas.report.limits import limits_section, nothing_keeps, read_limits, refused_words, rows_of_refusals, words
 from hybridnas.report.sections import ReportInput, choice_name, color_of, sections, state_of
+from hybridnas.report.sound import sound_figures
 from hybridnas.report.status import seconds_left
 from hybridnas.report.trials import read_arch, trial_pages
 from hybridnas.study.objectives import OBJECTIVES, objectives_of
@@ -42,6 +43,11 @@ from hybridnas.units import duration, human, human_bytes, percent, several
 
 REPORT = "report.html"
 TABLE_LIMIT = 200  # rows in the page; leaderboard.csv has all
+GENERATED = {  # by kind of data: what its models write, and the settings for it; no other kind's ids are readable
+    **dict.fromkeys(("", "stdlib", "text", "hub"), ("text", "prompt='def '")),
+    "audio": ("a recording", "out=sample.wav"),
+    "dna": ("DNA", "prompt=ACGT"),
+}
 RELOAD = 20  # a page of a search that runs is read again after this long [s]
 
 
@@ -78,6 +84,7 @@ def render_report(study_folder: Path | str, records: Sequence[TrialRecord], meta
         cards=_cards(given),
         drawing=drawing,
         drawing_missing=missing,
+        sounds=sound_figures(folder),
         table=_table(shown, given),
         footnotes=[note for note in board.footnotes(lines, len(lines) - TABLE_LIMIT) if "per active" not in note],
         sections=([] if limits is None else [limits]) + sections(given),
@@ -265,6 +272,9 @@ def _one_seed_cards(given: ReportInput, best: TrialRecord) -> list[dict[str, str
     what = f"{'lowest validation loss' if lowest else 'validation loss of the best'}, trial {best.number}"
     if part == TEST:
         what = f"test loss, trial {best.number} (validation {best.valid_loss:.4f})"
+    bits = best.test_bits_per_byte if part == TEST else best.bits_per_byte
+    if bits is not None:
+        what += f"; {given.meta.bits(bits)}"
     cards = [_card(f"{loss:.4f}", what)]
     mark = preset_loss(given.records, given.meta.reference, part)
     if mark is not None and loss is not None:
@@ -373,6 +383,7 @@ def _table_row(row: Row, given: ReportInput, tested: bool, choices: Sequence[str
 
 def _commands(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str, str]]:
     study, best = shlex.quote(f"study={meta.name}"), winner(records)
+    made, how = GENERATED.get(meta.kind, ("", ""))
     model, database = shlex.quote(f"model={meta.path}/best"), shlex.quote(f"sqlite:///{meta.path}/mlflow.db")
     found = [("search on, or start over in an empty folder", meta.command)] if meta.command else []
     if best is not None and not meta.from_table:
@@ -381,7 +392,7 @@ def _commands(records: Sequence[TrialRecord], meta: StudyMeta) -> list[tuple[str
              f"python -m hybridnas.replay {study} trial={best.number}"),
             *_more_certain(records, meta),
             ("write any trial's model as a folder", f"python -m hybridnas.export {study} trial={best.number} out=DIR"),
-            ("generate text with the winner", f"python -m hybridnas.generate {model} prompt='def '"),
+            *([(f"generate {made} with the winner", f"python -m hybridnas.generate {model} {how}")] if made else []),
         ]  # fmt: skip
         if preset_record(records, meta.reference) is not None:
             command = f"python -m hybridnas.compare {study} {shlex.quote(f'baseline={meta.reference}')}"

@@ -120,7 +120,7 @@ def _facts(record: TrialRecord, given: ReportInput) -> list[tuple[str, str]]:
         (f"state{at}", human_bytes(state_of(record))),
         ("FLOPs per token, forward", human(cost.get("flops_per_token"))),
         ("test loss", "" if record.test_loss is None else f"{record.test_loss:.4f} nats/token"),
-        ("bits per byte", "" if record.bits_per_byte is None else f"{record.bits_per_byte:.4f}"),
+        ("bits", "" if record.bits_per_byte is None else given.meta.bits(record.bits_per_byte)),
         ("accuracy", percent(record.accuracy)),
         ("recall, where the test part repeats itself", percent(record.test_repeat_accuracy)),
         ("tokens", f"{record.tokens:,}" if record.tokens else ""),

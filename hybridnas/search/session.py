@@ -334,6 +334,9 @@ def _meta(
         started=time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(stored.get("created"))),
         folder=str(folder.path),
         from_table=isinstance(source, TableSource),
+        kind=str(config.data.get("kind", "")),
+        bits_per=source.bits(0)[1],
+        bits_tokens=1 if source.unit is None else source.unit[1],
     )
 
 

@@ -189,6 +189,13 @@ class StudyMeta:
     from_table: bool = False  # whether scores were looked up in a table, so that nothing was trained
     notes: Sequence[str] = ()  # sentences for the reader, e.g. of skipped records
     folder: str = ""  # as the user would type it; empty: runs/NAME
+    kind: str = ""  # kind of data, such as text; empty: of an older study
+    bits_per: str = "byte"  # what bits are stated per: byte, base, sample
+    bits_tokens: int = 1  # tokens of one of these, where it is no byte
+
+    def bits(self, per_byte: float) -> str:
+        """Return bits per byte in the data's own unit, as text."""
+        return f"{per_byte * self.bits_tokens:.4f} bits per {self.bits_per}"
 
     @property
     def path(self) -> str:

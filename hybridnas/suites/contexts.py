@@ -94,8 +94,8 @@ def dna_context(quick: bool) -> Suite:
 def speech_context(quick: bool) -> Suite:
     """Bits per sample of spoken prompts over the context, for Mamba, S4D and attention."""
     data = {"kind": "audio", "path": SPEECH, "rate": 8000, "valid_fraction": 0.02}
-    tokens, step_tokens = (1 << 18, 2048) if quick else (1 << 26, 1 << 15)
-    contexts = (128, 512, 2048) if quick else (128, 512, 2048, 8192)
+    tokens, step_tokens = (1 << 17, 1024) if quick else (1 << 26, 1 << 15)
+    contexts = (128, 512, 1024) if quick else (128, 512, 2048, 8192)
     tasks = _tasks(data, contexts, tokens, step_tokens, valid_tokens=1 << 21)
     return Suite(
         name="speech_context",

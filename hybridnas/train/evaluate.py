@@ -131,7 +131,8 @@ def evaluate(
     lengths_V = None if known is None else torch.from_numpy(known)
     n_bytes = 0
     sums = _ByDocument() if by_document and len(held_out) == 1 else None
-    repeats = None if sums is None or lengths_V is None else _Repeats(lengths_V)
+    wanted = sums is not None and source.unit is None  # what a genome or a recording repeats is no recall
+    repeats = _Repeats(lengths_V) if wanted and lengths_V is not None else None
     with evaluating(objective):
         parts: dict[str, Part] = {}
         numbers: list[tuple[Tensor, Tensor]] = []

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import shutil
+import subprocess
 import sys
 import wave
 import zipfile
@@ -10,6 +12,8 @@ import zipfile
 import numpy as np
 import pytest
 
+from hybridnas.arch.arch import Arch
+from hybridnas.arch.model import HybridLM
 from hybridnas.cli import run
 from hybridnas.data import audio, open_source, source_config
 from hybridnas.data.audio import resampled
@@ -18,6 +22,7 @@ from hybridnas.data.sound import ENCODINGS, Coding, wav_bytes
 from hybridnas.data.tokenizers import load_tokenizer
 from hybridnas.draw.spectrogram import spectrogram
 from hybridnas.errors import ConfigError, DataError
+from hybridnas.export.folder import export
 
 soundfile = pytest.importorskip("soundfile", reason="needs the extra: pip install 'hybridnas[audio]'")
 
@@ -199,9 +204,6 @@ def test_without_the_package_the_extra_is_named(sound, monkeypatch):
 
 @pytest.mark.parametrize("encoding", ["mulaw8", "linear16"])
 def test_a_model_of_sound_is_measured_per_sample_exported_and_heard(sound, tmp_path, monkeypatch, capsys, encoding):
-    from hybridnas.arch.arch import Arch
-    from hybridnas.arch.model import HybridLM
-    from hybridnas.export.folder import export
 
     monkeypatch.chdir(tmp_path)
     source = sound(FOUR, encoding=encoding)
@@ -215,7 +217,9 @@ def test_a_model_of_sound_is_measured_per_sample_exported_and_heard(sound, tmp_p
     assert run(["evaluate", "model=model", *data, "seq_len=64", "valid_tokens=500", "device=cpu"]) == 0
     rows = dict(line.split("\t") for line in capsys.readouterr().out.splitlines() if "\t" in line)
     per = source.coding.ids_per_sample
-    assert float(rows["bits per sample"]) == pytest.approx(per * float(rows["bits per byte"]), abs=2e-4)
+    assert float(rows["bits per sample"]) == pytest.approx(
+        per * float(rows["loss [nats per token]"]) / math.log(2), abs=3e-4
+    )
     asked = ["generate", "model=model", "max_new_tokens=1200", "device=cpu"]
     assert run([*asked, "out=made/sample.wav", "json=true"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -225,3 +229,59 @@ def test_a_model_of_sound_is_measured_per_sample_exported_and_heard(sound, tmp_p
     assert np.abs(made).max() > 0
     for wrong in ([], ["out=sample.mp3"], ["out=a.wav", "prompt=x"]):
         assert run([*asked, *wrong]) == 2
+
+
+def test_the_report_of_a_search_on_recordings_shows_and_plays_them(sound, tmp_path):
+    import base64
+
+    from hybridnas.report.report import render_report
+    from hybridnas.report.sound import SoundFiles
+    from hybridnas.study.callbacks import StudyEnded, StudyStarted
+    from hybridnas.study.records import StudyMeta
+
+    loud = np.concatenate((tone(440, 0.5, loud=0.01), tone(880, 0.3), tone(440, 0.5, loud=0.01)))
+    source = sound({f"{number}.wav": loud for number in range(4)})
+    found = source.excerpt("valid", 4000)
+    assert len(found) == 4000 and np.abs(found).mean() > 0.25  # out of the loud middle
+    assert len(source.excerpt("valid", 10**6)) == len(loud)
+    study = tmp_path / "study"
+    export(HybridLM(Arch.from_pattern("F", d_model=8, vocab_size=256), seed=0), study / "best", source=source)
+    meta = StudyMeta(name="sound", kind="audio", bits_per="sample")
+    callback = SoundFiles()
+    identity = {"data": source.config.to_dict()}
+    callback.on_study_start(StudyStarted(folder=study, meta=meta, identity=identity, records=[], tracking=None))
+    callback.on_study_end(StudyEnded(folder=study, meta=meta, records=[], ended="COMPLETED"))
+    made, rate = soundfile.read(study / "sound" / "generated.wav")
+    assert (len(made), rate) == (RATE, RATE)
+    page = render_report(study, [], meta)
+    for name in ("held_out", "generated"):
+        for kind, suffix in (("image/png", ".png"), ("audio/wav", ".wav")):
+            inside = base64.b64encode((study / "sound" / f"{name}{suffix}").read_bytes()).decode()
+            assert f"data:{kind};base64,{inside}" in page
+    other = tmp_path / "other"
+    other.mkdir()
+    callback.on_study_end(StudyEnded(folder=other, meta=meta, records=[], ended="COMPLETED"))
+    assert not (other / "sound").exists()  # no winner was exported
+    assert "<audio" not in render_report(other, [], meta)
+
+
+WORDS = ("one two three", "the sea is calm", "where were you", "seven lamps", "a green bottle", "north and south")
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng, which .ci/run installs")
+def test_speech_is_predicted_better_than_by_how_common_its_samples_are(tmp_path):
+    from hybridnas.train.config import TrainConfig
+    from hybridnas.train.loop import run as train
+
+    folder = tmp_path / "speech"
+    folder.mkdir()
+    for number, words in enumerate(WORDS):
+        subprocess.run(["espeak-ng", "-w", str(folder / f"{number}.wav"), words], check=True)
+    data = {"kind": "audio", "path": str(folder), "rate": 8000, "cache_dir": str(tmp_path / "cache")}
+    source = open_source(source_config(data))
+    assert source.details(2, 0).shares == {"22,050 Hz": 1.0} and len(source._store.names) == len(WORDS)
+    counts = np.bincount(np.concatenate([ids_of(source, f"{number}.wav") for number in range(len(WORDS))]))
+    shares = counts[counts > 0] / counts.sum()
+    config = TrainConfig(tokens=64 * 16 * 60, batch_size=16, seq_len=64, lr=2e-2, valid_tokens=8192)
+    result = train(Arch.from_pattern("MF", d_model=16, vocab_size=256), source, config, device="cpu")
+    assert result.valid_loss < -(shares * np.log(shares)).sum()
