@@ -173,7 +173,7 @@ class AudioSource(PieceSource):
 
     def __init__(self, config: AudioConfig) -> None:
         assert config.path is not None
-        files = text_files(config.path, SUFFIXES)
+        files = text_files(config.path, SUFFIXES, cache=config.cache)
         words = config.path if isinstance(config.path, str) else ", ".join(config.path)
         settings = {"rate": config.rate, "encoding": config.encoding, "channel": config.channel}
         store = open_store("audio", files, settings, config.cache, lambda facts: recordings(files, config, facts))

@@ -224,7 +224,7 @@ class DnaSource(PieceSource):
 
     def __init__(self, config: DnaConfig) -> None:
         assert config.path is not None
-        files = text_files(config.path, SUFFIXES)
+        files = text_files(config.path, SUFFIXES, cache=config.cache)
         words = config.path if isinstance(config.path, str) else ", ".join(config.path)
 
         settings = {"lower": config.lower, "unknown": config.unknown}

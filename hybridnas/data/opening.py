@@ -39,12 +39,13 @@ class NotTextError(DataError):
 class CorpusFile(NamedTuple):
     """A file, the name by which it is sorted (its path inside the folder that was asked for), and its archive's member.
 
-    ``member`` is empty where the file is no archive's.
+    ``member`` is empty where the file is no archive's; ``url`` is where a copy in the cache came from.
     """
 
     path: Path
     key: str
     member: str = ""
+    url: str = ""
 
     @property
     def name(self) -> str:
@@ -54,7 +55,7 @@ class CorpusFile(NamedTuple):
     @property
     def place(self) -> str:
         """Where it lies, for messages."""
-        return f"{self.path} ({self.member})" if self.member else str(self.path)
+        return f"{self.url or self.path} ({self.member})" if self.member else self.url or str(self.path)
 
     @property
     def suffix(self) -> str:

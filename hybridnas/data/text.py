@@ -10,10 +10,12 @@ from pathlib import Path
 from hybridnas.data.config import DataConfig
 from hybridnas.data.files import FileCorpus
 from hybridnas.data.opening import COMPRESSED, CorpusFile, is_archive, members
+from hybridnas.data.remote import fetched, is_remote
 from hybridnas.data.rows import READERS
 from hybridnas.data.source import Source, register_source
 from hybridnas.data.windows import open_text
 from hybridnas.errors import DataError
+from hybridnas.files import cache_home
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py")
 # What is taken of a folder or an archive; a glob takes whatever it matches. A .json in a folder is rarely text.
@@ -24,19 +26,22 @@ FOLDER_SUFFIXES = (*TEXT_SUFFIXES, *(suffix for suffix in READERS if suffix != "
 def open_files(config: DataConfig) -> Source:
     """Open the files that ``config.path`` names; raises DataError where nothing matches."""
     assert config.path is not None
-    return open_text(FileCorpus(text_files(config.path), config, name=_words(config.path)), config)
+    return open_text(FileCorpus(text_files(config.path, cache=config.cache), config, name=_words(config.path)), config)
 
 
-def text_files(path: str | tuple[str, ...], suffixes: Sequence[str] = FOLDER_SUFFIXES) -> list[CorpusFile]:
-    """Return the files that a path, folder, glob, or several of them name: each once, sorted.
+def text_files(
+    path: str | tuple[str, ...], suffixes: Sequence[str] = FOLDER_SUFFIXES, *, cache: Path | None = None
+) -> list[CorpusFile]:
+    """Return the files that a path, folder, glob, URL, or several of them name: each once, sorted.
 
-    ``suffixes``: of the files that are taken out of a folder or an archive.
+    ``suffixes``: of the files that are taken out of a folder or an archive. ``cache``: where what a URL names is kept;
+    none: the usual one.
     """
     found: dict[tuple[Path, str], CorpusFile] = {}
     for part in _parts(path):
         before = len(found)
         matches = 0
-        for file in _match(part, suffixes):
+        for file in _match(part, suffixes, cache or cache_home()):
             matches += 1
             found.setdefault((file.path.resolve(), file.member), file)
         if not matches and before == len(found):
@@ -52,9 +57,12 @@ def _parts(path: str | tuple[str, ...]) -> list[str]:
     return [part.strip() for part in path.split(",") if part.strip()]
 
 
-def _match(part: str, suffixes: Sequence[str]) -> Iterator[CorpusFile]:
+def _match(part: str, suffixes: Sequence[str], cache: Path) -> Iterator[CorpusFile]:
     path = Path(part).expanduser()
-    if path.is_file():
+    if is_remote(part):
+        for copy in fetched(part, suffixes, cache):
+            yield from (one._replace(url=copy.url) for one in _unpacked(copy.path, copy.key, suffixes))
+    elif path.is_file():
         yield from _unpacked(path, path.name, suffixes)
     elif path.is_dir():
         yield from _within(path, suffixes)
