@@ -1,4 +1,4 @@
-"""``data=dna``: genomes in FASTA files, one id a nucleotide, windows within one contig, split by contig.
+"""``data=dna``: genomes in FASTA and 2bit files, one id a nucleotide, windows within one contig, split by contig.
 
 Ids: 0 the end of a contig, 1 to 5 A C G T N; with ``lower=apart`` 6 to 10 a c g t n. Each contig is read with an end on
 both sides. U is read as T, and the other letters of IUPAC's code for what is uncertain (R Y S W K M B D H V) as N.
@@ -31,7 +31,7 @@ from hybridnas.data.text import text_files
 from hybridnas.data.tokenizers import END_OF_TEXT, FastTokenizer, Tokenizer
 from hybridnas.units import several
 
-SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".fas")
+SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".fas", ".2bit")
 LETTERS = "ACGTNacgtn"  # of the ids from 1 on
 UNCERTAIN = "RYSWKMBDHV"
 END = 0
@@ -42,7 +42,7 @@ _LEAST_SEGMENT = 1024  # bases
 
 @dataclass(frozen=True, kw_only=True)
 class DnaConfig(PiecesConfig):
-    """Genomes in FASTA files."""
+    """Genomes in FASTA and 2bit files."""
 
     kind: str = option("dna", "kind of data, a name in SOURCES")
     lower: str = option(
@@ -103,10 +103,6 @@ def read_fasta(file: CorpusFile, config: DnaConfig, facts: dict[str, Any]) -> It
 
     Raises DataError that names the file, the line and the character for what is no FASTA of nucleotides.
     """
-    if file.suffix == ".2bit":
-        raise PieceError(
-            f"{file.place} is not FASTA but 2bit; convert it with twoBitToFa", field="data.path", got=".2bit"
-        )
     table = letters_table(config.lower, config.unknown)
     lower = bytes(range(97, 123))
     name, header = "", 0
@@ -139,6 +135,37 @@ def read_fasta(file: CorpusFile, config: DnaConfig, facts: dict[str, Any]) -> It
             yield header, name, ids
 
 
+def read_2bit(file: CorpusFile, config: DnaConfig, facts: dict[str, Any]) -> Iterator[tuple[int, str, bytes]]:
+    """Yield (number of the contig, its name, stored ids) of a 2bit file, block by block; raises PieceError."""
+    if file.member or file.path.suffix.lower() != ".2bit":
+        raise PieceError(f"{file.place} is 2bit in a packed file; unpack it", field="data.path", got=file.name)
+    try:
+        from twobitreader import TwoBitFile, TwoBitFileError
+    except ImportError as error:
+        raise PieceError(
+            f"{file.place} is 2bit, which is read with the package twobitreader ({error}); "
+            f"pip install 'hybridnas[dna]', or convert it with twoBitToFa",
+            field="data.path",
+            got=".2bit",
+        ) from None
+    table = letters_table(config.lower, config.unknown)
+    lower = bytes(range(97, 123))
+    try:
+        with TwoBitFile(str(file.path)) as genome:
+            for number, (name, sequence) in enumerate(sorted(genome.items()), start=1):
+                for start in range(0, len(sequence), _BLOCK):
+                    letters = str(sequence[start : min(len(sequence), start + _BLOCK)]).encode()
+                    facts["lower"] = facts.get("lower", 0) + len(letters) - len(letters.translate(None, lower))
+                    yield number, str(name), letters.translate(table)
+    except (TwoBitFileError, OSError, IndexError, ValueError, EOFError) as error:
+        raise PieceError(
+            f"{file.place} cannot be read as 2bit: {' '.join(str(error).split()) or type(error).__name__}; mend or "
+            f"remove it",
+            field="data.path",
+            got=str(file.path),
+        ) from None
+
+
 def contigs(
     files: Sequence[CorpusFile], config: DnaConfig, facts: dict[str, Any]
 ) -> Iterator[tuple[str, Iterator[Ids]]]:
@@ -150,7 +177,8 @@ def contigs(
     seen: set[str] = set()
     for file in files:
         own: set[str] = set()
-        for header, lines in _grouped(read_fasta(file, config, facts)):
+        read = read_2bit if file.suffix == ".2bit" else read_fasta
+        for header, lines in _grouped(read(file, config, facts)):
             if header in own:
                 raise PieceError(
                     f"{file.place} has two contigs {header!r}; give them different names", field="data.path", got=header

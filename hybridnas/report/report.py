@@ -14,6 +14,7 @@ from typing import Any
 
 from hybridnas.analysis.confirmation import confirmed_winner, trained_objective
 from hybridnas.analysis.held_out import TEST, VALID, loss_on, stated_part
+from hybridnas.analysis.intervals import share_interval
 from hybridnas.analysis.limits import measured_figures
 from hybridnas.analysis.ranking import Row, preset_loss, preset_record, rows, winner
 from hybridnas.analysis.verdict import Verdict, over_documents
@@ -247,6 +248,7 @@ def _cards(given: ReportInput) -> list[dict[str, str]]:
     cards = []
     if best is not None and best.valid_loss is not None:
         cards += _one_seed_cards(given, best) if given.verdict is None else _verdict_cards(given.verdict)
+        cards += _accuracy_card(given, best)
         active = best.cost.get("active_params")
         if active and best.tokens:
             cards.append(
@@ -262,6 +264,20 @@ def _cards(given: ReportInput) -> list[dict[str, str]]:
         _card(f"{len(records)}{asked}", f"trials: {counts[COMPLETE]} complete" + (f", {others}" if others else ""))
     )
     return cards
+
+
+def _accuracy_card(given: ReportInput, best: TrialRecord) -> list[dict[str, str]]:
+    """Return the winner's test accuracy and its interval where each example has one answer, else nothing."""
+    find = given.documents
+    sums = find(None, best.number, None) if find is not None and best.test_accuracy is not None else None
+    if sums is None or best.test_accuracy is None or any(count != 1 for count in sums.tokens):
+        return []
+    right = best.test_accuracy * len(sums.tokens)
+    if abs(right - round(right)) > 1e-6:  # R2 of numbers is no share of the examples
+        return []
+    low, high = share_interval(round(right), len(sums.tokens))
+    words = f"test accuracy, {percent(low)} to {percent(high)} with 95 %, {len(sums.tokens):,} examples"
+    return [_card(percent(best.test_accuracy), words)]
 
 
 def _one_seed_cards(given: ReportInput, best: TrialRecord) -> list[dict[str, str]]:

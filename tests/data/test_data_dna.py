@@ -188,7 +188,6 @@ def test_bits_are_stated_per_base(dna, tmp_path, capsys, monkeypatch):
     settings = ["pattern=F", "arch.d_model=8", "data=dna", "data.path=genome.fa", "device=cpu", "seq_len=32"]
     assert run(["evaluate", *settings, f"data.cache_dir={tmp_path}/cache"]) == 0
     rows = dict(line.split("\t") for line in capsys.readouterr().out.splitlines() if "\t" in line)
-    assert rows["bits per base"] == rows["bits per byte"]
     assert float(rows["bits per base"]) == pytest.approx(math.log2(6), abs=0.3)
 
 
@@ -202,6 +201,54 @@ def test_a_model_of_dna_is_exported_with_its_letters(dna, tmp_path):
         assert ids == [LETTERS.index(letter) + 1 for letter in text]
         assert tokenizer.decode(ids) == text
     assert load_tokenizer(tmp_path / "same").encode("acgt") == [1, 2, 3, 4]
+
+
+def twobit(contigs):
+    """Return a 2bit file, written from UCSC's description of the format (genome.ucsc.edu/FAQ/FAQformat#format7)."""
+    import struct
+
+    def runs(text, wanted):
+        found, start = [], None
+        for place, letter in enumerate([*text, ""]):
+            if start is None and letter and wanted(letter):
+                start = place
+            elif start is not None and not (letter and wanted(letter)):
+                found.append((start, place - start))
+                start = None
+        return struct.pack(f"<{1 + 2 * len(found)}I", len(found), *(a for a, _ in found), *(n for _, n in found))
+
+    records = []
+    for text in contigs.values():
+        padded = text.upper().replace("N", "T").ljust(-(-len(text) // 4) * 4, "T")
+        codes = ["TCAG".index(letter) for letter in padded]
+        packed = bytes(a << 6 | b << 4 | c << 2 | d for a, b, c, d in zip(*[iter(codes)] * 4, strict=True))
+        masks = runs(text, lambda letter: letter in "Nn") + runs(text, str.islower)
+        records.append(struct.pack("<I", len(text)) + masks + struct.pack("<I", 0) + packed)
+    offset = 16 + sum(5 + len(name) for name in contigs)
+    index = b""
+    for name, record in zip(contigs, records, strict=True):
+        index += bytes([len(name)]) + name.encode() + struct.pack("<I", offset)
+        offset += len(record)
+    return struct.pack("<4I", 0x1A412743, 0, len(contigs), 0) + index + b"".join(records)
+
+
+def test_2bit_is_the_same_genome(dna, tmp_path):
+    pytest.importorskip("twobitreader", reason="needs the extra: pip install 'hybridnas[dna]'")
+    genome = {**GENOME, "chr3": bases(3, 100) + "N" * 20 + bases(4, 90).lower() + "ACG"}
+    plain, packed = dna(fasta(genome), lower="apart"), dna(twobit(genome), name="genome.2bit", lower="apart")
+    assert packed.fingerprint == plain.fingerprint
+    assert packed._store.facts["lower"] == plain._store.facts["lower"] == 90
+    with pytest.raises(PieceError, match=r"genome\.2bit"):
+        dna(twobit(genome)[:40], name="genome.2bit")
+
+
+def test_2bit_without_its_reader_names_the_extra(dna, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "twobitreader", None)
+    with pytest.raises(PieceError, match=r"hybridnas\[dna\]") as caught:
+        dna(b"any", name="genome.2bit")
+    assert (caught.value.field, caught.value.got) == ("data.path", ".2bit")
 
 
 BAD = {
