@@ -148,8 +148,8 @@ class Study:
         """
         from hybridnas.plugins import require
         from hybridnas.report.callbacks import ReportFiles
-        from hybridnas.report.sound import SoundFiles
         from hybridnas.search.runner import Search
+        from hybridnas.search.sound import SoundFiles
         from hybridnas.tracking.study import StudyTracking
         from hybridnas.train.callbacks import Callback, checked_callbacks
 

@@ -37,6 +37,7 @@ WORDS = {  # the one word for each state, wherever people read it
 # Of a record: by seed of a further training.
 SEED_RESULTS = ("screened", "confirmed", "confirmed_test", "verdict", "verdict_test", "verdict_repeats")
 # Of a record, and in the curve's last entry.
+SOUNDS = "sound"  # folder of a study: what a search on recordings leaves to listen to
 TEST_FIGURES = ("test_loss", "test_bits_per_byte", "test_accuracy", "test_repeat_loss", "test_repeat_accuracy")
 
 RESULT = "result.json"

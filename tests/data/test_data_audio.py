@@ -235,7 +235,7 @@ def test_the_report_of_a_search_on_recordings_shows_and_plays_them(sound, tmp_pa
     import base64
 
     from hybridnas.report.report import render_report
-    from hybridnas.report.sound import SoundFiles
+    from hybridnas.search.sound import SoundFiles
     from hybridnas.study.callbacks import StudyEnded, StudyStarted
     from hybridnas.study.records import StudyMeta
 

@@ -215,7 +215,8 @@ def test_a_trial_without_test_figures_leaves_all_differences_on_validation(study
     ]
     assert headline(records, "moe_mamba") == headline(study, "moe_mamba")
     assert {row.part for row in rows(records, "moe_mamba")} == {"valid"}
-    assert Page(render_report(tmp_path, records, META)).cards[0] == ["1.5213", "lowest validation loss, trial 48"]
+    assert Page(render_report(tmp_path, records, META)).cards[0] == [
+        "1.5213", "lowest validation loss, trial 48; 2.1948 bits per byte"]  # fmt: skip
 
 
 def test_a_lead_with_one_seed_has_an_interval_over_documents(study, tmp_path):
