@@ -29,6 +29,7 @@ from hybridnas.registry import BLOCKS
 
 LIGHTNING = "L{head_dim=64,kind=lightning}"  # keys as wide as values, as in MiniMax
 KINDS = (LIGHTNING, "L{kind=gla}", "L{kind=deltanet}", "L{kind=retnet}", "L{kind=hgrn2}")
+WHOLE = ("Z",)  # has an MLP of its own, and so more weights than attention in turn with one
 LAYERS = ["linear_attention", "full_attention"]  # of which transformers' hybrids want both, whichever is built
 _LINEAR = 1.15  # how much more a token of a long sequence may cost and the step still count as linear in length
 
@@ -39,7 +40,7 @@ def run(config: BenchConfig) -> Result:
     sizes, lengths, tokens = (
         (Sizes(2, 64), (8, 16, 32), 32) if config.tiny else (Sizes(8, 256), (256, 1024, 2048), 2048)
     )
-    mixers = [x for x in BLOCKS if BLOCKS.get(x).role != "feed_forward"]
+    mixers = [x for x in BLOCKS if BLOCKS.get(x).role != "feed_forward" and x not in WHOLE]
     mixers += [kind for kind in KINDS if kind[0] in mixers]
     recurrent = [mixer for mixer in mixers if mixer[0] in "GKL"]  # on kernels.gated_delta
     steps: dict[str, dict[str, list[float]]] = {}
