@@ -9,7 +9,6 @@ Nothing heavy is imported here: every public name is loaded when it is first use
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
 from hybridnas.errors import (
@@ -31,9 +30,7 @@ from hybridnas.errors import (
 )
 from hybridnas.registry import register_block
 
-# An OpenMP thread that waits for its partner spins, by default for milliseconds: beside any other load, small models
-# trained 25 times slower. A short spin costs nothing on a quiet machine. It counts from the moment torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+importlib.import_module("hybridnas.hardware")  # before torch is: sets how long OpenMP's threads wait
 
 if TYPE_CHECKING:  # the same names as in _LAZY, for type checkers and editors
     from hybridnas.api import build, from_hf, list_blocks, list_search_spaces

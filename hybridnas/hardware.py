@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +15,17 @@ from hybridnas.units import several
 
 if TYPE_CHECKING:
     import torch
+
+# Of glibc, malloc.h: mallopt's parameters, and what they are set to [bytes].
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 512 << 20  # free memory that stays with the process
+_LARGEST_KEPT = 32 << 20  # the largest block that is taken from it: glibc accepts no more
+
+_SHORT_WAITS = "1000"  # of GOMP_SPINCOUNT
+# An OpenMP thread that waits for its partner spins, by default for milliseconds: beside any other load, small models
+# trained 25 times slower. A short spin costs nothing on a quiet machine. The count is read when torch is imported.
+LONG_WAITS = "torch" in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
+os.environ.setdefault("GOMP_SPINCOUNT", _SHORT_WAITS)
 
 
 class Impl(str, Enum):
@@ -79,6 +92,21 @@ def _why_no_cuda() -> str:
         said = " ".join(str(error).split()).partition(". ")[0]
         return f"and torch {torch.__version__} with CUDA {torch.version.cuda} cannot use this machine's: {said}"
     return "this machine has none"
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory of freed tensors for the next ones; does nothing where it is not glibc.
+
+    A training step takes the blocks that the step before has freed. By default glibc gives them back to the system in
+    between, which has to clear every page again: a seventh of the time of a small step, in 1,900 page faults. Up to
+    512 MiB of free memory stay with the process. Left alone where the environment tunes malloc itself.
+    """
+    tuned = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if platform.libc_ver()[0] != "glibc" or tuned:
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+    mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def describe_machine() -> str:

@@ -47,6 +47,7 @@ SLOW_FILES = (
     "test_train_cli.py",
     "test_suites_command.py",
     "test_kernel_build.py",
+    "test_process.py",
     "test_triton_compile.py",
     "test_bench_samplers.py",
     "test_plugins.py",

@@ -24,6 +24,7 @@ from hybridnas.errors import ConfigError, TrainingError
 from hybridnas.hardware import Impl
 from hybridnas.kernels import cross_entropy as loss_kernel
 from hybridnas.kernels import rmsnorm as norm_kernel
+from hybridnas.kernels._build.waits import shorten_waits
 from hybridnas.layers.block import Aux, Block, State, exportable, truncated_normal_
 from hybridnas.layers.canon import Canon
 from hybridnas.layers.mode import evaluating
@@ -88,6 +89,7 @@ class HybridLM(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        shorten_waits()
         self.arch = arch
         self.lineage: tuple[Mapping[str, Any], ...] = ()  # one record a graft, the oldest first; exported and read back
         self.impl = Impl.of(impl)

@@ -104,7 +104,7 @@ def step_of(model: nn.Module, loss: Loss, batch: int, length: int, vocab: int) -
 
 
 class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the operands of every matrix product that runs."""
+    """Notes the operands of every matrix product that runs, those of the head's loss included."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -116,6 +116,13 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operands = args[1:]
         if operands is not None:
             self.found.append((func, [(t.shape, t.stride()) for t in operands[:2]]))
+        if func is torch.ops.hybridnas.linear_cross_entropy.default:  # its products run inside of it
+            x, weight, dx, dweight = args[0], args[1], args[5], args[6]
+            logits = torch.empty(x.shape[0], weight.shape[0], device="meta")
+            for left, right, runs in ((x, weight.t(), True), (logits, weight, dx), (logits.t(), x, dweight)):
+                if runs:
+                    shapes = [(t.shape, t.stride()) for t in (left, right)]
+                    self.found.append((torch.ops.aten.mm.default, shapes))
         return func(*args, **(kwargs or {}))
 
 

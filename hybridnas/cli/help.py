@@ -18,6 +18,7 @@ ENVIRONMENT = {  # every variable that the package reads
     "HYBRIDNAS_STORAGE": "URL of the database of storage=env, so that its password is in no file and no command line",
     "CC": "C compiler of the CPU kernels; without any, plain torch is used",
     "OMP_NUM_THREADS": "threads of one process; a search divides the processor among its workers by it",
+    "GLIBC_TUNABLES": "tuning of malloc; where it, or a MALLOC_ variable, is set, training leaves malloc as it is",
     "CUDA_VISIBLE_DEVICES": "GPUs that device=auto and train.devices see",
     "TRITON_INTERPRET": "1: run Triton kernels in its interpreter, without a GPU, for tests",
     "HYBRIDNAS_REHEARSE": "1: bench gpu and pytest -m gpu run on a processor at tiny shapes",

@@ -259,7 +259,9 @@ class RoutedExperts(nn.Module):
 
 
 def _entropy(probs_NE: Tensor) -> dict[str, Tensor]:
-    return {"router_entropy": _mean(torch.special.entr(probs_NE.detach()).sum(dim=-1), 0)}
+    probs_NE = probs_NE.detach()  # torch.special.entr takes its logarithms one by one on a processor
+    logs_NE = probs_NE.clamp_min(torch.finfo(probs_NE.dtype).tiny).log()
+    return {"router_entropy": _mean(-(probs_NE * logs_NE).sum(dim=-1), 0)}
 
 
 def _mean(values: Tensor, dim: int) -> Tensor:

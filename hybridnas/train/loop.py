@@ -23,7 +23,8 @@ from hybridnas.arch.model import HybridLM
 from hybridnas.data.source import Source, check_vocab
 from hybridnas.errors import ConfigError, NonFiniteInputError, TrainingDiverged, TrainingError
 from hybridnas.files import locked
-from hybridnas.hardware import describe_machine, pick_device
+from hybridnas.hardware import describe_machine, keep_freed_memory, pick_device
+from hybridnas.kernels._build.waits import shorten_waits
 from hybridnas.train import checkpoint, distributed
 from hybridnas.train.callbacks import Callback, CallbackList, Run
 from hybridnas.train.config import TrainConfig
@@ -362,6 +363,8 @@ def _fit(
 ) -> tuple[Outcome, Trainer]:
     """Build, restore, and train to the end; everything random in it leaves the caller's generators alone."""
     forked = [job.device] if job.device.type == "cuda" else []
+    shorten_waits()
+    keep_freed_memory()
     with torch.random.fork_rng(devices=forked):
         model = job.subject.build().to(job.device)
         run_.model = model

@@ -17,6 +17,7 @@ from hybridnas.cli.compose import read_settings
 from hybridnas.cli.help import help_text
 from hybridnas.errors import ConfigError
 from hybridnas.files import write_json
+from hybridnas.kernels.cross_entropy import linear_cross_entropy
 
 BENCH_EXTRA = "mambapy is not installed: pip install hybridnas[bench]"
 
@@ -265,6 +266,10 @@ def test_the_matrix_products_of_a_step_are_found_and_replayed():
     x = torch.randn(4, 8, requires_grad=True)
     replay, flops = models.matmul_floor(lambda: linear(x).sum().backward())
     assert flops == 3 * 2 * 4 * 8 * 32  # forward, gradient of x, gradient of the weight
+    replay()
+    targets = torch.randint(32, (4,))
+    replay, flops = models.matmul_floor(lambda: linear_cross_entropy(x, linear.weight, targets).backward())
+    assert flops == 3 * 2 * 4 * 8 * 32
     replay()
 
 

@@ -420,8 +420,8 @@ ONCE = {  # what can be differentiated once
     "generalized_delta": ("auto", "native"),
     "rms_norm": ("auto", "torch"),
     "add_norm": ("auto", "torch"),
-    "cross_entropy": ("torch",),
-    "linear_cross_entropy": ("torch",),
+    "cross_entropy": ("auto", "torch", "native"),
+    "linear_cross_entropy": ("auto", "torch", "native"),
 }
 
 

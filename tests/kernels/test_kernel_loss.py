@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridnas.errors import ConfigError, KernelInputError, KernelUnavailableError
-from hybridnas.kernels.cross_entropy import cross_entropy, describe, eager, linear_cross_entropy, token_scores
+from hybridnas.kernels.cross_entropy import cross_entropy, describe, eager, linear_cross_entropy, native, token_scores
 
 pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 
+needs_compiler = pytest.mark.skipif(not native.available(), reason="no C compiler")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OPS = torch.ops.hybridnas
 
@@ -230,9 +231,9 @@ def test_equal_likeliest_tokens_count_as_the_first():
 @pytest.mark.parametrize("need", [(True, True), (False, False), (True, False)])
 def test_the_operators_keep_torchs_contract(small_chunks, need):
     x, weight, targets = make(13, 4, 9, dtype=torch.float32)
-    torch.library.opcheck(OPS.linear_cross_entropy, (x, weight, targets, -100, 1e-3, *need, False))
+    torch.library.opcheck(OPS.linear_cross_entropy, (x, weight, targets, -100, 1e-3, *need, "torch"))
     logits = (x @ weight.T).detach().requires_grad_()
-    torch.library.opcheck(OPS.cross_entropy, (logits, targets, -100, 1e-3, False))
+    torch.library.opcheck(OPS.cross_entropy, (logits, targets, -100, 1e-3, "torch"))
 
 
 @pytest.mark.slow
@@ -260,7 +261,7 @@ def test_both_compile_in_one_graph_and_export():
 
 
 def test_auto_is_torchs_own_calls_for_one_chunk_and_chunks_beyond(monkeypatch):
-    x, weight, targets = make(300, 4, 9, ignored=0.0, dtype=torch.float32)
+    x, weight, targets = make(300, 4, 9, ignored=0.0)  # float64, which has no C form
     assert eager.chunk_rows(256) == 8192 and eager.chunk_rows(4096) == 512 and eager.chunk_rows(50257) == 128
     assert "linear_cross_entropy" not in graph_names(linear_cross_entropy(x, weight, targets))
     assert "linear_cross_entropy" in graph_names(linear_cross_entropy(x, weight, targets, mask=targets > 3))
@@ -315,7 +316,46 @@ def test_triton_is_refused_on_a_processor():
     x, weight, targets = make(4, 3, 5)
     with pytest.raises(KernelUnavailableError, match="linear_cross_entropy impl='triton' needs a CUDA device"):
         linear_cross_entropy(x, weight, targets, impl="triton")
-    assert describe("cpu").startswith("torch: with the head in chunks")
+    assert describe("cpu", torch.float64).startswith("torch: with the head in chunks")
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1, 15, 16, 37, 256, 1031])
+def test_rows_in_c_agree_with_the_specification(small_chunks, dtype, vocabulary):
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 4 * 2**-9}[dtype]
+    x, weight, targets = make(13, 3, vocabulary, dtype=dtype)
+    for reduction in ("mean", "none"):
+        assert_agrees(linear_by("native"), x, weight, targets, reduction, tolerance)
+        assert_agrees(logits_by("native"), x, weight, targets, reduction, 4 * tolerance)  # logits rounded as well
+
+
+@needs_compiler
+def test_rows_in_c_take_strides_improbable_tokens_and_wrong_numbers_and_keep_torchs_contract():
+    logits = torch.randn(7, 2 * 37)[:, ::2]
+    logits[0, :36] = float("-inf")
+    logits[5, 3], logits[6, 3] = float("nan"), float("inf")
+    targets = torch.tensor([36, 0, -100, 5, 36, 1, 1])
+    got = cross_entropy(logits, targets, reduction="none", impl="native")
+    true = cross_entropy(logits.double(), targets, reduction="none", impl="reference")
+    assert_close(got[:5], true[:5], 1e-6)
+    assert got[5:].isnan().all() and true[5:].isnan().all()
+    x, weight, targets = make(5, 4, 9, dtype=torch.float32)
+    torch.library.opcheck(OPS.linear_cross_entropy, (x, weight, targets, -100, 1e-3, True, True, "native"))
+    logits = (x @ weight.T).detach().requires_grad_()
+    torch.library.opcheck(OPS.cross_entropy, (logits, targets, -100, 1e-3, "native"))
+
+
+@needs_compiler
+def test_a_row_in_c_is_the_same_bits_alone_and_on_any_number_of_threads():
+    logits, targets = torch.randn(64, 301), torch.randint(301, (64,))
+    torch.set_num_threads(2)
+    try:
+        two = cross_entropy(logits, targets, reduction="none", impl="native")
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(cross_entropy(logits, targets, reduction="none", impl="native"), two)
+    assert torch.equal(cross_entropy(logits[9:10], targets[9:10], reduction="none", impl="native"), two[9:10])
 
 
 @pytest.mark.interpreter
@@ -337,4 +377,4 @@ def test_triton_rows_take_strides_and_improbable_tokens_and_keep_torchs_contract
     got = cross_entropy(logits, targets, reduction="none", impl="triton")
     assert_close(got, cross_entropy(logits.double(), targets, reduction="none", impl="reference"), 1e-6)
     logits = torch.randn(5, 9, requires_grad=True)
-    torch.library.opcheck(OPS.cross_entropy, (logits, targets.clamp(max=8), -100, 1e-3, True))
+    torch.library.opcheck(OPS.cross_entropy, (logits, targets.clamp(max=8), -100, 1e-3, "triton"))

@@ -49,23 +49,26 @@ class Library(NamedTuple):
     description: str  # how it was compiled, or why it could not be
 
 
-def library(source: Path) -> Library:
-    """Return the compiled ``source``, compiling it the first time; never raises, the reason is in ``description``."""
+def library(source: Path, lost: str = "") -> Library:
+    """Return the compiled ``source``, compiling it the first time; never raises, the reason is in ``description``.
+
+    ``lost``: what a warning says where it cannot be compiled, if not that the operation runs in plain torch.
+    """
     found = _loaded.get(source)
     if found is None:
         with _lock:
             found = _loaded.get(source)
             if found is None:
-                found = _loaded[source] = build(source)
+                found = _loaded[source] = build(source, lost)
     return found
 
 
-def build(source: Path) -> Library:
+def build(source: Path, lost: str = "") -> Library:
     """Compile and load ``source`` without remembering it, or log and return why that failed."""
     try:
         return _build(source)
     except _BuildError as error:
-        _LOG.warning("%s runs in plain torch, slower: %s", source.parent.name, error)
+        _LOG.warning("%s: %s", lost or f"{source.parent.name} runs in plain torch, slower", error)
         return Library(None, str(error))
 
 
@@ -156,7 +159,7 @@ def _compile(compiler: list[str], source: Path, target: Path) -> None:
     os.close(handle)
     try:
         for variant in _VARIANTS:
-            done = _run([*compiler, *_COMMON, *_SHARED, *variant, f"-I{_HERE}", str(source), "-o", name])
+            done = _run([*compiler, *_COMMON, *_SHARED, *variant, f"-I{_HERE}", str(source), "-o", name, "-lm"])
             if done.returncode == 0:
                 Path(name).replace(target)
                 return

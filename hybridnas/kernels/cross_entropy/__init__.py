@@ -1,7 +1,8 @@
 """The loss of language models: cross-entropy, and with it the head's matmul, without all logits at once.
 
 Shapes: N tokens (in any number of leading dimensions), D features, V vocabulary. ``reference.py`` is the
-specification, ``eager.py`` works in chunks of tokens, whose rows ``triton.py`` computes on a GPU.
+specification, ``eager.py`` works in chunks of tokens, whose rows ``native.py`` computes on a processor and
+``triton.py`` on a GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from hybridnas.errors import ConfigError
 from hybridnas.hardware import Impl
 from hybridnas.kernels._dispatch import Operation, dtypes_of
 from hybridnas.kernels._inputs import refused, require_tensor, state_dtype
+from hybridnas.kernels.cross_entropy import native
 from hybridnas.kernels.cross_entropy.eager import (
     chunk_rows,
     cross_entropy_eager,
@@ -33,6 +35,8 @@ from hybridnas.kernels.cross_entropy.reference import (
 OPERATION = Operation(
     "cross_entropy",
     "with the head in chunks of tokens where the logits exceed 8 MiB",
+    native=native.compiled,
+    native_available=native.available,
     triton=True,
     triton_dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
 )
@@ -68,9 +72,9 @@ def linear_cross_entropy(
     where a token does not count, like a target of ``ignore_index``. ``reduction``: mean over the tokens that count
     (0 when there are none), sum, or none: (...). ``z_loss`` times the squared logarithm of the softmax's normalizer is
     added to every token's loss, which keeps that near 0 (PaLM, 2204.02311, section 5). x and weight are
-    differentiable, once. ``impl``: see ``Impl``; torch works in chunks of tokens, triton the same with Triton rows,
-    there is no native form. auto takes torch with all logits at once where no token may be left out and they fill no
-    more than one chunk (8 MiB), which is as fast there.
+    differentiable, once. ``impl``: see ``Impl``; torch works in chunks of tokens, native and triton the same with rows
+    in C and Triton. Where auto takes torch it has all logits at once if no token may be left out and they fill no more
+    than one chunk (8 MiB), which is as fast there.
 
     Raises KernelInputError for a wrong rank, shape, dtype, device or target, ConfigError for an unknown reduction,
     KernelUnavailableError for an implementation that cannot run here. Source: the idea is Liger's, arXiv 2410.10989.
@@ -90,7 +94,7 @@ def linear_cross_entropy(
         ignore_index,
         per_token=reduction == "none",
         z_loss=z_loss,
-        triton=chosen is Impl.TRITON,
+        rows=chosen.value,
     )
     return _reduced(total, loss_N, targets, targets_N, ignore_index, reduction)
 
@@ -107,8 +111,8 @@ def cross_entropy(
 ) -> Tensor:
     """Return the cross-entropy [nats] of logits (..., V), for a head that must show its logits anyway.
 
-    Arguments, result and errors as in ``linear_cross_entropy``; auto is F.cross_entropy up to 8 MiB of float32 logits
-    on a processor. Beyond, only the logits are kept for the backward, where torch keeps their log-softmax too.
+    Arguments, result and errors as in ``linear_cross_entropy``; where auto takes torch it is F.cross_entropy up to
+    8 MiB of float32 logits. Else only the logits are kept for the backward, where torch keeps their log-softmax too.
     """
     _check("cross_entropy", "logits", "(..., V)", logits, targets, mask, reduction)
     logits_NV, targets_N = logits.flatten(0, -2), _effective(targets, mask, ignore_index)
@@ -118,7 +122,7 @@ def cross_entropy(
     if chosen is Impl.REFERENCE:
         loss_N, _ = cross_entropy_reference(logits_NV, targets_N, ignore_index, z_loss)
     else:
-        loss_N, _ = cross_entropy_eager(logits_NV, targets_N, ignore_index, z_loss=z_loss, triton=chosen is Impl.TRITON)
+        loss_N, _ = cross_entropy_eager(logits_NV, targets_N, ignore_index, z_loss=z_loss, rows=chosen.value)
     return _reduced(loss_N.sum(), loss_N, targets, targets_N, ignore_index, reduction)
 
 
@@ -140,7 +144,7 @@ def token_scores(
     if chosen is Impl.REFERENCE:
         scores = scores_reference(x_ND, weight, targets_N, ignore_index)
     else:
-        scores = scores_eager(x_ND, weight, targets_N, ignore_index, triton=chosen is Impl.TRITON)
+        scores = scores_eager(x_ND, weight, targets_N, ignore_index, rows=chosen.value)
     return TokenScores(*(v.view(targets.shape) for v in scores))
 
 

@@ -4,7 +4,8 @@ Of given logits only these are kept for the backward, where torch keeps their lo
 chunk of logits exists at a time. Where the gradient of the sum is wanted, a chunk's logits become its gradient on the
 spot (the idea of Liger's and FLA's fused losses): three matmuls as in the plain form, no second pass. Gradients of
 single tokens' losses are not known at that time, so these cost one matmul more. On a CPU the rows that do not count
-are left out of every matmul. The rows of a chunk are computed here in torch or, with ``triton``, by ``triton.py``.
+are left out of every matmul. ``rows`` names what computes the rows of a chunk: ``torch`` here, ``native.py`` or
+``triton.py``.
 Shapes: N tokens, T tokens of a chunk, D features, V vocabulary.
 """
 
@@ -16,18 +17,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hybridnas.hardware import Impl
 from hybridnas.kernels._inputs import refused, state_dtype
 from hybridnas.kernels._register import differentiable_once, register_differentiable_op, register_op
+from hybridnas.kernels.cross_entropy import native
 
 _FUSED_BYTES = 8 << 20  # logits of one chunk in float32: near the caches, with rows enough for matmuls at full speed
 _FUSED_ROWS = 128  # at least: every chunk reads and writes the whole gradient of the weight
 _CHUNK_BYTES = 1 << 20  # of float32 logits without a head: rows that stay in the cache from one pass to the next
 
 
-def row_function(triton: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return what computes the rows: ``losses`` below, or the Triton kernel of the same signature."""
-    if not triton:
+def row_function(rows: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return what computes the rows: ``losses`` below, or the C or Triton form of the same signature."""
+    if rows == Impl.TORCH.value:
         return losses
+    if rows == Impl.NATIVE.value:
+        return native.losses
     from hybridnas.kernels.cross_entropy.triton import losses as triton_losses
 
     return triton_losses
@@ -87,9 +92,9 @@ def _chunk_rows(logits: Tensor) -> int:
 
 
 def _logits_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    logits, targets, ignore_index, z_loss, triton = args
+    logits, targets, ignore_index, z_loss, rows = args
     (count, vocabulary), size, wide = logits.shape, _chunk_rows(logits), state_dtype(logits)
-    counts, run = targets != ignore_index, row_function(triton)
+    counts, run = targets != ignore_index, row_function(rows)
     require_in_vocabulary(targets[counts] if logits.device.type == "cpu" else targets, vocabulary, ignore_index)
     index = targets.masked_fill(~counts, 0)
     loss, logsumexp = logits.new_empty(count, dtype=wide), logits.new_empty(count, dtype=wide)
@@ -108,8 +113,8 @@ def _fake_logits(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _logits_backward(*args: Any) -> Tensor:
-    logits, targets, ignore_index, z_loss, triton, _, upstream = args
-    counts, run = targets != ignore_index, row_function(triton)
+    logits, targets, ignore_index, z_loss, rows, _, upstream = args
+    counts, run = targets != ignore_index, row_function(rows)
     index, scale = targets.masked_fill(~counts, 0), torch.where(counts, upstream, torch.zeros_like(upstream))
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for part in slices(logits.shape[0], _chunk_rows(logits)):
@@ -119,7 +124,7 @@ def _logits_backward(*args: Any) -> Tensor:
 
 register_differentiable_op(
     "cross_entropy",
-    "Tensor logits, Tensor targets, int ignore_index, float z_loss, bool triton",
+    "Tensor logits, Tensor targets, int ignore_index, float z_loss, str rows",
     2,
     forward=_logits_forward,
     fake=_fake_logits,
@@ -130,10 +135,10 @@ register_differentiable_op(
 
 
 def cross_entropy_eager(
-    logits_NV: Tensor, targets_N: Tensor, ignore_index: int, *, z_loss: float = 0.0, triton: bool = False
+    logits_NV: Tensor, targets_N: Tensor, ignore_index: int, *, z_loss: float = 0.0, rows: str = "torch"
 ) -> tuple[Tensor, Tensor]:
     """Return the losses (N,) and the logarithms of the normalisers (N,), 0 where ignored."""
-    loss_N, logsumexp_N = torch.ops.hybridnas.cross_entropy(logits_NV, targets_N, ignore_index, z_loss, triton)
+    loss_N, logsumexp_N = torch.ops.hybridnas.cross_entropy(logits_NV, targets_N, ignore_index, z_loss, rows)
     return loss_N, logsumexp_N
 
 
@@ -193,14 +198,14 @@ def _fused(
     ignore_index: int,
     z_loss: float,
     need: tuple[bool, bool],
-    triton: bool,
+    rows: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return losses and normalisers (N,), and the gradients of sum(upstream * loss) that ``need`` asks for.
 
     The gradient by x has the dtype of the matmuls, the one by the weight that of the sums; an unneeded one is empty.
     """
     vocabulary, wide, narrow, count = weight.shape[0], state_dtype(x), matmul_dtype(x), x.shape[0]
-    run, size = row_function(triton), chunk_rows(vocabulary)
+    run, size = row_function(rows), chunk_rows(vocabulary)
     with torch.autocast(x.device.type, enabled=False):
         counted = _counted(targets, vocabulary, ignore_index, wide)
         scale = counted.ones
@@ -210,9 +215,10 @@ def _fused(
         loss, logsumexp = x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape[0], dtype=wide)
         dx = x.new_empty(x.shape if need[0] else 0)
         dweight = x.new_zeros(weight.shape if need[1] else 0, dtype=wide)
-        buffers = x.new_empty(2, min(size, x.shape[0]), vocabulary)
+        # in C the gradient takes the place of the logits
+        buffers = x.new_empty(1 if rows == Impl.NATIVE.value else 2, min(size, x.shape[0]), vocabulary)
         for part in slices(x.shape[0], size):
-            logits_TV, gradient_TV = buffers[:, : part.stop - part.start].unbind()
+            logits_TV, gradient_TV = (buffers[i, : part.stop - part.start] for i in (0, -1))
             torch.mm(x[part], weight.t(), out=logits_TV)
             scale_T = None if scale is None else scale[part]
             loss[part], logsumexp[part] = run(
@@ -229,12 +235,12 @@ def _fused(
 
 
 _INPUTS = "Tensor x, Tensor weight, Tensor targets"
-_OPTIONS = "int ignore_index, float z_loss, bool need_dx, bool need_dweight, bool triton"
+_OPTIONS = "int ignore_index, float z_loss, bool need_dx, bool need_dweight, str rows"
 
 
 def _head_forward(*args: Any) -> tuple[Tensor, ...]:
-    x, weight, targets, ignore_index, z_loss, need_dx, need_dweight, triton = args
-    loss_N, *rest = _fused(x, weight, targets, None, ignore_index, z_loss, (need_dx, need_dweight), triton)
+    x, weight, targets, ignore_index, z_loss, need_dx, need_dweight, rows = args
+    loss_N, *rest = _fused(x, weight, targets, None, ignore_index, z_loss, (need_dx, need_dweight), rows)
     return loss_N.sum(), loss_N, *rest
 
 
@@ -250,8 +256,8 @@ def _fake_head(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _head_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    x, weight, targets, upstream, ignore_index, z_loss, need_dx, need_dweight, triton = args
-    return _fused(x, weight, targets, upstream, ignore_index, z_loss, (need_dx, need_dweight), triton)[2:]
+    x, weight, targets, upstream, ignore_index, z_loss, need_dx, need_dweight, rows = args
+    return _fused(x, weight, targets, upstream, ignore_index, z_loss, (need_dx, need_dweight), rows)[2:]
 
 
 def _fake_head_backward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -270,7 +276,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 @differentiable_once("linear_cross_entropy")
 def _backpropagate(ctx: Any, dtotal: Tensor | None, dloss_N: Tensor | None, *_: Any) -> tuple[Any, ...]:
     x, weight, targets, dx, dweight = ctx.saved_tensors
-    ignore_index, z_loss, had_dx, had_dweight, triton = ctx.options
+    ignore_index, z_loss, had_dx, had_dweight, rows = ctx.options
     need_dx, need_dweight = ctx.needs_input_grad[:2]
     if dloss_N is None and dtotal is not None and had_dx >= need_dx and had_dweight >= need_dweight:
         dx, dweight = (dx * dtotal if need_dx else dx), (dweight * dtotal if need_dweight else dweight)
@@ -278,7 +284,7 @@ def _backpropagate(ctx: Any, dtotal: Tensor | None, dloss_N: Tensor | None, *_: 
         upstream_N = x.new_zeros(x.shape[0], dtype=state_dtype(x)) if dloss_N is None else dloss_N
         upstream_N = upstream_N if dtotal is None else upstream_N + dtotal
         dx, dweight = torch.ops.hybridnas.linear_cross_entropy_backward(
-            x, weight, targets, upstream_N, ignore_index, z_loss, need_dx, need_dweight, triton
+            x, weight, targets, upstream_N, ignore_index, z_loss, need_dx, need_dweight, rows
         )
     gradients = (dx.to(x.dtype) if need_dx else None, dweight.to(weight.dtype) if need_dweight else None)
     return *gradients, None, None, None, None, None, None
@@ -304,7 +310,7 @@ def linear_cross_entropy_eager(
     *,
     per_token: bool,
     z_loss: float = 0.0,
-    triton: bool = False,
+    rows: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum of the losses, the losses (N,) and the logarithms of the normalisers (N,), 0 where ignored.
 
@@ -313,17 +319,17 @@ def linear_cross_entropy_eager(
     prepare = torch.is_grad_enabled() and not per_token
     need = (prepare and x_ND.requires_grad, prepare and weight_VD.requires_grad)
     total, loss_N, logsumexp_N, _, _ = torch.ops.hybridnas.linear_cross_entropy(
-        x_ND, weight_VD, targets_N, ignore_index, z_loss, *need, triton
+        x_ND, weight_VD, targets_N, ignore_index, z_loss, *need, rows
     )
     return total, loss_N, logsumexp_N
 
 
 @torch.no_grad()
 def scores_eager(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignore_index: int, *, triton: bool = False
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignore_index: int, *, rows: str = "torch"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return losses and normalisers (N,), and whether the likeliest token (the first of equals) is the target."""
-    vocabulary, narrow, run = weight_VD.shape[0], matmul_dtype(x_ND), row_function(triton)
+    vocabulary, narrow, run = weight_VD.shape[0], matmul_dtype(x_ND), row_function(rows)
     with torch.autocast(x_ND.device.type, enabled=False):
         counted = _counted(targets_N, vocabulary, ignore_index, state_dtype(x_ND))
         x, weight = counted.take(x_ND).to(narrow), weight_VD.to(narrow)

@@ -2,51 +2,64 @@
 
 typedef struct {
     vf *dt, *x, *u, *g, *slope, *gate, *y, *ddt, *dx; /* (rows, W) of one tile */
-    vf *a, *h;                                        /* (rows, W) of one entry: decay, the state before */
+    vf *a, *h;                                        /* (rows, W, entries together): decay, the state before */
     vf *pB, *pC;                                      /* (N, rows) of a group: lanes still to be summed */
     vf *dA, *dh, *A2, *limit, *dD, *dbias;            /* per tile of the group */
 } BackwardScratch;
 
-/* One state entry of a tile over one run: its states again, then gradients from the last row to the first.
- * e is the gradient of a row's state, e a what the row before receives, e a h_before that of delta A. */
-INLINE void state_backward(const int careful, int64_t rows, const BackwardScratch *s, const float *B, int64_t B_l,
-                           const float *C, int64_t C_l, const vf *A2, const vf *h0, vf *restrict pB, vf *restrict pC,
-                           vf *dA_io, vf *dh_io) {
+/* `count` state entries of a tile over one run, as in the forward: their states again, then gradients from the last row
+ * to the first. e is the gradient of a row's state, e a what the row before receives, e a h_before that of delta A. */
+INLINE void state_backward(const int careful, const int count, int64_t rows, int64_t chunk, const BackwardScratch *s,
+                           const float *B, int64_t B_l, const float *C, int64_t C_l, const vf *A2, const vf *h0,
+                           vf *restrict pB, vf *restrict pC, vf *dA_io, vf *dh_io) {
     const vf *restrict dt = s->dt, *restrict x = s->x, *restrict g = s->g;
     vf *restrict decays = s->a, *restrict kept = s->h, *restrict y = s->y, *restrict dx = s->dx, *restrict ddt = s->ddt;
-    vf h[W], dh[W], dA[W], decay[W];
-    for (int w = 0; w < W; w++) h[w] = h0 ? h0[w] : splat(0.f), decay[w] = A2[w];
+    vf h[TOGETHER][W], dh[TOGETHER][W], dA[TOGETHER][W], decay[TOGETHER][W];
+    for (int k = 0; k < count; k++)
+        for (int w = 0; w < W; w++) h[k][w] = h0 ? h0[k * W + w] : splat(0.f), decay[k][w] = A2[k * W + w];
     for (int64_t l = 0; l < rows; l++) {
-        const float b = B[l * B_l], c = C[l * C_l];
-        vf from_C = pC[l];
+        vf from_C[TOGETHER];
+        for (int k = 0; k < count; k++) from_C[k] = pC[k * chunk + l];
         for (int w = 0; w < W; w++) {
             const int64_t i = l * W + w;
-            const vf t = dt[i] * decay[w];
-            const vf a = careful ? exp2_any(t) : exp2_inside(t);
-            decays[i] = a, kept[i] = h[w];
-            h[w] = a * h[w] + x[i] * b;
-            y[i] += h[w] * c;
-            from_C += g[i] * h[w];
+            const vf step = dt[i], in = x[i], up = g[i];
+            vf out = y[i];
+            for (int k = 0; k < count; k++) {
+                const vf t = step * decay[k][w];
+                const vf a = careful ? exp2_any(t) : exp2_inside(t);
+                decays[i * count + k] = a, kept[i * count + k] = h[k][w];
+                h[k][w] = a * h[k][w] + in * B[l * B_l + k];
+                out += h[k][w] * C[l * C_l + k];
+                from_C[k] += up * h[k][w];
+            }
+            y[i] = out;
         }
-        pC[l] = from_C;
+        for (int k = 0; k < count; k++) pC[k * chunk + l] = from_C[k];
     }
-    for (int w = 0; w < W; w++) dh[w] = dh_io[w], dA[w] = dA_io[w];
+    for (int k = 0; k < count; k++)
+        for (int w = 0; w < W; w++) dh[k][w] = dh_io[k * W + w], dA[k][w] = dA_io[k * W + w];
     for (int64_t l = rows - 1; l >= 0; l--) {
-        const float b = B[l * B_l], c = C[l * C_l];
-        vf from_B = pB[l];
+        vf from_B[TOGETHER];
+        for (int k = 0; k < count; k++) from_B[k] = pB[k * chunk + l];
         for (int w = 0; w < W; w++) {
             const int64_t i = l * W + w;
-            const vf e = g[i] * c + dh[w];
-            from_B += e * x[i];
-            dh[w] = e * decays[i];
-            const vf k = dh[w] * kept[i];
-            dA[w] += k * dt[i];
-            dx[i] += e * b;
-            ddt[i] += k * decay[w];
+            const vf step = dt[i], in = x[i], up = g[i];
+            vf to_x = dx[i], to_dt = ddt[i];
+            for (int k = 0; k < count; k++) {
+                const vf e = up * C[l * C_l + k] + dh[k][w];
+                from_B[k] += e * in;
+                dh[k][w] = e * decays[i * count + k];
+                const vf through = dh[k][w] * kept[i * count + k];
+                dA[k][w] += through * step;
+                to_x += e * B[l * B_l + k];
+                to_dt += through * decay[k][w];
+            }
+            dx[i] = to_x, ddt[i] = to_dt;
         }
-        pB[l] = from_B;
+        for (int k = 0; k < count; k++) pB[k * chunk + l] = from_B[k];
     }
-    for (int w = 0; w < W; w++) dh_io[w] = dh[w], dA_io[w] = dA[w];
+    for (int k = 0; k < count; k++)
+        for (int w = 0; w < W; w++) dh_io[k * W + w] = dh[k][w], dA_io[k * W + w] = dA[k][w];
 }
 
 INLINE void backward_gather(const int full, const Args *a, const BackwardScratch *s, int64_t b, int64_t d0, int width,
@@ -119,12 +132,22 @@ static void backward_tile(const Args *a, BackwardScratch *s, int64_t b, int64_t 
                             {a->dy + b * a->dy_b + next.row * a->dy_l + next.d0, a->dy_l},
                             {at(a->z, b * a->z_b + next.row * a->z_l + next.d0), a->z_l}};
     const Column writes[] = {{a->du + o, a->D}, {a->ddt + o, a->D}, {at(a->dz, o), a->D}};
-    for (int64_t n = 0; n < a->N; n++) {
-        fetch(0, reads, a->z ? 4 : 3, rows, n, a->N), fetch(1, writes, a->z ? 3 : 2, rows, n, a->N);
+    for (int64_t n = 0, count; n < a->N; n += count) {
+        count = together(n, a->N);
+        for (int64_t k = n; k < n + count; k++)
+            fetch(0, reads, a->z ? 4 : 3, rows, k, a->N), fetch(1, writes, a->z ? 3 : 2, rows, k, a->N);
         vf *pB = s->pB + n * a->chunk + skipped, *pC = s->pC + n * a->chunk + skipped;
         const vf *h = h0 ? h0 + n * W : NULL;
-        if (careful) state_backward(1, rows, s, B + n, a->B_l, C + n, a->C_l, A2 + n * W, h, pB, pC, dA + n * W, dh + n * W);
-        else state_backward(0, rows, s, B + n, a->B_l, C + n, a->C_l, A2 + n * W, h, pB, pC, dA + n * W, dh + n * W);
+#define STATES(careful, count) \
+    state_backward(careful, count, rows, a->chunk, s, B + n, a->B_l, C + n, a->C_l, A2 + n * W, h, pB, pC, dA + n * W, dh + n * W)
+        if (careful) {
+            if (count == TOGETHER) STATES(1, TOGETHER);
+            else STATES(1, 1);
+        } else {
+            if (count == TOGETHER) STATES(0, TOGETHER);
+            else STATES(0, 1);
+        }
+#undef STATES
     }
     if (full) backward_store(1, a, s, b, d0, width, run, s->dD + local * W, s->dbias + local * W);
     else backward_store(0, a, s, b, d0, width, run, s->dD + local * W, s->dbias + local * W);
@@ -144,13 +167,13 @@ static int backward_unit(const Args *a, int64_t batch_block, int64_t group, floa
                          float *part_D) {
     const int64_t tiles = blocks_of(a->D, TILE), first = group * a->group, last = minimum(tiles, first + a->group);
     const int64_t count = last - first, chunks = blocks_of(a->L, a->chunk), held = a->N * W, rows = a->chunk * W;
-    const int64_t vectors = 11 * rows + 2 * a->N * a->chunk + 3 * count * held + 3 * count * W;
+    const int64_t vectors = (9 + 2 * TOGETHER) * rows + 2 * a->N * a->chunk + 3 * count * held + 3 * count * W;
     vf *memory = allocate(vectors * V), *p = memory;
     if (!memory) return 1;
     BackwardScratch s;
     vf **rowwise[] = {&s.dt, &s.x, &s.u, &s.g, &s.slope, &s.gate, &s.y, &s.ddt, &s.dx};
     for (int i = 0; i < 9; i++) *rowwise[i] = p, p += rows;
-    s.a = p, p += rows, s.h = p, p += rows;
+    s.a = p, p += TOGETHER * rows, s.h = p, p += TOGETHER * rows;
     s.pB = p, p += a->N * a->chunk, s.pC = p, p += a->N * a->chunk;
     s.dA = p, p += count * held, s.dh = p, p += count * held, s.A2 = p, p += count * held;
     s.limit = p, p += count * W, s.dD = p, p += count * W, s.dbias = p, p += count * W;

@@ -1,20 +1,28 @@
 /* The forward of the selective scan, one tile over one run at a time; a part of scan.c, to be read after it. */
 
-/* One state entry n of a tile over one run. One entry at a time keeps the state, A and the polynomial in registers. */
-INLINE void state_forward(const int careful, int64_t rows, const vf *restrict dt, const vf *restrict x, const float *B,
-                          int64_t B_l, const float *C, int64_t C_l, const vf *A2, vf *h_io, vf *restrict y) {
-    vf h[W], decay[W];
-    for (int w = 0; w < W; w++) h[w] = h_io[w], decay[w] = A2[w];
-    for (int64_t l = 0; l < rows; l++) {
-        const float b = B[l * B_l], c = C[l * C_l];
+/* `count` state entries of a tile over one run, side by side: rows are read and written once for all of them, and their
+ * chains of dependent operations overlap. Few at a time keep states, A and the polynomial in registers. Every sum over
+ * entries is taken one by one in their order, so that the bits do not depend on how many go together. */
+INLINE void state_forward(const int careful, const int count, int64_t rows, const vf *restrict dt, const vf *restrict x,
+                          const float *B, int64_t B_l, const float *C, int64_t C_l, const vf *A2, vf *h_io,
+                          vf *restrict y) {
+    vf h[TOGETHER][W], decay[TOGETHER][W];
+    for (int k = 0; k < count; k++)
+        for (int w = 0; w < W; w++) h[k][w] = h_io[k * W + w], decay[k][w] = A2[k * W + w];
+    for (int64_t l = 0; l < rows; l++)
         for (int w = 0; w < W; w++) {
-            const vf t = dt[l * W + w] * decay[w];
-            const vf a = careful ? exp2_any(t) : exp2_inside(t);
-            h[w] = a * h[w] + x[l * W + w] * b;
-            y[l * W + w] += h[w] * c;
+            const vf step = dt[l * W + w], in = x[l * W + w];
+            vf out = y[l * W + w];
+            for (int k = 0; k < count; k++) {
+                const vf t = step * decay[k][w];
+                const vf a = careful ? exp2_any(t) : exp2_inside(t);
+                h[k][w] = a * h[k][w] + in * B[l * B_l + k];
+                out += h[k][w] * C[l * C_l + k];
+            }
+            y[l * W + w] = out;
         }
-    }
-    for (int w = 0; w < W; w++) h_io[w] = h[w];
+    for (int k = 0; k < count; k++)
+        for (int w = 0; w < W; w++) h_io[k * W + w] = h[k][w];
 }
 
 typedef struct { vf *dt, *x, *y, *e; } ForwardScratch; /* (rows, W) of one tile */
@@ -64,10 +72,18 @@ static void forward_tile(const Args *a, const ForwardScratch *s, int64_t b, int6
                             {a->dt + b * a->dt_b + next.row * a->dt_l + next.d0, a->dt_l},
                             {at(a->z, b * a->z_b + run.start * a->z_l + d0), a->z_l}};
     const Column writes[] = {{a->y + (b * a->L + run.start) * a->D + d0, a->D}};
-    for (int64_t n = 0; n < a->N; n++) {
-        fetch(0, reads, a->z ? 3 : 2, rows, n, a->N), fetch(1, writes, 1, rows, n, a->N);
-        if (careful) state_forward(1, rows, s->dt, s->x, B + n, a->B_l, C + n, a->C_l, A2 + n * W, h + n * W, s->y);
-        else state_forward(0, rows, s->dt, s->x, B + n, a->B_l, C + n, a->C_l, A2 + n * W, h + n * W, s->y);
+    for (int64_t n = 0, count; n < a->N; n += count) {
+        count = together(n, a->N);
+        for (int64_t k = n; k < n + count; k++) fetch(0, reads, a->z ? 3 : 2, rows, k, a->N), fetch(1, writes, 1, rows, k, a->N);
+#define STATES(careful, count) state_forward(careful, count, rows, s->dt, s->x, B + n, a->B_l, C + n, a->C_l, A2 + n * W, h + n * W, s->y)
+        if (careful) {
+            if (count == TOGETHER) STATES(1, TOGETHER);
+            else STATES(1, 1);
+        } else {
+            if (count == TOGETHER) STATES(0, TOGETHER);
+            else STATES(0, 1);
+        }
+#undef STATES
     }
     if (width == TILE) forward_store(1, a, s, b, d0, width, run);
     else forward_store(0, a, s, b, d0, width, run);

@@ -21,6 +21,8 @@ typedef struct {
     float *du, *ddt, *dA, *dB, *dC, *dD, *dz, *dbias, *dh0;
 } Args;
 
+#define TOGETHER (V == 16 ? 2 : 1) /* state entries side by side; eight lanes give two chains of their own, W */
+
 typedef struct { int64_t start, stop; int fresh; } Run;
 typedef struct { int64_t row, d0; } Ahead; /* where the tile after this one starts */
 
@@ -28,6 +30,8 @@ INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 /* How many of vector w's lanes are channels; a constant where the whole tile is. */
 INLINE int lanes_of(const int full, int width, int w) { return full ? V : width - w * V; }
+/* How many entries go together from entry n on. */
+INLINE int64_t together(int64_t n, int64_t N) { return N - n < TOGETHER ? 1 : TOGETHER; }
 INLINE const float *at(const float *p, int64_t offset) { return p ? p + offset : NULL; }
 
 /* The run of a chunk that starts at `start`: up to the next reset. */
