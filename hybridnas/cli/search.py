@@ -12,6 +12,7 @@ from hybridnas.cli.command import Command, Done, group, shorthand
 from hybridnas.cli.wanted import generate_command
 from hybridnas.config import option
 from hybridnas.search.config import Budget, SearchConfig
+from hybridnas.search.workers.kubernetes import Pod, write_manifest
 from hybridnas.units import several
 
 LIMITS = (  # of the budget, also without its prefix
@@ -21,7 +22,7 @@ LIMITS = (  # of the budget, also without its prefix
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(SearchConfig, Command):
+class Settings(SearchConfig, Pod, Command):
     """Settings of the command: those of a search, its groups, and how it is launched."""
 
     space: Mapping[str, Any] = group("mamba_moe", "what is searched")
@@ -38,9 +39,11 @@ class Settings(SearchConfig, Command):
     verdict_seeds: int | None = shorthand(Budget, "verdict_seeds")
     alpha: float | None = shorthand(Budget, "alpha")
     launch: str = option(
-        "local", "slurm: write a batch script for workers on several nodes, start nothing", choices=("local", "slurm")
+        "local",
+        "slurm: write a batch script for workers on several nodes, start nothing; k8s: a manifest of a Kubernetes Job",
+        choices=("local", "slurm", "k8s"),
     )
-    nodes: int = option(1, "with launch=slurm: nodes, one worker on each [count]", ge=1)
+    nodes: int = option(1, "with launch=slurm or k8s: nodes or pods, one worker on each [count]", ge=1)
     action: str = option("run", "status: how the study stands, also while it runs", choices=("run", "status"))
 
     def search(self) -> SearchConfig:
@@ -60,7 +63,7 @@ def run(settings: Settings) -> Done:
     search = settings.search()
     if settings.action == "status":
         return _status(search)
-    if settings.launch == "slurm":
+    if settings.launch != "local":
         return _launch(settings, search)
     from hybridnas.report.callbacks import ConsoleLines
     from hybridnas.studies import Study
@@ -94,11 +97,16 @@ def _status(search: SearchConfig) -> Done:
 
 
 def _launch(settings: Settings, search: SearchConfig) -> Done:
-    """Write the batch script, say how to submit it, and start nothing."""
+    """Write the batch script or the manifest, say how to submit it, and start nothing."""
     from hybridnas.cli.compose import command_line
     from hybridnas.search.workers.slurm import write_script
 
-    path, submit = write_script(search, command_line("search", settings), settings.nodes)
+    given = command_line("search", settings)
+    if settings.launch == "k8s":
+        pod = Pod(**{name: getattr(settings, name) for name in Pod.field_names()})
+        path, submit = write_manifest(search, given, settings.nodes, pod)
+    else:
+        path, submit = write_script(search, given, settings.nodes)
     show.line(f"wrote {path}; nothing runs yet. Read it, then submit it:")
     show.line(f"    {submit}")
     return Done({"script": str(path), "submit": submit})

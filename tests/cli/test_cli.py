@@ -26,11 +26,12 @@ from hybridnas.search.config import Budget
 from hybridnas.train.config import TrainConfig
 
 SURFACE = {  # a setting more or less is a decision: change this table with it
-    "search": "action against alpha confirm confirm_rates confirm_screen confirm_seeds confirm_top confirm_workers "
-    "device heartbeat launch max_active_params max_flops max_latency_ms max_params max_state_bytes "
+    "search": "action against alpha claim confirm confirm_rates confirm_screen confirm_seeds confirm_top "
+    "confirm_workers cpus device gpus heartbeat image launch max_active_params max_flops max_latency_ms max_params "
+    "max_state_bytes memory "
     "min_decode_tokens_per_second min_prefill_tokens_per_second min_train_tokens_per_second minutes n_trials nodes "
     "objectives pruner runs "
-    "sampler seed speed_batch state_length storage study tracking tracking_experiment verdict_seeds "
+    "sampler secret seed speed_batch state_length storage study tracking tracking_experiment verdict_seeds "
     "worker workers",
     "train": "arch device freeze grow impl lora lora_alpha lora_layers max_seconds model out pattern recipe tokenizer "
     "tracking tracking_experiment train",
@@ -222,6 +223,7 @@ MISTAKES = [  # command, settings, the setting at fault, what was got, one of wh
     ("search", ["seed=-1"], "seed", -1, ">= 0"),
     ("search", ["sampler=tp"], "sampler", "tp", "tpe"),
     ("search", ["launch=slrm"], "launch", "slrm", "slurm"),
+    ("search", ["launch=k8"], "launch", "k8", "k8s"),
     ("search", ["data.tokeniser=bpe"], "data.tokeniser", "data.tokeniser", "data.tokenizer"),
     ("search", ["data=README.md"], "data", "README.md", "text"),
     ("search", ["budget.lr"], None, "budget.lr", "key=value"),
