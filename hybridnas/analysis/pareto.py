@@ -5,6 +5,7 @@ Points are tuples of equal length in which less is better.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
@@ -19,15 +20,34 @@ def dominates(a: Point, b: Point) -> bool:
 
 
 def fronts(points: Mapping[K, Point]) -> list[list[K]]:
-    """Return the non-dominated fronts, best first; equal points share one (Deb et al. 2002, NSGA-II)."""
-    left = dict(points)
-    found = []
-    while left:
-        front = [key for key, point in left.items() if not any(dominates(other, point) for other in left.values())]
-        found.append(front)
-        for key in front:
-            del left[key]
+    """Return the non-dominated fronts, best first; equal points share one (Deb et al. 2002, NSGA-II).
+
+    In lexicographic order only points before a point can dominate it, so each is put into the first front that has
+    none that does, found by bisection (Zhang et al. 2015, ENS-BS). With two coordinates the last point of a front
+    is the only one to be asked: n log n comparisons in all. What is not a number is in the first front.
+    """
+    order = sorted((key for key in points if not _unknown(points[key])), key=lambda key: tuple(points[key]))
+    members: list[list[Point]] = []
+    front_of: dict[K, int] = {}
+    for key in order:
+        point = points[key]
+
+        def free(front: list[Point], point: Point = point) -> bool:
+            asked = front[-1:] if len(point) <= 2 else reversed(front)
+            return not any(dominates(other, point) for other in asked)
+
+        front_of[key] = bisect.bisect_left(members, True, key=free)
+        if front_of[key] == len(members):
+            members.append([])
+        members[front_of[key]].append(point)
+    found: list[list[K]] = [[] for _ in range(max(len(members), bool(points)))]
+    for key in points:
+        found[front_of.get(key, 0)].append(key)
     return found
+
+
+def _unknown(point: Point) -> bool:
+    return any(value != value for value in point)
 
 
 def staircase(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,8 +1,10 @@
 """Ranks, fronts and scores at rungs over records: directions, several objectives, presets through their originals."""
 
+import random
+
 import pytest
 
-from hybridnas.analysis.pareto import staircase
+from hybridnas.analysis.pareto import dominates, fronts, staircase
 from hybridnas.analysis.ranking import front, preset_record, rows, rung_scores, winner
 from hybridnas.study.records import TrialRecord
 
@@ -21,6 +23,25 @@ def test_more_accuracy_is_better_in_leaderboard_and_winner():
         (5, 9),
         {},
     ) == {5: {1: -0.6}, 9: {}}
+
+
+@pytest.mark.parametrize("coordinates", [1, 2, 3, 4])
+def test_fronts_are_peeled_off_one_by_one_as_nsga_2_defines_them(coordinates):
+    chance = random.Random(coordinates)
+    for count in (0, 1, 2, 7, 40, 120):
+        points = {
+            number: tuple(chance.choice([0.5, float(chance.randint(0, 5))]) for _ in range(coordinates))
+            for number in chance.sample(range(1000), count)
+        }
+        left, peeled = dict(points), []
+        while left:
+            peeled.append([key for key in left if not any(dominates(other, left[key]) for other in left.values())])
+            left = {key: point for key, point in left.items() if key not in peeled[-1]}
+        assert fronts(points) == peeled
+
+
+def test_what_is_not_a_number_is_beaten_by_nothing_and_beats_nothing():
+    assert fronts({0: (1.0, 1.0), 1: (2.0, float("nan")), 2: (2.0, 2.0)}) == [[0, 1], [2]]
 
 
 def test_the_first_objective_decides_and_the_front_is_all_that_nobody_beats():

@@ -34,6 +34,13 @@ def test_who_is_busy_counts_but_is_not_promoted():
     assert next_promotion(scores, 3, skip={0, 1}) is None
 
 
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(2, 5))
+def test_who_goes_on_is_among_the_best(losses, reduction):
+    scores = {number: float(loss) for number, loss in enumerate(losses)}
+    going = [number for number in scores if goes_on({10: scores}, reduction, 10, number)]
+    assert going == sorted(best_of(scores, reduction))
+
+
 def test_of_equals_the_earlier_one_is_better():
     assert best_of({5: 1.0, 2: 1.0, 9: 0.5}, 1) == [9, 2, 5]
     assert goes_on({10: {5: 1.0, 2: 1.0}}, 2, 10, 2)

@@ -31,7 +31,10 @@ def next_promotion(scores_by_rung: Scores, reduction: int, skip: Collection[int]
 
 def goes_on(scores_by_rung: Scores, reduction: int, rung: int, number: int) -> bool:
     """Whether a candidate that has just been scored at ``rung`` trains on at once; else it is paused."""
-    return number in best_of(scores_by_rung[rung], reduction)
+    scores = scores_by_rung[rung]
+    own = (scores[number], number)
+    better = sum((score, other) < own for other, score in scores.items())
+    return better < len(scores) // reduction
 
 
 def best_of(scores: Mapping[int, float], reduction: int) -> list[int]:
