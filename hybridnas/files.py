@@ -28,15 +28,20 @@ def cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hybridnas"
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` so that a reader or a crash sees the old file or the new one."""
+def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Replace ``path`` by ``data`` so that a reader or a crash sees the old file or the new one.
+
+    ``sync``: wait until the disk has it; without, a power failure may leave an empty file, so only for what is kept
+    elsewhere.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         Path(temporary).chmod(0o666 & ~_UMASK)  # mkstemp makes private files; a study is shared like any other file
         Path(temporary).replace(path)
     except BaseException:
@@ -44,9 +49,9 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_atomic(path, text.encode())
+def write_text(path: Path, text: str, *, sync: bool = True) -> None:
+    """Write UTF-8 text atomically; ``sync`` as :func:`write_atomic`."""
+    write_atomic(path, text.encode(), sync=sync)
 
 
 def write_json(path: Path, value: Any) -> None:

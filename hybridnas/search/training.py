@@ -65,6 +65,7 @@ class CellTrainer:
         self.meter = meter
         self.study, self.config, self.source, self.target = study, config, source, target
         self.callbacks = tuple(callbacks)
+        self._bare: dict[int, TrialRecord] = {}  # trials whose checkpoints were deleted, as their records were then
 
     def folder(self, number: int) -> Path:
         return trial_folder(self.study, number)
@@ -154,9 +155,11 @@ class CellTrainer:
         if plan.pruner == "halving":
             keep |= set(plan.promotion.may_return(history))
         for record in history.values():
-            if record.state in TRAINED and record.number not in keep:
-                for path in self.folder(record.number).glob("checkpoint*"):
+            number = record.number
+            if record.state in TRAINED and number not in keep and self._bare.get(number) is not record:
+                for path in self.folder(number).glob("checkpoint*"):
                     path.unlink(missing_ok=True)
+                self._bare[number] = record
 
 
 def _take_over(run: Path, folder: Path) -> None:

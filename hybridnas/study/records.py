@@ -227,10 +227,13 @@ def trial_folder(study_folder: Path | str, number: int) -> Path:
     return Path(study_folder) / "trials" / f"{number:04d}"
 
 
-def write_record(folder: Path | str, record: TrialRecord) -> Path:
-    """Write ``result.json`` into the trial's folder, whole or not at all; raises StudyError when the disk refuses."""
+def write_record(folder: Path | str, record: TrialRecord, *, sync: bool = True) -> Path:
+    """Write ``result.json`` into the trial's folder, whole or not at all; raises StudyError when the disk refuses.
+
+    ``sync``: wait for the disk; a copy of what a database has need not.
+    """
     path = Path(folder) / RESULT
-    save(path, json.dumps(record.to_dict(), indent=1, allow_nan=False) + "\n")
+    save(path, json.dumps(record.to_dict(), indent=1, allow_nan=False) + "\n", sync=sync)
     return path
 
 
@@ -292,10 +295,10 @@ def read_curve(folder: Path | str) -> tuple[dict[str, Any], ...]:
     return tuple(entries)
 
 
-def save(path: Path, text: str) -> None:
+def save(path: Path, text: str, *, sync: bool = True) -> None:
     """Write a study's file atomically; raises StudyError when the disk is full or the folder cannot be written."""
     try:
-        write_text(path, text)
+        write_text(path, text, sync=sync)
     except OSError as error:
         raise StudyError(
             f"{path} cannot be written ({error.strerror or error}); free space or change permissions and run the same "

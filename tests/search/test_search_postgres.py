@@ -14,10 +14,10 @@ from hybridnas.arch.presets import DEFAULT_BASELINES as BASELINES
 from hybridnas.cli import run as run_cli
 from hybridnas.errors import ConfigError, StudyError
 from hybridnas.search.replay import replay
-from hybridnas.search.storage.database import Database, database_url, read_database
+from hybridnas.search.storage.database import BLOCK, Database, SqlStore, database_url, read_database
 from hybridnas.search.storage.folder_store import LEASES
 from hybridnas.study.locks import FileLock, is_held
-from hybridnas.study.records import load_records
+from hybridnas.study.records import TrialRecord, load_records
 
 SLOW = ["budget.tokens_per_active_param=2", "budget.evals=8"]
 
@@ -169,6 +169,27 @@ def test_the_environment_is_asked_only_with_storage_env(monkeypatch):
     monkeypatch.setenv("HYBRIDNAS_STORAGE", "postgresql://u@h/d")
     assert database_url("env") == "postgresql+psycopg://u@h/d"
     assert database_url(None) is None
+
+
+def test_a_look_reads_what_has_changed_and_no_other_record(server, tmp_path):
+    one, two = (SqlStore(server.url, tmp_path / name / "looks", 600) for name in "ab")
+    one.agree({"space": "s"}, "data", None)
+    for number in range(2 * BLOCK + 3):
+        one.save(TrialRecord(number=number, state="PRUNED", fingerprint=f"{number:064}"))
+    assert [record.number for record in two.changes()] == list(range(2 * BLOCK + 3))
+    assert two.changes() == []
+    assert one.begin(TrialRecord(number=BLOCK, state="RUNNING")) and one.begin(TrialRecord(number=600, state="RUNNING"))
+    assert [(record.number, record.state) for record in two.changes()] == [(BLOCK, "RUNNING"), (600, "RUNNING")]
+    assert two.changes() == []
+    assert (one.orphans(), two.orphans()) == ([], [])
+    one.close()  # gives both back
+    assert two.orphans() == [BLOCK, 600]
+    assert two.begin(TrialRecord(number=600, state="RUNNING"))
+    assert two.orphans() == [BLOCK]
+    assert [record.number for record in load_records(tmp_path / "b/looks")[0]] == [
+        number for number in range(2 * BLOCK + 3) if number != BLOCK
+    ]
+    two.close()
 
 
 @pytest.mark.long

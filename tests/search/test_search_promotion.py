@@ -11,6 +11,9 @@ from hybridnas.cli.compose import compose
 from hybridnas.cli.search import search_config
 from hybridnas.report.callbacks import ConsoleLines
 from hybridnas.search import training
+from hybridnas.search.config import Budget, SearchConfig
+from hybridnas.search.history import History
+from hybridnas.search.plan import Plan
 from hybridnas.search.pruning.halving import best_of
 from hybridnas.search.replay import replay
 from hybridnas.search.storage.folder_store import FolderStore
@@ -103,6 +106,29 @@ def test_at_the_end_no_hopeless_checkpoint_is_left(study):
     states = {record.number: record.state for record in summary.records}
     assert len(left) == training.KEPT_CHECKPOINTS
     assert {states[number] for number in left} == {"COMPLETE"}
+
+
+def test_checkpoints_are_looked_for_once_for_each_state_of_a_trial(tmp_path):
+    budget = Budget(d_model=8, depth=1, confirm_top=1)
+    config = SearchConfig(space={"name": "s"}, data={"kind": "stdlib"}, budget=budget)
+    trainer = training.CellTrainer(tmp_path, config, None, 1)
+    history = History(("val_loss",), (1,))
+    plan = Plan(candidates=None, rungs=(1,), reduction=2, n_trials=9, pruner="none")
+    for number in range(6):
+        history.put(TrialRecord(number=number, state="COMPLETE", valid_loss=float(number)))
+    kept = [trainer.folder(number) / "checkpoint.safetensors" for number in range(6)]
+
+    def left():
+        for path in kept:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        trainer.tidy(plan, history)
+        return [number for number, path in enumerate(kept) if path.exists()]
+
+    assert left() == [0, 1, 2]
+    assert left() == [0, 1, 2, 3, 4, 5]  # nothing trains in a folder whose record stays as it is
+    history.put(TrialRecord(number=4, state="COMPLETE", valid_loss=4.5))
+    assert left() == [0, 1, 2, 3, 5]
 
 
 def test_a_longer_search_takes_up_paused_candidates_and_says_when_it_must_start_anew(study, tiny):

@@ -22,6 +22,7 @@ import socket
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
 GRACE = 3  # heartbeats that may be missed
+BLOCK = 256  # trials whose versions are summed when a worker looks for changes [count]
 PATIENCE = 900.0  # seconds that a database may be away before a worker saves and leaves
 ENVIRONMENT = "HYBRIDNAS_STORAGE"
 TABLES = (
@@ -266,10 +268,7 @@ class SqlStore:
                 connection.close()
 
     def changes(self) -> list[TrialRecord]:
-        versions = self.database.run(
-            "SELECT number, version FROM hybridnas_trials WHERE study = :study ORDER BY number", study=self.study
-        )
-        changed = [number for number, version in versions if self._versions.get(number) != version]
+        changed = self._changed()
         if not changed:
             return []
         rows_now = self.database.run(
@@ -288,12 +287,38 @@ class SqlStore:
                 self._keep_here(record, arch)
         return found
 
+    def _changed(self) -> list[int]:
+        """Return the trials whose version is not the one known here.
+
+        Versions only rise, so the sum over a block of trials changes with any of them: asked for first, such sums
+        keep a look at many trials short, since the versions of the blocks that differ are read alone.
+        """
+        sums = self.database.run(
+            "SELECT number / :size, sum(version) FROM hybridnas_trials WHERE study = :study GROUP BY 1",
+            study=self.study,
+            size=BLOCK,
+        )
+        known: Counter[int] = Counter()
+        for number, version in self._versions.items():
+            known[number // BLOCK] += version
+        blocks = [block for block, total in sums if known[block] != total]
+        if not blocks:
+            return []
+        versions = self.database.run(
+            "SELECT number, version FROM hybridnas_trials WHERE study = :study AND number / :size = ANY(:blocks)"
+            " ORDER BY number",
+            study=self.study,
+            size=BLOCK,
+            blocks=blocks,
+        )
+        return [number for number, version in versions if self._versions.get(number) != version]
+
     def _keep_here(self, record: TrialRecord, arch: str | None) -> None:
-        """Write another worker's record into the local folder."""
+        """Write another worker's record into the local folder; the next look after a power failure writes it again."""
         folder = trial_folder(self.folder, record.number)
         if record.state == RUNNING and not (folder / RESULT).exists():
             return  # nothing to show yet, and where the folder is shared its worker writes it
-        write_record(folder, record)
+        write_record(folder, record, sync=False)
         if arch is not None:
             write_json(folder / ARCH, json.loads(arch))
 
@@ -397,7 +422,14 @@ class SqlStore:
         self.local.release(number)
 
     def orphans(self) -> list[int]:
-        return [held.record.number for held in self.running() if not held.where]
+        found = self.database.run(
+            "SELECT number FROM hybridnas_trials WHERE study = :study AND state = :state AND (owner IS NULL OR"
+            " clock_timestamp() - beat >= make_interval(secs => :grace)) ORDER BY number",
+            study=self.study,
+            state=RUNNING,
+            grace=GRACE * self.heartbeat,
+        )
+        return [number for (number,) in found if number not in self._held]
 
     def running(self) -> list[Held]:
         found = self.database.run(

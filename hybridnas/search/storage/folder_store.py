@@ -30,7 +30,7 @@ class FolderStore:
         self.worker = worker
         self.warnings: list[str] = []  # one sentence for each file that cannot be read
         self._held: dict[int, FileLock] = {}
-        self._seen: dict[Path, tuple[int, int]] = {}  # file -> inode and time of writing, as last read
+        self._seen: dict[str, tuple[int, int]] = {}  # folder's name -> inode and time of its file, as last read
         self._records: dict[int, TrialRecord] = {}
 
     @contextmanager
@@ -40,20 +40,22 @@ class FolderStore:
 
     def changes(self) -> list[TrialRecord]:
         found: dict[int, TrialRecord] = {}
-        for path in sorted((self.folder / "trials").glob(f"*/{RESULT}")):
+        trials = self.folder / "trials"
+        for name in self._names():
             try:
-                facts = path.stat()
+                facts = os.stat(f"{trials}/{name}/{RESULT}")  # noqa: PTH116 as text: a Path costs ten times the call
                 version = (facts.st_ino, facts.st_mtime_ns)
-                if self._seen.get(path) == version:
+                if self._seen.get(name) == version:
                     continue
+                path = trials / name / RESULT
                 record = read_record(path.parent)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue
             except StudyError as error:
-                self._seen[path] = version
+                self._seen[name] = version
                 self.warnings.append(f"skipped a trial: {error}")
                 continue
-            self._seen[path] = version
+            self._seen[name] = version
             if path.parent != trial_folder(self.folder, record.number):
                 self.warnings.append(f"skipped a trial: {path} repeats the number {record.number}")
                 continue
@@ -61,10 +63,18 @@ class FolderStore:
                 self._records[record.number] = found[record.number] = record
         return [found[number] for number in sorted(found)]
 
+    def _names(self) -> list[str]:
+        """Return the names of the folders of trials in order."""
+        try:
+            return sorted(os.listdir(self.folder / "trials"))  # noqa: PTH208 names alone: ten times faster
+        except FileNotFoundError:
+            return []
+
     def next_number(self) -> int:
         """Return one more than the highest number of a record, readable or not."""
-        names = [path.parent.name for path in (self.folder / "trials").glob(f"*/{RESULT}")]
-        return 1 + max((int(name) for name in names if name.isdigit()), default=-1)
+        trials = self.folder / "trials"
+        numbered = sorted(((int(name), name) for name in self._names() if name.isdigit()), reverse=True)
+        return 1 + next((number for number, name in numbered if (trials / name / RESULT).exists()), -1)
 
     def begin(self, record: TrialRecord) -> bool:
         if not self.hold(record.number):
@@ -88,12 +98,12 @@ class FolderStore:
 
     def _is_current(self, number: int) -> bool:
         """Whether a trial's file is as it was when it was last read."""
-        path = trial_folder(self.folder, number) / RESULT
+        folder = trial_folder(self.folder, number)
         try:
-            facts = path.stat()
+            facts = (folder / RESULT).stat()
         except FileNotFoundError:
-            return path not in self._seen
-        return self._seen.get(path) == (facts.st_ino, facts.st_mtime_ns)
+            return folder.name not in self._seen
+        return self._seen.get(folder.name) == (facts.st_ino, facts.st_mtime_ns)
 
     def save(self, record: TrialRecord) -> None:
         write_record(trial_folder(self.folder, record.number), record)
