@@ -35,6 +35,7 @@ SUITES: dict[str, str] = {
     "gpu": "the Triton kernels on this machine's GPU against mamba-ssm, flash-linear-attention and torch",
     "samplers": "searches on a table: which sampler and pruner find the best architectures for the fewest tokens",
     "coverage": "simulated studies: how often intervals hold the truth, and how often a claim is false",
+    "fleet": "decisions of a search with many trials, operations of its storage, and workers on PostgreSQL",
     "fidelity": "rank correlation between early and full scores, on a table",
     "history": "mixers from S4D to RWKV-7: a training step beside Mamba and attention at the lengths of the goals",
     "coordinates": "sizes of activations and of updates against width, for every letter, with and without muP",

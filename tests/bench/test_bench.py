@@ -144,7 +144,7 @@ def test_a_missing_peer_is_named_with_its_extra_in_the_table_and_in_the_goal(mon
 
 
 # suites that train, search, or start processes
-SEARCHING = {"coordinates", "grafting", "interop", "samplers", "truth", "verdicts"}
+SEARCHING = {"coordinates", "fleet", "grafting", "interop", "samplers", "truth", "verdicts"}
 TINY = [  # gpu asks for a GPU; lengths are measured below, with their drawing
     pytest.param(name, marks=[pytest.mark.slow] * (name in SEARCHING) + [pytest.mark.long] * (name == "verdicts"))
     for name in SUITES
