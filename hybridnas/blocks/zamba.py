@@ -39,6 +39,7 @@ class Zamba(Block):
     """
 
     role = "attention"
+    outputs = ("own.linear",)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(BlockConfig):

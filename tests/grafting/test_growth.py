@@ -24,7 +24,7 @@ def model(pattern, **fields):
     return found.eval()
 
 
-@pytest.mark.parametrize("letter", [letter for letter in BLOCKS if letter != "D"])
+@pytest.mark.parametrize("letter", [letter for letter in BLOCKS if letter not in "DZ"])
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 def test_a_wider_stream_computes_the_same_with_every_block(letter, norm):
     from hybridnas.grafting.growth import _widened
@@ -60,7 +60,8 @@ def test_a_larger_model_begins_as_the_smaller_one(pattern, before, larger, after
     assert found.model.lineage[-1]["grown"]
 
 
-@pytest.mark.parametrize("pattern", ["NF", "DF"])  # Mamba-2's norm sees more channels; S4D works by channel
+# Mamba-2's norm sees more channels; S4D works by channel; Zamba's block reads two streams side by side
+@pytest.mark.parametrize("pattern", ["NF", "DF", "ZF"])
 def test_growth_that_changes_the_function_says_so(pattern):
     found = grow(model(pattern), hybridnas.Arch.from_pattern(pattern, **{**SMALL, "d_model": 32}))
     assert found.difference > 1e-3
