@@ -269,16 +269,17 @@ class Runner:
         return self._sources[task.digest]
 
     def _require_files(self, task: Task) -> None:
-        path = task.data.get("path")
-        if path is None or any(glob.iglob(str(path), recursive=True)):  # noqa: PTH207 - Path.glob takes no absolute one
-            return
-        raise ConfigError(
-            f"suite {self.suite.name!r} reads {path}, which is not there ({self.suite.files}); get it, or set "
-            f"suite.path",
-            field="suite.path",
-            got=str(path),
-            allowed=self.suite.files,
-        )
+        """Raise ConfigError where what a task reads does not lie on this machine; URLs are asked when they are read."""
+        for path in map(str.strip, str(task.data.get("path") or "").split(",")):
+            if not path or "://" in path or any(glob.iglob(path, recursive=True)):  # noqa: PTH207 - not by pathlib
+                continue
+            raise ConfigError(
+                f"suite {self.suite.name!r} reads {path}, which is not there ({self.suite.files}); get it, or set "
+                f"suite.path",
+                field="suite.path",
+                got=path,
+                allowed=self.suite.files,
+            )
 
     def _flops_share(self, task: Task, entry: Entry, arch: Arch | None, vocab_size: int) -> float:
         """Return the FLOPs of a token of the task's reference over those of a token of an architecture."""

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import fsspec
 import pytest
 import torch
 
@@ -361,6 +362,11 @@ def test_a_suite_reads_files_where_they_lie_and_says_where_they_come_from(tmp_pa
     elsewhere = SuiteConfig(name="toy", path=str(genome(tmp_path / "elsewhere"))).applied(suite)
     outcome, _ = run(here, tmp_path)
     assert [task.digest for task in here.tasks] == [task.digest for task in elsewhere.tasks]
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/afar/g.fa", (tmp_path / "here" / "g.fa").read_bytes())
+    afar = SuiteConfig(name="toy", path="memory://afar/g.fa").applied(suite)
+    assert run(afar, tmp_path / "afar")[0].rows[0].valid_loss == outcome.rows[0].valid_loss
+    memory.store.clear()
     svg, _ = plots.draw(here, outcome, tmp_path / "drawn.csv")
     assert "<!-- mamba -->" in svg.read_text() and "<!-- validation loss [bits/base] -->" in svg.read_text()
     _, lines = results.table(outcome.rows, here)
