@@ -26,6 +26,7 @@ SUITES: dict[str, str] = {
     "moe": "routed experts against a dense MLP of equal active FLOPs, and against Hugging Face",
     "step": "a training step against a Transformer, Hugging Face's Mamba and its own matrix products",
     "packed": "a training step with packed documents kept apart, against the same as one stream",
+    "stacked": "models of one shape trained together by vmap, against one after another",
     "mixers": "every mixer in turn with an MLP: a training step and a token, beside attention and transformers",
     "decode": "one token at a time against Hugging Face's generate, after short and long contexts",
     "tasks": "batches of the synthetic tasks against the training step that reads them",

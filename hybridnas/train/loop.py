@@ -9,6 +9,7 @@ import json
 import logging
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -30,8 +31,9 @@ from hybridnas.train.callbacks import Callback, CallbackList, Run
 from hybridnas.train.config import TrainConfig
 from hybridnas.train.distill import Teacher
 from hybridnas.train.distributed import Group, RankLostError
+from hybridnas.train.evaluate import autocast, to_device
 from hybridnas.train.extend import Extension, extended
-from hybridnas.train.objective import check_causal, make_heads
+from hybridnas.train.objective import Objective, check_causal, make_heads
 from hybridnas.train.records import (
     FORMAT_VERSION,
     TrainResult,
@@ -346,7 +348,8 @@ def _train(
         if not _out_of_memory(error):
             raise
         reason = (
-            f"out of memory in step {run_.step + 1:,}; lower train.batch_size={config.batch_size} (and raise "
+            f"out of memory in step {run_.step + 1:,}; lower train.batch_size={config.batch_size}"
+            f"{_what_fits(job, error) if run_.step == 0 else ''} (and raise "
             f"train.accumulate to keep the step's size; experts with a capacity then drop tokens within each smaller "
             f"pass) or train.seq_len={config.seq_len}"
         )
@@ -398,6 +401,40 @@ def _fit(
             return Outcome("failed", str(error)), trainer
         except NonFiniteInputError as error:
             return Outcome("failed", trainer.why(f"parameters became NaN or infinite: {error}")), trainer
+
+
+def _what_fits(job: _Job, error: BaseException) -> str:
+    """Return words on the largest half, quarter, ... of the batch whose first step fits, after one that did not.
+
+    Tried with the moments that AdamW would hold, on weights drawn anew, so that nothing of the run is touched. Empty
+    where it cannot be tried here: with several devices, or a module of the caller's own.
+    """
+    config = job.config
+    if config.devices > 1 or "start" in job.subject.identity or job.subject.arch is None or config.batch_size == 1:
+        return ""
+    traceback.clear_frames(error.__traceback__)  # they hold the model and what it had computed
+    forked = [job.device] if job.device.type == "cuda" else []
+    size = config.batch_size // 2
+    while size:
+        try:
+            if forked:
+                torch.cuda.empty_cache()
+            with torch.random.fork_rng(devices=forked):
+                model = job.subject.build().to(job.device)
+                objective = Objective(model, make_heads(job.source, model, config.seed), z_loss=config.z_loss)
+                held = [torch.empty_like(p) for p in objective.parameters() for _ in range(2)]
+                batch = to_device(job.source.train_batch(0, size, config.seq_len, config.seed), job.device)
+                with autocast(config.precision, job.device)():
+                    found = objective(batch)
+                sum(found.losses.values(), start=found.total).backward()
+            del model, objective, held, batch, found
+            return f", of which {size} fits"
+        except (MemoryError, RuntimeError) as again:
+            if not _out_of_memory(again):
+                raise
+            traceback.clear_frames(again.__traceback__)
+        size //= 2
+    return ", of which not even 1 fits"
 
 
 def _out_of_memory(error: BaseException) -> bool:

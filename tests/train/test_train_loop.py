@@ -410,6 +410,25 @@ def test_lack_of_memory_fails_the_run_and_the_same_call_goes_on_when_there_is_mo
     assert (again.status, again.evals[:2]) == ("completed", result.evals)
 
 
+@pytest.mark.parametrize(("fitting", "words"), [(2, "2 fits"), (0, "not even 1 fits")])
+def test_lack_of_memory_in_the_first_step_says_which_batch_fits(tmp_path, monkeypatch, fitting, words):
+    true, tried = HybridLM.hidden, []
+
+    def limited(self, ids_BL, *args, **options):
+        tried.append(len(ids_BL))
+        if len(ids_BL) > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+        return true(self, ids_BL, *args, **options)
+
+    monkeypatch.setattr(HybridLM, "hidden", limited)
+    result = run(tmp_path, settings(12, batch_size=8))
+    assert (result.status, result.final) == ("failed", False)
+    assert f"train.batch_size=8, of which {words} (and raise" in result.reason
+    assert tried == ([8, 4, 2] if fitting else [8, 4, 2, 1])
+    monkeypatch.undo()
+    assert run(tmp_path, settings(12, batch_size=8)).status == "completed"
+
+
 def test_other_errors_are_not_swallowed(tmp_path):
     source = Counting()
 
