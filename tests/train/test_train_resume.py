@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def dropping_block():
     """A block with dropout and an auxiliary loss: what it computes depends on the generator's state."""
 
-    @register_block("Z", name="dropping")
+    @register_block("Q", name="dropping")
     class Dropping(Block):
         @dataclass(frozen=True, kw_only=True)
         class Config(BlockConfig):
@@ -58,7 +58,7 @@ def dropping_block():
             nn.init.normal_(self.linear.weight, std=0.1)
 
     yield
-    BLOCKS.remove("Z")
+    BLOCKS.remove("Q")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_two_crashes_cost_no_bit(tmp_path, undisturbed, steps, seconds):
 
 
 def test_dropout_and_buffers_go_on_as_if_nothing_had_been(tmp_path, dropping_block):
-    arch = arch_of("ZMZ")
+    arch = arch_of("QMQ")
     whole = run(tmp_path / "whole", arch=arch)
     source = Counting(ctrl_c_at(2, 5))
     for _ in range(2):
@@ -98,7 +98,7 @@ def test_dropout_and_buffers_go_on_as_if_nothing_had_been(tmp_path, dropping_blo
             run(tmp_path / "cut", arch=arch, source=source)
     again = run(tmp_path / "cut", arch=arch, source=source)
     same_bits(again, whole)
-    assert [int(b.calls) for b in again.model.blocks() if b.letter == "Z"] == [STEPS, STEPS]
+    assert [int(b.calls) for b in again.model.blocks() if b.letter == "Q"] == [STEPS, STEPS]
     assert "size" in whole.evals[0].aux
     assert "mean" in whole.evals[0].aux
 
