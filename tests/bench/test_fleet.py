@@ -1,11 +1,12 @@
 """Simulated fleets: histories as successive halving leaves them, the load of statements, and the calculated fleet."""
 
 import pytest
-from postgres import postgres_server
+from postgres import PASSWORD, postgres_server
 
 from hybridnas.bench import run as run_suites
 from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.suites import fleet
+from hybridnas.errors import StudyError
 from hybridnas.study.records import COMPLETE, PRUNED
 
 
@@ -30,6 +31,13 @@ def test_a_simulated_history_is_one_that_halving_leaves():
 def test_the_largest_fleet_keeps_the_server_busy_and_no_more(rest, own):
     workers = fleet._largest(rest, own)
     assert workers * (rest + own * workers) == pytest.approx(60 * fleet.MINUTES)
+
+
+@pytest.mark.slow
+def test_more_workers_than_connections_are_one_sentence_without_the_password(server):
+    with pytest.raises(StudyError, match="too many clients already") as caught:
+        fleet._load(server.url, [], 1, 0, 200, 0.1, 1)
+    assert (caught.value.field, PASSWORD in str(caught.value)) == ("storage", False)
 
 
 @pytest.mark.slow

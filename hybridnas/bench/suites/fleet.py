@@ -24,14 +24,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hybridnas.arch.arch import Arch
 from hybridnas.bench.context import BenchConfig
 from hybridnas.bench.method import Spread
 from hybridnas.bench.result import Result, Table
+from hybridnas.errors import StudyError
 from hybridnas.search.config import SAMPLERS, USUAL_SAMPLER, Budget
 from hybridnas.search.history import History
 from hybridnas.search.latency import Figure
@@ -40,15 +41,19 @@ from hybridnas.search.plan import Plan
 from hybridnas.search.pruning.halving import ranked
 from hybridnas.search.sampling.candidates import Candidates
 from hybridnas.search.sampling.uniform import evenly
-from hybridnas.search.storage.database import ENVIRONMENT, Database, SqlStore, database_url
+from hybridnas.search.storage.database import ENVIRONMENT, Database, SqlStore, database_url, reason
 from hybridnas.search.storage.folder_store import LEASES, FolderStore
 from hybridnas.search.storage.store import MemoryStore, RecordStore
 from hybridnas.search.table import LookupTrainer, looked_up
 from hybridnas.search_spaces.space import load_space
 from hybridnas.study.callbacks import COMPLETED
 from hybridnas.study.records import COMPLETE, PRUNED, RESULT, TrialRecord, trial_folder
+from hybridnas.tracking.secrets import masked
 from hybridnas.train.callbacks import Action
 from hybridnas.train.records import Eval, TrainResult
+
+if TYPE_CHECKING:
+    from psycopg import Connection
 
 RUNGS, REDUCTION = (100, 300, 900), 3
 GOAL, AT = 0.05, 10_000  # the most seconds of a draw, and of a promotion, at so many finished trials
@@ -324,39 +329,52 @@ def _load(
 
     ``count``: trials that the study had; later ones are renumbered. ``changes``: trials that a look reads.
     """
-    import psycopg
-
     numbers = itertools.count(count + 10 * steps)
     until = [math.inf]
     ready = threading.Barrier(workers + 1)
     done = [0] * workers
 
-    def work(index: int) -> None:
-        with psycopg.connect(url.replace("+psycopg", "", 1), autocommit=True) as connection:
-            ready.wait()
-            while time.perf_counter() < until[0]:
-                first = next(numbers) * steps
-                for one in statements:
-                    values = dict(one.values)
-                    if values.get("number", -1) >= count:
-                        values["number"] += first
-                    if "changed" in values:  # trials that others have begun a round ago
-                        last = count + first - workers * steps
-                        values["changed"] = list(range(last - changes, last))
-                    cursor = connection.execute(one.sql, values)
-                    if cursor.description is not None:
-                        cursor.fetchall()
-                done[index] += steps
+    def work(index: int, connection: Connection[Any]) -> None:
+        ready.wait()
+        while time.perf_counter() < until[0]:
+            first = next(numbers) * steps
+            for one in statements:
+                values = dict(one.values)
+                if values.get("number", -1) >= count:
+                    values["number"] += first
+                if "changed" in values:  # trials that others have begun a round ago
+                    last = count + first - workers * steps
+                    values["changed"] = list(range(last - changes, last))
+                cursor = connection.execute(one.sql, values)
+                if cursor.description is not None:
+                    cursor.fetchall()
+            done[index] += steps
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(workers)]
-    for thread in threads:
-        thread.start()
-    ready.wait()
-    began = time.perf_counter()
-    until[0] = began + seconds
-    for thread in threads:
-        thread.join()
-    return sum(done) / (time.perf_counter() - began)
+    with ExitStack() as opened:
+        connections = [opened.enter_context(_connection(url, workers)) for _ in range(workers)]
+        threads = [threading.Thread(target=work, args=one) for one in enumerate(connections)]
+        for thread in threads:
+            thread.start()
+        ready.wait()
+        began = time.perf_counter()
+        until[0] = began + seconds
+        for thread in threads:
+            thread.join()
+        return sum(done) / (time.perf_counter() - began)
+
+
+def _connection(url: str, workers: int) -> Connection[Any]:
+    import psycopg
+
+    try:
+        return psycopg.connect(url.replace("+psycopg", "", 1), autocommit=True)
+    except psycopg.OperationalError as error:
+        raise StudyError(
+            f"storage {masked(url)} refuses the connections of {workers} simulated workers ({reason(error, url)}); "
+            f"raise its max_connections",
+            field="storage",
+            got=masked(url),
+        ) from None
 
 
 @contextmanager
