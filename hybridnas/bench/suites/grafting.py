@@ -237,14 +237,13 @@ def recovered(rows: Sequence[Mapping[str, str]]) -> dict[tuple[str, str, int], l
 
     The gap: the loss with random new blocks before any training (of a case without new blocks: right after the edit)
     over the model's own; what is missing at a point: the loss over that of the model trained on with as many tokens.
+    Of a case that was not started at random there is no gap, and no share.
     """
     at = {(row["case"], row["base"], row["init"], row["seed"], int(row["point"])): float(row["loss"]) for row in rows}
     parents = {(row["base"], row["seed"]): float(row["parent"]) for row in rows}
     found: dict[tuple[str, str, int], list[float]] = {}
     for (case, base, init, seed, point), loss in at.items():
         worst = at.get((case, base, "random", seed, 0), at.get((case, base, "none", seed, 0)))
-        if case == "self-graft" or case == TRAINED_ON or worst is None:
-            worst = at.get(("self-graft", base, "random", seed, 0))
         reached = at.get((TRAINED_ON, base, "none", seed, point))
         if worst is not None and reached is not None and case != TRAINED_ON:
             gap = worst - parents[base, seed]
