@@ -47,8 +47,11 @@ def draw(suite: Suite, outcome: Outcome, out: Path) -> list[Path]:
 
 
 def _tasks(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> None:
-    """One place per column of the table; ours filled, published hollow."""
+    """One place per column of the table, or one per model where there is one column; ours filled, published hollow."""
     ours, columns = results.scores(rows, suite), suite.columns
+    if len(columns) == 1:
+        _one_task(ax, suite, {model: own[columns[0]] for model, own in ours.items() if columns[0] in own})
+        return
     scale = 100 if suite.higher else 1
     for index, (model, own) in enumerate(ours.items()):
         places = [(i, scale * own[c]) for i, c in enumerate(columns) if c in own]
@@ -63,6 +66,21 @@ def _tasks(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> Non
     ax.set_ylabel(_unit(suite))
     if suite.higher:
         ax.set_ylim(-3, 103)
+
+
+def _one_task(ax: Axes, suite: Suite, ours: dict[str, float]) -> None:
+    """A line per model, the best first, its score along it."""
+    scale, (column,) = 100 if suite.higher else 1, suite.columns
+    found = [(scale * score, model, False) for model, score in ours.items()]
+    found += [(row.values[column], f"{row.model} [published]", True) for row in suite.published if column in row.values]
+    found.sort(key=lambda one: one[0], reverse=not suite.higher)
+    own = series_style(0)["color"]
+    for place, (score, _, published) in enumerate(found):
+        ax.plot([score], [place], ls="", marker="o", mec=FAINT if published else own, mfc="none" if published else own)
+    ax.set_yticks(range(len(found)), [model for _, model, _ in found])
+    ax.set_xlabel(f"{column}, {_unit(suite)}")
+    if suite.higher:
+        ax.set_xlim(-3, 103)
 
 
 def _widths(ax: Axes, suite: Suite, rows: Sequence[Row], outcome: Outcome) -> None:
