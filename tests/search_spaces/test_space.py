@@ -410,7 +410,7 @@ def test_an_unknown_space_is_met_with_the_nearest():
         ),
         ({**LETTERS, "split": {"low": 0.1}}, "space.split", {"low": 0.1}),
         ({**LETTERS, "motif_length": [0]}, "space.motif_length", 0),
-        ({**LETTERS, "requires": ["Z"]}, "space.requires", "Z"),
+        ({**LETTERS, "requires": ["Q"]}, "space.requires", "Q"),
         ({**LETTERS, "baselines": ["mambo"]}, "space.baselines", "mambo"),
         ({**LETTERS, "reference": "mambo"}, "space.reference", "mambo"),
         ({**LETTERS, "placement": ["first"]}, "space.placement", "placement"),
@@ -567,10 +567,11 @@ def test_rules_in_words_are_kept_by_every_proposal():
     "letter", [x for x in BLOCKS if set(BLOCKS.get(x).Config.state_sizes) & set(BLOCKS.get(x).Config.field_names())]
 )
 def test_candidates_can_carry_equally_many_bytes(letter):
-    drawn = space(candidates=[{"motif": f"{letter}F"}], equal=["state_bytes"], state_bytes=40_000)
+    wanted = 17_000 if letter == "W" else 40_000  # heads of W divide its width: few sizes can be had
+    drawn = space(candidates=[{"motif": f"{letter}F"}], equal=["state_bytes"], state_bytes=wanted)
     scale = Scale(d_model=64, depth=4, multiple=1, seq_len=64)
     cost = drawn.propose(Dice(0), scale).arch.cost(scale.seq_len)
-    assert cost.state_bytes == pytest.approx(40_000, rel=0.05)
+    assert cost.state_bytes == pytest.approx(wanted, rel=0.05)
     assert cost.active_params == pytest.approx(drawn.target(scale), rel=TOLERANCE)
 
 
