@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from hybridnas.arch.arch import Arch
 from hybridnas.arch.match import MAX_WIDTH, match, sizes_of, widths_of
@@ -117,9 +118,14 @@ def with_state(arch: Arch, target: int, seq_len: int, *, tolerance: float = STAT
             fields.setdefault(letter, {})[name] = max(1, round(factor * size))
         return arch.replace(**fields)
 
+    def off(one: Arch) -> int:
+        return abs(one.cost(seq_len).state_bytes - target)
+
     scaled = _nearest(at, 1 / max(sizes.values()), 4096.0, lambda one: one.cost(seq_len).state_bytes, target)
-    # sizes that have to divide a width are few, and the present ones fit
-    found = min((arch, scaled), key=lambda one: abs(one.cost(seq_len).state_bytes - target))
+    found = min((arch, scaled), key=off)  # the present sizes fit
+    if off(found) > tolerance * target:  # sizes that have to divide a width are few: halving intervals passes them over
+        whole = max(sizes.values())
+        found = min((found, *_accepted(at, [size / whole for size in range(1, 2 * whole)])), key=off)
     got = found.cost(seq_len).state_bytes
     if abs(got - target) > tolerance * target:
         raise MatchError(
@@ -131,6 +137,13 @@ def with_state(arch: Arch, target: int, seq_len: int, *, tolerance: float = STAT
             allowed=target,
         )
     return found
+
+
+def _accepted(at: Callable[[float], Arch], factors: Iterable[float]) -> Iterator[Arch]:
+    """Yield the architectures at those factors whose sizes no block refuses."""
+    for factor in factors:
+        with contextlib.suppress(ConfigError):
+            yield at(factor)
 
 
 def _nearest(at: Callable[[float], Arch], low: float, high: float, measure: Callable[[Arch], int], target: int) -> Arch:
