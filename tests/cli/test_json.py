@@ -45,6 +45,10 @@ CASES = {  # command -> settings, and what must be in the object; in an order in
         ["study=tiny", "top=1", "sizes=[1]", "seeds=1", "tokens=[0.2]", "warmup=0.1", "hold_out=0", "device=cpu"],
         {"ladder", "folder", "models", "pairs", "done"},
     ),
+    "graft": (
+        ["model=runs/own", "edit=+1:F", "init=zero", "data=text", "data.path=text.txt", "out=grafted", "device=cpu"],
+        {"model", "status", "pattern", "graft", "cost"},
+    ),
     "new": (["space", "own"], {"kind", "name", "file", "test"}),
     "bench": (["conv", "tiny=true"], {"suites", "settings", "machine"}),
 }

@@ -347,11 +347,11 @@ def test_a_full_disk_ends_the_search_in_one_sentence_and_loses_nothing(tmp_path,
 def test_a_disk_that_fills_while_a_record_is_written_costs_no_trial(tmp_path, tiny, monkeypatch):
     real = records.write_text
 
-    def full(path, text):
+    def full(path, text, **rest):
         if path.parent.name == "0001" and '"COMPLETE"' in text:
             path.with_name(".torn").write_text(text[:99])
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(path, text)
+        return real(path, text, **rest)
 
     monkeypatch.setattr(records, "write_text", full)
     with pytest.raises(StudyError, match="No space left on device"):
