@@ -177,6 +177,7 @@ def _integer(digits: str) -> int | str:
 def _separated(file: CorpusFile, config: DataConfig, fields: Sequence[str]) -> Iterator[Row]:
     """Yield cells as the text that stands there: csv knows no missing value and no number."""
     csv.field_size_limit(1 << 30)
+    begin = 2
     with open_text(file, config.encoding) as handle:
         text = io.TextIOWrapper(handle, encoding="utf-8", newline="")
         try:
@@ -184,7 +185,9 @@ def _separated(file: CorpusFile, config: DataConfig, fields: Sequence[str]) -> I
             names = next(csv.reader([header]), [])
             separator = "\t" if file.suffix == ".tsv" else _separator(header, fields[0])
             names = next(csv.reader([header], delimiter=separator), [])
-            for number, cells in enumerate(csv.reader(text, delimiter=separator), start=1):
+            reader = csv.reader(text, delimiter=separator, strict=True)
+            for number, cells in enumerate(reader, start=1):
+                begin = reader.line_num + 2  # of the next row; the header is line 1
                 if cells:  # an empty line is no row
                     row = dict(zip(names, cells, strict=False))
                     yield functools.partial(_given, row), f"{file.place} row {number}"
@@ -194,7 +197,13 @@ def _separated(file: CorpusFile, config: DataConfig, fields: Sequence[str]) -> I
                 f"out of data.path"
             ) from None
         except csv.Error as error:
-            raise DataError(f"{file.place} cannot be read as csv: {error}; mend or remove it") from None
+            raise DataError(
+                f"{file.place} cannot be read as csv: {error}, in the row that begins on line {begin}; mend the quotes "
+                f"of that row, or remove it",
+                field="data.path",
+                got=begin,
+                allowed="quotes that are closed",
+            ) from None
 
 
 def _separator(header: str, field: str) -> str:

@@ -67,6 +67,8 @@ CASES = {
     "a number that is a word": (
         write("n.csv", "text,label\n" + "a,much\n" * 9),
         [*DESCRIBE, "data=labels", "data.path=n.csv", "data.target=number"], ("n.csv", "'much'", "data.label_field")),
+    "a quote that is not closed": (
+        write("q.csv", 'text,n\n"a\nb",1\nc,2\n"d,3\ne,4\n'), [*DESCRIBE, "data.path=q.csv"], ("q.csv", "line 5")),
     "a place that no protocol reads": (
         lambda _: None, [*DESCRIBE, "data.path=nosuch://bucket/file"], ("nosuch://bucket/file", "fsspec")),
 }  # fmt: skip
