@@ -110,13 +110,11 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chat(messages: list[dict[str, Any]], template: str) -> str:
-    from jinja2 import TemplateError
-
     try:
         return str(_template(template).render(messages=messages))
-    except (TemplateError, TypeError) as error:
+    except Exception as error:  # a template computes: it may raise whatever Python does
         raise DataError(
-            f"data chat_template={template!r} cannot be filled in: {error}; it gets messages, each with role and "
+            f"data chat_template={template!r} cannot be filled in: {error or type(error).__name__}; it gets messages, each with role and "
             f"content",
             field="data.chat_template",
             got=template,
@@ -222,18 +220,47 @@ def _table(file: CorpusFile, config: DataConfig, fields: Sequence[str]) -> Itera
             if file.suffix == ".parquet":
                 table = pq.ParquetFile(handle)
                 names = table.schema_arrow.names
-                found = [[one for one in (field, field.partition(".")[0]) if one in names][:1] for field in fields]
-                wanted = names if [] in found else sorted({one for own in found for one in own})
-                batches = table.iter_batches(columns=wanted)
+                batches = table.iter_batches(columns=_columns(names, fields))
             else:
-                batches = _arrow(handle, pa)
+                names, batches = None, _arrow(handle, pa)
             for batch in batches:
-                for row in batch.to_pylist():
+                held = batch.schema.names
+                own = names or held
+                wanted = _columns(own, fields)
+                lacks = next((place for place, field in enumerate(fields) if not _columns(own, [field])), None)
+                needed = batch.select([place for place, name in enumerate(held) if name in wanted])
+                for row in _values(needed, number, file):
                     number += 1
-                    yield functools.partial(_given, row), f"{file.place} row {number}"
+                    where = f"{file.place} row {number}"
+                    read = functools.partial(_given, row)
+                    if lacks is not None:
+                        setting = ("text_field", "label_field")[lacks]
+                        read = functools.partial(field_of, dict.fromkeys(own), fields[lacks], where, setting)
+                    yield read, where
         except (pa.ArrowException, OSError) as error:
             words = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{file.place} cannot be read as {file.suffix[1:]}: {words}") from None
+
+
+def _columns(names: Sequence[str], fields: Sequence[str]) -> list[str]:
+    """Return the columns that hold the fields; none where one of them is missing: no row is of use then."""
+    found = [next((one for one in (field, field.partition(".")[0]) if one in names), None) for field in fields]
+    return [] if None in found else sorted({one for one in found if one is not None})
+
+
+def _values(batch: Any, before: int, file: CorpusFile) -> list[dict[str, Any]]:
+    """Return the rows of a batch that follows so many; raises DataError for a value that Python does not hold."""
+    try:
+        return batch.to_pylist()  # type: ignore[no-any-return]
+    except (OverflowError, ValueError) as error:  # a far date; what is not UTF-8 in a column of text
+        columns = ", ".join(map(repr, batch.schema.names))
+        raise DataError(
+            f"{file.place} rows {before + 1:,} to {before + batch.num_rows:,} hold a value in {columns} that cannot be "
+            f"read: {error}; mend or remove it, or read another column",
+            field="data.path",
+            got=str(error),
+            allowed="UTF-8 text, and dates of the years 1 to 9999",
+        ) from None
 
 
 def _arrow(handle: IO[bytes], pa: Any) -> Iterator[Any]:

@@ -308,3 +308,40 @@ def test_a_member_is_opened_as_its_bytes(tmp_path):
     write(tmp_path / "b.zip", b"no zip")
     with pytest.raises(DataError, match="not a sound archive"):
         text_files(str(tmp_path / "b.zip"))
+
+
+def unreadable_tables():
+    far = pa.array([10**15] * 2, pa.timestamp("s"))
+    offsets = pa.py_buffer(b"".join(place.to_bytes(4, "little") for place in (0, 2, 4)))
+    latin = pa.StringArray.from_buffers(2, offsets, pa.py_buffer(b"a\xffbc"))
+    return {"text": pa.table({"text": latin}), "when": pa.table({"text": ["a", "b"], "when": far})}
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_table_is_read_by_the_columns_that_are_needed(documents_of, tmp_path, suffix):
+    tables = unreadable_tables()
+    for name, table in tables.items():
+        if suffix == ".parquet":
+            pq.write_table(table, tmp_path / f"{name}{suffix}")
+        else:
+            with pa.ipc.new_file(str(tmp_path / f"{name}{suffix}"), table.schema) as target:
+                target.write_table(table)
+    assert documents_of(tmp_path / f"when{suffix}") == ["a", "b"]
+    with pytest.raises(DataError) as caught:
+        documents_of(tmp_path / f"text{suffix}")
+    assert caught.value.field == "data.path"
+    assert "rows 1 to 2" in str(caught.value)
+    with pytest.raises(DataError) as caught:
+        documents_of(tmp_path / f"when{suffix}", text_field="when")
+    assert caught.value.field == "data.path"
+    with pytest.raises(BadRowError) as caught:
+        documents_of(tmp_path / f"when{suffix}", text_field="nope")
+    assert (caught.value.field, caught.value.allowed) == ("data.text_field", ("text", "when"))
+
+
+@pytest.mark.parametrize("template", ["{{ 1 // 0 }}", "{{ '%d' % 'a' }}", "{{ 9.0 ** 999 }}", "{{ [].index(1) }}"])
+def test_whatever_a_chat_template_raises_is_said(documents_of, tmp_path, template):
+    write(tmp_path / "a.jsonl", json.dumps({"text": [{"role": "user", "content": "hi"}]}))
+    with pytest.raises(DataError) as caught:
+        documents_of(tmp_path / "a.jsonl", chat_template=template)
+    assert caught.value.field == "data.chat_template"
