@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from hybridnas.config import option
 from hybridnas.data.details import Details, Sample
-from hybridnas.data.opening import CorpusFile, open_bytes
+from hybridnas.data.opening import UNSOUND, CorpusFile, open_bytes
 from hybridnas.data.pieces import I64, PARTS, Ids, PieceError, PiecesConfig, PieceSource, open_store
 from hybridnas.data.sound import ENCODINGS, Coding, Samples
 from hybridnas.data.source import register_source
@@ -54,20 +54,25 @@ def ids_of(file: CorpusFile, config: AudioConfig, facts: dict[str, Any]) -> Iter
     """
     soundfile = _soundfile()
     coding = Coding(config.rate, config.encoding)
-    source: Any = str(file.path)
-    if file.member or file.path.suffix.lower() != file.suffix:  # packed
-        with open_bytes(file) as handle:
-            source = io.BytesIO(handle.read())
+    packed = file.member or file.path.suffix.lower() != file.suffix
     try:
-        with soundfile.SoundFile(source) as sound:
+        # An open file rather than its path: a name need not be UTF-8.
+        with open_bytes(file) as handle, soundfile.SoundFile(io.BytesIO(handle.read()) if packed else handle) as sound:
             rate = int(sound.samplerate)
             _check_channels(file, int(sound.channels), config.channel)
             blocks = _samples(sound, file, config.channel, facts)
             yield from (coding.encode(block_T) for block_T in resampled(blocks, rate, config.rate))
             seconds = sound.tell() / rate
-    except (soundfile.LibsndfileError, OSError) as error:
+    except UNSOUND as error:
         raise PieceError(
-            f"{file.place} cannot be read as sound: {' '.join(str(error).split())}; mend or remove it",
+            f"{file.place} is not soundly packed ({error}); unpack or remove it",
+            field="data.path",
+            got=str(file.path),
+        ) from None
+    except (soundfile.LibsndfileError, OSError) as error:
+        words = getattr(error, "error_string", str(error))  # of libsndfile's own without the object it was given
+        raise PieceError(
+            f"{file.place} cannot be read as sound: {' '.join(words.split())}; mend or remove it",
             field="data.path",
             got=str(file.path),
             allowed=SUFFIXES,

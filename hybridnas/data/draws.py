@@ -31,7 +31,7 @@ def mix(value: U64) -> U64:
 
 def word(*parts: object) -> np.uint64:
     """Return 64 bits that stand for ``parts``, equal on every machine."""
-    text = "\x00".join(map(str, parts)).encode()
+    text = "\x00".join(map(str, parts)).encode("utf-8", "surrogatepass")  # a file's name need not be UTF-8
     return np.frombuffer(hashlib.blake2b(text, digest_size=8).digest(), dtype="<u8").astype(np.uint64)[0]  # type: ignore[no-any-return]
 
 

@@ -21,7 +21,13 @@ from hybridnas.errors import DataError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-UNSOUND = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
+
+
+class UnsoundError(Exception):
+    """What bz2 and zstd raise as an OSError without a number where a file is damaged."""
+
+
+UNSOUND = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, UnsoundError)
 _BOMB = (1000, 1 << 28)  # a file that grows so many times, beyond so many bytes, is no text that somebody packed
 _MARKS = (  # longer ones first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8"),
@@ -129,13 +135,13 @@ def open_bytes(file: CorpusFile) -> IO[bytes]:
         if packing == ".bz2":
             import bz2
 
-            return cast(IO[bytes], bz2.open(source))
+            return io.BufferedReader(_Checked(bz2.open(source)))
         if packing == ".xz":
             return cast(IO[bytes], lzma.open(source))
         import pyarrow as pa  # which brings the library that decompresses it
 
-        inner = pa.OSFile(str(source)) if isinstance(source, Path) else pa.PythonFile(source)
-        return io.BufferedReader(cast(Any, pa.CompressedInputStream(inner, "zstd")))
+        inner = pa.OSFile(str(source)) if isinstance(source, Path) else pa.PythonFile(source, mode="r")
+        return io.BufferedReader(_Checked(pa.CompressedInputStream(inner, "zstd")))
     except OSError as error:
         raise _unreadable(file, error) from None
 
@@ -162,6 +168,34 @@ def open_text(file: CorpusFile, encoding: str | None) -> IO[bytes]:
             handle.read(len(mark))
         return handle
     return io.BufferedReader(_Recoded(handle, name, file))
+
+
+class _Checked(io.RawIOBase):
+    """A decompressed stream; raises UnsoundError, again at each further read, where what is packed is damaged."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._wrong: UnsoundError | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._wrong is not None:
+            raise self._wrong
+        try:
+            block = self._handle.read(len(buffer))
+        except OSError as error:
+            if error.errno is not None:  # the disk's
+                raise
+            self._wrong = UnsoundError(str(error))
+            raise self._wrong from None
+        buffer[: len(block)] = block
+        return len(block)
+
+    def close(self) -> None:
+        self._handle.close()
+        super().close()
 
 
 class _Recoded(io.RawIOBase):
@@ -254,8 +288,9 @@ def _opened(path: Path, size: int) -> tuple[zipfile.ZipFile | tarfile.TarFile, I
 
 
 def _unreadable(file: CorpusFile, error: OSError) -> DataError:
+    advice = "change its permissions, or leave" if isinstance(error, PermissionError) else "leave"
     return DataError(
-        f"cannot read {file.place}: {error.strerror or error}; change its permissions, or leave it out of data.path",
+        f"cannot read {file.place}: {error.strerror or error}; {advice} it out of data.path",
         field="data.path",
         got=str(file.path),
     )

@@ -114,8 +114,8 @@ def _chat(messages: list[dict[str, Any]], template: str) -> str:
         return str(_template(template).render(messages=messages))
     except Exception as error:  # a template computes: it may raise whatever Python does
         raise DataError(
-            f"data chat_template={template!r} cannot be filled in: {error or type(error).__name__}; it gets messages, each with role and "
-            f"content",
+            f"data chat_template={template!r} cannot be filled in: {str(error) or type(error).__name__}; it gets "
+            f"messages, each with role and content",
             field="data.chat_template",
             got=template,
             allowed="a Jinja template",

@@ -1,8 +1,10 @@
 """Recordings: how samples become ids and sound again, resampling, windows within a recording, and what is refused."""
 
+import gzip
 import io
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -285,3 +287,31 @@ def test_speech_is_predicted_better_than_by_how_common_its_samples_are(tmp_path)
     config = TrainConfig(tokens=64 * 16 * 60, batch_size=16, seq_len=64, lr=2e-2, valid_tokens=8192)
     result = train(Arch.from_pattern("MF", d_model=16, vocab_size=256), source, config, device="cpu")
     assert result.valid_loss < -(shares * np.log(shares)).sum()
+
+
+@pytest.mark.parametrize("name", ["cut.wav.gz", "damaged.zip"])
+def test_damaged_packed_sound_is_refused(sound, tmp_path, name):
+    raw = wav_bytes(tone(440), RATE)
+    if name == "cut.wav.gz":
+        packed = gzip.compress(raw)[:-20]
+    else:
+        target = io.BytesIO()
+        with zipfile.ZipFile(target, "w") as archive:
+            archive.writestr("a.wav", raw)
+        packed = target.getvalue().replace(raw[1000:1040], b"x" * 40)
+    (tmp_path / name).write_bytes(packed)
+    with pytest.raises(PieceError, match="soundly packed") as caught:
+        sound(path=str(tmp_path / name))
+    assert (caught.value.field, caught.value.got) == ("data.path", str(tmp_path / name))
+
+
+def test_a_recording_whose_name_is_not_utf_8_is_read(sound, tmp_path):
+    (tmp_path / "set").mkdir()
+    for number in range(4):
+        path = os.fsencode(tmp_path / "set") + b"/\xff%d.wav" % number
+        try:
+            with open(path, "wb") as target:  # noqa: PTH123
+                target.write(wav_bytes(tone(440), RATE))
+        except OSError:
+            pytest.skip("this file system holds names of UTF-8 only")
+    assert len(sound()._store.names) == 4

@@ -75,6 +75,33 @@ def test_zstandard_is_read(tmp_path, documents_of):
     assert documents_of(tmp_path / "a.txt.zst") == [TEXT * 1000]
 
 
+def zstandard(raw):
+    return pa.Codec("zstd").compress(raw, asbytes=True)
+
+
+def test_zstandard_is_read_within_an_archive(tmp_path, documents_of):
+    files = {"a.txt.zst": zstandard(TEXT.encode() * 1000)}
+    write(tmp_path / "set.zip", zipped(files))
+    write(tmp_path / "set.tar", tarred("w:", files))
+    assert documents_of(tmp_path / "set.zip") == documents_of(tmp_path / "set.tar") == [TEXT * 1000]
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("name", ["cut.zst", "trail.zst", "cut.bz2", "false.bz2"])
+def test_a_damaged_zst_or_bz2_is_named(tmp_path, documents_of, name, rows):
+    raw = (json.dumps({"text": TEXT}) + "\n").encode() * 100 + os.urandom(3000).hex().encode()
+    packed = {
+        "cut.zst": zstandard(raw)[:-9],
+        "trail.zst": zstandard(raw) + b"garbage",
+        "cut.bz2": bz2.compress(raw)[:-9],
+        "false.bz2": b"BZh9" + b"x" * 500,
+    }[name]
+    file = write(tmp_path / name.replace(".", ".jsonl." if rows else ".txt."), packed)
+    with pytest.raises(DataError, match="not soundly packed") as caught:
+        documents_of(file, skip_bad_rows=True)
+    assert str(file) in str(caught.value)
+
+
 FILES = {
     "b.txt": b"zwei\n",
     "a/c.md": b"eins\n",
