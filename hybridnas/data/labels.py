@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import reprlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -108,7 +109,16 @@ class Labels(Source):
         self._parts = dict(zip(PARTS, self._split(), strict=True))
         if config.target == "number":
             own = self._number_of[self._parts["train"]]
-            self._mean, self._deviation = float(own.mean()), float(own.std())
+            with np.errstate(over="ignore", invalid="ignore"):
+                self._mean, self._deviation = float(own.mean()), float(own.std())
+            if not math.isfinite(self._deviation):
+                raise DataError(
+                    f"{self._name} has numbers in field {config.label_field!r} whose standard deviation is not finite, "
+                    f"up to {np.abs(own).max():g}; scale them down, or set data.label_field",
+                    field="data.label_field",
+                    got=float(np.abs(own).max()),
+                    allowed="numbers of a finite standard deviation",
+                )
             if not self._deviation:
                 raise DataError(
                     f"{self._name} has the same number {self._mean:g} in every row to train on, in field "
@@ -167,12 +177,12 @@ class Labels(Source):
         """Return a cell as a finite number; raises DataError."""
         try:
             number = float(label)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if isinstance(label, bool) or not math.isfinite(number):
             raise DataError(
-                f"{file.place} field {self.config.label_field!r} holds {label!r}, which is no finite number, as "
-                f"data.target=number asks for; mend the row, or set data.label_field",
+                f"{file.place} field {self.config.label_field!r} holds {reprlib.repr(label)}, no finite number, "
+                f"as data.target=number asks for; mend the row, or set data.label_field",
                 field="data.label_field",
                 got=label,
                 allowed="a finite number",

@@ -161,6 +161,8 @@ def test_a_number_is_learnt_from_the_last_position_or_the_mean(labels, pool, tmp
         ([{"text": f"t{n}", "label": "much"} for n in range(50)], "data.label_field", "much"),
         ([{"text": f"t{n}", "label": True} for n in range(50)], "data.label_field", True),
         ([{"text": f"t{n}", "label": 2.5} for n in range(50)], "data.label_field", 2.5),
+        ([{"text": f"t{n}", "label": 10**400 + n} for n in range(50)], "data.label_field", 10**400),
+        ([{"text": f"t{n}", "label": (-1) ** n * 1e302} for n in range(50)], "data.label_field", 1e302),
     ],
 )
 def test_what_is_no_number_or_always_the_same_is_refused(labels, rows, field, got):
