@@ -257,6 +257,15 @@ class DnaSource(PieceSource):
 
         settings = {"lower": config.lower, "unknown": config.unknown}
         store = open_store("dna", files, settings, config.cache, lambda facts: contigs(files, config, facts))
+        blocks = (store.ids[first : first + _BLOCK] for first in range(0, len(store.ids), _BLOCK))
+        if not any(((raw != END) & (raw < UNCOUNTED)).any() for raw in blocks):
+            raise PieceError(
+                f"{words} has no base that is predicted: every one is N, or in lower case with data.lower=skip; give "
+                f"another genome, or set data.unknown=predict",
+                field="data.path",
+                got=0,
+                allowed=">= 1 base",
+            )
         if config.split_by == "segment":
             self.noun = "segment"
             store = segmented(store, max(_LEAST_SEGMENT, len(store.ids) // 64))

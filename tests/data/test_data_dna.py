@@ -275,7 +275,7 @@ def test_contigs_of_one_name_in_two_files_stay_two(dna, tmp_path):
     assert source._store.names == ("chr1", "two.fa/chr1")
 
 
-@pytest.mark.parametrize("content", ["", "\n\n", ">only\n>headers\n"])
+@pytest.mark.parametrize("content", ["", "\n\n", ">only\n>headers\n", ">a\nNNNN\n>b\nNN\n>c\nNRN\n"])
 def test_a_file_without_bases_is_refused(dna, content):
     with pytest.raises(PieceError) as caught:
         dna(content)
