@@ -30,7 +30,8 @@ _MAMBA, _MOE_MAMBA = "Mx4", "MEME"
 SHAPES = {  # of searches, of which the last is the default's: budget=laptop
     "the best by one seed": Shape(),
     "the best two confirmed": Shape(top=2, seeds=3),
-    "one more seed for six, the best two confirmed": Shape(screen=6, top=2, seeds=3),
+    "one more seed for five, the best two confirmed": Shape(screen=5, top=2, seeds=2),
+    "one more seed for six, the best two confirmed": Shape(screen=6, top=2, seeds=2),
 }
 _COLORS = {ANNEALED: "#2F6DA8", "trunk": "#5B8C3A", COSINE: "#C8553D", "training speed": "#7B519D"}
 _OTHER_COLOR = "#D08A1D"
