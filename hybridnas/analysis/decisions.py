@@ -137,7 +137,7 @@ class Rows:
                 firsts = [row for (_, seed), row in self.at(pattern, size).items() if seed == 0]
                 scores[pattern] = fmean(row.loss if row.test_loss is None else row.test_loss for row in runs)
                 halves[pattern] = runs[0].half
-                costs[pattern] = sum(_flops(row) for row in (*firsts, *(row for row in runs if row.seed > 0)))
+                costs[pattern] = sum(training_flops(row) for row in (*firsts, *(row for row in runs if row.seed > 0)))
                 seeds[pattern] = len(runs)
         return Truth(size, scores, halves, costs, seeds)
 
@@ -198,14 +198,15 @@ class Rows:
         return fmean(score for score, _ in found), others + sum(cost for _, cost in found)
 
 
-def _flops(row: TruthRow, share: float = 1.0) -> float:
+def training_flops(row: TruthRow, share: float = 1.0) -> float:
+    """Return the FLOPs of a share of a training, forward and backward."""
     return _TRAINING * row.flops_per_token * row.tokens * share
 
 
 def _branches(row: TruthRow, rung: float, first: float = 0.0) -> float:
     """Return the FLOPs of the decays at the rungs from ``first`` to below ``rung``, which training came back from."""
     share = (row.trained_tokens / row.tokens - 1) / sum(RUNGS[:-1])
-    return _flops(row, share * sum(one for one in RUNGS if first <= one < rung))
+    return training_flops(row, share * sum(one for one in RUNGS if first <= one < rung))
 
 
 def _before(rung: float) -> float | None:
@@ -217,18 +218,18 @@ def _read(row: TruthRow | None, signal: str, rung: float) -> tuple[float, float]
     if row is None:
         return None
     if row.failed:
-        return math.inf, _flops(row, rung)
+        return math.inf, training_flops(row, rung)
     if signal == TRUNK:
         share = max((tokens for tokens, _, _ in row.curve if tokens < rung * row.tokens), default=0) / row.tokens
-        return (row.trunk[rung], _flops(row, share)) if rung in row.trunk else None
+        return (row.trunk[rung], training_flops(row, share)) if rung in row.trunk else None
     if signal == SPEED:
         return _training_speed(row, rung)
     if signal == EXTRAPOLATED:
         points = [row.losses[one] for one in RUNGS if one <= rung and one in row.losses]
         if len(points) < 3 or rung not in row.losses:
             return None
-        return extrapolated(points[-3:]), _flops(row, rung) + _branches(row, rung)
-    return (row.losses[rung], _flops(row, rung)) if rung in row.losses else None
+        return extrapolated(points[-3:]), training_flops(row, rung) + _branches(row, rung)
+    return (row.losses[rung], training_flops(row, rung)) if rung in row.losses else None
 
 
 def _training_speed(row: TruthRow, rung: float) -> tuple[float, float] | None:
@@ -237,7 +238,7 @@ def _training_speed(row: TruthRow, rung: float) -> tuple[float, float] | None:
     for tokens, _, train_loss in row.curve:
         if tokens <= rung * row.tokens:
             total, read = total + train_loss * (tokens - read), tokens
-    return (total / read, _flops(row, read / row.tokens)) if read else None
+    return (total / read, training_flops(row, read / row.tokens)) if read else None
 
 
 def extrapolated(losses: Sequence[float]) -> float:

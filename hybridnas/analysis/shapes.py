@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from hybridnas.analysis.decisions import LEAST, Rows, Truth
+from hybridnas.analysis.decisions import LEAST, Rows, Truth, training_flops
 from hybridnas.study.truth import TruthRow
 
 _POOL = 5 / 6  # share of the architectures that a search draws
-_TRAINING = 3.0  # FLOPs of a training step over those of its forward pass
 _RATES = 2  # further rates at which what is confirmed is trained for its own best one
 
 
@@ -95,7 +94,7 @@ def _trainings(rows: Rows, truth: Truth, shape: Shape, pattern: str) -> _Trainin
     last = shape.rungs[-1]
     return _Trainings(
         true=truth.scores[pattern],
-        flops=_TRAINING * own.flops_per_token * own.tokens,
+        flops=training_flops(own),
         first={rung: _at(own, rung) for rung in shape.rungs},
         second=math.inf if more is None else _at(more, last),
         fresh=fmean(_at(row, last) for row in fresh) if fresh else 0.0,

@@ -93,6 +93,7 @@ def _suffix(name: str) -> str:
 def _copy(filesystem: Any, url: str, root: str, name: str, cache: Path) -> CorpusFile:
     """Return a file's copy, fetched now unless it is there."""
     protocol = url.partition("://")[0]
+    full = str(filesystem.unstrip_protocol(name))  # names of http are URLs already
     info = filesystem.info(name)
     version = {key: str(info[key]) for key in _VERSIONS if info.get(key) is not None}
     key = [1, protocol, name, info.get("size"), version]
@@ -106,12 +107,12 @@ def _copy(filesystem: Any, url: str, root: str, name: str, cache: Path) -> Corpu
             building.mkdir(parents=True)
             try:
                 size = _stream(filesystem, name, building / file.name, info.get("size"))
-                write_json(building / "meta.json", {"size": size, "url": f"{protocol}://{name}"})
+                write_json(building / "meta.json", {"size": size, "url": full})
                 publish_folder(building, folder)
             finally:
                 remove(building)
     inside = posixpath.relpath(name, root) if name != root and name.startswith(root.rstrip("/") + "/") else name
-    return CorpusFile(file, inside, url=f"{protocol}://{name}")
+    return CorpusFile(file, inside, url=full)
 
 
 def _stream(filesystem: Any, name: str, target: Path, size: int | None) -> int:

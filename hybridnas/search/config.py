@@ -160,6 +160,12 @@ class Budget(FrozenConfig):
         """Tokens that one optimiser step reads."""
         return self.batch_size * self.seq_len
 
+    @property
+    def screened(self) -> int:
+        """Return how many of the best drawn get one more seed before some of them are confirmed; 0: no such stage."""
+        asked = self.confirm_screen or 0
+        return asked if asked > self.confirm_top else 0
+
     def rung_tokens(self, active_params: int) -> tuple[int, ...]:
         """Return the token counts of the rungs: whole steps, each ``growth`` times the one before."""
         growth = self.growth or self.reduction

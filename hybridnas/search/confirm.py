@@ -120,8 +120,8 @@ def confirm(
             if not told:
                 note(_line(what, known[n], seed, again))
 
-    if (budget.confirm_screen or 0) > budget.confirm_top and len(config.objectives) == 1:
-        best = best_drawn(records)[: budget.confirm_screen]
+    if budget.screened and len(config.objectives) == 1:
+        best = best_drawn(records)[: budget.screened]
         if len(best) > budget.confirm_top:
             train([record.number for record in best], [config.seed + SCREEN_SEED], "screened", "one more seed for")
     found = [known[record.number] for record in records]

@@ -80,11 +80,10 @@ def forecast(plan: Plan, budget: Budget, history: History, *, workers: int = 1, 
 
 
 def _confirmations(budget: Budget, baselines: int) -> int:
-    """Return how many whole trainings a confirmation has: one more seed of many, rates, fresh seeds, three verdicts."""
+    """Return how many whole trainings a confirmation has, where three architectures meet in the verdict."""
     rates = 2 if budget.confirm_rates == "own" else 0  # beside the one that the search trained at
     again = min(baselines, budget.confirm_top + 1) + budget.confirm_top  # the reference may be one of the best
-    screened = budget.confirm_screen if (budget.confirm_screen or 0) > budget.confirm_top else None
-    return (screened or 0) + again * (rates + budget.confirm_seeds) + 3 * budget.verdict_seeds
+    return budget.screened + again * (rates + budget.confirm_seeds) + 3 * budget.verdict_seeds
 
 
 def _mean_tokens(plan: Plan) -> float:

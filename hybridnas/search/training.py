@@ -149,7 +149,7 @@ class CellTrainer:
         if self.config.hardware:
             speeds.write(self.study, history, {LIMITS[name] for name in speeds.measured_limits(plan.limits)})
         ranked = sorted(filter(eligible, history.values()), key=lambda record: (score(record), record.number))
-        kept = max(KEPT_CHECKPOINTS, self.config.budget.confirm_top, self.config.budget.confirm_screen or 0)
+        kept = max(KEPT_CHECKPOINTS, self.config.budget.confirm_top, self.config.budget.screened)
         keep = {record.number for record in ranked[:kept]} | history.running
         keep |= {record.number for record in history.values() if record.preset}
         if plan.pruner == "halving":

@@ -1,9 +1,12 @@
 """Data behind URLs: what a URL names, copies that are fetched once, and what cannot be read."""
 
+import functools
 import gzip
+import http.server
 import io
 import os
 import socket
+import threading
 import zipfile
 
 import fsspec
@@ -125,6 +128,19 @@ def test_an_error_in_a_file_names_its_url(store):
 
 
 @pytest.mark.slow
+def test_a_file_of_a_web_server_is_named_by_the_url_that_was_given(tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setenv("HYBRIDNAS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "a.txt").write_bytes(b"first")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.txt"
+        assert [(place, content) for _, place, content in names(url)] == [(url, b"first")]
+        server.shutdown()
+
+
 def test_s3_is_read_from_a_server(tmp_path, monkeypatch):
     pytest.importorskip("s3fs", reason="needs the extra: pip install 'hybridnas[s3]'")
     server = pytest.importorskip("moto.server", reason="needs moto[server], a stand-in for S3")

@@ -14,6 +14,9 @@ Sources: the chunked delta rule, Yang et al. 2024, arXiv 2406.06484, section 3; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,8 +37,13 @@ def gated_delta_eager(inputs: Inputs) -> tuple[Tensor, Tensor]:
         return gated_delta_reference(inputs)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _chunked(inputs)
+    return recomputed(_chunked, inputs)
+
+
+def recomputed(chunked: Callable[[Any], tuple[Tensor, Tensor]], inputs: Any) -> tuple[Tensor, Tensor]:
+    """Return what ``chunked`` makes of an operation's inputs, of which alone a backward keeps; it computes again."""
     found: tuple[Tensor, Tensor] = checkpoint(
-        lambda *floating: _chunked(Inputs(*floating, *inputs[len(floating) :])),
+        lambda *floating: chunked(type(inputs)(*floating, *inputs[len(floating) :])),
         *inputs.floating,
         use_reentrant=False,
         preserve_rng_state=False,

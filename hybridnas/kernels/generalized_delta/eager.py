@@ -15,9 +15,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from hybridnas.kernels.gated_delta.eager import by_chunk, decayed_scores, sums_to_end
+from hybridnas.kernels.gated_delta.eager import by_chunk, decayed_scores, recomputed, sums_to_end
 from hybridnas.kernels.generalized_delta.reference import Inputs, generalized_delta_reference
 
 
@@ -30,13 +29,7 @@ def generalized_delta_eager(inputs: Inputs) -> tuple[Tensor, Tensor]:
         return generalized_delta_reference(inputs)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _chunked(inputs)
-    found: tuple[Tensor, Tensor] = checkpoint(
-        lambda *floating: _chunked(Inputs(*floating, *inputs[len(floating) :])),
-        *inputs.floating,
-        use_reentrant=False,
-        preserve_rng_state=False,
-    )
-    return found
+    return recomputed(_chunked, inputs)
 
 
 def _chunked(inputs: Inputs) -> tuple[Tensor, Tensor]:
